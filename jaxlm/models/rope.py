@@ -1,0 +1,108 @@
+"""Rotary position embedding and its extensions to longer contexts.
+
+Su et al., arXiv:2104.09864: pair j of a head turns by position * theta^(-2j / width). Pairs are half-split: entry j
+goes with entry j + width / 2, as in the published Llama and Qwen weights. Linear interpolation: arXiv:2306.15595.
+NTK-aware, dynamic and YaRN: arXiv:2309.00071, section 3, with YaRN's ramp linear in the index of the pair, as in its
+released code. llama3: Llama 3.1's released code.
+"""
+
+# B batch, T positions, N heads, H head width, R = H // 2 rotated pairs
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.config import RopeConfig, check
+
+
+def rope_tables(
+  rope: RopeConfig, positions_BT: jax.Array, width: int, length: int | jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines of the angles at `positions_BT`, float32 [B, T, width / 2], attention factor included.
+
+  `positions_BT` is int32 [B or 1, T]; `length` as in `frequencies`.
+  """
+  f_R, attention_factor = frequencies(rope, width, length)
+  angles_BTR = positions_BT[..., None].astype(jnp.float32) * f_R[None, None]
+  return attention_factor * jnp.cos(angles_BTR), attention_factor * jnp.sin(angles_BTR)
+
+
+def apply_rope(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
+  """Turns every pair (x[j], x[j + R]) of every head by its angle, in float32; the result has the dtype of `x_BTNH`."""
+  cos_BTNR, sin_BTNR = cos_BTR[:, :, None], sin_BTR[:, :, None]
+  left_BTNR, right_BTNR = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  turned = (left_BTNR * cos_BTNR - right_BTNR * sin_BTNR, right_BTNR * cos_BTNR + left_BTNR * sin_BTNR)
+  return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+
+
+def frequencies(rope: RopeConfig, width: int, length: int | jax.Array) -> tuple[jax.Array, float]:
+  """Radians per position of each pair, float32 [width / 2], and the factor on cos and sin.
+
+  `length` is the number of positions seen so far (a Python int, or an int32 scalar that may be traced); dynamic
+  scaling alone reads it, and keys cached under it must be cached before rotation. Raises ValueError when `width` is
+  odd or too small for the scaling, and when YaRN's two borders are out of order.
+  """
+  check(width >= 2 and width % 2 == 0, "width", width, "rotary embedding needs an even width of at least 2")
+  index_R = np.arange(width // 2)
+  f_R = rope.theta ** (-2 * index_R / width)
+  attention_factor = 1.0
+  match rope.scaling:
+    case "linear":
+      f_R = f_R / rope.factor
+    case "ntk" | "dynamic":
+      # theta' = theta * stretch^(width / (width - 2)), so that the slowest pair slows down by exactly `stretch`.
+      check(width > 2, "width", width, f"{rope.scaling} scaling needs a width above 2")
+      stretch = rope.factor if rope.scaling == "ntk" else _dynamic_stretch(rope, length)
+      f_R = f_R * stretch ** (-2 * index_R / (width - 2))
+    case "yarn":
+      f_R = _by_parts(f_R, rope.factor, 1 - _yarn_ramp(rope, index_R, width))
+      attention_factor = _yarn_attention_factor(rope)
+    case "llama3":
+      rotations_R = rope.original_length * f_R / (2 * math.pi)
+      kept_R = (rotations_R - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+      f_R = _by_parts(f_R, rope.factor, np.clip(kept_R, 0, 1))
+  return jnp.asarray(f_R, jnp.float32), attention_factor
+
+
+def _by_parts(f_R: np.ndarray, factor: float, kept_R: np.ndarray) -> np.ndarray:
+  """Between f / factor (kept = 0) and f (kept = 1)."""
+  return (1 - kept_R) * f_R / factor + kept_R * f_R
+
+
+def _dynamic_stretch(rope: RopeConfig, length: int | jax.Array) -> jax.Array:
+  """factor * l / L - (factor - 1) with l = max(length, L), float32, and exactly 1 up to the original length L."""
+  beyond = jnp.maximum(length - rope.original_length, 0) / rope.original_length
+  return 1 + rope.factor * beyond.astype(jnp.float32)
+
+
+def _yarn_ramp(rope: RopeConfig, index_R: np.ndarray, width: int) -> np.ndarray:
+  """0 for pairs that turn more than beta_fast times within the original length, 1 under beta_slow, linear between."""
+
+  def border(rotations: float) -> float:
+    return width * math.log(rope.original_length / (2 * math.pi * rotations)) / (2 * math.log(rope.theta))
+
+  low, high = border(rope.beta_fast), border(rope.beta_slow)
+  if rope.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, width - 1)
+  rule = f"yarn's ramp from pair {low} to {high} runs backwards (beta_slow={rope.beta_slow}, theta={rope.theta}, "
+  rule += f"original_length={rope.original_length}, width={width})"
+  check(low <= high, "model.rope.beta_fast", rope.beta_fast, rule)
+  return np.clip((index_R - low) / (high - low or 0.001), 0, 1)
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+  """The given factor, or the quotient of the two mscales' logarithms, or 0.1 ln(factor) + 1."""
+
+  def growth(mscale: float) -> float:
+    return 0.1 * mscale * math.log(rope.factor) + 1
+
+  if rope.attention_factor is not None:
+    return rope.attention_factor
+  if rope.mscale is not None and rope.mscale_all_dim is not None:
+    return growth(rope.mscale) / growth(rope.mscale_all_dim)
+  return growth(1)

@@ -1,0 +1,1 @@
+"""Scaling: parameter and FLOP counts."""

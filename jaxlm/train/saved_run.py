@@ -1,0 +1,75 @@
+"""A finished or stopped run, or a Hugging Face checkpoint, opened for use: configuration, weights and tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlm.config import DataConfig, MeshConfig, TrainConfig
+from jaxlm.data.loader import TextData, heldout_batches, load_text
+from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
+from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+from jaxlm.decode import Sampler, generate
+from jaxlm.interop import huggingface
+from jaxlm.train.checkpoint import checkpoint_path, newest_sound, restore_params
+from jaxlm.train.evaluate import make_evaluator
+from jaxlm.train.run_folder import RunFolder
+from jaxlm.train.step import init_state
+from sharding import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRun:
+  """The newest sound checkpoint of a run, or published weights, on one device."""
+
+  config: TrainConfig
+  tokenizer: Tokenizer
+  params: Any
+  step: int
+  start_ids: tuple[int, ...]
+  """what a text begins with: the end of the one before, or what a published tokenizer puts there"""
+
+  @classmethod
+  def open(cls, run: str | Path) -> SavedRun:
+    """A run's folder, or a checkpoint as `jaxlm.interop.huggingface.load` takes it, with its tokenizer.json.
+
+    Raises ValueError where the folder is neither, FileNotFoundError where a run has no sound checkpoint.
+    """
+    if huggingface.is_checkpoint(run):
+      return cls._open_published(huggingface.local_folder(run))
+    folder = RunFolder(Path(run))
+    config = dataclasses.replace(folder.read_config(), mesh=MeshConfig(data=1))
+    newest = newest_sound(folder.checkpoints)
+    with jax.set_mesh(make_mesh(config.mesh)):
+      params = restore_params(
+        checkpoint_path(folder.checkpoints, newest), jax.eval_shape(lambda: init_state(config)).params
+      )
+    tokenizer = load_tokenizer(folder.path, config.data)
+    return cls(config, tokenizer, params, newest, (tokenizer.eos,))
+
+  @classmethod
+  def _open_published(cls, folder: Path) -> SavedRun:
+    tokenizer = BPETokenizer.load(folder / TOKENIZER_FILE)
+    model, params = huggingface.load(folder)
+    config = TrainConfig(model=model, data=DataConfig(tokenizer=str(folder / TOKENIZER_FILE)), mesh=MeshConfig(data=1))
+    return cls(config, tokenizer, params, 0, tuple(tokenizer.model.encode("").ids))
+
+  def sample(self, prompt: str, *, sampler: Sampler, max_new: int, seed: int = 0) -> str:
+    """The model's continuation of the prompt, up to `max_new` tokens or the end of the document."""
+    eos = self.tokenizer.eos
+    prompt_ids = [[*self.start_ids, *self.tokenizer.encode(prompt)]]
+    key = jax.random.key(seed)
+    ids_M = generate(self.config.model, self.params, prompt_ids, sampler=sampler, max_new=max_new, key=key, eos=eos)[0]
+    ends = (ids_M == eos).nonzero()[0]
+    return self.tokenizer.decode(ids_M[: ends[0]] if len(ends) else ids_M)
+
+  def evaluate(self, limit: int | None = None) -> tuple[TextData, float, float]:
+    """(the text, nats per token, tokens) over all held-out text, or its first `limit` batches."""
+    text = load_text(self.config.data, self.tokenizer)
+    with jax.set_mesh(make_mesh(self.config.mesh)):
+      batches = heldout_batches(text, batch=self.config.batch, limit=limit)
+      loss, tokens = make_evaluator(self.config)(self.params, batches)
+    return text, loss, tokens

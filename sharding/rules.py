@@ -1,0 +1,146 @@
+"""Logical axis names in, mesh axes out: the only file of the model stack that knows the mesh axes.
+
+Models name the axes of their arrays (`batch`, `embed`, `mlp`, ...); `RULES` says which mesh axes split each of them.
+All functions use the mesh set by `jax.set_mesh`, and without one leave arrays as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+Names = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LogicalRules:
+  """A table from logical axis names to the mesh axes that split them."""
+
+  axes: Mapping[str, tuple[str, ...]]
+
+  def spec(self, names: Names, shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> P:
+    """The PartitionSpec of an array with these logical names (None: not split) on a mesh of these axis sizes.
+
+    Mesh axes of size 1 are left out. Raises ValueError for an unknown name, a size that its mesh axes do not divide,
+    and a mesh axis used twice.
+    """
+    if len(names) != len(shape):
+      raise ValueError(f"names={names}: an array of shape {shape} needs {len(shape)} names")
+    used: dict[str, str] = {}
+    entries: list[Any] = []
+    for name, size in zip(names, shape):
+      axes = tuple(axis for axis in self._axes_of(name) if mesh_shape.get(axis, 1) > 1)
+      parts = math.prod(mesh_shape[axis] for axis in axes)
+      if size % parts:
+        raise ValueError(f"axis {name!r} of size {size} is not divisible by mesh axes {axes} of {parts} devices")
+      for axis in axes:
+        if axis in used:
+          raise ValueError(f"mesh axis {axis!r} would split both {used[axis]!r} and {name!r} of one array {names}")
+        used[axis] = str(name)
+      entries.append(axes[0] if len(axes) == 1 else axes or None)
+    return P(*entries)
+
+  def _axes_of(self, name: str | None) -> tuple[str, ...]:
+    if name is None:
+      return ()
+    if name not in self.axes:
+      near = difflib.get_close_matches(name, self.axes, n=3) or sorted(self.axes)
+      raise ValueError(f"logical axis {name!r} is not in the rules; nearest: {', '.join(near)}")
+    return self.axes[name]
+
+
+RULES = LogicalRules(
+  {
+    # activations
+    "batch": ("data", "fsdp", "expert"),
+    "length": ("context_ring", "context_ulysses"),
+    "norm_length": ("context_ring", "context_ulysses", "tensor"),
+    "act_heads": ("tensor",),
+    "act_mlp": ("tensor",),
+    "act_vocab": ("tensor",),
+    "act_expert": ("expert",),
+    # weights
+    "embed": ("fsdp", "context_ring", "context_ulysses", "expert"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "expert": ("expert",),
+    "embed_expert": ("fsdp", "context_ring", "context_ulysses"),
+    "layers": ("stage",),
+  }
+)
+_GRADIENT_AXES = ("data", "fsdp", "expert", "context_ring", "context_ulysses", "tensor")
+
+
+def mesh_shape() -> Mapping[str, int]:
+  """Axis name -> size of the current mesh; empty without one."""
+  return jax.sharding.get_abstract_mesh().shape
+
+
+def is_sharded() -> bool:
+  """Whether the current mesh has more than one device."""
+  return math.prod(mesh_shape().values()) > 1
+
+
+def spec(shape: tuple[int, ...], *names: str | None) -> P:
+  """The PartitionSpec that `RULES` gives an array of this shape on the current mesh."""
+  return RULES.spec(names, shape, mesh_shape())
+
+
+def place(x: jax.Array, *names: str | None) -> jax.Array:
+  """Reshards `x` to where `RULES` wants it."""
+  return jax.reshard(x, spec(x.shape, *names)) if is_sharded() else x
+
+
+def out_sharding(shape: tuple[int, ...], *names: str | None) -> P | None:
+  """For the `out_sharding=` of a contraction: the spec of its result, or None without a mesh."""
+  return spec(shape, *names) if is_sharded() else None
+
+
+def axes_in(partitions: P) -> set[str]:
+  """The mesh axes that a spec names."""
+  return set(jax.tree.leaves(tuple(partitions)))
+
+
+def defer_reduction(params: Any) -> Any:
+  """Types every parameter so that its gradient stays an unsummed share per device until `reduce_gradients`.
+
+  The values stay where they are. Called once per step, outside the loops over micro-batches and layers, so that each
+  gradient crosses the `data` axis once (JAX documentation, "Explicit sharding", reduced and unreduced).
+  """
+  if not is_sharded():
+    return params
+  active = {axis for axis in _GRADIENT_AXES if mesh_shape().get(axis, 1) > 1}
+
+  def defer(w: jax.Array) -> jax.Array:
+    partitions = jax.typeof(w).sharding.spec
+    return jax.reshard(w, P(*partitions, reduced=active - axes_in(partitions)))
+
+  return jax.tree.map(defer, params)
+
+
+def gather(x: jax.Array, *names: str | None) -> jax.Array:
+  """All-gathers over the mesh axes that `names` no longer has; the gradient returns by reduce-scatter.
+
+  The result is typed `reduced` over them: only contractions may use it.
+  """
+  if not is_sharded():
+    return x
+  now = jax.typeof(x).sharding.spec
+  wanted = spec(x.shape, *names)
+  dropped = axes_in(now.partitions) - axes_in(wanted)
+  return jax.reshard(x, P(*wanted, reduced=now.reduced | dropped))
+
+
+def reduce_gradients(grads: Any, params: Any) -> Any:
+  """Sums the devices' shares of each gradient and shards it like its parameter."""
+  if not is_sharded():
+    return grads
+  return jax.tree.map(lambda g, w: jax.reshard(g, jax.typeof(w).sharding.spec), grads, params)

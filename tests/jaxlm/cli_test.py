@@ -1,0 +1,223 @@
+"""The command line: in this process where only words matter, as real processes where signals and start-up do."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxlm.cli import main
+from jaxlm.train.run_folder import RunFolder, read_records
+
+SMALLER = "--model.D 16 --model.F 16 --model.H 8 --data.length 32 --optimizer.warmup 1 --eval_batches 1".split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+  folder = tmp_path_factory.mktemp("text")
+  for index in range(40):
+    (folder / f"{index}.py").write_text(f"def f{index}(x):\n  return x + {index}\n" * 4)
+  return folder
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+  return subprocess.Popen(
+    [sys.executable, "-m", "jaxlm", *arguments],
+    cwd=cwd,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+  out, err = process.communicate(timeout=240)
+  return process.returncode, out, err
+
+
+def test_help_does_not_import_jax_and_takes_less_than_a_second(tmp_path):
+  script = (
+    "import sys, jaxlm.cli; jaxlm.cli.main(['--help']); jaxlm.cli.main(['train']); sys.exit('jax' in sys.modules)"
+  )
+  environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+  seconds = []
+  for _ in range(3):  # the best of three: other tests run beside this one
+    before = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    seconds.append(time.perf_counter() - before)
+    assert done.returncode == 0, done.stderr
+  for word in ("train PRESET", "resume DIR", "sample DIR", "eval DIR", "micro", "tiny", "small"):
+    assert word in done.stdout
+  assert min(seconds) < 1
+
+
+def test_help_of_a_command_explains_its_flags_without_jax(tmp_path):
+  script = """
+import sys, jaxlm.cli
+for arguments in (["train", "micro", "--help"], ["sample", "--help"], ["resume", "--help"], ["eval", "--help"]):
+  try:
+    jaxlm.cli.main(arguments)
+  except SystemExit as stop:
+    assert not stop.code
+sys.exit("jax" in sys.modules)
+"""
+  environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "120"}
+  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
+  for words in ("--model.layers", "number of blocks", "--optimizer.learning-rate", "--mesh.fsdp", "--temperature"):
+    assert words in done.stdout or words.replace("-rate", "_rate") in done.stdout, words
+  assert "default: 3" not in re.findall(r"--model\.layers.*", done.stdout)
+
+
+WRONG = [
+  (["trian", "micro"], "command 'trian' does not exist; nearest: train"),
+  (["train", "mikro"], "preset 'mikro' does not exist; nearest: micro"),
+  (["train", "micro", "--model.N", "3", "--model.K", "2"], "model.N=3: query heads must be a multiple of K=2"),
+  (["train", "micro", "--batch", "6", "--accumulate", "4"], "batch=6: must be a multiple of accumulate=4"),
+  (["train", "micro", "--optimizer.learning_rate", "-1"], "optimizer.learning_rate=-1.0: must be above 0"),
+  (["train", "micro", "--mesh.data", "0"], "mesh.data=0: an axis has at least 1 device"),
+  (["train", "micro", "--data.source", "/nowhere", "--run", "r"], "/nowhere"),
+  (["train", "no_such_module:preset"], "preset 'no_such_module:preset'"),
+  (["train", "jaxlm.presets:nothing"], "module jaxlm.presets has no function nothing"),
+  (["resume", "missing"], "run='missing': holds no config.json"),
+  (["eval", "missing"], "run='missing': holds no config.json"),
+  (["sample", "missing", "--temperature", "-1"], "temperature"),
+]
+
+
+@pytest.mark.parametrize(
+  "arguments, message", WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_what_is_wrong_is_named_with_its_value_and_rule(arguments, message, capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  status = exit_status(arguments)
+  err = plain(capsys.readouterr().err)
+  assert status == 2
+  assert message in err and "Traceback" not in err
+  assert not list(tmp_path.glob("r*"))  # no run was begun
+
+
+def exit_status(arguments: list[str]) -> int:
+  try:
+    return main(arguments)
+  except SystemExit as stop:  # tyro's own errors
+    return stop.code
+
+
+def plain(text: str) -> str:
+  """One line, without the frames that rich draws."""
+  return re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", " ", text))
+
+
+UNKNOWN = [
+  (["train", "micro", "--model.layrs", "3"], "--model.layers"),
+  (["train", "micro", "--stepz", "3"], "--steps"),
+  (["train", "micro", "--optimizer.name", "adam"], "adamw"),
+  (["train", "micro", "--steps", "many"], "steps"),
+]
+
+
+@pytest.mark.parametrize(
+  "arguments, nearest", UNKNOWN, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_an_unknown_flag_or_choice_comes_with_the_nearest(arguments, nearest, capsys):
+  assert exit_status(arguments) == 2
+  captured = capsys.readouterr()
+  assert nearest in plain(captured.err + captured.out)
+
+
+def test_a_preset_of_the_users_own(tmp_path, monkeypatch, capsys, text):
+  """module:function from the working directory, its run folder named after it; flags go over its values."""
+  (tmp_path / "mine.py").write_text(
+    "import dataclasses\n"
+    "from jaxlm.presets import micro\n"
+    "def wide():\n"
+    "  return dataclasses.replace(micro(), steps=2, batch=3)\n"
+  )
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "path", [*sys.path])
+  flags = ["--steps", "3", "--mesh.data", "1", "--data.source", str(text)]
+  assert main(["train", "mine:wide", *flags, *SMALLER]) == 0
+  config = RunFolder(tmp_path / "runs/wide").read_config()
+  assert (config.steps, config.batch, config.model.D) == (3, 3, 16)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, text):
+  """A run stopped by one Ctrl-C: (folder, exit status, what it printed)."""
+  folder = tmp_path_factory.mktemp("interrupted")
+  flags = ["--steps", "100000", "--run", "run", "--eval_every", "0", "--save_every", "0", "--data.source", str(text)]
+  process = start("train", "micro", *flags, *SMALLER, cwd=folder)
+  run = RunFolder(folder / "run")
+  wait_for_steps(process, run, 5)
+  process.send_signal(signal.SIGINT)
+  status, out, err = finish(process)
+  return run, status, out + err
+
+
+def wait_for_steps(process: subprocess.Popen, run: RunFolder, steps: int) -> None:
+  for _ in range(1200):
+    if process.poll() is not None:
+      raise AssertionError(process.communicate())
+    if run.metrics.exists() and sum(1 for _ in read_records(run.metrics)) >= steps:
+      return
+    time.sleep(0.1)
+  process.kill()
+  raise AssertionError("the run does not get going")
+
+
+@pytest.mark.slow
+def test_ctrl_c_once_saves_and_exits_130(interrupted):
+  run, status, printed = interrupted
+  assert status == 130
+  step = list(read_records(run.metrics))[-1]["step"]
+  assert 5 <= step < 100000
+  assert f"stopped and saved at step {step} of 100000" in plain(printed) and "jaxlm resume run" in plain(printed)
+  assert (run.checkpoints / f"{step:08d}" / "manifest.json").exists()
+  assert "Traceback" not in printed
+
+
+@pytest.mark.slow
+def test_resume_finishes_what_was_stopped_and_sample_and_eval_use_it(interrupted):
+  run, _, _ = interrupted
+  before = list(read_records(run.metrics))
+  last = before[-1]["step"]
+  status, out, err = finish(start("resume", "run", "--steps", str(last + 4), cwd=run.path.parent))
+  assert status == 0, err
+  assert f"resuming at step {last}" in plain(out)
+  after = list(read_records(run.metrics))
+  assert after[: len(before)] == before and [record["step"] for record in after] == list(range(1, last + 5))
+  assert json.loads(run.config.read_text())["steps"] == last + 4
+
+  status, out, err = finish(
+    start("sample", "run", "--prompt", "def f", "--max_new", "12", "-n", "2", cwd=run.path.parent)
+  )
+  assert status == 0, err
+  assert out.count("def f") >= 2
+  again = finish(start("sample", "run", "--prompt", "def f", "--max_new", "12", "-n", "2", cwd=run.path.parent))
+  assert again[1] == out  # the seed decides
+  status, out, err = finish(start("eval", "run", cwd=run.path.parent))
+  assert status == 0, err
+  bits = {name: float(value) for name, value in re.findall(r"^  (\w[\w ]*?) +([\d.]+)$", out, re.MULTILINE)}
+  assert "this model" in bits and len(bits) >= 3 and all(0 < value < 9 for value in bits.values())
+
+
+@pytest.mark.slow
+def test_ctrl_c_twice_leaves_at_once(tmp_path, text):
+  """The second one interrupts the saving that the first one began."""
+  flags = ["--steps", "100000", "--run", "run", "--eval_every", "0", "--save_every", "0", "--data.source", str(text)]
+  process = start("train", "micro", *flags, *SMALLER, cwd=tmp_path)
+  wait_for_steps(process, RunFolder(tmp_path / "run"), 5)
+  for _ in range(2):
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)  # signals that come together count as one
+  status, out, err = finish(process)
+  assert status not in (0, 130)
+  assert "stopped and saved" not in out and "KeyboardInterrupt" in err

@@ -1,0 +1,304 @@
+import gzip
+import json
+import os
+import sys
+import sysconfig
+import types
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from jaxlm.config import DataConfig
+from jaxlm.data.corpus import Document, read_corpus
+
+RECORDS = [{"text": f"record {i}\n", "id": i} for i in range(40)]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+
+
+def read(source, **options):
+  return read_corpus(DataConfig(source=str(source), **options))
+
+
+def everything(corpus):
+  return sorted(corpus.train + corpus.heldout)
+
+
+def write_many(folder, count=100):
+  for i in range(count):
+    (folder / f"{i}.txt").write_text(f"text {i}")
+
+
+def test_folder_is_read_recursively_by_ending(tmp_path):
+  (tmp_path / "b" / "c").mkdir(parents=True)
+  (tmp_path / "b" / "c" / "x.PY").write_text("x = 1\r\n", newline="")
+  (tmp_path / "b" / "y.md").write_text("# Größe")
+  (tmp_path / "a.txt").write_text("a")
+  (tmp_path / "empty.txt").write_text("")
+  (tmp_path / "picture.png").write_bytes(b"\0")
+  corpus = read(tmp_path)
+  assert everything(corpus) == [("a.txt", "a"), ("b/c/x.PY", "x = 1\r\n"), ("b/y.md", "# Größe")]
+  assert "4 files" in corpus.report and "1 empty" in corpus.report and "17 bytes" in corpus.report
+
+
+SKIPPABLE = b"\x50\x2a\x4d\x18\x03\0\0\0abc"  # a zstd frame of metadata
+
+
+def test_documents_come_in_the_order_of_their_paths(tmp_path):
+  for name in ("c", "a", "b"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "x.txt").write_text(name)
+    (tmp_path / f"{name}{name}.txt").write_text(name)
+  corpus = read(tmp_path, holdout=1e-9)
+  names = [name for name, _ in corpus.train]
+  assert names == sorted(names) and len(names) == 5
+  # So the byte limit keeps the same documents everywhere.
+  assert [name for name, _ in everything(read(tmp_path, max_bytes=3))] == ["a/x.txt", "aa.txt", "b/x.txt"]
+
+
+def zst(data):
+  return zstandard.ZstdCompressor().compress(data)
+
+
+@pytest.mark.parametrize(
+  ("name", "data"),
+  [
+    ("r.jsonl", LINES),
+    ("r.jsonl", LINES.rstrip() + b"\n \n\n"),
+    ("r.jsonl.gz", gzip.compress(LINES, mtime=0)),
+    ("r.jsonl.zst", zst(LINES)),
+    ("r.jsonl.zst", zst(LINES[:100]) + SKIPPABLE + zst(LINES[100:].rstrip())),
+  ],
+)
+def test_json_lines(tmp_path, name, data):
+  (tmp_path / name).write_bytes(data)
+  expected = sorted((f"{name}:{i}", record["text"]) for i, record in enumerate(RECORDS))
+  assert everything(read(tmp_path / name)) == expected
+
+
+def test_json_lines_are_numbered_with_the_blank_ones(tmp_path):
+  (tmp_path / "r.jsonl").write_bytes(b'{"text": "a"}\n\n{"text": "b"}')
+  assert everything(read(tmp_path)) == [("r.jsonl:0", "a"), ("r.jsonl:2", "b")]
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.binary()])
+def test_parquet(tmp_path, kind):
+  texts = [record["text"] for record in RECORDS]
+  table = pyarrow.table({"id": range(40), "body": pyarrow.array(texts, pyarrow.string()).cast(kind)})
+  pyarrow.parquet.write_table(table, tmp_path / "r.parquet", row_group_size=7)
+  corpus = read(tmp_path / "r.parquet", text_field="body")
+  assert everything(corpus) == sorted((f"r.parquet:{i}", text) for i, text in enumerate(texts))
+
+
+def test_standard_library_is_python_without_tests_and_installed_packages():
+  corpus = read("stdlib", max_bytes=2**22)
+  names = [name for name, _ in corpus.train + corpus.heldout]
+  assert "argparse.py" in names and len(names) > 50
+  assert not any({"test", "tests", "site-packages", "encodings"} & set(name.split("/")) for name in names)
+  assert corpus == read("stdlib", max_bytes=2**22)
+
+
+def test_standard_library_leaves_out_what_is_not_utf8(tmp_path, monkeypatch):
+  (tmp_path / "a.py").write_text("a = 1\nb = 2\n")
+  (tmp_path / "latin.py").write_bytes(b"# caf\xe9")
+  (tmp_path / "_sysconfigdata_x.py").write_text("build = {}")
+  monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+  corpus = read("stdlib")
+  assert {name for name, _ in everything(corpus)} == {"a.py"}
+  assert "latin.py: byte 5" in corpus.report
+  monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "python311.zip"))
+  with pytest.raises(ValueError, match="keeps no sources in .*python311.zip"):
+    read("stdlib")
+
+
+def test_a_document_keeps_its_side_when_others_go(tmp_path):
+  write_many(tmp_path)
+  before = read(tmp_path, holdout=0.3)
+  assert 15 <= len(before.heldout) <= 45 and len(everything(before)) == 100
+  for i in range(0, 100, 2):
+    (tmp_path / f"{i}.txt").unlink()
+  after = read(tmp_path, holdout=0.3)
+  assert set(after.heldout) <= set(before.heldout) and set(after.train) <= set(before.train)
+  larger = read(tmp_path, holdout=0.6)
+  assert set(after.heldout) < set(larger.heldout)
+
+
+@pytest.mark.parametrize("holdout", [1e-9, 1 - 1e-9])
+def test_neither_side_is_empty(tmp_path, holdout):
+  write_many(tmp_path, 5)
+  corpus = read(tmp_path, holdout=holdout)
+  assert sorted([len(corpus.train), len(corpus.heldout)]) == [1, 4]
+
+
+def test_a_single_document_is_split_at_a_line_break(tmp_path):
+  text = "".join(f"line {i}\n" for i in range(1000))
+  (tmp_path / "one.txt").write_text(text)
+  (train,), (heldout,) = (corpus := read(tmp_path / "one.txt", holdout=0.1)).train, corpus.heldout
+  assert train.text + heldout.text == text and train.text.endswith("\n")
+  assert 0.09 < len(heldout.text) / len(text) < 0.11
+
+
+@pytest.mark.parametrize("text", ["ab", "\n" + "a" * 99, "a" * 99 + "\n", "\n" * 100])
+@pytest.mark.parametrize("holdout", [0.01, 0.5, 0.99])
+def test_a_single_document_without_a_near_line_break_is_split_at_the_fraction(tmp_path, text, holdout):
+  (tmp_path / "one.txt").write_text(text)
+  (train,), (heldout,) = (corpus := read(tmp_path, holdout=holdout)).train, corpus.heldout
+  assert train.text + heldout.text == text and train.text and heldout.text
+  assert abs(len(heldout.text) - holdout * len(text)) <= 1
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.txt"])
+@pytest.mark.parametrize("limit", range(1, 12))
+def test_max_bytes_cuts_between_characters(tmp_path, name, limit):
+  text = "aé€😀z" * 5
+  (tmp_path / name).write_text(text if name == "r.txt" else json.dumps({"text": text}), encoding="utf-8")
+  if limit < 3:
+    with pytest.raises(ValueError, match="one character is too short"):
+      read(tmp_path, max_bytes=limit)
+    return
+  (train,), (heldout,) = (corpus := read(tmp_path, max_bytes=limit)).train, corpus.heldout
+  got = train.text + heldout.text
+  assert text.startswith(got) and limit - 4 < len(got.encode()) <= limit
+  assert f"stopped at data.max_bytes={limit}" in corpus.report
+
+
+def test_max_bytes_stops_between_documents_and_says_so_only_when_text_was_left(tmp_path):
+  write_many(tmp_path, 10)  # 6 bytes each
+  assert len(everything(corpus := read(tmp_path, max_bytes=30))) == 5 and "stopped" in corpus.report
+  assert len(everything(corpus := read(tmp_path, max_bytes=60))) == 10 and "stopped" not in corpus.report
+
+
+def test_links_are_not_followed(tmp_path):
+  (tmp_path / "secret.txt").write_text("secret")
+  (folder := tmp_path / "data").mkdir()
+  write_many(folder, 3)
+  (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+  (folder / "up").symlink_to(tmp_path)
+  corpus = read(folder)
+  assert {name for name, _ in everything(corpus)} == {"0.txt", "1.txt", "2.txt"}
+  assert "2 links not followed" in corpus.report
+
+
+def test_replacing_invalid_utf8_is_counted(tmp_path):
+  (tmp_path / "a.txt").write_bytes("a real \ufffd\n".encode() + b"caf\xe9 \xff\n")
+  (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": "half a pair \\ud800"}\n')
+  corpus = read(tmp_path, invalid_utf8="replace")
+  assert everything(corpus)[0].text == "a real \ufffd\ncaf\ufffd \ufffd\n"
+  assert everything(corpus)[1].text == "caf\ufffd"
+  assert "6 invalid UTF-8 sequences replaced" in corpus.report  # the half pair is three bytes
+
+
+PARQUET = pyarrow.BufferOutputStream()
+pyarrow.parquet.write_table(pyarrow.table({"id": [1], "gap": pyarrow.array([None], pyarrow.string())}), PARQUET)
+PARQUET = PARQUET.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+  ("name", "data", "message"),
+  [
+    ("a.txt", b"", r"data.source='.*a.txt': holds no text \(1 files?; 1 empty"),
+    ("a.jsonl", b"\n", "holds no text"),
+    ("a.bin", b"text", r"unknown ending, known are .txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet"),
+    ("a.txt", b"caf\xe9", "a.txt: byte 3 is not UTF-8.*invalid_utf8"),
+    ("a.txt", "text".encode("utf-16-le"), "a.txt: NUL at byte 1: a binary file"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "a.jsonl:2: byte 10 is not UTF-8"),
+    ("a.jsonl", b'{"text": "\\u0000"}', "a.jsonl:1: NUL"),
+    ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl:1: byte 0 is not UTF-8"),
+    ("a.jsonl", b'{"text": "a"}\n\n{"text": ', "a.jsonl:3: not JSON.*every line holds one object"),
+    ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not JSON"),
+    ("a.jsonl", b'["text"]', "a.jsonl:1: is a list; every line holds one object"),
+    ("a.jsonl", b'{"body": "a", "id": 1}', r"a.jsonl:1: no field 'text' \(data.text_field\); there are: body, id"),
+    ("a.jsonl", b"{}", "no field 'text'.*there are: none"),
+    ("a.jsonl", b'{"text": null}', "a.jsonl:1: field 'text' .*is NoneType, must be text"),
+    ("a.jsonl", b'{"text": 3}', "a.jsonl:1: field 'text' .*is int, must be text"),
+    ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-20], "a.jsonl.gz: truncated or damaged gzip"),
+    ("a.jsonl.gz", LINES, "a.jsonl.gz: truncated or damaged gzip"),
+    ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:12] + b"\xff" * 60, "a.jsonl.gz: truncated or damaged gzip"),
+    ("a.jsonl.zst", zst(LINES)[:-9], "a.jsonl.zst: truncated zstd"),
+    ("a.jsonl.zst", zst(LINES) + zst(LINES)[:-9], "a.jsonl.zst: truncated zstd"),
+    ("a.jsonl.zst", LINES, "a.jsonl.zst: damaged zstd"),
+    ("a.parquet", PARQUET, r"a.parquet: no field 'text' \(data.text_field\); there are: id, gap"),
+    ("a.parquet", PARQUET[:-9], "a.parquet: damaged parquet"),
+  ],
+)
+@pytest.mark.parametrize("whole_folder", [False, True])
+def test_bad_files(tmp_path, name, data, message, whole_folder):
+  (tmp_path / name).write_bytes(data)
+  if whole_folder and name == "a.bin":
+    message = "no file ends in .txt .md"
+  elif whole_folder:
+    message = message.replace("data.source='.*a.txt'", "data.source=.*")
+  with pytest.raises(ValueError, match=message):
+    read(tmp_path if whole_folder else tmp_path / name)
+
+
+@pytest.mark.parametrize(
+  ("field", "message"), [("gap", "a.parquet:0: field 'gap' .*NoneType"), ("id", "column 'id' .*must be text")]
+)
+def test_parquet_columns_that_hold_no_text(tmp_path, field, message):
+  (tmp_path / "a.parquet").write_bytes(PARQUET)
+  with pytest.raises(ValueError, match=message):
+    read(tmp_path, text_field=field)
+
+
+def test_missing_and_unreadable_paths(tmp_path, monkeypatch):
+  for source in (tmp_path / "nowhere", ""):
+    with pytest.raises(ValueError, match=r"data.source='.*no such file or folder"):
+      read(source)
+  (tmp_path / "a.txt").write_text("a")
+
+  def refuse(*_):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr(Path, "open", refuse)
+  with pytest.raises(ValueError, match="a.txt: cannot be read: Permission denied"):
+    read(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads every folder")
+def test_unreadable_folder(tmp_path):
+  (tmp_path / "closed").mkdir(mode=0)
+  with pytest.raises(ValueError, match="closed: cannot be read"):
+    read(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("name", "module", "extra"),
+  [("a.parquet", "pyarrow", "data"), ("a.jsonl.zst", "zstandard", "data"), ("hf:owner/set", "datasets", "hf")],
+)
+def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, name, module, extra):
+  monkeypatch.setitem(sys.modules, module, None)
+  (tmp_path / name.partition("/")[0]).write_bytes(b"")
+  with pytest.raises(ImportError, match=rf"needs {module}, .*jaxlm\[{extra}\]"):
+    read(name if name.startswith("hf:") else tmp_path / name)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+  """Stands in for the two libraries; the network is not ours to test."""
+
+  def load_dataset(name, *, split, streaming, revision):
+    assert (name, streaming, revision) == ("owner/set", True, "abc123")
+    if split != "validation":
+      raise ValueError(f"Bad split: {split}")
+    return iter([{"body": f"record {i}"} for i in range(20)])
+
+  api = types.SimpleNamespace(dataset_info=lambda name: types.SimpleNamespace(sha="abc123"))
+  monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+  monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=lambda: api))
+
+
+def test_hub_documents(hub):
+  corpus = read("hf:owner/set:validation", text_field="body")
+  assert Document("owner/set:validation:7", "record 7") in everything(corpus) and len(everything(corpus)) == 20
+  assert "revision abc123" in corpus.report
+  assert len(everything(read("hf:owner/set:validation", text_field="body", max_bytes=20))) == 3
+
+
+def test_hub_errors(hub):
+  with pytest.raises(ValueError, match="data.source='hf:owner/set': Bad split: train"):
+    read("hf:owner/set")
+  with pytest.raises(ValueError, match="hf:owner/set:validation:0: no field 'text' .*there are: body"):
+    read("hf:owner/set:validation")

@@ -1,0 +1,129 @@
+"""Cached decoding equals the full forward pass."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.config import ModelConfig, RopeConfig
+from jaxlm.decode import init_cache
+from jaxlm.models import Transformer
+
+T, B = 13, 2
+PLAIN = ModelConfig(V=32, D=16, F=24, N=4, K=2, H=4, layers=4, attention=("window", "full"), window=4, scan="always")
+
+
+def rope(config, scaling, **options):
+  return dataclasses.replace(config, rope=RopeConfig(scaling=scaling, factor=4.0, **options))
+
+
+CONFIGS = {
+  "window and full layers": PLAIN,
+  "unrolled": dataclasses.replace(PLAIN, layers=2, scan="never"),
+  "yarn": rope(PLAIN, "yarn", original_length=8),
+  "dynamic, within its length": rope(PLAIN, "dynamic", original_length=T),
+  "dynamic, one layer, beyond": rope(
+    dataclasses.replace(PLAIN, layers=1, attention=("full",)), "dynamic", original_length=4
+  ),
+  "dynamic, one window layer, beyond": rope(
+    dataclasses.replace(PLAIN, layers=1, attention=("window",)), "dynamic", original_length=4
+  ),
+}
+IDS_BT = np.random.default_rng(0).integers(0, 32, (B, T)).astype(np.int32)
+
+
+@functools.cache
+def init(config):
+  return jax.jit(Transformer(config).init)(jax.random.key(1), IDS_BT)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def full(config, params, ids_BT):
+  return Transformer(config).apply(params, ids_BT)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def cached(config, params, ids_BT, positions, cache):
+  return Transformer(config).apply(params, ids_BT, positions=positions, cache=cache)
+
+
+def run_in_pieces(config, pieces, room=T + 2):
+  """Logits of each piece of IDS_BT, all written into one cache."""
+  cache = jax.device_get(init_cache(config, B, room))
+  start, outs = 0, []
+  for size in pieces:
+    positions = np.broadcast_to(np.arange(start, start + size), (B, size))
+    logits_BTV, cache = cached(config, init(config), IDS_BT[:, start : start + size], positions, cache)
+    outs.append(np.asarray(logits_BTV))
+    start += size
+  return outs
+
+
+def full_logits(config, lengths):
+  """Logits [B, V] at the last of `length` positions; under dynamic scaling each length is a pass of its own."""
+  if config.rope.scaling != "dynamic":
+    logits_BTV = full(config, init(config), IDS_BT)
+    return [np.asarray(logits_BTV[:, length - 1]) for length in lengths]
+  return [np.asarray(full(config, init(config), IDS_BT[:, :length])[:, -1]) for length in lengths]
+
+
+@pytest.mark.parametrize("prefill", [1, 5, T - 1])
+@pytest.mark.parametrize("name", ["window and full layers", "unrolled", "yarn"])
+def test_prefill_and_single_steps_equal_the_full_pass(name, prefill):
+  config = CONFIGS[name]
+  outs = run_in_pieces(config, [prefill] + [1] * (T - prefill))
+  want_BTV = full(config, init(config), IDS_BT)
+  np.testing.assert_allclose(np.concatenate(outs, axis=1), want_BTV, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("dynamic")])
+def test_dynamic_scaling_follows_the_length(name):
+  """Each step equals a full pass of just its length: keys are rotated for the length that reads them."""
+  config = CONFIGS[name]
+  lengths = (4, 5, T)
+  outs = run_in_pieces(config, [3] + [1] * (T - 3))
+  for length, want in zip(lengths, full_logits(config, lengths)):
+    np.testing.assert_allclose(outs[length - 3][:, -1], want, atol=1e-4, err_msg=f"length {length}")
+
+
+def test_dynamic_scaling_is_at_work_beyond_its_length():
+  config = CONFIGS["dynamic, one layer, beyond"]
+  plain = dataclasses.replace(config, rope=RopeConfig())
+  dynamic, unscaled = (full(c, init(config), IDS_BT) for c in (config, plain))
+  assert np.abs(np.asarray(dynamic - unscaled)).max() > 1e-3
+
+
+def test_prefill_in_pieces_equals_prefill_at_once():
+  got = np.concatenate(run_in_pieces(PLAIN, [4, 3, 5, 1]), axis=1)
+  np.testing.assert_allclose(got, run_in_pieces(PLAIN, [T])[0], atol=1e-4)
+
+
+def test_what_stands_in_unwritten_slots_is_never_read():
+  clean = run_in_pieces(PLAIN, [5, 1])
+  dirty = jax.tree.map(lambda x: np.full_like(x, 50.0), jax.device_get(init_cache(PLAIN, B, T + 2)))
+  positions = np.broadcast_to(np.arange(5), (B, 5))
+  logits_BTV, cache = cached(PLAIN, init(PLAIN), IDS_BT[:, :5], positions, dirty)
+  np.testing.assert_allclose(logits_BTV, clean[0], atol=1e-6)
+  logits_BTV, _ = cached(PLAIN, init(PLAIN), IDS_BT[:, 5:6], np.full((B, 1), 5), cache)
+  np.testing.assert_allclose(logits_BTV, clean[1], atol=1e-6)
+
+
+def test_rows_may_be_at_different_positions():
+  """Row 0 at position 7, row 1 at position 3: each equals its own sequence."""
+  cache = jax.device_get(init_cache(PLAIN, B, T + 2))
+  positions = np.broadcast_to(np.arange(12), (B, 12))
+  _, cache = cached(PLAIN, init(PLAIN), IDS_BT[:, :12], positions, cache)
+  at = np.array([7, 3])
+  ids_B1 = np.take_along_axis(IDS_BT, at[:, None], axis=1)
+  logits_B1V, _ = cached(PLAIN, init(PLAIN), ids_B1, at[:, None], cache)
+  want_BTV = np.asarray(full(PLAIN, init(PLAIN), IDS_BT))
+  np.testing.assert_allclose(logits_B1V[:, 0], want_BTV[np.arange(B), at], atol=1e-4)
+
+
+def test_cache_holds_as_many_bytes_as_its_formula():
+  for dtype, width in (("float32", 4), ("bfloat16", 2)):
+    cache = init_cache(dataclasses.replace(PLAIN, dtype=dtype), batch=3, length=20)
+    stored = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert stored == 2 * PLAIN.layers * 3 * 20 * PLAIN.K * PLAIN.H * width

@@ -1,0 +1,99 @@
+"""Parameter and FLOP counts against published sizes, hand counts and a traced program."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxlm.config import ModelConfig
+from jaxlm.scaling.flops import parameter_count, train_flops_per_token
+
+SMALL = ModelConfig(D=16, F=48, N=4, K=2, H=12, V=40, layers=2, attention=("window", "full"), window=5)
+
+
+def test_parameters_by_hand():
+  # One block: q 16*48, k and v 16*24 each, o 48*16, gate, up and down 16*48 each, two norms of 16.
+  block = 768 + 384 + 384 + 768 + 3 * 768 + 32
+  counted = parameter_count(SMALL)
+  assert counted == (640, 2 * block, 16 + 640)
+  assert counted.total == 640 + 2 * block + 656
+  tied = parameter_count(dataclasses.replace(SMALL, tied=True))
+  assert tied == (640, 2 * block, 16) and tied.total == counted.total - 640
+
+
+@pytest.mark.parametrize(
+  "config, total",
+  [
+    (ModelConfig(D=4096, F=11008, N=32, K=32, H=128, V=32000, layers=32), 6_738_415_616),  # Llama 2 7B
+    (ModelConfig(D=4096, F=14336, N=32, K=8, H=128, V=128256, layers=32), 8_030_261_248),  # Llama 3 8B
+  ],
+)
+def test_parameters_of_published_models(config, total):
+  assert parameter_count(config).total == total
+
+
+def test_flops_by_hand():
+  config = ModelConfig(D=64, F=168, N=4, K=4, H=16, V=256, layers=3)
+  body, head = 145_920, 16_384
+  assert train_flops_per_token(config, 128) == 6 * (body + head) + 3 * 6 * 64 * 129
+  assert train_flops_per_token(config, 1) == 6 * (body + head) + 3 * 12 * 64
+  assert train_flops_per_token(dataclasses.replace(config, tied=True), 128) == train_flops_per_token(config, 128)
+
+
+def test_a_window_limits_the_keys_per_query():
+  full = ModelConfig(layers=1)
+  one_layer = {w: dataclasses.replace(full, attention=("window",), window=w) for w in (1, 3, 10, 11)}
+  base = train_flops_per_token(full, 10) - 12 * 128 * 5.5
+  assert train_flops_per_token(one_layer[1], 10) == pytest.approx(base + 12 * 128)
+  assert train_flops_per_token(one_layer[3], 10) == pytest.approx(base + 12 * 128 * (1 + 2 + 8 * 3) / 10)
+  assert train_flops_per_token(one_layer[10], 10) == train_flops_per_token(full, 10)
+  assert train_flops_per_token(one_layer[11], 10) == train_flops_per_token(full, 10)
+
+
+def linear_decoder(config, T):
+  """The decoder's matmuls alone, each query meeting only the keys it sees; and arguments for it."""
+  D, F, N, K, H = config.D, config.F, config.N, config.K, config.H
+  shapes = {"q": (D, N, H), "k": (D, K, H), "v": (D, K, H), "o": (N, H, D), "g": (D, F), "u": (D, F), "d": (F, D)}
+
+  def loss(x_TD, blocks, head_DV):
+    for kind, w in zip(config.attention, blocks):
+      q_TKGH = jnp.einsum("td,dnh->tnh", x_TD, w["q"]).reshape(T, K, N // K, H)
+      k_TKH, v_TKH = jnp.einsum("td,dkh->tkh", x_TD, w["k"]), jnp.einsum("td,dkh->tkh", x_TD, w["v"])
+      rows = []
+      for t in range(T):
+        seen = slice(max(0, t + 1 - config.window) if kind == "window" else 0, t + 1)
+        a_KGS = jnp.einsum("kgh,skh->kgs", q_TKGH[t], k_TKH[seen])
+        rows.append(jnp.einsum("kgs,skh->kgh", a_KGS, v_TKH[seen]))
+      x_TD = jnp.einsum("tnh,nhd->td", jnp.stack(rows).reshape(T, N, H), w["o"])
+      x_TD = (x_TD @ w["g"] + x_TD @ w["u"]) @ w["d"]
+    return jnp.sum((x_TD @ head_DV) ** 2)
+
+  blocks = [{name: jnp.ones(shape) for name, shape in shapes.items()} for _ in config.attention]
+  return loss, (jnp.ones((T, D)), blocks, jnp.ones((D, config.V)))
+
+
+def matmul_flops(jaxpr):
+  """2 x output entries x contracted entries, summed over the dots of a traced program."""
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      left, out = equation.invars[0].aval, equation.outvars[0].aval
+      total += 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
+    elif "jaxpr" in equation.params:
+      total += matmul_flops(equation.params["jaxpr"].jaxpr)
+  return total
+
+
+@pytest.mark.parametrize("T", [3, 16])
+def test_flops_equal_the_dots_of_a_traced_training_step(T):
+  loss, arguments = linear_decoder(SMALL, T)
+  step = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arguments)
+  assert matmul_flops(step.jaxpr) == T * train_flops_per_token(SMALL, T)
+
+
+def test_bad_length_is_named():
+  with pytest.raises(ValueError, match="length=0: must be at least 1"):
+    train_flops_per_token(SMALL, 0)

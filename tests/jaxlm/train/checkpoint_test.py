@@ -1,0 +1,98 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.train.checkpoint import (
+  Checkpoints,
+  checkpoint_path,
+  finished_steps,
+  newest_sound,
+  restore,
+  restore_params,
+  set_aside_after,
+)
+from jaxlm.train.step import TrainState
+from sharding import MeshConfig, make_mesh
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+  with jax.set_mesh(make_mesh(MeshConfig(data=1))):
+    yield
+
+
+def state_at(step: int, ema: bool = False) -> TrainState:
+  weights = {"w": np.full((4, 3), step, np.float32)}
+  average = {"w": np.full((4, 3), -step, np.float32)} if ema else None
+  on_mesh = jax.jit(lambda: (jnp.int32(step), weights, (jnp.float32(0.5),), average, jax.random.key(step)))()
+  return TrainState(*on_mesh)
+
+
+def save(folder, steps, *, ema=False, **options) -> None:
+  checkpoints = Checkpoints(folder, **options)
+  for step in steps:
+    checkpoints.save(state_at(step, ema), {"next_index": 10 * step})
+  checkpoints.close()
+
+
+def test_the_newest_are_kept_and_every_kth_besides(tmp_path):
+  save(tmp_path, range(1, 8), keep=2, keep_every=3)
+  assert finished_steps(tmp_path) == [3, 6, 7]
+
+
+def test_without_keep_every_only_the_newest_are_kept(tmp_path):
+  save(tmp_path, range(1, 5), keep=1)
+  assert finished_steps(tmp_path) == [4]
+
+
+def test_everything_comes_back(tmp_path):
+  save(tmp_path, [3], keep=1, ema=True)
+  state, position = restore(checkpoint_path(tmp_path, 3), jax.eval_shape(lambda: state_at(0, ema=True)))
+  assert int(state.step) == 3 and position == {"next_index": 30}
+  np.testing.assert_array_equal(state.params["w"], 3)
+  np.testing.assert_array_equal(state.ema["w"], -3)
+  assert float(state.opt_state[0]) == 0.5
+  assert jax.random.key_data(state.key).tolist() == jax.random.key_data(jax.random.key(3)).tolist()
+
+
+@pytest.mark.parametrize("ema, want", [(True, -3), (False, 3)])
+def test_weights_for_use_are_the_moving_average_where_there_is_one(tmp_path, ema, want):
+  save(tmp_path, [3], keep=1, ema=ema)
+  weights = restore_params(checkpoint_path(tmp_path, 3), jax.eval_shape(lambda: state_at(0)).params)
+  np.testing.assert_array_equal(weights["w"], want)
+
+
+def test_unsound_checkpoints_are_passed_over_and_set_aside_only_by_a_resumed_run(tmp_path):
+  save(tmp_path, [1, 2, 3], keep=3)
+  (checkpoint_path(tmp_path, 3) / "manifest.json").unlink()
+  array = max(checkpoint_path(tmp_path, 2).rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+  array.write_bytes(bytes([array.read_bytes()[0] ^ 64]) + array.read_bytes()[1:])
+  assert newest_sound(tmp_path) == 1
+  assert {path.name for path in tmp_path.iterdir()} == {"00000001", "00000002", "00000003"}
+  set_aside_after(tmp_path, 1)
+  assert {path.name for path in tmp_path.iterdir()} == {"00000001", "00000002.unsound", "00000003.unsound"}
+  save(tmp_path, [2], keep=3)
+  (checkpoint_path(tmp_path, 2) / "manifest.json").unlink()
+  set_aside_after(tmp_path, 1)
+  assert (tmp_path / "00000002.unsound1").is_dir()  # an earlier one is not overwritten
+
+
+def test_what_goes_wrong_while_writing_is_raised_by_the_next_call(tmp_path, monkeypatch):
+  def full_disk(folder):
+    raise OSError("disk full")
+
+  monkeypatch.setattr("jaxlm.train.checkpoint.write_manifest", full_disk)
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  checkpoints.save(state_at(1), {})
+  with pytest.raises(OSError, match="disk full"):
+    checkpoints.wait()
+  checkpoints.close()  # said once
+  assert finished_steps(tmp_path) == []
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path):
+  for folder in (tmp_path, tmp_path / "missing"):
+    assert finished_steps(folder) == []
+    with pytest.raises(FileNotFoundError, match="no checkpoint that verifies"):
+      newest_sound(folder)

@@ -1,0 +1,148 @@
+"""What the compiled training step sends between devices, and in which loop: micro-batches are one, layers another."""
+
+import collections
+import dataclasses
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import pytest
+
+from jaxlm.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+from jaxlm.train import accumulate
+from jaxlm.train.step import init_state
+
+# Every weight matrix has a shape of its own, and none that of an activation [2, 8, 16].
+LENGTH = 8
+MODEL = ModelConfig(V=48, D=16, F=40, N=4, K=2, H=8, layers=4, scan="always")
+DATA, FSDP, TENSOR = MeshConfig(), MeshConfig(data=1, fsdp=8), MeshConfig(data=1, tensor=2, fsdp=4)
+
+
+def config_on(mesh: MeshConfig, model: ModelConfig = MODEL) -> TrainConfig:
+  batch = 8 * mesh.resolve(8)["data"] * mesh.resolve(8)["fsdp"]  # 4 micro-batches of 2 rows per device
+  return TrainConfig(batch=batch, accumulate=4, model=model, data=DataConfig(length=LENGTH), mesh=mesh)
+
+
+class Collective(NamedTuple):
+  kind: str
+  depth: int  # loops around it
+  shape: tuple[int, ...]  # of one result, on one device
+
+
+_LINE = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+_SCATTER = re.compile(r" = (.*?) fusion\(.*calls=%all-reduce-scatter")  # how the TPU compiler writes reduce-scatter
+
+
+def collectives(text: str) -> list[Collective]:
+  """Of a compiled program, but for those among single devices."""
+  found, inside_scatter = [], False
+  for line in text.splitlines():
+    if not line.startswith(" "):
+      inside_scatter = line.startswith("%all-reduce-scatter")
+    match = _LINE.search(line)
+    kind = match and match[2]
+    if match is None and (match := _SCATTER.search(line)):
+      kind = "reduce-scatter"
+    if match is None or inside_scatter or _group_size(line) == 1:
+      continue
+    depth = re.search(r'op_name="([^"]*)"', line)[1].split(";")[0].count("while/body")
+    for dims in re.findall(r"\w+\[([\d,]*)\]", match[1]):
+      found.append(Collective(kind, depth, tuple(int(d) for d in dims.split(",") if d)))
+  return found
+
+
+def _group_size(line: str) -> int | None:
+  """Devices per group, where the line lists its groups one by one, or names the mesh axes that they span."""
+  if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+    return len(groups[1].split(","))
+  if mesh := re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", line):
+    sizes = dict(axis.split("=") for axis in mesh[1].split(","))
+    return math.prod(int(sizes[axis]) for axis in mesh[2].split(","))
+  return None
+
+
+def local_shapes(config: TrainConfig) -> list[tuple[int, ...]]:
+  """Each parameter's shape on one device."""
+  with jax.set_mesh(jax.make_mesh(*zip(*[(size, name) for name, size in config.mesh.resolve(8).items()]))):
+    params = jax.eval_shape(lambda: init_state(config)).params
+    return [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(params)]
+
+
+def gathered_matrices(tensor: int) -> list[tuple[int, ...]]:
+  """The seven matrices of a block as one device uses them, gathered over fsdp and still split over `tensor`."""
+  D, F, NH, KH = MODEL.D, MODEL.F // tensor, MODEL.N * MODEL.H // tensor, MODEL.K * MODEL.H // tensor
+  return sorted([(D, NH), (D, KH), (D, KH), (NH, D), (D, F), (D, F), (F, D)])
+
+
+def test_each_gradient_crosses_the_data_axis_once_and_in_no_loop(lower_step):
+  config = config_on(DATA)
+  found = collectives(lower_step(config).compile().as_text())
+  assert {c.kind for c in found} == {"all-reduce"}
+  in_loops = [c for c in found if c.depth > 0]
+  assert all(c.shape == () for c in in_loops), in_loops  # the two sums of a Weighted, at most
+  crossing = collections.Counter(c.shape for c in found if c.depth == 0 and c.shape)
+  assert crossing == collections.Counter(local_shapes(config))
+
+
+def test_the_count_notices_gradients_reduced_in_every_layer_of_every_micro_batch(lower_step, monkeypatch):
+  monkeypatch.setattr(accumulate, "defer_reduction", lambda params: params)
+  found = collectives(lower_step(config_on(DATA)).compile().as_text())
+  sizes = collections.Counter(math.prod(c.shape) for c in found if c.depth == 2)  # the compiler may transpose them
+  assert sizes >= collections.Counter(math.prod(shape) for shape in gathered_matrices(tensor=1))
+
+
+@pytest.mark.slow
+def test_fsdp_gathers_weights_in_the_layer_loop(lower_step):
+  config = config_on(FSDP)
+  found = collectives(lower_step(config).compile().as_text())
+  gathers = collections.Counter((c.shape, c.depth) for c in found if c.kind == "all-gather")
+  # inner loops: one micro-batch stands before the loop over the others, so each depth has the layers once
+  for depth in (1, 2):
+    assert sorted(shape for shape, d in gathers.elements() if d == depth and shape in gathered_matrices(1)) == (
+      gathered_matrices(1)
+    )
+  activations = [c for c in found if len(c.shape) == 3 and c.shape[0] == 2]
+  assert not activations  # FSDP sends weights and their gradients, never activations
+
+
+@pytest.mark.slow
+def test_tensor_with_sequence_parallel_norms_sends_two_gathers_and_two_reductions_per_block_and_direction(lower_step):
+  """Norms and residuals hold T / tensor positions: a block gathers T before attention and before the feed-forward, and
+  sums each output into its part of T (reduce-scatter; on CPU an all-reduce). Backward does the same the other way."""
+  config = config_on(TENSOR)
+  found = collectives(lower_step(config).compile().as_text())
+  activation = (2, LENGTH, MODEL.D)
+  for depth in (1, 2):
+    kinds = collections.Counter(c.kind for c in found if c.depth == depth and c.shape == activation)
+    outside = 1 if depth == 1 else 0  # before the head: once per micro-batch, in the outer loop
+    assert kinds == {"all-gather": 4 + outside, "all-reduce": 4 + outside}
+  weights = sorted(
+    c.shape for c in found if c.kind == "all-gather" and c.depth == 2 and c.shape in gathered_matrices(2)
+  )
+  assert weights == gathered_matrices(2)
+
+
+@pytest.mark.slow
+def test_on_tpu_each_gradient_crosses_the_data_axis_once_and_in_no_loop(lower_step, tpu_devices):
+  config = config_on(DATA)
+  found = collectives(lower_step(config, tpu_devices).compile().as_text())
+  assert not [c for c in found if c.depth > 0 and c.shape]
+  assert collections.Counter(c.shape for c in found if c.shape) == collections.Counter(local_shapes(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [FSDP, TENSOR], ids=lambda mesh: mesh.describe())
+def test_on_tpu_the_gradients_of_a_block_are_reduce_scattered_where_it_makes_them(lower_step, tpu_devices, mesh):
+  # smaller arrays than these the compiler does not scatter
+  config = config_on(mesh, dataclasses.replace(MODEL, D=128, F=256, H=32, V=384))
+  found = collectives(lower_step(config, tpu_devices).compile().as_text())
+  blocks = collections.Counter(math.prod(shape[1:]) for shape in local_shapes(config) if len(shape) == 3)
+  for depth in (1, 2):  # the first micro-batch, and the loop over the others
+    scattered = collections.Counter(
+      math.prod(c.shape) for c in found if c.kind == "reduce-scatter" and c.depth == depth
+    )
+    assert scattered >= blocks
+  # a norm's gradient stays unsummed until the end of the step
+  norms = [c for c in found if c.shape in ((128,), (MODEL.layers, 128))]
+  assert len(norms) == 3 and {c.depth for c in norms} == {0}

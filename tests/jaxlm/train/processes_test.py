@@ -1,0 +1,100 @@
+"""Two processes that share a run see the same batches and compute the same losses as one."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxlm.train.checkpoint import finished_steps
+from jaxlm.train.run_folder import RunFolder, read_records
+
+FLAGS = (
+  "--steps 6 --save_every 3 --eval_every 3 --eval_batches 2 --batch 8 --accumulate 2 --keep 5 --optimizer.warmup 1 "
+  "--model.D 16 --model.F 16 --model.H 8 --data.length 32 --data.layout packed --mesh.data 2 --mesh.fsdp 2"
+).split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+  folder = tmp_path_factory.mktemp("processes")
+  (folder / "text").mkdir()
+  for index in range(40):
+    (folder / "text" / f"{index}.py").write_text(f"def f{index}(x):\n  return x + {index}\n" * (1 + index % 3))
+  return folder
+
+
+def run(folder: Path, *arguments: str, processes: int, status: int = 0) -> list[str]:
+  """The command in so many processes with 4 devices together; what each printed. The first ends with this status."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": str(4 // processes),
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "PYTHONPATH": os.pathsep.join(sys.path),
+  }
+  started = []
+  for index in range(processes):
+    if processes > 1:
+      environment |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes)}
+      environment |= {"JAX_PROCESS_ID": str(index)}
+    command = [sys.executable, "-m", "jaxlm", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    started.append(subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes))
+  printed = [process.communicate(timeout=280)[0] for process in started]
+  assert started[0].returncode == status, printed[0]
+  assert all((process.returncode == 0) == (status == 0) for process in started), printed[-1]
+  return printed
+
+
+@pytest.fixture(scope="module")
+def runs(folder) -> tuple[RunFolder, RunFolder, list[str]]:
+  train = ["train", "micro", "--data.source", "text", *FLAGS]
+  run(folder, *train, "--run", "one", processes=1)
+  printed = run(folder, *train, "--run", "two", processes=2)
+  return RunFolder(folder / "one"), RunFolder(folder / "two"), printed
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(runs):
+  one, two, _ = runs
+  for records in (RunFolder.metrics, RunFolder.evals):
+    want, got = (list(read_records(records.fget(folder))) for folder in (one, two))
+    assert [record["step"] for record in got] == [record["step"] for record in want] != []
+    for name in ("loss", "tokens", "grad_norm", "heldout_loss"):
+      if name in want[0]:
+        np.testing.assert_allclose(
+          *([record[name] for record in side] for side in (got, want)), rtol=1e-6, err_msg=name
+        )
+
+
+@pytest.mark.slow
+def test_one_process_speaks_and_both_write_the_checkpoints(runs):
+  _, two, printed = runs
+  assert "held-out loss" in printed[0] and "held-out loss" not in printed[1]
+  assert finished_steps(two.checkpoints) == [3, 6]
+
+
+@pytest.mark.slow
+def test_runs_go_on_with_another_number_of_processes(runs, folder):
+  """What two processes saved one resumes, and the other way round: both end alike."""
+  one, two, _ = runs
+  run(folder, "resume", "two", "--steps", "8", processes=1)
+  run(folder, "resume", "one", "--steps", "8", processes=2)
+  want, got = ([record["loss"] for record in read_records(run.metrics)] for run in (one, two))
+  assert len(want) == 8
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_refusal_ends_all_processes(runs, folder):
+  """Only the first process looks into the folder; the others must not wait for it forever."""
+  arguments = ["train", "micro", "--data.source", "text", *FLAGS, "--run", "one"]
+  printed = run(folder, *arguments, processes=2, status=2)
+  assert "must be a new or empty folder" in printed[0] and "Traceback" not in printed[0]
+  assert "the main process stopped the run" in printed[1]

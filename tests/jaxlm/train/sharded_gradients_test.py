@@ -1,0 +1,91 @@
+"""On every mesh, loss and each gradient equal one device's."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+from jaxlm.data.packing import Batch, join, pack
+from jaxlm.train.accumulate import accumulated_gradients
+from jaxlm.train.step import batch_loss, init_state
+from sharding import make_mesh
+from sharding.batches import globalize
+
+MESHES = [
+  MeshConfig(data=8),
+  MeshConfig(data=1, fsdp=8),
+  MeshConfig(data=1, tensor=2, fsdp=4),
+  MeshConfig(data=2, fsdp=2, tensor=2),
+]
+SCANNED = TrainConfig(
+  batch=16,
+  accumulate=2,
+  z_loss=1e-2,
+  model=ModelConfig(
+    V=32, D=16, F=24, N=4, K=2, H=4, layers=4, attention=("window", "full"), window=4, scan="always", remat="full"
+  ),
+  data=DataConfig(length=16, layout="packed"),
+)
+UNROLLED = dataclasses.replace(
+  SCANNED,
+  accumulate=1,
+  model=dataclasses.replace(SCANNED.model, layers=2, scan="never", remat="none", tied=True),
+)
+
+
+@functools.cache
+def packed_batch() -> Batch:
+  """Rows of several segments with different amounts of padding, and one row of padding alone."""
+  draw = np.random.default_rng(0)
+  documents = [draw.integers(1, 32, size) for size in draw.integers(1, 10, 40)]
+  tokens_S, borders_D = join(documents, eos=0, dtype=np.dtype(np.int64))
+  rows = pack(tokens_S, borders_D, 16)
+  batch = rows.take(np.arange(len(rows) - 15, len(rows) + 1))
+  tokens_B = batch.weights_BT.sum(1)
+  assert tokens_B[-1] == 0 and len(set(tokens_B)) > 3 and batch.segment_ids_BT.max() > 2
+  return batch
+
+
+def loss_and_gradients(config, params, batch):
+  grads, loss = accumulated_gradients(functools.partial(batch_loss, config), params, batch, config.accumulate)
+  return loss.mean(), loss.den, grads
+
+
+@functools.cache
+def run(config: TrainConfig, mesh: MeshConfig):
+  """(parameters, (loss, tokens, gradients)) on a mesh, as numpy, and whether gradients lie like their parameters."""
+  with jax.set_mesh(make_mesh(mesh)):
+    params = jax.jit(init_state, static_argnums=0)(config).params
+    results = jax.jit(loss_and_gradients, static_argnums=0)(config, params, globalize(packed_batch(), config.batch))
+    alike = jax.tree.map(lambda g, w: g.sharding.spec == w.sharding.spec, results[2], params)
+    return jax.device_get((params, results)), alike
+
+
+QUICK = (MESHES[0], MESHES[3])
+
+
+def cases(name: str, config: TrainConfig, quick) -> list:
+  return [
+    pytest.param(config, mesh, id=f"{name}, {mesh.describe()}", marks=() if mesh in quick else pytest.mark.slow)
+    for mesh in MESHES
+  ]
+
+
+@pytest.mark.parametrize("config, mesh", cases("scanned", SCANNED, QUICK) + cases("unrolled, tied", UNROLLED, ()))
+def test_loss_and_every_gradient_equal_one_devices(config, mesh):
+  (want_params, (want_loss, want_tokens, want_grads)), _ = run(config, MeshConfig(data=1))
+  (params, (loss, tokens, grads)), alike = run(config, mesh)
+  jax.tree.map(np.testing.assert_array_equal, params, want_params)  # the same seed gives the same weights everywhere
+  assert all(jax.tree.leaves(alike))
+  assert tokens == want_tokens == packed_batch().weights_BT.sum()
+  assert loss == pytest.approx(want_loss, rel=1e-6)
+
+  def compare(path, got, want):
+    name = jax.tree_util.keystr(path)
+    assert np.abs(want).max() > 0, name
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(1, np.abs(want).max()), err_msg=name)
+
+  jax.tree_util.tree_map_with_path(compare, grads, want_grads)

@@ -1,0 +1,62 @@
+"""What README and the notebook show works as shown."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def run(arguments: list[str], folder: Path) -> str:
+  finished = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300)
+  assert finished.returncode == 0, finished.stdout + finished.stderr
+  return finished.stdout
+
+
+@pytest.mark.slow
+def test_the_python_example_runs(tmp_path):
+  (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+  assert len([line for line in example.splitlines() if line and not line.startswith(("from", "import"))]) <= 10
+  printed = run([sys.executable, "-c", example], tmp_path)
+  assert float(re.search(r"held-out text: ([\d.]+) bits per byte", printed)[1]) < 4.5
+  records = [json.loads(line) for line in (tmp_path / "runs/example/metrics.jsonl").open()]
+  for key in records[0]:
+    assert f"`{key}`" in README
+
+
+@pytest.mark.slow
+def test_the_commands_run_as_written_but_smaller(tmp_path):
+  commands = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    jaxlm ")]
+  assert [shlex.split(command)[1] for command in commands] == ["train", "resume", "sample", "eval", "convert"]
+  smaller = {
+    "train": "--steps 4 --model.D 32 --model.F 32 --model.H 8 --batch 2 --data.length 32 --optimizer.warmup 1",
+    "resume": "--steps 6",
+    "sample": "--max-new 5",
+    "eval": "--batches 1",
+    "convert": "",
+  }
+  for command in commands:
+    words = shlex.split(command)
+    run([sys.executable, "-m", "jaxlm", *words[1:], *shlex.split(smaller[words[1]])], tmp_path)
+  written = [path.name + "/" * path.is_dir() for path in (tmp_path / "runs/mine").iterdir()]
+  assert "loss.png" in written
+  assert (tmp_path / "out/model.safetensors").is_file()
+  assert [name for name in written if f"`{name}`" not in README] == []
+
+
+@pytest.mark.slow
+def test_the_notebook_runs():
+  nbformat = pytest.importorskip("nbformat")
+  nbclient = pytest.importorskip("nbclient")
+  notebook = nbformat.read(ROOT / "notebooks/first_run.ipynb", as_version=4)
+  first = notebook.cells.pop(1)  # the package is installed already
+  assert "install" in first.metadata.tags and "jaxlm[plot] @ git+" in first.source
+  nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+  outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+  assert any("image/png" in output.get("data", {}) for output in outputs)
