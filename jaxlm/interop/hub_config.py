@@ -1,0 +1,181 @@
+"""Reading config.json of Llama, Qwen2, Qwen3 and Gemma 2 checkpoints, as transformers up to 4 and as 5 write it.
+
+Defaults of missing keys are those of the configuration classes of transformers 5.23.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxlm.config import ModelConfig
+from jaxlm.interop.fields import Fields
+from jaxlm.interop.hub_rope import read_rope
+from jaxlm.interop.strict_json import read_object
+
+MAX_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """What a family fixes, and the defaults of the keys that it reads."""
+
+  architecture: str
+  switches: dict[str, Any]
+  kv_heads: int | None = None
+  head_dim: int | None = None
+  max_length: int = 32768
+  activation_key: str = "hidden_act"
+  activation: str = "silu"
+  tied: bool = False
+  bias_key: bool = True
+  """attention_bias says whether q, k, v and o have biases"""
+  windows: str = "none"
+  """which layers have windows: none, some ("use_sliding_window"), even ("layer_types" alternate by default)"""
+  divides: bool = False
+  """hidden_size must be a multiple of the heads, whatever head_dim is"""
+
+
+_GEMMA = {"norm_offset": 1, "post_norms": True, "embed_scale": "root_width"}
+FAMILIES = {
+  "llama": Family("LlamaForCausalLM", {}, max_length=2048, divides=True),
+  "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}, kv_heads=32, bias_key=False, windows="some"),
+  "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}, kv_heads=32, head_dim=128, windows="some"),
+  "gemma2": Family(
+    "Gemma2ForCausalLM",
+    _GEMMA,
+    kv_heads=4,
+    head_dim=256,
+    max_length=8192,
+    activation_key="hidden_activation",
+    activation="gelu_pytorch_tanh",
+    tied=True,
+    windows="even",
+    divides=True,
+  ),
+}
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+Kind = Literal["full", "window"]
+KINDS: dict[str, Kind] = {"full_attention": "full", "sliding_attention": "window"}
+# These change no number of the forward or backward pass: book-keeping, generation, initialisation, how to compute.
+_HARMLESS = (
+  "_name_or_path transformers_version use_cache cache_implementation pretraining_tp initializer_range "
+  "bos_token_id eos_token_id pad_token_id"
+).split()
+MAX_LAYERS = 4096
+
+
+def read_config(path: Path) -> tuple[ModelConfig, str | None]:
+  """(configuration, type of the weights as stated) of a config.json.
+
+  Raises ValueError, naming file, key and rule, for an unknown architecture, a key that is unknown or contradicts
+  another and may change the numbers, and values that no such model can have.
+  """
+  return parse_config(read_object(path, MAX_BYTES), str(path))
+
+
+def parse_config(values: dict[str, Any], where: str) -> tuple[ModelConfig, str | None]:
+  """As `read_config`, of the parsed file; errors begin with `where`."""
+  fields = Fields(values, where)
+  name = fields.take("model_type", str)
+  if name not in FAMILIES:
+    raise fields.fail("model_type", name, f"must be one of {', '.join(FAMILIES)}")
+  family = FAMILIES[name]
+  fields.expect("architectures", [family.architecture], f"must be [{family.architecture!r}] for model_type {name!r}")
+  try:
+    config = ModelConfig(**_read_model(fields, family, where))
+    dtype = _read_dtype(fields)
+    fields.finish(_HARMLESS)
+  except ValueError as error:
+    raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
+  return config, dtype
+
+
+def _read_model(fields: Fields, family: Family, where: str) -> dict[str, Any]:
+  D, N = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
+  head_dim = fields.take("head_dim", int, family.head_dim, optional=True)
+  if D % N and (family.divides or head_dim is None):
+    raise fields.fail("hidden_size", D, f"must be a multiple of num_attention_heads={N}")
+  max_length = fields.take("max_position_embeddings", int, family.max_length)
+  activation = fields.take(family.activation_key, str, family.activation)
+  if activation not in ACTIVATIONS:
+    raise fields.fail(family.activation_key, activation, f"must be one of {', '.join(ACTIVATIONS)}")
+  fields.expect("hidden_act", activation, f"contradicts {family.activation_key}={activation!r}")
+  fields.expect("attention_dropout", 0.0, "must be 0: there is no dropout here")
+  layers = fields.take("num_hidden_layers", int)
+  if layers > MAX_LAYERS:
+    raise fields.fail("num_hidden_layers", layers, f"must be at most {MAX_LAYERS}")
+  bias = fields.take("attention_bias", bool, False) if family.bias_key else False
+  return {
+    "D": D,
+    "N": N,
+    "H": head_dim or D // N,
+    "K": fields.take("num_key_value_heads", int, family.kv_heads, optional=True) or N,
+    "F": fields.take("intermediate_size", int),
+    "V": fields.take("vocab_size", int),
+    "layers": layers,
+    "rope": read_rope(fields, max_length, where),
+    "max_length": max_length,
+    "tied": fields.take("tie_word_embeddings", bool, family.tied),
+    "norm_eps": fields.take("rms_norm_eps", float, 1e-6),
+    "activation": ACTIVATIONS[activation],
+    "qkv_bias": bias,
+    "out_bias": bias,
+    **family.switches,
+    **_read_windows(fields, family, layers),
+    **(_read_llama(fields) if family is FAMILIES["llama"] else {}),
+    **(_read_gemma(fields) if family is FAMILIES["gemma2"] else {}),
+  }
+
+
+def _read_llama(fields: Fields) -> dict[str, Any]:
+  return {"mlp_bias": fields.take("mlp_bias", bool, False)}
+
+
+def _read_gemma(fields: Fields) -> dict[str, Any]:
+  fields.expect("use_bidirectional_attention", False, "must be false: attention here is causal")
+  return {
+    "query_width": fields.take("query_pre_attn_scalar", float, 256.0),
+    "attention_cap": fields.take("attn_logit_softcapping", float, 50.0, optional=True),
+    "logit_cap": fields.take("final_logit_softcapping", float, 30.0, optional=True),
+  }
+
+
+def _read_windows(fields: Fields, family: Family, layers: int) -> dict[str, Any]:
+  """`attention` and `window`: the shortest pattern that repeats to the list of layers."""
+  if family.windows == "none":
+    return {}
+  used = family.windows == "even" or fields.take("use_sliding_window", bool, False)
+  window = fields.take("sliding_window", int, 4096, optional=True)
+  fields.expect("sliding_window_size", window, f"contradicts sliding_window={window}")
+  first = fields.take("max_window_layers", int, 28, least=0) if family.windows == "some" else 0
+  listed = fields.take("layer_types", list, None, optional=True)
+  if listed is not None:
+    if len(listed) != layers or not all(isinstance(kind, str) and kind in KINDS for kind in listed):
+      raise fields.fail("layer_types", listed, f"must be {layers} of {', '.join(KINDS)}")
+    kinds = tuple(KINDS[kind] for kind in listed)
+  elif family.windows == "even":
+    kinds = tuple(KINDS["full_attention" if layer % 2 else "sliding_attention"] for layer in range(layers))
+  else:
+    alike = not used or window is None
+    kinds = tuple(KINDS["full_attention" if alike or layer < first else "sliding_attention"] for layer in range(layers))
+  attention = shortest_pattern(kinds)
+  if "window" not in attention:
+    return {"attention": attention}
+  if not used or window is None:
+    raise fields.fail("layer_types", listed, "has windows, which use_sliding_window or sliding_window switches off")
+  return {"attention": attention, "window": window}
+
+
+def shortest_pattern(kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
+  """The shortest tuple that repeats to this one."""
+  lengths = (n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0)
+  return next(kinds[:n] for n in lengths if kinds[:n] * (len(kinds) // n) == kinds)
+
+
+def _read_dtype(fields: Fields) -> str | None:
+  old, new = (fields.take(key, str, None, optional=True) for key in ("torch_dtype", "dtype"))
+  if None not in (old, new) and old != new:
+    raise fields.fail("torch_dtype", old, f"contradicts dtype={new!r}")
+  return new or old

@@ -1,0 +1,139 @@
+"""Reading and writing safetensors files: every claim of a header is checked before anything is allocated.
+
+The format (github.com/huggingface/safetensors): 8 bytes little-endian length n, n bytes of JSON that map each name to
+dtype, shape and data_offsets, then the data, whose ranges follow each other without gap or overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from jaxlm.interop.strict_json import parse_object
+
+DTYPES: dict[str, np.dtype] = {
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# A parsed header takes about 13 times its bytes; those of published checkpoints are under a thousandth of their files.
+HEADER_BYTES, HEADER_SHARE = 1 << 20, 1 / 16
+
+
+class Entry(NamedTuple):
+  """Where a tensor lies: bytes start .. stop of its file."""
+
+  file: Path
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  start: int
+  stop: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+  """The tensors of a file by name. ValueError names file, tensor and rule where the header is not sound."""
+  size = path.stat().st_size
+  with path.open("rb") as file:
+    length_bytes = file.read(8)
+    if len(length_bytes) < 8:
+      raise ValueError(f"{path}: {size} bytes, but a safetensors file begins with 8 bytes of header length")
+    (length,) = struct.unpack("<Q", length_bytes)
+    if length > size - 8:
+      raise ValueError(f"{path}: header of {length:,} bytes, but the file has {size:,}")
+    if length > max(HEADER_BYTES, HEADER_SHARE * size):
+      raise ValueError(f"{path}: header of {length:,} bytes, over {HEADER_BYTES:,} and {HEADER_SHARE} of the file")
+    header = parse_object(file.read(length), f"{path}: header")
+  _check_metadata(header.pop("__metadata__", {}), path)
+  entries = {name: _entry(name, value, path, 8 + length) for name, value in header.items()}
+  _check_ranges(entries, path, 8 + length, size)
+  return entries
+
+
+def _check_metadata(metadata: Any, path: Path) -> None:
+  if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    raise ValueError(f"{path}: __metadata__ must map names to strings")
+
+
+def _entry(name: str, value: Any, path: Path, data: int) -> Entry:
+  where = f"{path}: tensor {name[:200]!r}"
+  if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+    raise ValueError(f"{where}: must have dtype, shape and data_offsets, and nothing else")
+  dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+  if not isinstance(dtype, str) or dtype not in DTYPES:
+    raise ValueError(f"{where}: dtype {str(dtype)[:50]!r} is not one of {', '.join(DTYPES)}")
+  if not _are_sizes(shape) or len(shape) > 8:
+    raise ValueError(f"{where}: shape must be a list of at most 8 integers from 0 to 2^48")
+  if not _are_sizes(offsets) or len(offsets) != 2:
+    raise ValueError(f"{where}: data_offsets must be two integers from 0 to 2^48")
+  start, stop = offsets
+  need = math.prod(shape) * DTYPES[dtype].itemsize
+  if stop - start != need:
+    raise ValueError(f"{where}: data_offsets {offsets} span {stop - start} bytes, {dtype} {shape} takes {need}")
+  return Entry(path, DTYPES[dtype], tuple(shape), data + start, data + stop)
+
+
+def _are_sizes(values: Any) -> bool:
+  return isinstance(values, list) and all(type(value) is int and 0 <= value <= 1 << 48 for value in values)
+
+
+def _check_ranges(entries: Mapping[str, Entry], path: Path, data: int, size: int) -> None:
+  end = data
+  for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+    if entry.start != end:
+      what = "overlaps the tensor before it" if entry.start < end else f"leaves {entry.start - end} bytes unused"
+      raise ValueError(f"{path}: tensor {name[:200]!r}: data_offsets begin at {entry.start - data}, which {what}")
+    if entry.stop > size:
+      raise ValueError(
+        f"{path}: tensor {name[:200]!r}: ends at byte {entry.stop}, the file has {size}: is it truncated?"
+      )
+    end = entry.stop
+  if end != size:
+    raise ValueError(f"{path}: {size - end} bytes after the last tensor")
+
+
+class MappedFile:
+  """A file in memory-mapped form; its pages can be let go of after use."""
+
+  def __init__(self, path: Path):
+    with path.open("rb") as file:
+      self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+  def view(self, entry: Entry) -> np.ndarray:
+    """The tensor, read-only, without a copy."""
+    flat = np.frombuffer(self._map, np.uint8, entry.stop - entry.start, entry.start)
+    return flat.view(entry.dtype).reshape(entry.shape)
+
+  def advise(self, entry: Entry, advice: str) -> None:
+    """Tells the system that a tensor "WILLNEED" to be read soon, or that its pages may go ("DONTNEED")."""
+    option = getattr(mmap, f"MADV_{advice}", None)
+    if option is not None:  # Linux and most of the BSDs
+      first = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
+      self._map.madvise(option, first, entry.stop - first)
+
+
+def write(
+  path: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], read: Callable[[str], np.ndarray]
+) -> None:
+  """Writes `tensors` (name -> dtype, shape) in their order; `read` gives the values of one at a time."""
+  names = {dtype: name for name, dtype in DTYPES.items()}
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for name, (dtype, shape) in tensors.items():
+    start, end = end, end + math.prod(shape) * dtype.itemsize
+    header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  with path.open("wb") as file:
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name, (dtype, shape) in tensors.items():
+      values = np.ascontiguousarray(read(name))
+      assert values.dtype == dtype and values.shape == shape, name
+      file.write(values.reshape(-1).view(np.uint8).data)

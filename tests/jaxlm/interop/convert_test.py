@@ -1,0 +1,131 @@
+"""The command line on checkpoint folders: convert both ways, train from one, sample from one."""
+
+import json
+import shutil
+import string
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+from jaxlm.cli import main
+from jaxlm.config import DataConfig
+from jaxlm.data.loader import load_text, train_loader
+from jaxlm.decode import Sampler, generate
+from jaxlm.interop import huggingface
+from jaxlm.interop.convert import FIRST_POSITION
+from jaxlm.train.saved_run import SavedRun
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  """One token per printable ASCII character; a text begins with <s> and ends with </s>."""
+  vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *string.printable])}
+  model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+  model.decoder = tokenizers.decoders.Fuse()
+  model.add_special_tokens(["<s>", "</s>"])
+  model.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+  return model
+
+
+@pytest.fixture
+def folder(checkpoint, tokenizer, tmp_path):
+  """A checkpoint with its tokenizer.json."""
+  path = tmp_path / "published"
+  shutil.copytree(checkpoint("qwen2").folder, path)
+  tokenizer.save(str(path / "tokenizer.json"))
+  return path
+
+
+@pytest.fixture
+def text(tmp_path):
+  source = tmp_path / "text"
+  source.mkdir()
+  for i in range(8):
+    (source / f"{i}.txt").write_text(f"document {i} says " + string.ascii_lowercase * 40)
+  return source
+
+
+def read(path):
+  return (path / "model.safetensors").read_bytes()
+
+
+def test_sampling_from_a_checkpoint_continues_after_its_first_token(folder, checkpoint, capsys):
+  c = checkpoint("qwen2")
+  assert main(["sample", str(folder), "--prompt", "abc", "--max-new", "12", "--temperature", "0"]) == 0
+  prompt_ids = [0, *(2 + string.printable.index(letter) for letter in "abc")]
+  ids = list(generate(c.config, c.params, [prompt_ids], max_new=12, sampler=Sampler(temperature=0.0), eos=1)[0])
+  kept = ids[: ids.index(1)] if 1 in ids else ids
+  assert (
+    capsys.readouterr().out == "abc" + "".join(["<s>", "</s>", *string.printable, *[""] * 26][i] for i in kept) + "\n"
+  )
+
+
+def test_checkpoint_to_run_and_back_is_bit_for_bit(folder, tmp_path, capsys):
+  assert main(["convert", str(folder), str(tmp_path / "run")]) == 0
+  assert "a run of" in capsys.readouterr().out
+  assert main(["convert", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
+  before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "back"))
+  assert huggingface.load(tmp_path / "back")[0] == huggingface.load(folder)[0]
+  assert before["model_type"] == after["model_type"]
+  assert (tmp_path / "back" / "tokenizer.json").is_file()
+  left, right = (huggingface.load(path)[1] for path in (folder, tmp_path / "back"))
+  jax.tree.map(np.testing.assert_array_equal, left, right)
+  assert main(["convert", str(tmp_path / "run"), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+  assert huggingface.load(tmp_path / "half")[0].dtype == "bfloat16"
+  assert len(read(tmp_path / "half")) < 0.6 * len(read(tmp_path / "back"))
+
+
+def test_converting_refuses(folder, tmp_path, capsys):
+  assert main(["convert", str(folder), str(folder)]) == 2
+  assert "must be a new or empty folder" in capsys.readouterr().err
+  assert main(["convert", str(folder), str(tmp_path / "x"), "--dtype", "bfloat16"]) == 2
+  assert "the weights of a run are float32" in capsys.readouterr().err
+  assert main(["convert", str(tmp_path / "absent"), str(tmp_path / "x")]) == 2
+  assert "config.json" in capsys.readouterr().err
+  (folder / "tokenizer.json").unlink()
+  assert main(["convert", str(folder), str(tmp_path / "x")]) == 2
+  assert "tokenizer.json" in capsys.readouterr().err
+  assert not (tmp_path / "x").exists()
+
+
+def test_a_run_begins_where_its_loader_does(text):
+  config = DataConfig(source=str(text), length=16, holdout=0.3)
+  assert train_loader(load_text(config), batch=2, seed=0).get_state() == FIRST_POSITION
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_the_weights(folder, text, tmp_path, capsys):
+  """A learning rate of almost nothing leaves the weights; the first loss is that of the checkpoint on the batch."""
+  flags = ["--run", str(tmp_path / "run"), "--steps", "2", "--data.source", str(text), "--data.length", "32"]
+  flags += ["--data.holdout", "0.3", "--optimizer.learning-rate", "1e-9", "--optimizer.warmup", "0"]
+  assert main(["train", "micro", "--init", str(folder), *flags]) == 0
+  run = SavedRun.open(tmp_path / "run")
+  config, params = huggingface.load(folder)
+  assert run.config.model == config and run.step == 2
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run.params, params)
+  losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert losses[0] == pytest.approx(losses[1], rel=0.1) and losses[0] > 4
+  assert main(["resume", str(tmp_path / "run"), "--steps", "3"]) == 0
+  assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+  assert huggingface.load(tmp_path / "out")[0] == config
+
+
+@pytest.mark.slow
+def test_a_converted_run_goes_on_and_learns(folder, text, tmp_path):
+  assert main(["convert", str(folder), str(tmp_path / "run")]) == 0
+  written = tmp_path / "run" / "config.json"
+  config = json.loads(written.read_text())
+  config["data"] |= {"source": str(text), "length": 32, "holdout": 0.3}
+  written.write_text(json.dumps(config | {"eval_every": 0}))
+  assert main(["resume", str(tmp_path / "run"), "--steps", "120"]) == 0
+  losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_tokenizer_with_more_ids_than_the_checkpoint_is_refused(checkpoint, text, tmp_path, capsys):
+  """Without a tokenizer.json the tokens are bytes, 256 of them."""
+  flags = ["--run", str(tmp_path / "run"), "--data.source", str(text), "--data.holdout", "0.3"]
+  assert main(["train", "micro", "--init", str(checkpoint("qwen2").folder), *flags]) == 2
+  assert "data.tokenizer='bytes': has 256 ids, more than the V=128 of init=" in capsys.readouterr().err

@@ -1,0 +1,236 @@
+"""config.json of both layouts to ModelConfig and back; contradictions and unknown keys are refused."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jaxlm.config import ModelConfig, RopeConfig
+from jaxlm.interop.hub_config import parse_config, read_config
+from jaxlm.interop.hub_export import write_config
+
+LLAMA = {
+  "architectures": ["LlamaForCausalLM"],
+  "model_type": "llama",
+  "vocab_size": 128,
+  "hidden_size": 48,
+  "intermediate_size": 96,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 6,
+}
+SIZES = {key: value for key, value in LLAMA.items() if key not in ("architectures", "model_type")}
+QWEN2, QWEN3, GEMMA2 = ({"model_type": name} | SIZES for name in ("qwen2", "qwen3", "gemma2"))
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def parse(values, **changes):
+  return parse_config(values | changes, "config.json")[0]
+
+
+def test_missing_keys_take_the_defaults_of_the_classes():
+  plain = {"D": 48, "F": 96, "N": 6, "V": 128, "layers": 2, "rope": RopeConfig()}
+  assert parse(LLAMA) == ModelConfig(**plain, K=6, H=8, max_length=2048)
+  assert parse(QWEN2, num_attention_heads=32, hidden_size=64) == ModelConfig(
+    **plain | {"D": 64, "N": 32}, K=32, H=2, max_length=32768, qkv_bias=True
+  )
+  assert parse(QWEN3, num_attention_heads=32) == ModelConfig(
+    **plain | {"N": 32}, K=32, H=128, max_length=32768, qk_norm=True
+  )
+  assert parse(GEMMA2, num_attention_heads=4) == ModelConfig(
+    **plain | {"N": 4},
+    K=4,
+    H=256,
+    max_length=8192,
+    tied=True,
+    attention=("window", "full"),
+    window=4096,
+    norm_offset=1,
+    post_norms=True,
+    embed_scale="root_width",
+    activation="gelu_tanh",
+    query_width=256.0,
+    attention_cap=50.0,
+    logit_cap=30.0,
+  )
+
+
+def test_defaults_are_those_of_transformers():
+  """Where transformers is installed, its classes fill in what the tests above expect."""
+  transformers = pytest.importorskip("transformers")
+  for values in (LLAMA, QWEN2 | {"num_attention_heads": 32}, QWEN3, GEMMA2 | {"num_attention_heads": 4}):
+    changes = {"num_attention_heads": 48} if values["model_type"] == "qwen3" else {}
+    changes |= {"num_key_value_heads": 48} if changes else {}
+    changes |= {"hidden_size": 96, "head_dim": 2} if changes else {}
+    values = values | changes | ({"hidden_size": 64} if values["model_type"] == "qwen2" else {})
+    filled = transformers.AutoConfig.for_model(**values).to_dict()
+    known = {key: value for key, value in filled.items() if key in KNOWN}
+    assert parse(known) == parse(values)
+
+
+KNOWN = {
+  *SIZES,
+  *("model_type", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation", "rms_norm_eps", "dtype"),
+  *("max_position_embeddings", "tie_word_embeddings", "attention_bias", "mlp_bias", "rope_parameters", "layer_types"),
+  *("use_sliding_window", "sliding_window", "max_window_layers", "query_pre_attn_scalar", "attn_logit_softcapping"),
+  *("final_logit_softcapping", "use_bidirectional_attention", "attention_dropout"),
+}
+
+
+@pytest.mark.parametrize(
+  "values, changes, rule",
+  [
+    (LLAMA, {"model_type": "mamba"}, "model_type='mamba': must be one of llama, qwen2, qwen3, gemma2"),
+    (LLAMA, {"model_type": "qwen2"}, "architectures=.*must be .'Qwen2ForCausalLM'"),
+    (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "architectures="),
+    (LLAMA, {"model_type": 3}, "model_type='3': must be of type str"),
+    (LLAMA, {"num_experts": 8}, "num_experts='8': unknown, and may change the numbers"),
+    (LLAMA, {"rope_thetas": 1e5}, "rope_thetas='100000.0': unknown, .*; nearest: rope_theta"),
+    (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config="),
+    (LLAMA, {"sliding_window": 8}, "sliding_window='8': unknown"),
+    (LLAMA, {"hidden_size": 47}, "hidden_size='47': must be a multiple of num_attention_heads=6"),
+    (LLAMA, {"hidden_size": -48}, "hidden_size='-48': must lie in"),
+    (LLAMA, {"hidden_size": 48.0}, "hidden_size='48.0': must be of type int"),
+    (LLAMA, {"hidden_size": True}, "hidden_size='True': must be of type int"),
+    (LLAMA, {"hidden_size": 10**12}, "hidden_size=.*must lie in 1 .. 2147483647"),
+    (LLAMA, {"num_hidden_layers": 10**9}, "num_hidden_layers='1000000000': must be at most"),
+    (LLAMA, {"num_key_value_heads": 4}, "config.json: model.N=6: query heads must be a multiple of K=4"),
+    (LLAMA, {"head_dim": 7}, "config.json: model.H=7: rotary embedding needs an even head width"),
+    (LLAMA, {"tie_word_embeddings": None}, "tie_word_embeddings='None': must be of type bool"),
+    (LLAMA, {"rms_norm_eps": 0.0}, "rms_norm_eps='0.0': must lie in 1e-12"),
+    (LLAMA, {"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5': must be of type float"),
+    (LLAMA, {"hidden_act": "relu"}, "hidden_act='relu': must be one of"),
+    (LLAMA, {"attention_dropout": 0.1}, "attention_dropout='0.1': must be 0"),
+    (LLAMA, {"torch_dtype": "float32", "dtype": "bfloat16"}, "torch_dtype='float32': contradicts dtype='bfloat16'"),
+    (LLAMA, {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type='longrope': must be one of"),
+    (LLAMA, {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor is missing"),
+    (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "model.rope.factor=0.5: must be at least 1"),
+    (LLAMA, {"rope_scaling": LLAMA3 | {"type": "yarn"}}, "type='yarn': contradicts rope_type='llama3'"),
+    (LLAMA, {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "model.rope.low_freq_factor=4.0: must be below"),
+    (LLAMA, {"rope_scaling": YARN | {"beta_fast": -1.0}}, "beta_fast='-1.0': must lie in 1e-12"),
+    (LLAMA, {"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor='0.5': must be 1"),
+    (LLAMA, {"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "rope_scaling: factor='2.0': unknown"),
+    (LLAMA, {"rope_scaling": "yarn"}, "rope_scaling='yarn': must be of type dict"),
+    (LLAMA, {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e5}}, "rope_theta='100000.0': contradicts"),
+    (LLAMA, {"rope_theta": 1.0}, "rope_theta='1.0': must be above 1"),
+    (LLAMA, {"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 2.0}}, "contradicts rope_parameters"),
+    (
+      LLAMA,
+      {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}},
+      "must equal max_position_embeddings=2048",
+    ),
+    (QWEN2, {"attention_bias": False}, "attention_bias='False': unknown"),
+    (QWEN2, {"layer_types": ["full_attention"]}, "layer_types=.*must be 2 of full_attention, sliding_attention"),
+    (QWEN2, {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types=.*must be 2 of"),
+    (QWEN2, {"layer_types": ["sliding_attention"] * 2}, "layer_types=.*switches off"),
+    (GEMMA2, {"hidden_act": "gelu"}, "hidden_act='gelu': contradicts hidden_activation='gelu_pytorch_tanh'"),
+    (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention='True': must be false"),
+    (GEMMA2, {"sliding_window": None}, "layer_types=.*switches off"),
+    (GEMMA2, {"sliding_window_size": 7}, "sliding_window_size='7': contradicts sliding_window=4096"),
+    (GEMMA2, {"attn_logit_softcapping": -5.0}, "attn_logit_softcapping='-5.0': must lie in 1e-12"),
+  ],
+)
+def test_what_would_change_the_numbers_is_refused(values, changes, rule):
+  # sizes that suit the family's default number of key heads
+  sizes = {"qwen2": {"num_key_value_heads": 6}, "qwen3": {}, "gemma2": {"num_key_value_heads": 6}}
+  with pytest.raises(ValueError, match=rule) as error:
+    parse(values | sizes.get(values["model_type"], {}), **changes)
+  assert str(error.value).startswith("config.json")
+
+
+@pytest.mark.parametrize("key", [key for key in LLAMA if key != "architectures"])
+def test_required_keys(key):
+  with pytest.raises(ValueError, match=f"config.json: {key} is missing"):
+    parse({name: value for name, value in LLAMA.items() if name != key})
+
+
+def test_book_keeping_and_null_are_let_through():
+  more = {"bos_token_id": 1, "eos_token_id": [2, 3], "use_cache": True, "_name_or_path": "x", "anything": None}
+  assert parse(LLAMA, **more) == parse(LLAMA)
+
+
+@pytest.mark.parametrize(
+  "changes, attention",
+  [
+    ({}, ("full",)),
+    ({"use_sliding_window": True, "max_window_layers": 28}, ("full",)),
+    ({"use_sliding_window": True, "max_window_layers": 2}, ("full", "full", "window", "window")),
+    ({"use_sliding_window": True, "max_window_layers": 0}, ("window",)),
+    ({"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2}, ("window", "full")),
+  ],
+)
+def test_windows_of_qwen(changes, attention):
+  config = parse(QWEN2, num_hidden_layers=4, num_key_value_heads=6, sliding_window=5, **changes)
+  assert config.attention == attention
+  assert config.window == (5 if "window" in attention else ModelConfig.window)
+
+
+def test_an_odd_number_of_alternating_layers_is_one_long_pattern():
+  config = parse(GEMMA2, num_hidden_layers=3, num_key_value_heads=6)
+  assert config.attention == ("window", "full", "window")
+
+
+BASE = ModelConfig(D=64, F=96, N=4, K=2, H=16, V=100, layers=4, max_length=512)
+GEMMA = {"norm_offset": 1, "post_norms": True, "embed_scale": "root_width", "activation": "gelu_tanh"}
+WRITTEN = [
+  {},
+  {"tied": True, "H": 8, "mlp_bias": True},
+  {"qkv_bias": True, "out_bias": True, "activation": "gelu"},
+  {"qkv_bias": True},
+  {"qkv_bias": True, "attention": ("full", "full", "window", "window"), "window": 9},
+  {"qk_norm": True, "attention": ("window", "full")},
+  {"qk_norm": True, "qkv_bias": True, "out_bias": True, "D": 66},
+  GEMMA | {"query_width": 24.5, "attention_cap": 5.0, "attention": ("window",), "tied": True},
+  GEMMA | {"query_width": 16.0, "logit_cap": 3.0},
+  {"rope": RopeConfig(theta=5e5, scaling="linear", factor=2.0)},
+  {"rope": RopeConfig(scaling="dynamic", factor=2.0, original_length=512)},
+  {"rope": RopeConfig(scaling="llama3", factor=8.0, original_length=64, low_freq_factor=2.0, high_freq_factor=3.0)},
+  {"rope": RopeConfig(scaling="yarn", factor=8.0, original_length=64, truncate=False, attention_factor=1.5)},
+  {"rope": RopeConfig(scaling="yarn", factor=8.0, original_length=64, mscale=0.7, mscale_all_dim=0.9, beta_fast=9.0)},
+]
+
+
+@pytest.mark.parametrize("fields", WRITTEN, ids=lambda fields: "-".join(fields) or "plain")
+def test_what_is_written_reads_back(fields, tmp_path):
+  config = dataclasses.replace(BASE, **fields)
+  (tmp_path / "config.json").write_text(json.dumps(write_config(config, "bfloat16")))
+  assert read_config(tmp_path / "config.json") == (config, "bfloat16")
+
+
+@pytest.mark.parametrize(
+  "fields, named",
+  [
+    ({"rope": RopeConfig(scaling="ntk", factor=2.0)}, "model.rope="),
+    ({"rope": RopeConfig(scaling="dynamic", factor=2.0, original_length=64)}, "model.max_length=512"),
+    ({"logit_cap": 5.0}, "model.logit_cap=5.0"),
+    ({"query_width": 5.0}, "model.query_width=5.0"),
+    ({"out_bias": True}, "model.(qkv|out)_bias="),
+    ({"qk_norm": True, "mlp_bias": True}, "model.(mlp_bias|qk_norm)=True"),
+    ({"norm_offset": 1}, "model.norm_offset=1"),
+  ],
+)
+def test_what_cannot_be_written_is_named(fields, named):
+  with pytest.raises(ValueError, match=named + ".*no llama or qwen2 or qwen3 or gemma2 model can have this"):
+    write_config(dataclasses.replace(BASE, **fields), "float32")
+
+
+def test_fields_that_have_no_effect_do_not_prevent_writing():
+  idle = RopeConfig(factor=3.0, original_length=77, beta_fast=5.0)
+  config = dataclasses.replace(BASE, window=3, query_width=16.0, rope=idle, max_length=None, remat="full", scan="never")
+  back, _ = parse_config(write_config(config, "float32"), "config.json")
+  assert back == dataclasses.replace(BASE, max_length=2048)
+
+
+def test_a_repeated_pattern_is_written_as_its_layers():
+  doubled = dataclasses.replace(BASE, attention=("full", "full"))
+  assert parse_config(write_config(doubled, "float32"), "config.json")[0] == BASE
+
+
+def test_large_configurations_are_not_read(tmp_path):
+  path = tmp_path / "config.json"
+  path.write_text("{" + " " * (1 << 20) + "}")
+  with pytest.raises(ValueError, match="at most 1,048,576 are read"):
+    read_config(path)
+  with pytest.raises(ValueError, match="no such file"):
+    read_config(tmp_path / "absent.json")

@@ -1,0 +1,263 @@
+"""Loading and saving against transformers' own numbers, and bit for bit against the files."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxlm.config import ModelConfig
+from jaxlm.decode import init_cache
+from jaxlm.interop import huggingface
+from jaxlm.interop.hub_config import read_config
+from jaxlm.interop.safetensors import MappedFile
+from jaxlm.interop.weight_files import find_tensors
+from jaxlm.interop.weight_names import weights
+from jaxlm.models import Transformer
+from jaxlm.objectives import next_token_loss
+from sharding import MeshConfig, make_mesh
+
+# Each switch, a wrong value, and the checkpoint whose logits it must change.
+WRONG = [
+  ("llama", {"norm_eps": 1e-3}),
+  ("llama", {"activation": "gelu"}),
+  ("llama", {"H": 16, "N": 3, "K": 1}),
+  ("llama", {"rope": {"theta": 2e4}}),
+  ("llama_rope_llama3", {"rope": {"scaling": "none"}}),
+  ("llama_rope_llama3", {"rope": {"factor": 5.0}}),
+  ("llama_rope_llama3", {"rope": {"original_length": 64}}),
+  ("llama_rope_llama3", {"rope": {"low_freq_factor": 2.0}}),
+  ("llama_rope_llama3", {"rope": {"high_freq_factor": 5.0}}),
+  ("llama_rope_yarn", {"rope": {"scaling": "linear"}}),
+  ("llama_rope_yarn", {"rope": {"attention_factor": 1.0}}),
+  ("llama_rope_yarn", {"rope": {"beta_fast": 0.5}}),
+  ("llama_rope_yarn", {"rope": {"beta_slow": 0.1}}),
+  ("llama_rope_yarn", {"rope": {"truncate": False}}),
+  ("qwen2", {"qkv_bias": False}),
+  ("qwen3", {"qk_norm": False}),
+  ("gemma2", {"norm_offset": 0}),
+  ("gemma2", {"post_norms": False}),
+  ("gemma2", {"embed_scale": "one"}),
+  ("gemma2", {"activation": "silu"}),
+  ("gemma2", {"activation": "gelu"}),
+  ("gemma2", {"query_width": None}),
+  ("gemma2", {"attention_cap": None}),
+  ("gemma2", {"logit_cap": None}),
+  ("gemma2", {"attention": ("full",) * 2}),
+  ("gemma2", {"attention": ("full", "window")}),
+  ("gemma2", {"window": 7}),
+  ("gemma2", {"window": 9}),
+]
+
+
+def stored(folder):
+  """Name -> values of every tensor of a folder, without a copy."""
+  entries = find_tensors(folder)
+  files = {entry.file: MappedFile(entry.file) for entry in entries.values()}
+  return {name: files[entry.file].view(entry) for name, entry in entries.items()}
+
+
+def assert_same_bits(folder, other):
+  left, right = stored(folder), stored(other)
+  assert left.keys() == right.keys()
+  for name in left:
+    assert left[name].dtype == right[name].dtype and left[name].shape == right[name].shape
+    assert left[name].tobytes() == right[name].tobytes(), name
+
+
+def only_needed(config, params):
+  """The parameters that this configuration has, of those of another one."""
+  kept = {}
+  for weight in weights(config):
+    branch, found = kept, params["params"]
+    for key in weight.path[:-1]:
+      branch, found = branch.setdefault(key, {}), found[key]
+    branch[weight.path[-1]] = found[weight.path[-1]]
+  return {"params": kept}
+
+
+def test_logits_loss_and_gradients_are_those_of_transformers(any_checkpoint, train_pass, tmp_path):
+  c = any_checkpoint
+  logits_BTV, loss, grads = train_pass(c.config, c.params, c.ids_BT)
+  np.testing.assert_allclose(logits_BTV, c.logits_BTV, rtol=0, atol=1e-4)
+  assert loss == pytest.approx(float(c.loss), abs=1e-5)
+  huggingface.save(tmp_path / "grads", c.config, grads)
+  found = stored(tmp_path / "grads")
+  assert found.keys() == c.norms.keys()
+  for name, norm in c.norms.items():
+    if (name, c.folder.name) != ("model.embed_tokens.weight", "gemma2"):
+      assert np.linalg.norm(found[name]) == pytest.approx(norm, rel=1e-3), name
+
+
+def test_embedding_gradient_is_that_of_transformers_without_its_padding_row(checkpoint):
+  """Gemma 2 names a padding id, 0 here, whose row gets a gradient as an output but none as an input."""
+  c = checkpoint("gemma2")
+  untied = dataclasses.replace(c.config, tied=False)
+  embed_VD = c.params["params"]["embed"]
+
+  @jax.jit
+  def gradients(embed_VD, head_DV):
+    def loss(embed_VD, head_DV):
+      params = {"params": c.params["params"] | {"embed": embed_VD, "head": head_DV}}
+      logits_BTV = Transformer(untied).apply(params, c.ids_BT[:, :-1])
+      targets_BT = jnp.asarray(c.ids_BT[:, 1:])
+      return next_token_loss(logits_BTV, targets_BT, jnp.ones_like(targets_BT, jnp.float32))[0].mean()
+
+    return jax.grad(loss, argnums=(0, 1))(embed_VD, head_DV)
+
+  as_input_VD, as_output_DV = gradients(embed_VD, embed_VD.T)
+  assert (c.ids_BT[:, :-1] == 0).any()
+  total_VD = as_input_VD.at[0].set(0) + as_output_DV.T
+  assert np.linalg.norm(total_VD) == pytest.approx(c.norms["model.embed_tokens.weight"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefilled", [1, 7, 8, 9])
+def test_cached_decoding_gives_the_logits_of_transformers(any_checkpoint, prefilled):
+  """A prompt, then one position at a time, around the window of 8."""
+  c = any_checkpoint
+  B, T = c.ids_BT.shape
+  step = jax.jit(Transformer(c.config).apply)
+  cache, parts = init_cache(c.config, B, T), []
+  for start, stop in [(0, prefilled), *((t, t + 1) for t in range(prefilled, T))]:
+    positions_BT = jnp.broadcast_to(jnp.arange(start, stop)[None], (B, stop - start))
+    part_BTV, cache = step(c.params, c.ids_BT[:, start:stop], positions=positions_BT, cache=cache)
+    parts.append(part_BTV)
+  np.testing.assert_allclose(np.concatenate(parts, axis=1), c.logits_BTV, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, wrong", WRONG, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x)))
+def test_every_switch_counts(name, wrong, checkpoint):
+  c = checkpoint(name)
+  if "rope" in wrong:
+    wrong = {"rope": dataclasses.replace(c.config.rope, **wrong["rope"])}
+  config = dataclasses.replace(c.config, attention_implementation="reference", **wrong)
+  got_BTV = Transformer(config).apply(only_needed(config, c.params), c.ids_BT)
+  assert np.abs(got_BTV - c.logits_BTV).max() > 1e-3
+
+
+@pytest.mark.parametrize("switch", ["qkv_bias", "out_bias", "mlp_bias", "qk_norm", "post_norms"])
+def test_a_switch_without_its_weights_does_not_load(switch, checkpoint):
+  c = checkpoint("llama")
+  entries = find_tensors(c.folder)
+  config = dataclasses.replace(c.config, **{switch: True})
+  with pytest.raises(ValueError, match="tensors are needed, 21 are there; missing: model.layers.0"):
+    huggingface._check_tensors(config, entries, c.folder, None, None)
+
+
+def test_both_layouts_of_the_configuration_read_alike(any_checkpoint):
+  folder = any_checkpoint.folder
+  assert read_config(folder / "config.json") == read_config(folder / "config_v5.json")
+
+
+def test_load_save_load_is_bit_for_bit(any_checkpoint, tmp_path):
+  c = any_checkpoint
+  huggingface.save(tmp_path / "saved", c.config, c.params)
+  assert_same_bits(tmp_path / "saved", c.folder)
+  config, params = huggingface.load(tmp_path / "saved")
+  assert config == c.config
+  assert jax.tree.structure(params) == jax.tree.structure(c.params)
+  jax.tree.map(np.testing.assert_array_equal, params, c.params)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_survives_bit_for_bit(dtype, checkpoint, tmp_path):
+  c = checkpoint("qwen2")
+  config, params = huggingface.load(c.folder, dtype=dtype)
+  assert config.dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
+  for half, single in zip(jax.tree.leaves(params), jax.tree.leaves(c.params)):
+    assert half.dtype == dtype
+    np.testing.assert_array_equal(half, np.asarray(single).astype(half.dtype))
+  huggingface.save(tmp_path / "half", config, params)
+  again, back = huggingface.load(tmp_path / "half")
+  assert again == config
+  huggingface.save(tmp_path / "again", again, back)
+  assert_same_bits(tmp_path / "half", tmp_path / "again")
+  with pytest.raises(ValueError, match=r"tensor .* is float32, config.json states float16; say which by dtype="):
+    edited = tmp_path / "contradiction"
+    shutil.copytree(c.folder, edited)
+    text = (edited / "config.json").read_text()
+    (edited / "config.json").write_text(text.replace('"torch_dtype": "float32"', '"torch_dtype": "float16"'))
+    huggingface.load(edited)
+  assert huggingface.load(edited, dtype="float32")[0] == c.config
+
+
+def test_not_a_number_keeps_its_bits(checkpoint, tmp_path):
+  c = checkpoint("llama")
+  _, params = huggingface.load(c.folder, dtype="bfloat16")
+  odd = np.asarray([0x7FC1, 0xFFA5, 0x7F80, 0x8000, 0x0001], np.uint16).view(ml_dtypes.bfloat16)
+  params["params"]["norm"]["w_D"] = jnp.asarray(np.resize(odd, c.config.D))
+  huggingface.save(tmp_path / "odd", c.config, params)
+  _, back = huggingface.load(tmp_path / "odd")
+  assert np.asarray(back["params"]["norm"]["w_D"]).tobytes() == np.resize(odd, c.config.D).tobytes()
+
+
+def test_several_files_with_an_index(checkpoint, tmp_path):
+  c = checkpoint("gemma2")
+  huggingface.save(tmp_path / "split", c.config, c.params, file_bytes=30_000)
+  files = sorted(path.name for path in (tmp_path / "split").glob("*.safetensors"))
+  assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+  assert_same_bits(tmp_path / "split", c.folder)
+  config, params = huggingface.load(tmp_path / "split")
+  assert config == c.config
+  jax.tree.map(np.testing.assert_array_equal, params, c.params)
+
+
+def test_tied_checkpoint_may_repeat_its_embedding_but_not_another_head(checkpoint, tmp_path):
+  c = checkpoint("llama_rope_llama3")
+  untied = dataclasses.replace(c.config, tied=False)
+  for name, factor in (("same", 1.0), ("other", 1.001)):
+    head_DV = factor * c.params["params"]["embed"].T
+    huggingface.save(tmp_path / name, untied, {"params": c.params["params"] | {"head": head_DV}})
+    shutil.copy(c.folder / "config.json", tmp_path / name / "config.json")
+  config, params = huggingface.load(tmp_path / "same")
+  assert config == c.config
+  jax.tree.map(np.testing.assert_array_equal, params, c.params)
+  with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+    huggingface.load(tmp_path / "other")
+
+
+def test_loaded_arrays_may_be_donated(checkpoint):
+  """On the CPU, devices that hold the same piece share its memory; giving one array away must not change another."""
+  c = checkpoint("llama")
+  with jax.set_mesh(make_mesh(MeshConfig(data=8))):
+    _, params = huggingface.load(c.folder)
+    doubled = jax.jit(lambda p: jax.tree.map(lambda w: 2 * w + 1, p), donate_argnums=0)(params)
+  for leaf, want in zip(jax.tree.leaves(doubled), jax.tree.leaves(c.params)):
+    for shard in leaf.addressable_shards:
+      np.testing.assert_array_equal(shard.data, 2 * want + 1)
+
+
+@pytest.mark.parametrize("attention", [("window",), ("window", "full")], ids="-".join)
+def test_what_no_family_can_express_is_not_saved(attention, tmp_path):
+  config = ModelConfig(attention=attention, layers=2)
+  with pytest.raises(ValueError, match=r"model.attention=.*no llama or qwen2 or qwen3 or gemma2 model can have this"):
+    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), int))
+    huggingface.save(tmp_path / "odd", config, shapes)
+  assert not (tmp_path / "odd").exists()
+
+
+def test_saving_refuses_what_does_not_fit(checkpoint, tmp_path):
+  c = checkpoint("qwen3")
+  with pytest.raises(ValueError, match=r"params: blocks.0.attention.w_q of shape=\(2, 48, 64\): must be \(2, 48, 32\)"):
+    huggingface.save(tmp_path / "x", dataclasses.replace(c.config, H=8), c.params)
+  with pytest.raises(ValueError, match="params: head is missing"):
+    pruned = {name: leaf for name, leaf in c.params["params"].items() if name != "head"}
+    huggingface.save(tmp_path / "x", c.config, {"params": pruned})
+  with pytest.raises(ValueError, match="types bfloat16, float32, must be one of"):
+    mixed = c.params["params"] | {"embed": c.params["params"]["embed"].astype(jnp.bfloat16)}
+    huggingface.save(tmp_path / "x", c.config, {"params": mixed})
+  with pytest.raises(ValueError, match="holds a checkpoint or a run already"):
+    huggingface.save(c.folder, c.config, c.params)
+  assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+  "path, rule", [("/no/such/folder", "no such folder, nor owner/name"), ("a b/c", "no such folder, nor owner/name")]
+)
+def test_neither_folder_nor_name(path, rule):
+  with pytest.raises(ValueError, match=rule):
+    huggingface.load(path)
