@@ -1,0 +1,1 @@
+"""Kernels, one folder per operation. The root imports nothing, so that no name is both a module and a function."""

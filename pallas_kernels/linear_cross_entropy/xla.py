@@ -1,0 +1,289 @@
+"""Tiles of the logits in plain JAX: memory for one tile instead of N x V, on any backend.
+
+`statistics` and `gradients` are the two halves that every backend has; the second computes the logits again (8NVD
+FLOPs together). `weighted_gradients` serves a scalar loss with 6NVD: each token's weight is known in the forward pass,
+so a chunk of rows keeps its logits just long enough to make its part of the gradients.
+"""
+
+# N tokens, D model, V vocabulary; R rows of a chunk, W entries of a tile; C = "vd" or "dv"
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear_cross_entropy import blocks, terms
+from pallas_kernels.linear_cross_entropy.terms import Options, Rows, Statistics
+
+
+class Weights(NamedTuple):
+  """The classifier with its bias, and the order in which the backward pass visits the vocabulary."""
+
+  classifier: jax.Array
+  bias_V: jax.Array | None
+  order_V: jax.Array | None
+  options: Options
+
+  @property
+  def entries(self) -> int:
+    return self.classifier.shape[self.options.vocabulary_axis]
+
+
+class Tile(NamedTuple):
+  """W entries of the vocabulary. The last tile starts early to be whole; `fresh_W` marks what no tile has had yet."""
+
+  classifier: jax.Array
+  bias_W: jax.Array | None
+  ids_W: jax.Array
+  fresh_W: jax.Array
+  start: jax.Array
+
+
+def window(index: jax.Array, size: int, length: int) -> tuple[jax.Array, jax.Array]:
+  """Start of the index-th run of `size` among `length`, moved back to fit, and which of its places are new."""
+  start = jnp.minimum(index * size, length - size)
+  return start, start + jnp.arange(size) >= index * size
+
+
+def take(tree: Any, start: jax.Array, size: int) -> Any:
+  return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), tree)
+
+
+def cut(weights: Weights, index: jax.Array, size: int) -> Tile:
+  axis = weights.options.vocabulary_axis
+  start, fresh_W = window(index, size, weights.entries)
+  if weights.order_V is None:
+    ids_W = start + jnp.arange(size, dtype=jnp.int32)
+    classifier = jax.lax.dynamic_slice_in_dim(weights.classifier, start, size, axis)
+  else:
+    ids_W = jax.lax.dynamic_slice_in_dim(weights.order_V, start, size)
+    classifier = jnp.take(weights.classifier, ids_W, axis=axis)
+  bias_W = None if weights.bias_V is None else weights.bias_V[ids_W]
+  return Tile(classifier, bias_W, ids_W, fresh_W, start)
+
+
+def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """An einsum that accumulates in float32 at least, with all digits of float32 inputs."""
+  dtype = terms.accumulator(a.dtype)
+  return jnp.einsum(spec, a, b, preferred_element_type=dtype, precision=jax.lax.Precision.HIGHEST)
+
+
+def tile_logits(e_RD: jax.Array, tile: Tile, options: Options) -> jax.Array:
+  product_RW = product(f"rd,{options.layout}->rv", e_RD, tile.classifier)
+  return terms.logits(product_RW, None if tile.bias_W is None else tile.bias_W[None], options)
+
+
+def tile_statistics(
+  running: tuple[jax.Array, ...], x_RW: jax.Array, tile: Tile, labels_R: jax.Array, options: Options
+) -> tuple[jax.Array, ...]:
+  """Adds a tile to the running (largest logit, sum of exponentials, target logit, total)."""
+  top_R, mass_R, target_R, total_R = running
+  shown_RW = jnp.where(tile.fresh_W[None], x_RW, -jnp.inf)
+  top_R, mass_R = terms.add_exponentials(top_R, mass_R, shown_RW, axis=1)
+  hit_RW = (tile.ids_W[None] == labels_R[:, None]) & tile.fresh_W[None]
+  target_R = target_R + jnp.sum(jnp.where(hit_RW, x_RW, 0.0), axis=1)
+  if options.total:
+    total_R = total_R + jnp.sum(jnp.where(tile.fresh_W[None], x_RW, 0.0), axis=1)
+  return top_R, mass_R, target_R, total_R
+
+
+def chunk_statistics(
+  e_RD: jax.Array, labels_R: jax.Array, weights: Weights, width: int, keep: bool
+) -> tuple[Statistics, jax.Array | None]:
+  """Statistics of a chunk of rows; with `keep` also its logits, tile by tile [tiles, R, W]."""
+  dtype = terms.accumulator(e_RD.dtype)
+  start = [terms.zeros(labels_R.shape, dtype, e_RD, labels_R, weights[:3]) for _ in range(4)]
+
+  def body(running: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+    tile = cut(weights, index, width)
+    x_RW = tile_logits(e_RD, tile, weights.options)
+    return tile_statistics(running, x_RW, tile, labels_R, weights.options), x_RW if keep else None
+
+  tiles = jnp.arange(-(-weights.entries // width))
+  (top_R, mass_R, target_R, total_R), kept = jax.lax.scan(body, (start[0] - jnp.inf, *start[1:]), tiles)
+  return Statistics(terms.finish_exponentials(top_R, mass_R), target_R, total_R), kept
+
+
+class Gradients(NamedTuple):
+  """Sums of the gradients over the chunks so far; bias_V is None without a bias."""
+
+  classifier: jax.Array
+  bias_V: jax.Array | None
+
+
+def chunk_gradients(
+  sums: Gradients,
+  e_RD: jax.Array,
+  labels_R: jax.Array,
+  rows: Rows,
+  weights: Weights,
+  width: int,
+  kept: jax.Array | None,
+) -> tuple[Gradients, jax.Array]:
+  """Adds a chunk's part to the classifier's gradients; also returns the gradient of its rows of E."""
+  options, dtype = weights.options, terms.accumulator(e_RD.dtype)
+  column = Rows(*(value_R[:, None] for value_R in rows))
+  # Inactive rows may hold NaN, and 0 * NaN would reach every row of the classifier's gradient.
+  e_RD = jnp.where(column.active_N, e_RD, 0.0)
+
+  def body(
+    carry: tuple[Gradients, jax.Array], step: tuple[jax.Array, jax.Array | None]
+  ) -> tuple[tuple[Gradients, jax.Array], None]:
+    sums, de_RD = carry
+    index, x_RW = step
+    tile = cut(weights, index, width)
+    x_RW = tile_logits(e_RD, tile, options) if x_RW is None else x_RW
+    bracket_RW = terms.logit_gradient(x_RW, tile.ids_W[None] == labels_R[:, None], column, options)
+    bracket_RW = jnp.where(tile.fresh_W[None], bracket_RW, 0.0)
+    g_RW = bracket_RW * terms.slope(x_RW, options)
+    small_RW = g_RW.astype(e_RD.dtype)
+    de_RD = when(
+      terms.keeps(bracket_RW, column, options.threshold_e),
+      lambda de_RD: de_RD + product(f"rv,{options.layout}->rd", small_RW, tile.classifier),
+      de_RD,
+    )
+    sums = when(
+      terms.keeps(bracket_RW, column, options.threshold_c),
+      lambda sums: add_tile(
+        sums, product(f"rv,rd->{options.layout}", small_RW, e_RD), jnp.sum(g_RW, axis=0), tile, weights
+      ),
+      sums,
+    )
+    return (sums, de_RD), None
+
+  tiles = jnp.arange(-(-weights.entries // width))
+  start = terms.zeros(e_RD.shape, dtype, e_RD, sums, rows)
+  (sums, de_RD), _ = jax.lax.scan(body, (sums, start), (tiles, kept))
+  return sums, de_RD
+
+
+def when(condition: jax.Array | bool, update: Callable[[Any], Any], value: Any) -> Any:
+  """`update(value)` where the condition holds; without a branch where it is known to."""
+  return update(value) if condition is True else jax.lax.cond(condition, update, lambda v: v, value)
+
+
+def add_tile(sums: Gradients, dc: jax.Array, db_W: jax.Array, tile: Tile, weights: Weights) -> Gradients:
+  axis = weights.options.vocabulary_axis
+  if weights.order_V is not None:
+    at = sums.classifier.at[tile.ids_W] if axis == 0 else sums.classifier.at[:, tile.ids_W]
+    classifier = at.add(dc)
+  else:
+    old = jax.lax.dynamic_slice_in_dim(sums.classifier, tile.start, tile.ids_W.size, axis)
+    classifier = jax.lax.dynamic_update_slice_in_dim(sums.classifier, old + dc, tile.start, axis)
+  return Gradients(classifier, None if sums.bias_V is None else sums.bias_V.at[tile.ids_W].add(db_W))
+
+
+def no_gradients(weights: Weights, dtype: jax.typing.DTypeLike, *like: Any) -> Gradients:
+  bias_V = None if weights.bias_V is None else terms.zeros((weights.entries,), dtype, weights[:3], like)
+  return Gradients(terms.zeros(weights.classifier.shape, dtype, weights[:3], like), bias_V)
+
+
+def statistics(
+  embeddings_ND: jax.Array, classifier: jax.Array, labels_N: jax.Array, bias_V: jax.Array | None, options: Options
+) -> Statistics:
+  """Row statistics from tiles of at most 4 MiB; of this shard's entries where the vocabulary is split."""
+  weights = Weights(classifier, bias_V, None, options)
+  N, dtype = labels_N.size, terms.accumulator(embeddings_ND.dtype)
+  size, width = blocks.xla_tiles(N, weights.entries)
+
+  def body(done: Statistics, index: jax.Array) -> tuple[Statistics, None]:
+    start, _ = window(index, size, N)
+    e_RD, labels_R = take((embeddings_ND, labels_N), start, size)
+    chunk, _ = chunk_statistics(e_RD, labels_R, weights, width, keep=False)
+    return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, start, 0), done, chunk), None
+
+  start = Statistics(*(terms.zeros((N,), dtype, embeddings_ND, labels_N, weights[:3]) for _ in range(3)))
+  return jax.lax.scan(body, start, jnp.arange(-(-N // size)))[0]
+
+
+def backward_tile(embeddings_ND: jax.Array, classifier: jax.Array, options: Options) -> blocks.Blocks:
+  """The tile that filters decide about in `gradients`."""
+  return blocks.xla_tiles(embeddings_ND.shape[0], classifier.shape[options.vocabulary_axis])
+
+
+def gradients(
+  embeddings_ND: jax.Array,
+  classifier: jax.Array,
+  labels_N: jax.Array,
+  bias_V: jax.Array | None,
+  rows: Rows,
+  options: Options,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """Gradients of E, C and b in the accumulator's dtype; the logits are computed again, tile by tile."""
+  counted_N = rows.active_N
+  order_V = terms.sorted_order(embeddings_ND, classifier, bias_V, counted_N, options) if options.sort else None
+  weights = Weights(classifier, bias_V, order_V, options)
+  N, dtype = labels_N.size, terms.accumulator(embeddings_ND.dtype)
+  size, width = blocks.xla_tiles(N, weights.entries)
+
+  def body(carry: tuple[Gradients, jax.Array], index: jax.Array) -> tuple[tuple[Gradients, jax.Array], None]:
+    sums, de_ND = carry
+    start, fresh_R = window(index, size, N)
+    e_RD, labels_R, part = take((embeddings_ND, labels_N, rows), start, size)
+    sums, de_RD = chunk_gradients(sums, e_RD, labels_R, only(part, fresh_R), weights, width, None)
+    return (sums, add_rows(de_ND, de_RD, start)), None
+
+  like = (embeddings_ND, labels_N, rows)
+  carry = no_gradients(weights, dtype, *like), terms.zeros(embeddings_ND.shape, dtype, *like, weights[:3])
+  (sums, de_ND), _ = jax.lax.scan(body, carry, jnp.arange(-(-N // size)))
+  return de_ND, sums.classifier, sums.bias_V
+
+
+def weighted_gradients(
+  embeddings_ND: jax.Array,
+  classifier: jax.Array,
+  labels_N: jax.Array,
+  bias_V: jax.Array | None,
+  counted_N: jax.Array,
+  options: Options,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None]]:
+  """Sum of the loss over the counted rows, and the gradients of that sum; the logits are computed once.
+
+  A chunk of R rows keeps its R x V logits meanwhile (`blocks.xla_chunk`).
+  """
+  order_V = terms.sorted_order(embeddings_ND, classifier, bias_V, counted_N, options) if options.sort else None
+  weights = Weights(classifier, bias_V, order_V, options)
+  N, dtype = labels_N.size, terms.accumulator(embeddings_ND.dtype)
+  size, width = blocks.xla_chunk(N, weights.entries)
+
+  def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
+    total, sums, de_ND = carry
+    start, fresh_R = window(index, size, N)
+    e_RD, labels_R, counted_R = take((embeddings_ND, labels_N, counted_N), start, size)
+    e_RD = jnp.where(counted_R[:, None], e_RD, 0.0)  # an ignored row may hold NaN, and its logits are kept
+    local, kept = chunk_statistics(e_RD, labels_R, weights, width, keep=True)
+    stats = terms.combine(local, options.axis_name)
+    part, cotangents = terms.counted_loss(stats, counted_R & fresh_R, options)
+    rows = terms.backward_rows(stats, cotangents)
+    sums, de_RD = chunk_gradients(sums, e_RD, labels_R, rows, weights, width, kept)
+    return (total + part, sums, add_rows(de_ND, de_RD, start)), None
+
+  like = (embeddings_ND, labels_N, counted_N, weights[:3])
+  # Every shard of the vocabulary has the same total: it varies like the rows that count, not like the classifier.
+  start = (
+    terms.zeros((), dtype, counted_N),
+    no_gradients(weights, dtype, *like),
+    terms.zeros(embeddings_ND.shape, dtype, *like),
+  )
+  (total, sums, de_ND), _ = jax.lax.scan(body, start, jnp.arange(-(-N // size)))
+  return total, (de_ND, sums.classifier, sums.bias_V)
+
+
+def only(rows: Rows, chosen_R: jax.Array) -> Rows:
+  """Rows of which only the chosen are active."""
+  active_R = rows.active_N & chosen_R
+  return Rows(
+    lse_N=jnp.where(active_R, rows.lse_N, jnp.inf),
+    scale_N=jnp.where(active_R, rows.scale_N, 0.0),
+    at_target_N=jnp.where(active_R, rows.at_target_N, 0.0),
+    offset_N=jnp.where(active_R, rows.offset_N, 0.0),
+    unit_N=rows.unit_N,
+    active_N=active_R,
+  )
+
+
+def add_rows(de_ND: jax.Array, de_RD: jax.Array, start: jax.Array) -> jax.Array:
+  old_RD = jax.lax.dynamic_slice_in_dim(de_ND, start, de_RD.shape[0])
+  return jax.lax.dynamic_update_slice_in_dim(de_ND, old_RD + de_RD, start, 0)

@@ -1,0 +1,74 @@
+"""Compiles for a TPU that is not there, with libtpu writing its listings into a folder."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from pallas_kernels.schedule.chips import CHIPS
+
+
+@functools.cache
+def dump_folder() -> pathlib.Path:
+  """Where this process's libtpu writes; libtpu reads its flags once, when it is first used."""
+  folder = tempfile.mkdtemp(prefix="tpu_schedule_")
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=true"
+  os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
+  return pathlib.Path(folder)
+
+
+@functools.cache
+def chip_mesh(chip: str, shape: tuple[int, ...] = (1,), names: tuple[str, ...] = ("x",)) -> jax.sharding.Mesh:
+  """A mesh of `chip`'s devices, Explicit axes: something to compile for."""
+  dump_folder()
+  topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
+  devices: Any = np.array(topology.devices[: int(np.prod(shape))]).reshape(shape)
+  return jax.sharding.Mesh(devices, names, axis_types=(jax.sharding.AxisType.Explicit,) * len(names))
+
+
+def compile_for(fn: Callable[..., Any], args: Any, chip: str) -> Any:
+  """`jax.jit(fn).lower(...).compile()` for one device of `chip`; args are arrays or ShapeDtypeStructs."""
+  mesh = chip_mesh(chip)
+  here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), tuple(args))
+  with jax.set_mesh(mesh):
+    return jax.jit(lambda *args: fn(*args)).lower(*shapes).compile()  # a new function: nothing from jit's cache
+
+
+def compile_with_listings(fn: Callable[..., Any], args: Any, chip: str) -> tuple[Any, dict[str, dict[str, str]]]:
+  """The compiled program and, for each kernel in it, the text of three listings by short name.
+
+  RuntimeError when libtpu was in use before and does not write listings.
+  """
+  folder = dump_folder()
+  for path in folder.iterdir():
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+  compiled = compile_for(fn, args, chip)
+  listings: dict[str, dict[str, str]] = {}
+  kinds = {
+    "bundles": r"packed-bundles-post-ra\.txt",
+    "use": r"pre-delay_hlo-static-per-bundle-utilization\.txt",
+    "original": r"original\.txt",
+  }
+  for path in sorted(folder.iterdir()):
+    for kind, pattern in kinds.items():
+      if found := re.fullmatch(rf"\d+-([^<].*?)-\d+-{pattern}", path.name):
+        listings.setdefault(found[1], {})[kind] = path.read_text()
+  if not listings:
+    raise RuntimeError(
+      "libtpu wrote no listings: it was loaded in this process before pallas_kernels.schedule was used, "
+      "or the program came from JAX's persistent compilation cache"
+    )
+  return compiled, listings

@@ -1,0 +1,114 @@
+"""The report: every case on every chip, as JSON, a Markdown table and an SVG bar chart."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import html
+import importlib.metadata
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+
+from pallas_kernels.schedule.analysis import analyse
+from pallas_kernels.schedule.cases import Case, cases
+from pallas_kernels.schedule.chips import CHIPS
+
+LIMITS = (
+  "Read from the compiler's static schedule, nothing was run. It cannot see the latency of copies and stalls on them, "
+  "conflicts of VMEM banks, loops and conditional regions whose counts depend on data, copies that a kernel starts "
+  "itself, or what XLA does around a kernel."
+)
+
+
+def report(folder: str | pathlib.Path, chips: Sequence[str] = tuple(CHIPS), match: str = "") -> list[dict[str, Any]]:
+  """Analyses every case whose name contains `match`; writes schedule.json, schedule.md and schedule.svg to `folder`.
+
+  A case that does not compile for a chip has the error in place of numbers.
+  """
+  chosen = [case for case in cases() if match in case.name]
+  if not chosen:
+    raise ValueError(f"match={match!r}: names none of {[case.name for case in cases()]}")
+  rows = []
+  for chip in chips:
+    for case in chosen:
+      rows.append(row(case, chip))
+      print(table([rows[-1]]).splitlines()[-1], flush=True)
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  about = dict(date=datetime.date.today().isoformat(), versions=versions(), limits=LIMITS, rows=rows)
+  (folder / "schedule.json").write_text(json.dumps(about, indent=1) + "\n")
+  heading = f"{LIMITS}\n\n{about['date']}, {', '.join(f'{k} {v}' for k, v in versions().items())}\n\n"
+  (folder / "schedule.md").write_text(f"# TPU kernels by schedule\n\n{heading}{table(rows)}\n")
+  (folder / "schedule.svg").write_text(chart(rows))
+  return rows
+
+
+def versions() -> dict[str, str]:
+  found = {}
+  for package in ("jax", "jaxlib", "libtpu", "tokamax"):
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      found[package] = "not installed"
+  return found
+
+
+def row(case: Case, chip: str) -> dict[str, Any]:
+  """One line of the table: the case, and either the finding's numbers or the error."""
+  about = dict(name=case.name, shape=case.shape, chip=chip)
+  try:
+    found = analyse(case.fn, case.args, chip, flops=case.flops, kernel=case.kernel)
+  except (ImportError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+    return about | dict(error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+  if len(found) != 1:
+    return about | dict(error=f"{len(found)} kernels match {case.kernel!r}")
+  return about | dataclasses.asdict(found[0])
+
+
+COLUMNS = (
+  ("kernel", lambda r: r["name"]),
+  ("shape", lambda r: r["shape"]),
+  ("chip", lambda r: r["chip"]),
+  ("Mcycles", lambda r: f"{r['cycles'] / 1e6:.2f}"),
+  ("MXU use", lambda r: f"{r['mxu_use']:.1%}"),
+  ("of peak", lambda r: f"{r['of_peak']:.1%}"),
+  ("of roofline", lambda r: f"{r['of_roofline']:.1%}"),
+  ("est. ms", lambda r: f"{r['us'] / 1e3:.2f}"),
+  ("HBM ms", lambda r: f"{r['hbm_us'] / 1e3:.2f}"),
+  ("HBM GB", lambda r: f"{r['hbm_bytes'] / 1e9:.2f}"),
+  ("spills / step", lambda r: f"{r['spills']:.0f}"),
+  ("VMEM MiB", lambda r: f"{r['vmem_bytes'] / 2**20:.1f}"),
+)
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+  lines = [" | ".join(name for name, _ in COLUMNS), " | ".join("---" for _ in COLUMNS)]
+  for r in rows:
+    cells = [get(r) for _, get in COLUMNS[:3]]
+    cells += [r["error"]] if "error" in r else [get(r) for _, get in COLUMNS[3:]]
+    lines.append(" | ".join(cells))
+  return "\n".join(f"| {line} |" for line in lines)
+
+
+def chart(rows: Sequence[dict[str, Any]]) -> str:
+  """Horizontal bars of the share of peak, a group for each kernel, as SVG."""
+  measured = sorted((r for r in rows if "error" not in r), key=lambda r: r["name"])
+  names = list(dict.fromkeys(r["name"] for r in measured))
+  parts, y = [], 30
+  for name in names:
+    parts.append(f'<text x="10" y="{y}" font-weight="bold">{html.escape(name)}</text>')
+    for r in (r for r in measured if r["name"] == name):
+      y += 18
+      width = 400 * min(r["of_peak"], 1)
+      parts.append(f'<text x="70" y="{y}" text-anchor="end">{r["chip"]}</text>')
+      parts.append(f'<rect x="80" y="{y - 11}" width="{width:.0f}" height="13" fill="#4477aa"/>')
+      parts.append(f'<text x="{86 + width:.0f}" y="{y}">{r["of_peak"]:.0%} of peak, {r["us"] / 1e3:.2f} ms</text>')
+    y += 28
+  style = 'font-family="sans-serif" font-size="12"'
+  return (
+    f'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="{y}" {style}>\n' + "\n".join(parts) + "\n</svg>\n"
+  )
