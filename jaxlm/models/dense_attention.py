@@ -53,6 +53,8 @@ def blocked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, window=None, cap=None) 
   K = k_BSKH.shape[2]
   q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
   k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+  # written once: fused into every block's slice, the rotation before would be computed again in each
+  q_BKGTH, k_BKSH, v_BKSH = jax.lax.optimization_barrier((q_BKGTH, k_BKSH, v_BKSH))
   block = max(64, -(-T // 16 // 64) * 64)  # at most about 16 blocks, which are unrolled
   outs = []
   for start in range(0, T, block):
@@ -73,9 +75,13 @@ def _attend_block(q_BKGCH, k_BKSH, v_BKSH, mask_BCS, cap) -> jax.Array:
   q_BKRH = q_BKGCH.reshape(B, K, G * C, H)
   a_BKRS = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
   a_BKGCS = jnp.where(mask_BCS[:, None, None], soft_cap(a_BKRS, cap).reshape(B, K, G, C, -1), MASKED)
-  p_BKGCS = jax.nn.softmax(a_BKGCS, axis=-1).astype(v_BKSH.dtype)
-  o_BKRH = jnp.einsum("bkrs,bksh->bkrh", p_BKGCS.reshape(B, K, G * C, -1), v_BKSH)
-  return o_BKRH.reshape(B, K, G, C, H)
+  # softmax by hand: dividing after the product spares passes over [C, S], backward above all
+  top_BKGC1 = jax.lax.stop_gradient(jnp.max(a_BKGCS, axis=-1, keepdims=True))
+  p_BKGCS = jnp.exp(a_BKGCS - top_BKGC1)
+  mass_BKGC1 = jnp.sum(p_BKGCS, axis=-1, keepdims=True)
+  p_BKRS = p_BKGCS.astype(v_BKSH.dtype).reshape(B, K, G * C, -1)
+  o_BKRH = jnp.einsum("bkrs,bksh->bkrh", p_BKRS, v_BKSH, preferred_element_type=jnp.float32)
+  return (o_BKRH.reshape(B, K, G, C, H) / mass_BKGC1).astype(v_BKSH.dtype)
 
 
 def cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, window=None, cap=None) -> jax.Array:

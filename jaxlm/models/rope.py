@@ -18,6 +18,8 @@ import numpy as np
 
 from jaxlm.config import RopeConfig, check
 
+Angles = tuple[jax.Array, jax.Array]  # cosines and sines [B, T, R]
+
 
 def rope_tables(
   rope: RopeConfig, positions_BT: jax.Array, width: int, length: int | jax.Array
@@ -31,12 +33,30 @@ def rope_tables(
   return attention_factor * jnp.cos(angles_BTR), attention_factor * jnp.sin(angles_BTR)
 
 
+@jax.custom_vjp
 def apply_rope(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
-  """Turns every pair (x[j], x[j + R]) of every head by its angle, in float32; the result has the dtype of `x_BTNH`."""
+  """Turns every pair (x[j], x[j + R]) of every head by its angle, in float32; the result has the dtype of `x_BTNH`.
+
+  The angles are constants: no gradient reaches `cos_BTR` and `sin_BTR`.
+  """
   cos_BTNR, sin_BTNR = cos_BTR[:, :, None], sin_BTR[:, :, None]
   left_BTNR, right_BTNR = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   turned = (left_BTNR * cos_BTNR - right_BTNR * sin_BTNR, right_BTNR * cos_BTNR + left_BTNR * sin_BTNR)
-  return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+  # without the barrier XLA on CPU computes inside the concatenation, entry by entry
+  return jnp.concatenate(jax.lax.optimization_barrier(turned), axis=-1).astype(x_BTNH.dtype)
+
+
+def _apply_rope_forward(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> tuple[jax.Array, Angles]:
+  return apply_rope(x_BTNH, cos_BTR, sin_BTR), (cos_BTR, sin_BTR)
+
+
+def _apply_rope_backward(angles: Angles, dy_BTNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The transpose of a rotation is the rotation by the opposite angle: as fast as the forward pass."""
+  cos_BTR, sin_BTR = angles
+  return apply_rope(dy_BTNH, cos_BTR, -sin_BTR), jnp.zeros_like(cos_BTR), jnp.zeros_like(sin_BTR)
+
+
+apply_rope.defvjp(_apply_rope_forward, _apply_rope_backward)
 
 
 def frequencies(rope: RopeConfig, width: int, length: int | jax.Array) -> tuple[jax.Array, float]:

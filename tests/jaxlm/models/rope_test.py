@@ -161,6 +161,18 @@ def test_shared_positions_and_bfloat16(rotate):
   np.testing.assert_array_equal(y_BTNH, exact.astype(jnp.bfloat16))  # one rounding, at the end
 
 
+def test_the_gradient_is_that_of_the_turning_matrix():
+  """With an attention factor other than 1, so that the transpose is not the inverse."""
+  x_BTNH, dy_BTNH = random_heads(5), random_heads(6)
+  rope = RopeConfig(scaling="yarn", factor=4.0, original_length=32)
+  angles = rope_tables(rope, jnp.array([[0, 1, 5, 9, 40, 41]]), 16, 1)
+  _, transpose = jax.vjp(lambda x_BTNH: apply_rope(x_BTNH, *angles), x_BTNH)
+  tangent_BTNH = random_heads(7)
+  np.testing.assert_allclose(
+    jnp.vdot(transpose(dy_BTNH)[0], tangent_BTNH), jnp.vdot(dy_BTNH, apply_rope(tangent_BTNH, *angles)), rtol=1e-5
+  )
+
+
 @pytest.mark.parametrize(
   "rope, width, message",
   [
