@@ -24,13 +24,14 @@ usage: jaxlm COMMAND ...
   sample DIR             continue a prompt with the weights of a run or of a Hugging Face checkpoint
   eval DIR               loss on all held-out text, beside what compression reaches
   convert FROM TO        a run to a Hugging Face checkpoint, or a checkpoint to a run
+  checkpoint verify DIR  whether every file of a run's checkpoints is as it was written; show lists what they hold
 
 presets, or your own function as module:function
 {presets}
 
 `jaxlm COMMAND --help` says more. First try: jaxlm train micro --run runs/first
 """
-RESUMABLE = 130  # exit status after Ctrl-C: as a shell reports it, and the run can be resumed
+RESUMABLE = 130  # exit status after Ctrl-C, SIGTERM and --stop_after: saved before the last step, to be resumed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,9 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in COMMANDS:
       raise ValueError(f"command {command!r} does not exist; nearest: {_nearest(command, COMMANDS)}")
     return COMMANDS[command](rest)
-  except (ValueError, FileNotFoundError, FloatingPointError, NotImplementedError) as error:
+  except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
     print(f"jaxlm: {error}", file=sys.stderr)
     return 2 if isinstance(error, ValueError) else 1
+  except KeyboardInterrupt:
+    print("jaxlm: left at once, without saving", file=sys.stderr, flush=True)
+    os._exit(1)  # threads that still write would hold up an orderly exit
 
 
 def _train(arguments: list[str]) -> int:
@@ -181,16 +185,38 @@ def _convert(arguments: list[str]) -> int:
   return tyro.cli(convert, args=arguments, prog="jaxlm convert")
 
 
+def _checkpoint(arguments: list[str]) -> int:
+  def checkpoint(
+    action: tyro.conf.Positional[Literal["verify", "show"]],
+    run: tyro.conf.Positional[Path],
+  ) -> int:
+    """Look at a run's checkpoints without starting anything.
+
+    Args:
+      action: verify reads every file and compares (exit status 1 where one differs); show lists steps, sizes,
+        configuration and arrays
+      run: folder of the run
+    """
+    from jaxlm.train.checkpoint_report import show, verify
+
+    return (verify if action == "verify" else show)(run)
+
+  return tyro.cli(checkpoint, args=arguments, prog="jaxlm checkpoint")
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
   "train": _train,
   "resume": _resume,
   "sample": _sample,
   "eval": _eval,
   "convert": _convert,
+  "checkpoint": _checkpoint,
 }
 
 
 def _finish(result) -> int:
+  if result.saved < result.step:
+    return 1  # the log has said what went wrong
   return 0 if result.finished else RESUMABLE
 
 

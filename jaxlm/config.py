@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from typing import Any, Literal
 
 from sharding.mesh import MeshConfig
 
 __all__ = ["DataConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "RopeConfig", "TrainConfig"]
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def check(good: bool, field: str, value: Any, rule: str) -> None:
@@ -251,6 +254,8 @@ class TrainConfig:
   """batches of each evaluation (`jaxlm eval` reads all)"""
   log_every: int = 10
   """steps between printed lines where there is no terminal for the live display"""
+  stop_after: str = ""
+  """time after which this process saves and leaves, to be resumed: 90s, 30m, 2h, 1d; empty: no limit"""
   z_loss: float = 0.0
   """times the mean squared log of the softmax normaliser"""
   ema: float = 0.0
@@ -271,6 +276,17 @@ class TrainConfig:
       check(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
     check(self.batch % self.accumulate == 0, "batch", self.batch, f"must be a multiple of accumulate={self.accumulate}")
     check(0 <= self.ema < 1, "ema", self.ema, "must lie in [0, 1)")
+    check(self.stop_seconds > 0, "stop_after", self.stop_after, "must be above 0")
+
+  @property
+  def stop_seconds(self) -> float:
+    """`stop_after` in seconds; infinite where it is empty."""
+    if not self.stop_after:
+      return math.inf
+    number, unit = self.stop_after[:-1], self.stop_after[-1]
+    rule = "must be a number with its unit, as in 90s, 30m, 2h or 1d"
+    check(number.replace(".", "", 1).isdecimal() and unit in _SECONDS, "stop_after", self.stop_after, rule)
+    return float(number) * _SECONDS[unit]
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 
 import jax
@@ -52,3 +53,16 @@ def decide(compute: Callable[[], int]) -> int:
   if failed:
     raise RuntimeError("the main process stopped the run; its own message says why")
   return value
+
+
+def stop_together(step: int, wanted: bool) -> bool:
+  """Whether the run stops before `step`: true in all processes at the same one, soon after any of them wanted it.
+
+  All ask before each step. The request travels as jax's notice of preemption does, which costs the steps nothing: the
+  runtime of a process that gets SIGTERM (here sent to itself) tells the others, and they settle on a step.
+  """
+  if jax.process_count() == 1:
+    return wanted
+  if wanted:
+    signal.raise_signal(signal.SIGTERM)
+  return multihost_utils.reached_preemption_sync_point(step)

@@ -62,6 +62,7 @@ def _to_run(folder: Path, target: Path) -> str:
     state = jax.jit(init_state, static_argnums=0, donate_argnums=1)(config, params)
     checkpoints = Checkpoints(run.checkpoints, keep=config.keep)
     checkpoints.save(state, FIRST_POSITION)
-    checkpoints.close()
+    if checkpoints.close() != 0:
+      raise OSError(f"{target}: the checkpoint could not be written")
   count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))
   return f"{target}: a run of {count:,} parameters at step 0; go on with: jaxlm resume {target}"

@@ -7,10 +7,10 @@ so a folder without one was never finished.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
-from jaxlm.train.manifest import verify, write_manifest
+from jaxlm.train.checkpoint_folder import checkpoint_path, prune, remove
+from jaxlm.train.manifest import write_manifest
 from jaxlm.train.step import TrainState
 from sharding.multihost import is_main
 
@@ -27,17 +28,21 @@ _ITEMS = ("params", "ema", "optimizer", "data")
 
 
 class Checkpoints:
-  """The checkpoints of one run: `save` returns at once, `close` waits for what is being written."""
+  """The checkpoints of one run: `save` returns at once, `close` waits for what is being written.
 
-  def __init__(self, folder: Path, *, keep: int, keep_every: int = 0):
+  A save that fails is logged, what it left is removed, and `saved` stays behind; the next one tries anew.
+  """
+
+  def __init__(self, folder: Path, *, keep: int, keep_every: int = 0, saved: int = -1):
     self.folder = folder.absolute()
     self.keep, self.keep_every = keep, keep_every
+    self.saved = saved
+    """step of the newest finished checkpoint; -1: none. On disk whatever becomes of this process"""
     self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(*_ITEMS))
     self._finisher: threading.Thread | None = None
-    self._failure: BaseException | None = None
 
   def save(self, state: TrainState, data_state: dict) -> None:
-    """Starts writing; waits only for the checkpoint before. Raises what went wrong with that one."""
+    """Starts writing; waits only for the checkpoint before."""
     self.wait()
     step = int(state.step)
     items = {
@@ -47,77 +52,54 @@ class Checkpoints:
     }
     if state.ema is not None:
       items["ema"] = ocp.args.StandardSave(state.ema)
-    self._writer.save(checkpoint_path(self.folder, step), ocp.args.Composite(**items))
+    try:
+      self._writer.save(checkpoint_path(self.folder, step), ocp.args.Composite(**items))
+    except Exception as failure:  # a full disk has many faces here: OSError, ValueError, errors of jax and tensorstore
+      self._give_up(step, failure)
+      return
     self._finisher = threading.Thread(target=self._finish, args=(step,))
     self._finisher.start()
 
-  def wait(self) -> None:
-    """Until the newest checkpoint is complete; raises what its writer raised."""
+  def wait(self) -> int:
+    """Until the newest checkpoint is written or given up; returns `saved`."""
     if self._finisher is not None:
       self._finisher.join()
       self._finisher = None
-    if self._failure is not None:
-      failure, self._failure = self._failure, None
-      raise failure
+    return self.saved
 
-  def close(self) -> None:
+  def close(self) -> int:
     self.wait()
     self._writer.close()
+    return self.saved
 
   def _finish(self, step: int) -> None:
     try:
       self._writer.wait_until_finished()
       if is_main():
         write_manifest(checkpoint_path(self.folder, step))
-        self._prune()
-    except BaseException as failure:  # reported by the next wait() in the main thread
-      self._failure = failure
+    except Exception as failure:
+      self._give_up(step, failure)
+      return
+    self.saved = step
+    if is_main():
+      with _logged("old checkpoints stay"):
+        prune(self.folder, self.keep, self.keep_every)
 
-  def _prune(self) -> None:
-    for step in finished_steps(self.folder)[: -self.keep]:
-      if not self.keep_every or step % self.keep_every:
-        shutil.rmtree(checkpoint_path(self.folder, step))
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-  return folder / f"{step:08d}"
-
-
-def finished_steps(folder: Path) -> list[int]:
-  """Steps whose checkpoint has a manifest, ascending."""
-  return sorted(int(path.name) for path in _checkpoints(folder) if (path / "manifest.json").exists())
+  def _give_up(self, step: int, failure: Exception) -> None:
+    newest = f"the newest checkpoint is of step {self.saved}" if self.saved >= 0 else "there is no checkpoint yet"
+    _log.error("step %d could not be saved, %s: %s", step, newest, failure)
+    if is_main():
+      with _logged("what was written of it stays"):
+        remove(self.folder, step)
 
 
-def newest_sound(folder: Path) -> int:
-  """The step of the newest checkpoint that verifies; those that do not are passed over and logged.
-
-  Raises FileNotFoundError when there is none.
-  """
-  for path in _checkpoints(folder):
-    faults = verify(path)
-    if not faults:
-      return int(path.name)
-    _log.warning("checkpoint %s does not verify: %s", path.name, "; ".join(faults))
-  raise FileNotFoundError(f"{folder}: holds no checkpoint that verifies")
-
-
-def set_aside_after(folder: Path, step: int) -> None:
-  """Renames checkpoints of later steps, which a resumed run will write again: unfinished or damaged ones."""
-  for path in _checkpoints(folder):
-    if int(path.name) > step:
-      aside = _free_name(path.with_name(f"{path.name}.unsound"))
-      path.rename(aside)
-      _log.warning("checkpoint %s moved to %s", path.name, aside.name)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-  """Newest first, finished or not."""
-  return sorted((path for path in folder.glob("*") if path.name.isdigit()), reverse=True)
-
-
-def _free_name(path: Path) -> Path:
-  names = (path.with_name(f"{path.name}{count or ''}") for count in range(10**6))
-  return next(name for name in names if not name.exists())
+@contextlib.contextmanager
+def _logged(consequence: str) -> Iterator[None]:
+  """A file system that refuses costs a line of the log, not the run."""
+  try:
+    yield
+  except OSError as error:
+    _log.error("%s: %s", consequence, error)
 
 
 def restore(path: Path, like: TrainState) -> tuple[TrainState, dict]:

@@ -13,16 +13,24 @@ import jax
 from jaxlm.config import ModelConfig, TrainConfig, check
 from jaxlm.data.baselines import baselines
 from jaxlm.data.loader import TextData, heldout_batches, load_text, train_loader
-from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.interop import huggingface
 from jaxlm.scaling.flops import train_flops_per_token
-from jaxlm.train.checkpoint import Checkpoints, checkpoint_path, newest_sound, restore, set_aside_after
+from jaxlm.train.checkpoint import Checkpoints, restore
+from jaxlm.train.checkpoint_folder import (
+  checkpoint_path,
+  finished_steps,
+  newest_sound,
+  remove_leftovers,
+  set_aside_after,
+)
 from jaxlm.train.evaluate import make_evaluator
 from jaxlm.train.interrupt import StopRequest
+from jaxlm.train.lock import only_writer
 from jaxlm.train.memory import keep_freed_memory
 from jaxlm.train.metrics import Reporter
 from jaxlm.train.plot import draw_loss
+from jaxlm.train.resolve import check_mesh, with_initial_model, with_vocabulary
 from jaxlm.train.run_folder import RunFolder, log_to
 from jaxlm.train.step import Metrics, TrainState, init_state, make_train_step
 from sharding import make_mesh
@@ -47,6 +55,8 @@ class TrainResult:
   bits_per_byte: float | None
   finished: bool
   """False when it was asked to stop before the last step"""
+  saved: int
+  """step of the newest checkpoint, -1 for none; below `step` where the last one could not be written"""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -59,47 +69,58 @@ def train(config: TrainConfig) -> TrainResult:
   config = with_initial_model(config)
   check_mesh(config)
   text = load_text(config.data)
-  config = _with_vocabulary(config, text.tokenizer.vocab_size)
+  config = with_vocabulary(config, text.tokenizer.vocab_size)
 
   def start() -> int:
     folder.create(config)
     text.tokenizer.save(folder.path)
     return 0
 
-  decide(start)
-  return _run(config, folder, text, resume_from=None)
+  with only_writer(folder.path):
+    decide(start)
+    return _run(config, folder, text, resume_from=None)
 
 
 def resume(run: str | Path, steps: int | None = None) -> TrainResult:
-  """Goes on from the newest checkpoint that verifies; `steps` replaces the configured number of steps."""
+  """Goes on from the newest checkpoint that verifies, or begins again where the run had none when it ended.
+
+  `steps` replaces the configured number of steps. Raises FileNotFoundError where there are checkpoints, all damaged.
+  """
   folder = RunFolder(Path(run))
   config = dataclasses.replace(folder.read_config(), run=str(folder.path))
   if steps is not None:
     config = dataclasses.replace(config, steps=steps)
   check_mesh(config)
-  newest = decide(lambda: newest_sound(folder.checkpoints))
-  check(newest < config.steps, "steps", config.steps, f"the run is at step {newest}; raise --steps")
-  text = load_text(config.data, load_tokenizer(folder.path, config.data))
-  if is_main():
-    folder.write_config(config)
-    folder.forget_after(newest)
-    set_aside_after(folder.checkpoints, newest)
-  return _run(config, folder, text, resume_from=checkpoint_path(folder.checkpoints, newest))
+  with only_writer(folder.path):
+    # -1: killed before its first checkpoint was finished
+    newest = decide(lambda: newest_sound(folder.checkpoints) if finished_steps(folder.checkpoints) else -1)
+    check(newest < config.steps, "steps", config.steps, f"the run is at step {newest}; raise --steps")
+    text = load_text(config.data, load_tokenizer(folder.path, config.data) if newest >= 0 else None)
+    if is_main():
+      folder.write_config(config)
+      folder.forget_after(newest)
+      set_aside_after(folder.checkpoints, newest)
+      remove_leftovers(folder.checkpoints)
+      if newest < 0:
+        _log.warning("%s ended before its first checkpoint: it begins again at step 0", folder.path)
+        text.tokenizer.save(folder.path)
+    return _run(config, folder, text, None if newest < 0 else checkpoint_path(folder.checkpoints, newest))
 
 
 def _run(config: TrainConfig, folder: RunFolder, text: TextData, resume_from: Path | None) -> TrainResult:
-  handler = log_to(folder.log) if is_main() else logging.NullHandler()
   if config.keep_freed_memory and jax.default_backend() == "cpu":
     keep_freed_memory()
-  try:
-    with jax.set_mesh(make_mesh(config.mesh)):
-      return _loop(config, folder, text, resume_from)
-  finally:
-    logging.getLogger("jaxlm").removeHandler(handler)
-    handler.close()
+  with (
+    log_to(folder.log if is_main() else None),
+    StopRequest(config.stop_seconds) as stop,
+    jax.set_mesh(make_mesh(config.mesh)),
+  ):
+    return _loop(config, folder, text, resume_from, stop)
 
 
-def _loop(config: TrainConfig, folder: RunFolder, text: TextData, resume_from: Path | None) -> TrainResult:
+def _loop(
+  config: TrainConfig, folder: RunFolder, text: TextData, resume_from: Path | None, stop: StopRequest
+) -> TrainResult:
   # data: the order depends on the seed alone; the iterator's position is part of every checkpoint
   batches = train_loader(text, batch=config.batch, seed=config.seed, rows=local_rows(config.batch))
 
@@ -115,14 +136,15 @@ def _loop(config: TrainConfig, folder: RunFolder, text: TextData, resume_from: P
   # step and evaluation
   train_step = jax.jit(make_train_step(config), donate_argnums=0)
   evaluate = make_evaluator(config)
-  checkpoints = Checkpoints(folder.checkpoints, keep=config.keep, keep_every=config.keep_every)
+  saved = -1 if resume_from is None else start
+  checkpoints = Checkpoints(folder.checkpoints, keep=config.keep, keep_every=config.keep_every, saved=saved)
 
-  step, saved, loss, heldout, waiting = start, start, float("nan"), (None, None), None
+  step, loss, heldout, waiting = start, float("nan"), (None, None), None
   flops = train_flops_per_token(config.model, config.data.length)
   reporter = Reporter(config, folder, start, peak_flops=_peak_flops(), flops_per_token=flops)
-  with StopRequest() as stop, reporter as report:
+  with reporter as report:
     report.say(_headline(config, text, folder, start))
-    while step < config.steps and not stop.requested:
+    while step < config.steps and not stop.reached(step + 1):
       state, metrics = train_step(state, globalize(next(batches), config.batch))
       step += 1
       if waiting is not None:  # read step n - 1 while the device works on step n
@@ -134,21 +156,24 @@ def _loop(config: TrainConfig, folder: RunFolder, text: TextData, resume_from: P
       loss, waiting = _report(report, step, waiting), None
       if saving:
         checkpoints.save(state, batches.get_state())
-        saved = step
       if evaluating:
         heldout = _evaluate(config, text, evaluate, state, report, step)
       report.restart_clock()
     if waiting is not None:
       loss = _report(report, step, waiting)
-    if saved < step:
+    if decide(checkpoints.wait) < step:  # none was due, or it failed
       checkpoints.save(state, batches.get_state())
     checkpoints.close()
-    if step < config.steps:
-      report.say(f"stopped and saved at step {step} of {config.steps}; go on with: jaxlm resume {folder.path}")
-    elif is_main():
+    saved = decide(lambda: checkpoints.saved)
+    if saved < step:
+      _log.error("step %d of %d is not saved; the newest checkpoint is of step %d", step, config.steps, saved)
+    elif step < config.steps:
+      report.say(f"stopped and saved at step {step} of {config.steps} ({stop.reason or 'another process'})")
+      report.say(f"go on with: jaxlm resume {folder.path}")
+    if step == config.steps and is_main():
       report.say(_plot(folder, text))
   params = state.params if state.ema is None else state.ema
-  return TrainResult(config, params, step, loss, *heldout, finished=step == config.steps)
+  return TrainResult(config, params, step, loss, *heldout, finished=step == config.steps, saved=saved)
 
 
 def _due(step: int, every: int, steps: int) -> bool:
@@ -174,47 +199,11 @@ def _evaluate(config: TrainConfig, text: TextData, evaluate, state: TrainState, 
 def _plot(folder: RunFolder, text: TextData) -> str:
   if importlib.util.find_spec("matplotlib") is None:
     return f"{folder.plot.name} is not drawn: matplotlib is missing (pip install 'jaxlm[plot]')"
-  draw_loss(folder, baselines(text.corpus))
+  try:
+    draw_loss(folder, baselines(text.corpus))
+  except OSError as error:
+    return f"{folder.plot.name} is not drawn: {error}"
   return f"drew {folder.plot}"
-
-
-def _with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
-  if config.model.V >= vocab_size:
-    return config
-  rule = f"has {vocab_size} ids, more than the V={config.model.V} of init={config.init!r}"
-  check(not config.init, "data.tokenizer", config.data.tokenizer, rule)
-  return dataclasses.replace(config, model=dataclasses.replace(config.model, V=vocab_size))
-
-
-def with_initial_model(config: TrainConfig) -> TrainConfig:
-  """With the model of the checkpoint that training starts from, and its tokenizer in place of `bytes`, if it has one.
-
-  How to compute (dtype, attention_implementation, remat, scan) stays as configured. ValueError as `huggingface.load`.
-  """
-  if not config.init:
-    return config
-  folder = huggingface.local_folder(config.init)
-  model, _, _ = huggingface.inspect(folder, "float32")
-  computing = {name: getattr(config.model, name) for name in ("dtype", "attention_implementation", "remat", "scan")}
-  data = config.data
-  if data.tokenizer == "bytes" and (folder / TOKENIZER_FILE).is_file():
-    data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER_FILE))
-  return dataclasses.replace(config, model=dataclasses.replace(model, **computing), data=data)
-
-
-def check_mesh(config: TrainConfig) -> None:
-  """ValueError where the batch or the model does not divide over the mesh, or the model cannot use one of its axes."""
-  sizes = config.mesh.resolve(jax.device_count())
-  for axis in ("stage", "context_ring", "context_ulysses", "expert"):
-    check(sizes[axis] == 1, f"mesh.{axis}", sizes[axis], "the model does not use this axis; it must be 1")
-  shards, model, tensor = sizes["data"] * sizes["fsdp"], config.model, sizes["tensor"]
-  rule = f"must be a multiple of {shards} batch shards x accumulate={config.accumulate}"
-  check(config.batch % (shards * config.accumulate) == 0, "batch", config.batch, rule)
-  check(config.data.length % tensor == 0, "data.length", config.data.length, f"must be a multiple of {tensor=}")
-  check(model.D % sizes["fsdp"] == 0, "model.D", model.D, f"must be a multiple of mesh.fsdp={sizes['fsdp']}")
-  for name in ("N", "K", "F", "V"):
-    size = getattr(model, name)
-    check(size % tensor == 0, f"model.{name}", size, f"must be a multiple of mesh.tensor={tensor}")
 
 
 def _peak_flops() -> float | None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from jaxlm.train.atomic import TEMPORARY, write_text
+
 NAME = "manifest.json"
 FORMAT = 1
-_TEMPORARY = f"{NAME}.tmp"
 _THREADS = 4
 
 
@@ -28,13 +28,7 @@ def write_manifest(folder: Path) -> None:
   paths = _files(folder)
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     files = dict(zip(paths, pool.map(_size_and_digest, paths.values())))
-  text = json.dumps({"format": FORMAT, "digest": _digest_of(files), "files": files}, indent=1)
-  with open(folder / _TEMPORARY, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(folder / _TEMPORARY, folder / NAME)
-  _fsync_folder(folder)
+  write_text(folder / NAME, json.dumps({"format": FORMAT, "digest": _digest_of(files), "files": files}, indent=1))
 
 
 def verify(folder: Path) -> list[str]:
@@ -64,7 +58,7 @@ def verify(folder: Path) -> list[str]:
 def _files(folder: Path) -> dict[str, Path]:
   """Relative name -> path of every file below `folder` except the manifest itself."""
   paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-  return {name: path for name, path in paths.items() if name not in (NAME, _TEMPORARY)}
+  return {name: path for name, path in paths.items() if name not in (NAME, NAME + TEMPORARY)}
 
 
 def _size_and_digest(path: Path) -> list[Any]:
@@ -100,12 +94,3 @@ def _read(folder: Path) -> dict[str, Any]:
   if not isinstance(manifest.get("files"), dict) or manifest.get("digest") != _digest_of(manifest["files"]):
     raise ValueError("damaged (its entries do not match its own digest)")
   return manifest["files"]
-
-
-def _fsync_folder(folder: Path) -> None:
-  """Makes the rename itself survive a power failure."""
-  descriptor = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxlm.config import TrainConfig, to_dict
-from jaxlm.train.run_folder import RunFolder
+from jaxlm.train.run_folder import RecordFile, RunFolder
 from sharding.multihost import is_main
 
 _log = logging.getLogger("jaxlm")
@@ -79,7 +78,7 @@ class Reporter:
 
   def __enter__(self) -> Self:
     paths = (self.folder.metrics, self.folder.evals) if is_main() else (os.devnull, os.devnull)
-    self.metrics_file, self.evals_file = (open(path, "a", buffering=1) for path in paths)
+    self.metrics_file, self.evals_file = (RecordFile(path) for path in paths)
     self.progress.start()
     return self
 
@@ -103,7 +102,7 @@ class Reporter:
     seconds, self.last = now - self.last, now
     record = {"step": step, "loss": loss, "tokens": int(tokens), "seconds": round(seconds, 6)}
     record |= {"learning_rate": learning_rate, "grad_norm": grad_norm}
-    self.metrics_file.write(json.dumps(record) + "\n")
+    self.metrics_file.append(record)
     for tracker in self.trackers:
       tracker.log({f"train/{name}": value for name, value in record.items() if name != "step"}, step)
     line = f"loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s  MFU {self._mfu(tokens / seconds)}"
@@ -115,7 +114,7 @@ class Reporter:
 
   def evaluation(self, step: int, loss: float, bits_per_byte: float, tokens: float) -> None:
     record = {"step": step, "heldout_loss": loss, "bits_per_byte": bits_per_byte, "tokens": int(tokens)}
-    self.evals_file.write(json.dumps(record) + "\n")
+    self.evals_file.append(record)
     for tracker in self.trackers:
       tracker.log({"heldout/loss": loss, "heldout/bits_per_byte": bits_per_byte}, step)
     self.say(f"step {step}: held-out loss {loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxlm.config import TrainConfig, from_dict, to_dict
+from jaxlm.train.atomic import write_text
+
+_log = logging.getLogger("jaxlm")
+LOCK = "lock"  # names the process that writes to the run (`jaxlm.train.lock`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +33,14 @@ class RunFolder:
 
   def create(self, config: TrainConfig) -> None:
     """Makes the folder and writes the resolved configuration; ValueError where something is there already."""
-    if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+    if self.path.exists() and (not self.path.is_dir() or any(path.name != LOCK for path in self.path.iterdir())):
       what = f"`jaxlm resume {self.path}` goes on with it" if self.config.exists() else "and is not a run"
       raise ValueError(f"run={str(self.path)!r}: must be a new or empty folder; this one is not empty, {what}")
     self.path.mkdir(parents=True, exist_ok=True)
     self.write_config(config)
 
   def write_config(self, config: TrainConfig) -> None:
-    self.config.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    write_text(self.config, json.dumps(to_dict(config), indent=2) + "\n")
 
   def read_config(self) -> TrainConfig:
     """ValueError where the folder is no run or its configuration does not parse."""
@@ -50,7 +56,37 @@ class RunFolder:
     for path in (self.metrics, self.evals):
       if path.exists():
         kept = [json.dumps(record) + "\n" for record in read_records(path) if record["step"] <= step]
-        path.write_text("".join(kept))
+        write_text(path, "".join(kept))
+
+
+class RecordFile:
+  """Appends objects to a .jsonl file; what the disk has no room for is kept and tried again with the next one."""
+
+  def __init__(self, path: Path | str):
+    self._file = open(path, "ab", buffering=0)
+    self._waiting = b""
+    self._failing = False
+
+  def append(self, record: dict[str, Any]) -> None:
+    self._waiting += json.dumps(record).encode() + b"\n"
+    self._write()
+
+  def close(self) -> None:
+    self._write()
+    if self._waiting:
+      _log.error("%s: lacks its last %d lines", self._file.name, self._waiting.count(b"\n"))
+    self._file.close()
+
+  def _write(self) -> None:
+    try:
+      while self._waiting:
+        self._waiting = self._waiting[self._file.write(self._waiting) :]
+    except OSError as error:
+      if not self._failing:
+        _log.error("%s: lines wait in memory: %s", self._file.name, error.strerror)
+      self._failing = True
+    else:
+      self._failing = False
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -63,12 +99,35 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         return
 
 
-def log_to(path: Path) -> logging.Handler:
-  """Appends everything that this project logs to a file, with the time; returns the handler, for removal."""
-  handler = logging.FileHandler(path)
-  handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+@contextlib.contextmanager
+def log_to(path: Path | None) -> Iterator[None]:
+  """Appends what this project logs to a file, if given, with the time; errors go to stderr too."""
   logger = logging.getLogger("jaxlm")
-  logger.setLevel(logging.INFO)
-  logger.propagate = False  # the terminal has its own lines
-  logger.addHandler(handler)
-  return handler
+  errors = logging.StreamHandler()
+  errors.setLevel(logging.ERROR)
+  handlers: list[logging.Handler] = [errors]
+  if path is not None:
+    handlers.append(_LogFile(path))
+    handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # the terminal has its own lines
+  for handler in handlers:
+    logger.addHandler(handler)
+  try:
+    yield
+  finally:
+    for handler in handlers:
+      logger.removeHandler(handler)
+      handler.close()
+
+
+class _LogFile(logging.FileHandler):
+  """A full disk costs lines of the log, nothing else."""
+
+  def handleError(self, record: logging.LogRecord) -> None:
+    if not isinstance(sys.exc_info()[1], OSError):
+      super().handleError(record)
+
+  def close(self) -> None:
+    with contextlib.suppress(OSError):
+      super().close()

@@ -14,7 +14,8 @@ from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from jaxlm.decode import Sampler, generate
 from jaxlm.interop import huggingface
-from jaxlm.train.checkpoint import checkpoint_path, newest_sound, restore_params
+from jaxlm.train.checkpoint import restore_params
+from jaxlm.train.checkpoint_folder import checkpoint_path, newest_sound
 from jaxlm.train.evaluate import make_evaluator
 from jaxlm.train.run_folder import RunFolder
 from jaxlm.train.step import init_state

@@ -3,15 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.train.checkpoint import (
-  Checkpoints,
-  checkpoint_path,
-  finished_steps,
-  newest_sound,
-  restore,
-  restore_params,
-  set_aside_after,
-)
+from jaxlm.train.checkpoint import Checkpoints, restore, restore_params
+from jaxlm.train.checkpoint_folder import checkpoint_path, finished_steps, newest_sound, set_aside_after
 from jaxlm.train.step import TrainState
 from sharding import MeshConfig, make_mesh
 
@@ -78,17 +71,21 @@ def test_unsound_checkpoints_are_passed_over_and_set_aside_only_by_a_resumed_run
   assert (tmp_path / "00000002.unsound1").is_dir()  # an earlier one is not overwritten
 
 
-def test_what_goes_wrong_while_writing_is_raised_by_the_next_call(tmp_path, monkeypatch):
+def test_a_failed_save_is_logged_cleared_away_and_tried_anew_by_the_next(tmp_path, monkeypatch, caplog):
   def full_disk(folder):
     raise OSError("disk full")
 
-  monkeypatch.setattr("jaxlm.train.checkpoint.write_manifest", full_disk)
-  checkpoints = Checkpoints(tmp_path, keep=1)
-  checkpoints.save(state_at(1), {})
-  with pytest.raises(OSError, match="disk full"):
-    checkpoints.wait()
-  checkpoints.close()  # said once
-  assert finished_steps(tmp_path) == []
+  save(tmp_path, [1], keep=9)
+  checkpoints = Checkpoints(tmp_path, keep=9, saved=1)
+  with monkeypatch.context() as patch:
+    patch.setattr("jaxlm.train.checkpoint.write_manifest", full_disk)
+    checkpoints.save(state_at(2), {})
+    assert checkpoints.wait() == 1
+    assert "step 2 could not be saved, the newest checkpoint is of step 1: disk full" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
+  checkpoints.save(state_at(2), {})  # as at the end of a run, where the last step is tried twice
+  assert checkpoints.close() == 2
+  assert finished_steps(tmp_path) == [1, 2] and newest_sound(tmp_path) == 2
 
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path):

@@ -12,8 +12,9 @@ import pytest
 
 from jaxlm.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig, to_dict
 from jaxlm.train import resume, train
-from jaxlm.train.checkpoint import checkpoint_path, finished_steps, restore
-from jaxlm.train.loop import check_mesh
+from jaxlm.train.checkpoint import restore
+from jaxlm.train.checkpoint_folder import checkpoint_path, finished_steps
+from jaxlm.train.resolve import check_mesh
 from jaxlm.train.run_folder import RunFolder, read_records
 from jaxlm.train.step import init_state
 from sharding import make_mesh

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlm.train.checkpoint import finished_steps
+from jaxlm.train.checkpoint_folder import finished_steps
 from jaxlm.train.run_folder import RunFolder, read_records
 
 FLAGS = (

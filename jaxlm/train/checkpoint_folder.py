@@ -1,0 +1,88 @@
+"""What stands in a run's `checkpoints/`, told from names and manifests alone; nothing here needs jax.
+
+| name | what |
+|---|---|
+| `00000100` | checkpoint of step 100; finished if it has a manifest |
+| `00000100.unsound` | set aside by a resumed run: damaged or unfinished; never read, never removed |
+| `00000100.orbax-checkpoint-tmp`, `00000100.deleting` | what a killed process was writing or removing |
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+from jaxlm.train.manifest import NAME, verify
+
+_log = logging.getLogger("jaxlm")
+_UNSOUND, _DELETING, _WRITING = ".unsound", ".deleting", ".orbax-checkpoint-tmp"
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+  return folder / f"{step:08d}"
+
+
+def all_steps(folder: Path) -> list[int]:
+  """Steps that have a checkpoint, finished or not, ascending."""
+  return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def finished_steps(folder: Path) -> list[int]:
+  """Steps whose checkpoint has a manifest, ascending."""
+  return [step for step in all_steps(folder) if (checkpoint_path(folder, step) / NAME).exists()]
+
+
+def newest_sound(folder: Path) -> int:
+  """The step of the newest checkpoint that verifies; those that do not are passed over and logged.
+
+  Raises FileNotFoundError when there is none.
+  """
+  for step in reversed(all_steps(folder)):
+    path = checkpoint_path(folder, step)
+    faults = verify(path)
+    if not faults:
+      return step
+    _log.warning("checkpoint %s does not verify: %s", path.name, "; ".join(faults))
+  raise FileNotFoundError(f"{folder}: holds no checkpoint that verifies")
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+  """Renames checkpoints of later steps, which a resumed run will write again: unfinished or damaged ones."""
+  for later in all_steps(folder):
+    if later > step:
+      path = checkpoint_path(folder, later)
+      aside = _free_name(path.with_name(path.name + _UNSOUND))
+      path.rename(aside)
+      _log.warning("checkpoint %s moved to %s", path.name, aside.name)
+
+
+def set_aside(folder: Path) -> list[Path]:
+  """What `set_aside_after` has renamed so far."""
+  return sorted(folder.glob(f"*{_UNSOUND}*"))
+
+
+def remove_leftovers(folder: Path) -> None:
+  """Removes what a killed process was writing or removing; only for the one process that writes to the run."""
+  for path in (*folder.glob(f"*{_WRITING}*"), *folder.glob(f"*{_DELETING}*")):
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def remove(folder: Path, step: int) -> None:
+  """Removes a checkpoint, or what has been written of it; killed meanwhile, it leaves no half under that name."""
+  path = checkpoint_path(folder, step)
+  shutil.rmtree(path.with_name(path.name + _WRITING), ignore_errors=True)
+  if path.exists():
+    shutil.rmtree(path.rename(_free_name(path.with_name(path.name + _DELETING))))
+
+
+def prune(folder: Path, keep: int, keep_every: int) -> None:
+  """Removes finished checkpoints but for the newest `keep` and those whose step is a multiple of `keep_every`."""
+  for step in finished_steps(folder)[:-keep]:
+    if not keep_every or step % keep_every:
+      remove(folder, step)
+
+
+def _free_name(path: Path) -> Path:
+  names = (path.with_name(f"{path.name}{count or ''}") for count in range(10**6))
+  return next(name for name in names if not name.exists())
