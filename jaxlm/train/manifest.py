@@ -1,33 +1,42 @@
-"""Integrity of a checkpoint folder: sizes and digests of its files, written last and checked before loading.
+"""Integrity of a checkpoint folder: sizes and checksums of its files, written last and checked before loading.
 
 Orbax loads an array file with a flipped bit without complaint, as wrong numbers. A folder without a manifest is
-incomplete, because the manifest is the last thing written to it. Digests guard against decay, not against malice.
+incomplete, because the manifest is the last thing written to it. Checksums are CRC-32 of pieces: they guard against
+decay (any flipped bit, any burst up to 32 bits, all but one in 4e9 of the rest), not against malice, and are several
+times faster than cryptographic digests, so that verifying costs a fraction of restoring.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 from jaxlm.train.atomic import TEMPORARY, write_text
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+PIECE = 1 << 24
+"""bytes that one checksum covers; pieces are read in parallel"""
+_BUFFER = 1 << 18  # bytes; stays in the processor's cache
 _THREADS = 4
 
 
 def write_manifest(folder: Path) -> None:
-  """Writes `manifest.json` with the size and blake2b digest of every file below `folder`, atomically.
+  """Writes `manifest.json` with size and checksums of every file below `folder`, atomically.
 
   An interruption leaves no manifest (or the former one), never half of one. Raises OSError when a file cannot be read
   or the manifest cannot be written.
   """
   paths = _files(folder)
+  sizes = {name: path.stat().st_size for name, path in paths.items()}
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    files = dict(zip(paths, pool.map(_size_and_digest, paths.values())))
+    sums = {name: pool.map(functools.partial(_checksum, paths[name]), _pieces(sizes[name])) for name in paths}
+    files = {name: [sizes[name], list(sums[name])] for name in paths}
   write_text(folder / NAME, json.dumps({"format": FORMAT, "digest": _digest_of(files), "files": files}, indent=1))
 
 
@@ -51,8 +60,8 @@ def verify(folder: Path) -> list[str]:
   if faults:
     return faults
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    found = pool.map(lambda name: _content_fault(paths[name], files[name][1]), common)
-    return [f"{name}: {fault}" for name, fault in zip(common, found) if fault]
+    found = {name: pool.map(functools.partial(_piece_fault, paths[name]), _pieces(files[name][0]), files[name][1]) for name in common}
+    return [f"{name}: {fault}" for name in common for fault in found[name] if fault]
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -61,18 +70,29 @@ def _files(folder: Path) -> dict[str, Path]:
   return {name: path for name, path in paths.items() if name not in (NAME, NAME + TEMPORARY)}
 
 
-def _size_and_digest(path: Path) -> list[Any]:
+def _pieces(size: int) -> range:
+  """Where the pieces of a file begin."""
+  return range(0, size, PIECE)
+
+
+def _checksum(path: Path, start: int) -> str:
+  """CRC-32 of the piece from `start` on, as 8 hexadecimal digits."""
+  checksum, left, buffer = 0, PIECE, memoryview(bytearray(_BUFFER))
   with open(path, "rb", buffering=0) as file:
-    digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
-    return [file.tell(), digest]
+    file.seek(start)
+    while left and (count := file.readinto(buffer[:left])):
+      checksum = zlib.crc32(buffer[:count], checksum)
+      left -= count
+  return f"{checksum:08x}"
 
 
-def _content_fault(path: Path, want: str) -> str | None:
+def _piece_fault(path: Path, start: int, want: str) -> str | None:
   try:
-    _, digest = _size_and_digest(path)
+    checksum = _checksum(path, start)
   except OSError as error:
     return f"cannot be read ({error})"
-  return None if digest == want else f"digest {digest[:16]}..., the manifest says {want[:16]}..."
+  end = min(start + PIECE, path.stat().st_size) - 1
+  return None if checksum == want else f"bytes {start}-{end} have checksum {checksum}, the manifest says {want}"
 
 
 def _digest_of(files: dict[str, Any]) -> str:
@@ -89,8 +109,8 @@ def _read(folder: Path) -> dict[str, Any]:
   version = manifest.get("format") if isinstance(manifest, dict) else None
   if not isinstance(version, int) or version < 1:
     raise ValueError("unreadable (it has no format number)")
-  if version > FORMAT:
-    raise ValueError(f"of format {version}, this version reads up to {FORMAT}")
+  if version != FORMAT:
+    raise ValueError(f"of format {version}, this version reads format {FORMAT}")
   if not isinstance(manifest.get("files"), dict) or manifest.get("digest") != _digest_of(manifest["files"]):
     raise ValueError("damaged (its entries do not match its own digest)")
   return manifest["files"]

@@ -1,0 +1,42 @@
+"""What verifying a checkpoint adds to restoring it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.train.checkpoint import Checkpoints, restore
+from jaxlm.train.checkpoint_folder import checkpoint_path, newest_sound
+from jaxlm.train.step import TrainState
+from sharding import MeshConfig, make_mesh
+
+
+def measure(folder: Path, megabytes: int, repeats: int) -> tuple[float, float]:
+  """Median seconds of (restore, verify and restore) for a state of that size, files in the page cache."""
+  rows = megabytes * 10**6 // (3 * 8 * 4 * 1024)
+
+  def init() -> TrainState:
+    weights = {f"w{index}": jax.random.normal(jax.random.key(index), (rows, 1024)) for index in range(8)}
+    moments = jax.tree.map(lambda w: w**2, weights)
+    return TrainState(jnp.int32(1), weights, (weights, moments), None, jax.random.key(0))
+
+  with jax.set_mesh(make_mesh(MeshConfig(data=1))):
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(jax.jit(init)(), {})
+    assert checkpoints.close() == 1
+    like = jax.eval_shape(init)
+    plain, verified = [], []
+    for _ in range(repeats):  # in turns, so that a change of the machine's speed meets both
+      plain.append(_seconds(lambda: restore(checkpoint_path(folder, 1), like)))
+      verified.append(_seconds(lambda: restore(checkpoint_path(folder, newest_sound(folder)), like)))
+  return statistics.median(plain), statistics.median(verified)
+
+
+def _seconds(action) -> float:
+  start = time.perf_counter()
+  jax.block_until_ready(action())
+  return time.perf_counter() - start
