@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,10 +19,10 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
-from jaxlm.train.checkpoint_folder import checkpoint_path, prune, remove
+from jaxlm.train.checkpoint_folder import checkpoint_path, prune, remove, size_of
 from jaxlm.train.manifest import write_manifest
 from jaxlm.train.step import TrainState
-from sharding.multihost import is_main
+from sharding.multihost import decide, is_main
 
 _log = logging.getLogger("jaxlm")
 _ITEMS = ("params", "ema", "optimizer", "data")
@@ -38,6 +39,7 @@ class Checkpoints:
     self.keep, self.keep_every = keep, keep_every
     self.saved = saved
     """step of the newest finished checkpoint; -1: none. On disk whatever becomes of this process"""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises
     self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(*_ITEMS))
     self._finisher: threading.Thread | None = None
 
@@ -45,6 +47,9 @@ class Checkpoints:
     """Starts writing; waits only for the checkpoint before."""
     self.wait()
     step = int(state.step)
+    if missing := decide(lambda: self._missing_bytes(state)):
+      self._give_up(step, OSError(f"the disk lacks {missing / 1e6:,.1f} MB for it"))
+      return
     items = {
       "params": ocp.args.StandardSave(state.params),
       "optimizer": ocp.args.StandardSave((state.step, state.opt_state, state.key)),
@@ -72,6 +77,18 @@ class Checkpoints:
     self._writer.close()
     return self.saved
 
+  def _missing_bytes(self, state: TrainState) -> int:
+    """How much the disk lacks for one more checkpoint: as large as the newest one, or else as the state in memory.
+
+    Asked first because the writer, once it fails, buries its reason under pages of tracebacks.
+    """
+    if self.saved >= 0:
+      need = size_of(checkpoint_path(self.folder, self.saved))
+    else:
+      need = sum(x.nbytes for x in jax.tree.leaves(state))
+    disk = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+    return max(0, need - shutil.disk_usage(disk).free)
+
   def _finish(self, step: int) -> None:
     try:
       self._writer.wait_until_finished()
@@ -87,7 +104,8 @@ class Checkpoints:
 
   def _give_up(self, step: int, failure: Exception) -> None:
     newest = f"the newest checkpoint is of step {self.saved}" if self.saved >= 0 else "there is no checkpoint yet"
-    _log.error("step %d could not be saved, %s: %s", step, newest, failure)
+    reason = (str(failure).splitlines() or [""])[0].partition(" [tensorstore_spec")[0][:300]
+    _log.error("step %d could not be saved, %s: %s", step, newest, reason or type(failure).__name__)
     if is_main():
       with _logged("what was written of it stays"):
         remove(self.folder, step)

@@ -23,6 +23,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
   return folder / f"{step:08d}"
 
 
+def size_of(path: Path) -> int:
+  """Bytes of all files of a checkpoint."""
+  return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
 def all_steps(folder: Path) -> list[int]:
   """Steps that have a checkpoint, finished or not, ascending."""
   return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())

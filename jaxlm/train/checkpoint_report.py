@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxlm.config import TrainConfig, to_dict
 from jaxlm.train import manifest
-from jaxlm.train.checkpoint_folder import all_steps, checkpoint_path, finished_steps, newest_sound, set_aside
+from jaxlm.train.checkpoint_folder import all_steps, checkpoint_path, finished_steps, newest_sound, set_aside, size_of
 from jaxlm.train.run_folder import RunFolder
 
 
@@ -62,7 +62,7 @@ def _print_set_aside(folder: RunFolder) -> None:
 
 
 def _size(path: Path) -> str:
-  return f"{sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 1e6:,.2f} MB"
+  return f"{size_of(path) / 1e6:,.2f} MB"
 
 
 def _differences(values: dict[str, Any], others: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

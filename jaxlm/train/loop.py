@@ -170,7 +170,7 @@ def _loop(
     elif step < config.steps:
       report.say(f"stopped and saved at step {step} of {config.steps} ({stop.reason or 'another process'})")
       report.say(f"go on with: jaxlm resume {folder.path}")
-    if step == config.steps and is_main():
+    elif is_main():
       report.say(_plot(folder, text))
   params = state.params if state.ema is None else state.ema
   return TrainResult(config, params, step, loss, *heldout, finished=step == config.steps, saved=saved)

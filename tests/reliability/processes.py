@@ -55,7 +55,7 @@ def start(folder: Path, *arguments: str, setup: str = "", **environment: str) ->
     )
 
 
-def finish(folder: Path, process: subprocess.Popen, seconds: float = 200) -> tuple[int, str]:
+def finish(folder: Path, process: subprocess.Popen, seconds: float = 600) -> tuple[int, str]:
   """(exit status, what it printed)"""
   try:
     process.wait(seconds)
@@ -69,7 +69,7 @@ def run(folder: Path, *arguments: str, **options: str) -> tuple[int, str]:
   return finish(folder, start(folder, *arguments, **options))
 
 
-def wait_until(done: Callable[[], Any], process: subprocess.Popen, seconds: float = 100) -> None:
+def wait_until(done: Callable[[], Any], process: subprocess.Popen, seconds: float = 300) -> None:
   """Polls; returns early when the process ends. TimeoutError, with the process killed, when neither comes."""
   end = time.monotonic() + seconds
   while process.poll() is None and not done():

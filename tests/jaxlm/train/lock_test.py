@@ -1,0 +1,52 @@
+"""One writer to a run's folder at a time."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxlm.train.lock import only_writer
+
+
+def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
+  with only_writer(tmp_path / "run"):
+    with pytest.raises(ValueError, match=rf"run='.*run': another process writes to it \(process {os.getpid()} on "):
+      with only_writer(tmp_path / "run"):
+        pass
+  assert list((tmp_path / "run").iterdir()) == []
+  with only_writer(tmp_path / "run"):
+    pass
+
+
+def test_the_lock_of_a_process_that_was_killed_holds_nobody_up(tmp_path):
+  script = "import os, sys; from pathlib import Path; from jaxlm.train.lock import _take; _take(Path(sys.argv[1])); "
+  environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+  command = [sys.executable, "-c", script + "os.kill(os.getpid(), 9)", str(tmp_path)]
+  assert subprocess.run(command, env=environment).returncode == -9
+  assert "process" in (tmp_path / "lock").read_text()
+  with only_writer(tmp_path):
+    assert f"process {os.getpid()} " in (tmp_path / "lock").read_text()
+
+
+def test_a_lock_file_that_its_owner_removed_meanwhile_is_not_the_lock(tmp_path, monkeypatch):
+  """Between opening and locking it, the former owner ended: the new owner locks a file that is still there."""
+  import fcntl
+
+  flock, calls = fcntl.flock, []
+
+  def late(file, operation):
+    if not calls:
+      (tmp_path / "lock").unlink()
+    calls.append(flock(file, operation))
+
+  monkeypatch.setattr(fcntl, "flock", late)
+  with only_writer(tmp_path):
+    assert len(calls) == 2 and (tmp_path / "lock").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ValueError, match=r"run='.*file': cannot be written to \(File exists\)"):
+    with only_writer(tmp_path / "file"):
+      pass

@@ -1,0 +1,73 @@
+"""Records and log of a run on a disk that refuses."""
+
+import json
+import logging
+import os
+
+import pytest
+
+from jaxlm.train.atomic import write_text
+from jaxlm.train.run_folder import RecordFile, RunFolder, log_to, read_records
+
+
+class Moody:
+  """A file that takes a few bytes at a time, and while `full` none."""
+
+  name = "metrics.jsonl"
+
+  def __init__(self):
+    self.content, self.full = b"", False
+
+  def write(self, data: bytes) -> int:
+    if self.full:
+      raise OSError(28, "No space left on device")
+    self.content += data[:5]
+    return len(data[:5])
+
+  def close(self):
+    pass
+
+
+def test_lines_wait_for_room_and_none_is_lost_or_doubled(tmp_path, caplog):
+  records = RecordFile(tmp_path / "metrics.jsonl")
+  records._file = file = Moody()
+  for step in range(9):
+    file.full = step in (3, 4, 6)
+    records.append({"step": step})
+  records.close()
+  assert [json.loads(line)["step"] for line in file.content.splitlines()] == list(range(9))
+  assert caplog.text.count("lines wait in memory: No space left on device") == 2  # once per time
+
+
+def test_lines_that_never_found_room_are_counted(caplog):
+  records = RecordFile("/dev/full")
+  for step in range(3):
+    records.append({"step": step})
+  records.close()
+  assert "/dev/full: lacks its last 3 lines" in caplog.text
+
+
+def test_a_log_without_room_stops_nothing_and_errors_reach_stderr(capsys):
+  with log_to("/dev/full"):
+    logging.getLogger("jaxlm").info("quiet")
+    logging.getLogger("jaxlm").error("loud")
+  assert capsys.readouterr().err == "loud\n"
+
+
+def test_forgetting_later_records_keeps_the_file_whole_when_it_fails(tmp_path, monkeypatch):
+  folder = RunFolder(tmp_path)
+  lines = "".join(f'{{"step": {step}}}\n' for step in range(1, 6))
+  folder.metrics.write_text(lines + '{"st')
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+      folder.forget_after(3)
+  assert folder.metrics.read_text() == lines + '{"st'
+  folder.forget_after(3)
+  assert [record["step"] for record in read_records(folder.metrics)] == [1, 2, 3]
+
+
+def test_atomic_text_replaces_what_was_there(tmp_path):
+  write_text(tmp_path / "a", "first")
+  write_text(tmp_path / "a", "second")
+  assert (tmp_path / "a").read_text() == "second" and [path.name for path in tmp_path.iterdir()] == ["a"]
