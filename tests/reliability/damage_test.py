@@ -1,0 +1,79 @@
+"""Damage to a checkpoint is noticed wherever it is, named, passed over and kept."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from jaxlm.cli import main
+from jaxlm.train.checkpoint_folder import checkpoint_path, set_aside
+from tests.reliability.damage import KINDS, SAVE_EVERY, STEPS, campaign, damaged, resumed, trained
+from tests.reliability.processes import run
+from tests.reliability.verify_cost import measure
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  return trained(tmp_path_factory.mktemp("damage") / "folder")
+
+
+@pytest.mark.slow
+def test_every_kind_of_damage_at_every_place_is_named_and_the_older_checkpoint_found(whole):
+  cases = campaign(whole)
+  assert {case.kind for case in cases} == set(KINDS) and len(cases) > 50
+  assert [case for case in cases if not (case.named and case.older_used)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["a flipped bit", "missing"])
+def test_a_resumed_run_goes_on_from_before_the_damage_and_keeps_it(whole, kind):
+  assert resumed(whole.path.parent, whole, kind)
+
+
+@pytest.mark.slow
+def test_verify_says_it_from_the_command_line_and_starts_nothing(whole, capsys):
+  newest = checkpoint_path(whole.checkpoints, STEPS)
+  assert main(["checkpoint", "verify", str(whole.path)]) == 0
+  assert re.fullmatch(r"step 3: sound, 0.\d+ MB\nstep 6: sound, 0.\d+ MB\n", capsys.readouterr().out)
+  with damaged(newest, "emptied", newest / "params" / "_METADATA"):
+    script = f"import sys, jaxlm.cli; status = jaxlm.cli.main(['checkpoint', 'verify', {str(whole.path)!r}]); "
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script + "sys.exit('jax' if 'jax' in sys.modules else status)"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+  assert done.returncode == 1, done.stderr
+  assert "step 6: does not verify\n  params/_METADATA: size 0, the manifest says" in done.stdout
+  assert "would go on from step 3" in done.stdout
+  both = [checkpoint_path(whole.checkpoints, step) for step in (STEPS - SAVE_EVERY, STEPS)]
+  with damaged(both[0], "missing", both[0] / "manifest.json"), damaged(both[1], "missing", both[1] / "manifest.json"):
+    assert main(["checkpoint", "verify", str(whole.path)]) == 1
+  assert "no checkpoint verifies" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_show_lists_steps_sizes_configuration_and_arrays(whole, capsys):
+  assert main(["checkpoint", "show", str(whole.path)]) == 0
+  shown = capsys.readouterr().out
+  for line in ("step 3: 0.", "step 6: 0.", "  model.D = 16\n", "  ema = 0.9\n"):
+    assert line in shown
+  assert re.search(r"^  float32\[256, 16\] +params/params/embed$", shown, re.MULTILINE)
+  assert re.search(r"^  float32\[256, 16\] +ema/params/embed$", shown, re.MULTILINE)
+  assert "learning_rate = 0.001" not in shown  # a default
+
+
+@pytest.mark.slow
+def test_a_run_that_nobody_can_resume_says_so_and_stays_as_it_is(whole):
+  both = [checkpoint_path(whole.checkpoints, step) for step in (STEPS - SAVE_EVERY, STEPS)]
+  with damaged(both[0], "emptied", both[0] / "_CHECKPOINT_METADATA"):
+    with damaged(both[1], "emptied", both[1] / "_CHECKPOINT_METADATA"):
+      status, printed = run(whole.path.parent, "resume", "whole", "--steps", "9")
+  assert status == 1 and "holds no checkpoint that verifies" in printed and "_CHECKPOINT_METADATA: size 0" in printed
+  assert set_aside(whole.checkpoints) == []
+
+
+@pytest.mark.slow
+def test_verifying_costs_a_fraction_of_restoring(tmp_path):
+  """A loose bound, as other tests run beside this one; benchmarks/results/reliability.md has the measurement."""
+  plain, verified = measure(tmp_path, megabytes=60, repeats=5)
+  assert verified < 2 * plain
