@@ -42,12 +42,12 @@ def section_kills(folder: Path) -> str:
     sums = [sum(getattr(kill, name) for kill in found) for name in ("lost", "unsound")]
     rows.append([aim, len(found), first, *sums, max(kill.repeated for kill in found)])
   columns = ("killed", "times", "before the first checkpoint", "finished checkpoints lost", "that do not verify")
-  same = sum(chain.same for chain in chains)
+  same, aside = (sum(getattr(chain, name) for chain in chains) for name in ("same", "aside"))
   return f"""\
 `kill -9` at {sum(map(len, by_aim.values()))} moments of {len(chains)} runs of {kills.STEPS} steps that save every
-{kills.SAVE_EVERY}; in {minutes:.0f} minutes on {_machine()}. Afterwards each run was left alone: {same} of {len(chains)}
+{kills.SAVE_EVERY}; {minutes:.0f} minutes on {_machine()}. Then each run was left alone: {same} of {len(chains)}
 ended with the loss curve, evaluations, weights, moving average, optimizer state, key and data position of the run that
-was never killed, bit for bit. On the way {sum(chain.aside for chain in chains)} unfinished checkpoints were set aside.
+was never killed, bit for bit. On the way {aside} unfinished checkpoints were set aside.
 
 {_table((*columns, "most steps repeated"), rows)}
 
@@ -80,8 +80,18 @@ Verifying adds {verified / plain - 1:.0%} to restoring a state of 200 MB ({plain
 
 def section_starved(folder: Path) -> str:
   """Out of room or rights"""
-  rows = [[name, *row] for name, row in starved.campaign(folder).items()]
-  return _table(("tried", "exit status", "what it said", "earlier checkpoints"), rows) + "\n"
+  outcomes = starved.campaign(folder)
+  rows = [[name, o.status, ", ".join(map(str, o.kept)) or "none", o.same] for name, o in outcomes.items()]
+  said = "\n".join(f"- {name}: `{o.said.splitlines()[-1]}`" for name, o in outcomes.items() if o.said)
+  return f"""\
+Runs of {starved.STEPS} steps that save every 5 and keep 2, on small disks of their own.
+
+{_table(("tried", "exit status", "checkpoints that verify then", "same end as with room"), rows)}
+
+The last thing each said about it:
+
+{said.replace(str(folder) + "/", "")}
+"""
 
 
 SECTIONS: dict[str, Callable[[Path], str]] = {

@@ -33,13 +33,21 @@ def test_the_python_example_runs(tmp_path):
 @pytest.mark.slow
 def test_the_commands_run_as_written_but_smaller(tmp_path):
   commands = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    jaxlm ")]
-  assert [shlex.split(command)[1] for command in commands] == ["train", "resume", "sample", "eval", "convert"]
+  assert [shlex.split(command)[1] for command in commands] == [
+    "train",
+    "resume",
+    "sample",
+    "eval",
+    "convert",
+    "checkpoint",
+  ]
   smaller = {
     "train": "--steps 4 --model.D 32 --model.F 32 --model.H 8 --batch 2 --data.length 32 --optimizer.warmup 1",
     "resume": "--steps 6",
     "sample": "--max-new 5",
     "eval": "--batches 1",
     "convert": "",
+    "checkpoint": "",
   }
   for command in commands:
     words = shlex.split(command)

@@ -60,7 +60,10 @@ def verify(folder: Path) -> list[str]:
   if faults:
     return faults
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    found = {name: pool.map(functools.partial(_piece_fault, paths[name]), _pieces(files[name][0]), files[name][1]) for name in common}
+    found = {
+      name: pool.map(functools.partial(_piece_fault, paths[name]), _pieces(files[name][0]), files[name][1])
+      for name in common
+    }
     return [f"{name}: {fault}" for name in common for fault in found[name] if fault]
 
 

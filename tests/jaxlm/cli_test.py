@@ -89,6 +89,8 @@ WRONG = [
   (["resume", "missing"], "run='missing': holds no config.json"),
   (["eval", "missing"], "run='missing': holds no config.json"),
   (["sample", "missing", "--temperature", "-1"], "temperature"),
+  (["checkpoint", "verify", "missing"], "run='missing': holds no config.json"),
+  (["train", "micro", "--stop_after", "2"], "stop_after='2': must be a number with its unit"),
 ]
 
 
@@ -207,17 +209,3 @@ def test_resume_finishes_what_was_stopped_and_sample_and_eval_use_it(interrupted
   assert status == 0, err
   bits = {name: float(value) for name, value in re.findall(r"^  (\w[\w ]*?) +([\d.]+)$", out, re.MULTILINE)}
   assert "this model" in bits and len(bits) >= 3 and all(0 < value < 9 for value in bits.values())
-
-
-@pytest.mark.slow
-def test_ctrl_c_twice_leaves_at_once(tmp_path, text):
-  """The second one interrupts the saving that the first one began."""
-  flags = ["--steps", "100000", "--run", "run", "--eval_every", "0", "--save_every", "0", "--data.source", str(text)]
-  process = start("train", "micro", *flags, *SMALLER, cwd=tmp_path)
-  wait_for_steps(process, RunFolder(tmp_path / "run"), 5)
-  for _ in range(2):
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.05)  # signals that come together count as one
-  status, out, err = finish(process)
-  assert status not in (0, 130)
-  assert "stopped and saved" not in out and "KeyboardInterrupt" in err

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -37,6 +38,11 @@ WRONG = [
   (TrainConfig, dict(steps=0), "steps=0: must be at least 1"),
   (TrainConfig, dict(batch=6, accumulate=4), "batch=6: must be a multiple of accumulate=4"),
   (TrainConfig, dict(ema=1.0), "ema=1.0: must lie in [0, 1)"),
+  (TrainConfig, dict(stop_after="2"), "stop_after='2': must be a number with its unit, as in 90s, 30m, 2h or 1d"),
+  (TrainConfig, dict(stop_after="h"), "stop_after='h': must be a number"),
+  (TrainConfig, dict(stop_after="-2h"), "stop_after='-2h': must be a number"),
+  (TrainConfig, dict(stop_after="2w"), "stop_after='2w': must be a number"),
+  (TrainConfig, dict(stop_after="0s"), "stop_after='0s': must be above 0"),
 ]
 
 
@@ -88,6 +94,11 @@ def test_a_configuration_from_before_a_field_existed_takes_its_default():
   values = to_dict(TrainConfig())
   del values["ema"], values["model"]["tied"]
   assert from_dict(TrainConfig, values) == TrainConfig()
+
+
+@pytest.mark.parametrize("text, seconds", [("90s", 90), ("1.5m", 90), ("2h", 7200), ("1d", 86400), ("", math.inf)])
+def test_a_time_limit_in_seconds(text, seconds):
+  assert TrainConfig(stop_after=text).stop_seconds == seconds
 
 
 def test_an_unknown_field_comes_with_its_path_and_the_nearest():

@@ -88,7 +88,9 @@ def records(folder: RunFolder) -> list[dict[str, Any]]:
   """What a repeated run must repeat exactly: all of metrics.jsonl but for the time that a step took."""
   if not folder.metrics.exists():
     return []
-  return [{name: value for name, value in record.items() if name != "seconds"} for record in read_records(folder.metrics)]
+  return [
+    {name: value for name, value in record.items() if name != "seconds"} for record in read_records(folder.metrics)
+  ]
 
 
 def same_end(folder: RunFolder, other: RunFolder) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +12,19 @@ from pathlib import Path
 from jaxlm.train.checkpoint_folder import checkpoint_path, finished_steps
 from jaxlm.train.manifest import verify
 from jaxlm.train.run_folder import RunFolder
-from tests.reliability.processes import SMALL, finish, last_step, records, run, start, wait_until
+from tests.reliability.processes import (
+  SMALL,
+  finish,
+  last_step,
+  run,
+  same_end,
+  start,
+  wait_until,
+  write_corpus,
+)
 
-STEPS = 60
-FLAGS = [*SMALL, "--steps", str(STEPS), "--save_every", "5", "--eval_every", "30"]
+STEPS = 30
+FLAGS = [*SMALL, "--steps", str(STEPS), "--save_every", "5", "--eval_every", "15"]
 # so that there is time to take its disk away: each step waits a little
 SLOWER = """
 import time
@@ -28,7 +37,7 @@ metrics.Reporter.step = lambda self, *args, **kwargs: (time.sleep(0.05), step(se
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
   """A file system of its own; needs the rights to mount one."""
-  folder.mkdir()
+  folder.mkdir(exist_ok=True)
   subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder], check=True, capture_output=True)
   try:
     yield folder
@@ -56,34 +65,78 @@ def fill(disk: Path) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class Starved:
-  """How a run ended that had no room from some step on, for a while or to its end."""
+class Outcome:
+  """How a command ended that had no room or no right."""
 
   status: int
-  printed: str
-  same_curve: bool
-  """its metrics.jsonl is that of a run with room"""
-  finished: list[int]
-  unsound: int
+  said: str
+  """the lines that matter"""
+  kept: list[int]
+  """steps whose checkpoints verify"""
+  same: bool
+  """the run has the curve and the final state of one that had room"""
 
 
-def full_disk(folder: Path, whole: RunFolder, name: str, *, freed: bool) -> Starved:
-  """The disk fills up at step 12 and, where it is `freed`, is empty again from step 32 on."""
-  with small_disk(folder / f"disk-{name}", 8) as disk:
-    path = disk / "run"
-    ours = RunFolder(path)
-    process = start(folder, "train", "micro", *FLAGS, "--run", str(path), setup=SLOWER)
+def campaign(folder: Path) -> dict[str, Outcome]:
+  """Every shortage once; needs the rights to mount file systems."""
+  write_corpus(folder)
+  status, printed = run(folder, "train", "micro", *FLAGS, "--run", "whole")
+  assert status == 0, printed
+  whole = RunFolder(folder / "whole")
+  return {
+    "disk full from step 12 to 20": _full_disk(folder, whole, freed=True),
+    "disk full from step 12 on": _full_disk(folder, whole, freed=False),
+    "new run in a read-only folder": _read_only(folder, whole, "train", "micro", *FLAGS, "--run"),
+    "resume in a read-only folder": _read_only(folder, whole, "resume"),
+    "new run in the folder of another": _outcome(folder, whole, whole, "train", "micro", *FLAGS, "--run", "whole"),
+    **_two_writers(folder, whole),
+  }
+
+
+def _outcome(folder: Path, ours: RunFolder, whole: RunFolder, *command: str) -> Outcome:
+  return _judge(ours, whole, *run(folder, *command))
+
+
+def _judge(ours: RunFolder, whole: RunFolder, status: int, printed: str) -> Outcome:
+  lines = [line for line in printed.splitlines() if "not" in line or "lack" in line or "process" in line]
+  kept = [step for step in finished_steps(ours.checkpoints) if not verify(checkpoint_path(ours.checkpoints, step))]
+  return Outcome(status, "\n".join(lines), kept, STEPS in kept and same_end(ours, whole))
+
+
+def _full_disk(folder: Path, whole: RunFolder, *, freed: bool) -> Outcome:
+  """It fills up at step 12 and, where it is `freed`, has room again after two failed saves."""
+  with small_disk(folder / "disk", 8) as disk:
+    ours = RunFolder(disk / "run")
+    process = start(folder, "train", "micro", *FLAGS, "--run", str(ours.path), setup=SLOWER)
     wait_until(lambda: last_step(ours) >= 12, process)
     filler = fill(disk)
     if freed:
       printed = folder / "printed.txt"
       wait_until(lambda: printed.read_text().count("could not be saved") >= 2, process)
       filler.unlink()
-    status, said = finish(folder, process)
-    steps = finished_steps(ours.checkpoints)
-    unsound = sum(bool(verify(checkpoint_path(ours.checkpoints, step))) for step in steps)
-    return Starved(status, said, records(ours) == records(whole), steps, unsound)
+    return _judge(ours, whole, *finish(folder, process))
 
 
-def campaign(folder: Path) -> dict[str, tuple]:
-  return {}
+def _read_only(folder: Path, whole: RunFolder, *command: str) -> Outcome:
+  with small_disk(folder / "disk", 8) as disk:
+    ours = RunFolder(disk / "run")
+    if command[0] == "resume":
+      shutil.copytree(whole.path, ours.path)
+      shutil.rmtree(checkpoint_path(ours.checkpoints, STEPS))
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    return _outcome(folder, ours, whole, *command, str(ours.path))
+
+
+def _two_writers(folder: Path, whole: RunFolder) -> dict[str, Outcome]:
+  """While one process trains, a second one tries to resume the run; then the first goes on to its end."""
+  ours = RunFolder(folder / "shared")
+  first = start(folder, "train", "micro", *FLAGS, "--run", "shared", setup=SLOWER)
+  wait_until(lambda: last_step(ours) >= 6, first)
+  (folder / "printed.txt").rename(folder / "first.txt")
+  second = _outcome(folder, ours, whole, "resume", "shared")
+  assert f"process {first.pid} on " in second.said, second
+  status, _ = finish(folder, first)
+  return {
+    "resume of a run that another process writes": second,
+    "that other process": _judge(ours, whole, status, (folder / "first.txt").read_text()),
+  }
