@@ -19,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
-from jaxlm.train.checkpoint_folder import checkpoint_path, prune, remove, size_of
+from jaxlm.train.checkpoint_folder import checkpoint_path, prune, remove, remove_leftovers, size_of
 from jaxlm.train.manifest import write_manifest
 from jaxlm.train.step import TrainState
 from sharding.multihost import decide, is_main
@@ -70,12 +70,19 @@ class Checkpoints:
     if self._finisher is not None:
       self._finisher.join()
       self._finisher = None
+    if is_main():
+      remove_leftovers(self.folder)  # a failed save goes on writing for a while after it has said so
     return self.saved
 
   def close(self) -> int:
     self.wait()
     self._writer.close()
     return self.saved
+
+  @property
+  def newest(self) -> str:
+    """`saved` in words."""
+    return f"the newest checkpoint is of step {self.saved}" if self.saved >= 0 else "there is no checkpoint yet"
 
   def _missing_bytes(self, state: TrainState) -> int:
     """How much the disk lacks for one more checkpoint: as large as the newest one, or else as the state in memory.
@@ -103,9 +110,9 @@ class Checkpoints:
         prune(self.folder, self.keep, self.keep_every)
 
   def _give_up(self, step: int, failure: Exception) -> None:
-    newest = f"the newest checkpoint is of step {self.saved}" if self.saved >= 0 else "there is no checkpoint yet"
-    reason = (str(failure).splitlines() or [""])[0].partition(" [tensorstore_spec")[0][:300]
-    _log.error("step %d could not be saved, %s: %s", step, newest, reason or type(failure).__name__)
+    reason = (str(failure).splitlines() or [""])[0].partition(" [tensorstore_spec")[0] or type(failure).__name__
+    reason = reason if len(reason) < 300 else f"{reason[:100]} ... {reason[-150:]}"
+    _log.error("step %d could not be saved, %s: %s", step, self.newest, reason)
     if is_main():
       with _logged("what was written of it stays"):
         remove(self.folder, step)

@@ -68,15 +68,14 @@ def set_aside(folder: Path) -> list[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-  """Removes what a killed process was writing or removing; only for the one process that writes to the run."""
+  """Removes what a killed process or a failed save left; only for the process that writes, while it is not writing."""
   for path in (*folder.glob(f"*{_WRITING}*"), *folder.glob(f"*{_DELETING}*")):
     shutil.rmtree(path, ignore_errors=True)
 
 
 def remove(folder: Path, step: int) -> None:
-  """Removes a checkpoint, or what has been written of it; killed meanwhile, it leaves no half under that name."""
+  """Removes a checkpoint, if there is one; killed meanwhile, it leaves no half under that name."""
   path = checkpoint_path(folder, step)
-  shutil.rmtree(path.with_name(path.name + _WRITING), ignore_errors=True)
   if path.exists():
     shutil.rmtree(path.rename(_free_name(path.with_name(path.name + _DELETING))))
 

@@ -154,10 +154,10 @@ def _loop(
       if not (saving or evaluating):
         continue
       loss, waiting = _report(report, step, waiting), None
-      if saving:
-        checkpoints.save(state, batches.get_state())
       if evaluating:
         heldout = _evaluate(config, text, evaluate, state, report, step)
+      if saving:  # last, so that a run resumed from here lacks no record of what came before
+        checkpoints.save(state, batches.get_state())
       report.restart_clock()
     if waiting is not None:
       loss = _report(report, step, waiting)
@@ -166,7 +166,7 @@ def _loop(
     checkpoints.close()
     saved = decide(lambda: checkpoints.saved)
     if saved < step:
-      _log.error("step %d of %d is not saved; the newest checkpoint is of step %d", step, config.steps, saved)
+      _log.error("step %d of %d is not saved, %s", step, config.steps, checkpoints.newest)
     elif step < config.steps:
       report.say(f"stopped and saved at step {step} of {config.steps} ({stop.reason or 'another process'})")
       report.say(f"go on with: jaxlm resume {folder.path}")

@@ -24,7 +24,7 @@ def test_a_full_disk_costs_checkpoints_until_there_is_room_again(outcomes):
 def test_a_disk_that_stays_full_is_no_success(outcomes):
   outcome = outcomes["disk full from step 12 on"]
   assert outcome.status == 1 and outcome.kept == [5, 10]
-  assert f"step {STEPS} of {STEPS} is not saved; the newest checkpoint is of step 10" in outcome.said
+  assert f"step {STEPS} of {STEPS} is not saved, the newest checkpoint is of step 10" in outcome.said
 
 
 @pytest.mark.slow
