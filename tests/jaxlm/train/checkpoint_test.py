@@ -1,10 +1,12 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.train.checkpoint import Checkpoints, restore, restore_params
-from jaxlm.train.checkpoint_folder import checkpoint_path, finished_steps, newest_sound, set_aside_after
+from jaxlm.train.checkpoint_folder import checkpoint_path, finished_steps, newest_sound, prune, set_aside_after
 from jaxlm.train.step import TrainState
 from sharding import MeshConfig, make_mesh
 
@@ -69,6 +71,37 @@ def test_unsound_checkpoints_are_passed_over_and_set_aside_only_by_a_resumed_run
   (checkpoint_path(tmp_path, 2) / "manifest.json").unlink()
   set_aside_after(tmp_path, 1)
   assert (tmp_path / "00000002.unsound1").is_dir()  # an earlier one is not overwritten
+
+
+def test_what_was_set_aside_is_never_pruned_and_what_a_killed_process_left_is_cleared_away(tmp_path):
+  save(tmp_path, [1, 2], keep=2)
+  (checkpoint_path(tmp_path, 2) / "manifest.json").unlink()
+  set_aside_after(tmp_path, 1)
+  for name in ("00000002.orbax-checkpoint-tmp", "00000000.deleting"):
+    (tmp_path / name / "params").mkdir(parents=True)
+  save(tmp_path, range(2, 5), keep=1)
+  assert {path.name for path in tmp_path.iterdir()} == {"00000002.unsound", "00000004"}
+
+
+def test_a_removal_that_is_cut_short_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+  save(tmp_path, [1, 2], keep=2)
+  with monkeypatch.context() as patch:
+    patch.setattr("shutil.rmtree", lambda *_, **__: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+      prune(tmp_path, keep=1, keep_every=0)
+  assert finished_steps(tmp_path) == [2] and (tmp_path / "00000001.deleting/manifest.json").exists()
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, monkeypatch, caplog):
+  full = types.SimpleNamespace(free=0)
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  with monkeypatch.context() as patch:
+    patch.setattr("shutil.disk_usage", lambda _: full)
+    checkpoints.save(state_at(1), {})
+  assert "step 1 could not be saved, there is no checkpoint yet: the disk lacks 0.0 MB for it" in caplog.text
+  assert list(tmp_path.iterdir()) == []
+  checkpoints.save(state_at(2), {})
+  assert checkpoints.close() == 2
 
 
 def test_a_failed_save_is_logged_cleared_away_and_tried_anew_by_the_next(tmp_path, monkeypatch, caplog):
