@@ -1,6 +1,6 @@
 """What a run survives, measured at full size: writes its sections of benchmarks/results/reliability.md.
 
-    python -m benchmarks.reliability kills damage starved    # or any of them; the sections of others stay
+    python -m benchmarks.reliability kills damage stops starved    # or any of them; the sections of others stay
 
 The slow tests in tests/reliability/ run smaller versions of the same campaigns.
 """
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tests.reliability import damage, kills, starved, verify_cost
+from tests.reliability import damage, kills, starved, stops, verify_cost
 
 RESULTS = Path(__file__).parent / "results" / "reliability.md"
 HEAD = """# Reliability
@@ -78,6 +78,20 @@ Verifying adds {verified / plain - 1:.0%} to restoring a state of 200 MB ({plain
 """
 
 
+def section_stops(folder: Path) -> str:
+  """Stopped politely"""
+  rows = []
+  for name, stop in stops.campaign(folder).items():
+    seconds = "" if "stop_after" in name else f"{stop.seconds:.1f}"
+    rows.append([name, " and ".join(map(str, stop.statuses)), stop.last, max(stop.saved, 0), seconds])
+  return f"""\
+Endless runs that save only when they stop, asked after their third step. 130 says that the run can be resumed. Of two
+processes the second was asked, and the first, which writes, stopped at the same step.
+
+{_table(("asked by", "exit status", "last step", "saved step", "seconds until it had left"), rows)}
+"""
+
+
 def section_starved(folder: Path) -> str:
   """Out of room or rights"""
   outcomes = starved.campaign(folder)
@@ -97,6 +111,7 @@ The last thing each said about it:
 SECTIONS: dict[str, Callable[[Path], str]] = {
   "kills": section_kills,
   "damage": section_damage,
+  "stops": section_stops,
   "starved": section_starved,
 }
 
