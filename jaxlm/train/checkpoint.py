@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -29,8 +29,9 @@ _ITEMS = ("params", "ema", "optimizer", "data")
 
 
 class Checkpoints:
-  """The checkpoints of one run: `save` returns at once, `close` waits for what is being written.
+  """The checkpoints of one run: `save` returns at once, `wait` and `close` wait for what is being written.
 
+  A context manager that closes, except on KeyboardInterrupt, which is to leave at once.
   A save that fails is logged, what it left is removed, and `saved` stays behind; the next one tries anew.
   """
 
@@ -42,6 +43,13 @@ class Checkpoints:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises
     self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(*_ITEMS))
     self._finisher: threading.Thread | None = None
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+    if kind is not KeyboardInterrupt:
+      self.close()
 
   def save(self, state: TrainState, data_state: dict) -> None:
     """Starts writing; waits only for the checkpoint before."""

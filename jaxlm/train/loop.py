@@ -142,7 +142,7 @@ def _loop(
   step, loss, heldout, waiting = start, float("nan"), (None, None), None
   flops = train_flops_per_token(config.model, config.data.length)
   reporter = Reporter(config, folder, start, peak_flops=_peak_flops(), flops_per_token=flops)
-  with reporter as report:
+  with reporter as report, checkpoints:
     report.say(_headline(config, text, folder, start))
     while step < config.steps and not stop.reached(step + 1):
       state, metrics = train_step(state, globalize(next(batches), config.batch))
@@ -163,8 +163,7 @@ def _loop(
       loss = _report(report, step, waiting)
     if decide(checkpoints.wait) < step:  # none was due, or it failed
       checkpoints.save(state, batches.get_state())
-    checkpoints.close()
-    saved = decide(lambda: checkpoints.saved)
+    saved = decide(checkpoints.wait)
     if saved < step:
       _log.error("step %d of %d is not saved, %s", step, config.steps, checkpoints.newest)
     elif step < config.steps:

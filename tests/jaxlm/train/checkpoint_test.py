@@ -1,3 +1,4 @@
+import threading
 import types
 
 import jax
@@ -7,6 +8,7 @@ import pytest
 
 from jaxlm.train.checkpoint import Checkpoints, restore, restore_params
 from jaxlm.train.checkpoint_folder import checkpoint_path, finished_steps, newest_sound, prune, set_aside_after
+from jaxlm.train.manifest import write_manifest
 from jaxlm.train.step import TrainState
 from sharding import MeshConfig, make_mesh
 
@@ -90,6 +92,25 @@ def test_a_removal_that_is_cut_short_leaves_no_half_checkpoint(tmp_path, monkeyp
     with pytest.raises(OSError, match="killed"):
       prune(tmp_path, keep=1, keep_every=0)
   assert finished_steps(tmp_path) == [2] and (tmp_path / "00000001.deleting/manifest.json").exists()
+
+
+@pytest.mark.parametrize("failure, want", [(FloatingPointError, [1]), (KeyboardInterrupt, [])])
+def test_a_failing_run_finishes_what_it_was_writing_unless_it_is_to_leave_at_once(tmp_path, failure, want, monkeypatch):
+  release = threading.Event()
+
+  def slowly(folder):
+    release.wait(0.5)
+    write_manifest(folder)
+
+  monkeypatch.setattr("jaxlm.train.checkpoint.write_manifest", slowly)
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  with pytest.raises(failure):
+    with checkpoints:
+      checkpoints.save(state_at(1), {})
+      raise failure
+  assert finished_steps(tmp_path) == want
+  release.set()
+  checkpoints.close()
 
 
 def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, monkeypatch, caplog):
