@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
@@ -55,8 +56,8 @@ class Checkpoints:
     """Starts writing; waits only for the checkpoint before."""
     self.wait()
     step = int(state.step)
-    if missing := decide(lambda: self._missing_bytes(state)):
-      self._give_up(step, OSError(f"the disk lacks {missing / 1e6:,.1f} MB for it"))
+    if missing := decide(lambda: self._missing_megabytes(state)):
+      self._give_up(step, OSError(f"the disk lacks {missing:,} MB for it"))
       return
     items = {
       "params": ocp.args.StandardSave(state.params),
@@ -92,8 +93,8 @@ class Checkpoints:
     """`saved` in words."""
     return f"the newest checkpoint is of step {self.saved}" if self.saved >= 0 else "there is no checkpoint yet"
 
-  def _missing_bytes(self, state: TrainState) -> int:
-    """How much the disk lacks for one more checkpoint: as large as the newest one, or else as the state in memory.
+  def _missing_megabytes(self, state: TrainState) -> int:
+    """What the disk lacks for one more checkpoint: as large as the newest one, or else as the state in memory.
 
     Asked first because the writer, once it fails, buries its reason under pages of tracebacks.
     """
@@ -102,7 +103,7 @@ class Checkpoints:
     else:
       need = sum(x.nbytes for x in jax.tree.leaves(state))
     disk = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-    return max(0, need - shutil.disk_usage(disk).free)
+    return max(0, math.ceil((need - shutil.disk_usage(disk).free) / 1e6))
 
   def _finish(self, step: int) -> None:
     try:

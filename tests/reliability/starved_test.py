@@ -16,7 +16,7 @@ def outcomes(tmp_path_factory):
 @pytest.mark.slow
 def test_a_full_disk_costs_checkpoints_until_there_is_room_again(outcomes):
   outcome = outcomes["disk full from step 12 to 20"]
-  assert "step 15 could not be saved, the newest checkpoint is of step 10: the disk lacks 0." in outcome.said
+  assert "step 15 could not be saved, the newest checkpoint is of step 10: the disk lacks 1 MB for it" in outcome.said
   assert outcome.status == 0 and outcome.same and outcome.kept == [STEPS - 5, STEPS]
 
 

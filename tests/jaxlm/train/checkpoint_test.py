@@ -119,7 +119,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, mon
   with monkeypatch.context() as patch:
     patch.setattr("shutil.disk_usage", lambda _: full)
     checkpoints.save(state_at(1), {})
-  assert "step 1 could not be saved, there is no checkpoint yet: the disk lacks 0.0 MB for it" in caplog.text
+  assert "step 1 could not be saved, there is no checkpoint yet: the disk lacks 1 MB for it" in caplog.text
   assert list(tmp_path.iterdir()) == []
   checkpoints.save(state_at(2), {})
   assert checkpoints.close() == 2
