@@ -1,6 +1,6 @@
 """What a run survives, measured at full size: writes its sections of benchmarks/results/reliability.md.
 
-    python -m benchmarks.reliability kills damage stops starved    # or any of them; the sections of others stay
+    python -m benchmarks.reliability kills damage cost stops starved    # or any of them; the sections of others stay
 
 The slow tests in tests/reliability/ run smaller versions of the same campaigns.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import logging
 import os
 import platform
 import tempfile
@@ -42,12 +43,13 @@ def section_kills(folder: Path) -> str:
     sums = [sum(getattr(kill, name) for kill in found) for name in ("lost", "unsound")]
     rows.append([aim, len(found), first, *sums, max(kill.repeated for kill in found)])
   columns = ("killed", "times", "before the first checkpoint", "finished checkpoints lost", "that do not verify")
+  total = sum(len(chain.kills) for chain in chains)
   same, aside = (sum(getattr(chain, name) for chain in chains) for name in ("same", "aside"))
   return f"""\
-`kill -9` at {sum(map(len, by_aim.values()))} moments of {len(chains)} runs of {kills.STEPS} steps that save every
-{kills.SAVE_EVERY}; {minutes:.0f} minutes on {_machine()}. Then each run was left alone: {same} of {len(chains)}
-ended with the loss curve, evaluations, weights, moving average, optimizer state, key and data position of the run that
-was never killed, bit for bit. On the way {aside} unfinished checkpoints were set aside.
+`kill -9` at {total} moments of {len(chains)} runs of {kills.STEPS} steps that save every {kills.SAVE_EVERY};
+{minutes:.0f} minutes on {_machine()}. Then each run was left alone: {same} of {len(chains)} ended with the loss curve,
+evaluations, weights, moving average, optimizer state, key and data position of the run that was never killed, bit for
+bit. On the way {aside} unfinished checkpoints were set aside.
 
 {_table((*columns, "most steps repeated"), rows)}
 
@@ -64,7 +66,6 @@ def section_damage(folder: Path) -> str:
     found = [case for case in cases if case.kind == kind]
     rows.append([kind, len(found), sum(case.named for case in found), sum(case.older_used for case in found)])
   resumed = [damage.resumed(folder, run, kind) for kind in damage.KINDS]
-  plain, verified = verify_cost.measure(folder / "cost", megabytes=200, repeats=11)
   return f"""\
 Every file of a checkpoint in turn, {len(cases)} cases. Named: the manifest says which file differs, and how.
 
@@ -72,9 +73,16 @@ Every file of a checkpoint in turn, {len(cases)} cases. Named: the manifest says
 
 `jaxlm resume` went on from the older checkpoint, kept the damaged one byte for byte beside the new one and ended as the
 undamaged run did, bit for bit, in {sum(resumed)} of {len(resumed)} runs, one of each kind.
+"""
 
-Verifying adds {verified / plain - 1:.0%} to restoring a state of 200 MB ({plain:.3f} s and {verified:.3f} s, medians of
-11 in turns, files in the page cache, {_machine()}).
+
+def section_cost(folder: Path) -> str:
+  """What verifying costs"""
+  load = os.getloadavg()[0]
+  plain, verified = verify_cost.measure(folder, megabytes=200, repeats=21)
+  return f"""\
+A state of 200 MB is restored in {plain:.3f} s, verified and restored in {verified:.3f} s:
+{verified / plain - 1:.0%} more. Medians of 21 in turns, files in the page cache, {_machine()}, load average {load:.1f}.
 """
 
 
@@ -85,8 +93,8 @@ def section_stops(folder: Path) -> str:
     seconds = "" if "stop_after" in name else f"{stop.seconds:.1f}"
     rows.append([name, " and ".join(map(str, stop.statuses)), stop.last, max(stop.saved, 0), seconds])
   return f"""\
-Endless runs that save only when they stop, asked after their third step. 130 says that the run can be resumed. Of two
-processes the second was asked, and the first, which writes, stopped at the same step.
+Endless runs that save only when they stop; signals come after the third step. 130 says that the run can be resumed. Of
+two processes the second was asked, and the first, which writes, stopped at the same step. No step is saved as 0.
 
 {_table(("asked by", "exit status", "last step", "saved step", "seconds until it had left"), rows)}
 """
@@ -95,22 +103,30 @@ processes the second was asked, and the first, which writes, stopped at the same
 def section_starved(folder: Path) -> str:
   """Out of room or rights"""
   outcomes = starved.campaign(folder)
-  rows = [[name, o.status, ", ".join(map(str, o.kept)) or "none", o.same] for name, o in outcomes.items()]
-  said = "\n".join(f"- {name}: `{o.said.splitlines()[-1]}`" for name, o in outcomes.items() if o.said)
+  rows = [
+    [name, o.status, ", ".join(map(str, o.kept)) or "none", "yes" if o.same else "no"] for name, o in outcomes.items()
+  ]
+  said = "\n".join(f"- {name}: {_last_word(o.said)}" for name, o in outcomes.items() if o.said)
   return f"""\
 Runs of {starved.STEPS} steps that save every 5 and keep 2, on small disks of their own.
 
-{_table(("tried", "exit status", "checkpoints that verify then", "same end as with room"), rows)}
+{_table(("tried", "exit status", "checkpoints that verify then", "ended as with room"), rows)}
 
-The last thing each said about it:
+What they said last about it:
 
 {said.replace(str(folder) + "/", "")}
 """
 
 
+def _last_word(said: str) -> str:
+  lines = said.splitlines()
+  return "`" + ([line for line in lines if "saved" in line] or lines)[-1].replace("`", "'") + "`"
+
+
 SECTIONS: dict[str, Callable[[Path], str]] = {
   "kills": section_kills,
   "damage": section_damage,
+  "cost": section_cost,
   "stops": section_stops,
   "starved": section_starved,
 }
@@ -138,6 +154,7 @@ def write_section(title: str, text: str) -> None:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("sections", nargs="+", choices=list(SECTIONS))
+  logging.getLogger("jaxlm").setLevel(logging.ERROR)  # damage is warned of 200 times
   for name in parser.parse_args().sections:
     with tempfile.TemporaryDirectory() as folder:
       text = SECTIONS[name](Path(folder) / name)
