@@ -103,6 +103,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 def log_to(path: Path | None) -> Iterator[None]:
   """Appends what this project logs to a file, if given, with the time; errors go to stderr too."""
   logger = logging.getLogger("jaxlm")
+  propagate = logger.propagate
   errors = logging.StreamHandler()
   errors.setLevel(logging.ERROR)
   handlers: list[logging.Handler] = [errors]
@@ -110,12 +111,13 @@ def log_to(path: Path | None) -> Iterator[None]:
     handlers.append(_LogFile(path))
     handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # the terminal has its own lines
+  logger.propagate = False  # the terminal has its own lines
   for handler in handlers:
     logger.addHandler(handler)
   try:
     yield
   finally:
+    logger.propagate = propagate
     for handler in handlers:
       logger.removeHandler(handler)
       handler.close()

@@ -51,7 +51,8 @@ def test_a_log_without_room_stops_nothing_and_errors_reach_stderr(capsys):
   with log_to("/dev/full"):
     logging.getLogger("jaxlm").info("quiet")
     logging.getLogger("jaxlm").error("loud")
-  assert capsys.readouterr().err == "loud\n"
+    assert not logging.getLogger("jaxlm").propagate
+  assert capsys.readouterr().err == "loud\n" and logging.getLogger("jaxlm").propagate
 
 
 def test_forgetting_later_records_keeps_the_file_whole_when_it_fails(tmp_path, monkeypatch):
