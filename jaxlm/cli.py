@@ -23,10 +23,12 @@ usage: jaxlm COMMAND ...
   resume DIR             go on with a run from its newest checkpoint (--steps raises the number of steps)
   sample DIR             continue a prompt with the weights of a run or of a Hugging Face checkpoint
   eval DIR               loss on all held-out text, beside what compression reaches
+  plot RUN [RUN...]      draw the curves of runs side by side into a picture
+  replay RUN --step N    run a step again and name the first module whose numbers are not finite
   convert FROM TO        a run to a Hugging Face checkpoint, or a checkpoint to a run
   checkpoint verify DIR  whether every file of a run's checkpoints is as it was written; show lists what they hold
 
-presets, or your own function as module:function
+presets, or your own function as module:function, or the config.json of a run to repeat it
 {presets}
 
 `jaxlm COMMAND --help` says more. First try: jaxlm train micro --run runs/first
@@ -58,16 +60,28 @@ def _train(arguments: list[str]) -> int:
     print("usage: jaxlm train PRESET [flags]   (`jaxlm train PRESET --help` lists the flags)\n\npresets")
     print(_preset_list())
     return 0 if arguments else 2
-  preset, flags = arguments[0], arguments[1:]
-  default = find_preset(preset)()
-  if not default.run:
-    default = dataclasses.replace(default, run=f"runs/{preset.rpartition(':')[2]}")
-  config = tyro.cli(TrainConfig, default=default, args=flags, prog=f"jaxlm train {preset}")
+  config = parse_train(arguments[0], arguments[1:])
   from jaxlm.train import train
   from sharding.multihost import join_processes
 
   join_processes()
   return _finish(train(config))
+
+
+def parse_train(preset: str, flags: list[str]) -> TrainConfig:
+  """The configuration of a preset, or of a run's config.json, with these flags over it."""
+  if preset.endswith(".json"):
+    from jaxlm.train.run_folder import read_config
+
+    default = read_config(Path(preset))
+    default = dataclasses.replace(default, run=f"{default.run}-again")
+  else:
+    default = find_preset(preset)()
+    if not isinstance(default, TrainConfig):
+      raise ValueError(f"preset {preset!r}: returned {type(default).__name__}, must return a TrainConfig")
+  if not default.run:
+    default = dataclasses.replace(default, run=f"runs/{preset.rpartition(':')[2]}")
+  return tyro.cli(TrainConfig, default=default, args=flags, prog=f"jaxlm train {preset}")
 
 
 def find_preset(name: str) -> Callable[[], TrainConfig]:
@@ -164,6 +178,40 @@ def _eval(arguments: list[str]) -> int:
   return tyro.cli(evaluate, args=arguments, prog="jaxlm eval")
 
 
+def _plot(arguments: list[str]) -> int:
+  def plot(runs: tyro.conf.Positional[list[Path]], out: Path = Path("curves.png")) -> int:
+    """Draw the curves of one or more runs, from their metrics.jsonl and eval.jsonl, side by side (extra plot).
+
+    Args:
+      runs: folders of runs
+      out: picture to write
+    """
+    from jaxlm.train.plot import draw_runs
+    from jaxlm.train.run_folder import RunFolder
+
+    draw_runs([RunFolder(run) for run in runs], out)
+    print(f"drew {out}")
+    return 0
+
+  return tyro.cli(plot, args=arguments, prog="jaxlm plot")
+
+
+def _replay(arguments: list[str]) -> int:
+  def replay(run: tyro.conf.Positional[Path], step: int) -> int:
+    """Run a step again, from the newest checkpoint before it, and name what is the first that is not finite.
+
+    Args:
+      run: folder of the run
+      step: the step, as metrics.jsonl counts them
+    """
+    from jaxlm.train.replay import replay
+
+    replay(run, step)
+    return 0
+
+  return tyro.cli(replay, args=arguments, prog="jaxlm replay")
+
+
 def _convert(arguments: list[str]) -> int:
   def convert(
     source: tyro.conf.Positional[str],
@@ -209,6 +257,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
   "resume": _resume,
   "sample": _sample,
   "eval": _eval,
+  "plot": _plot,
+  "replay": _replay,
   "convert": _convert,
   "checkpoint": _checkpoint,
 }

@@ -7,9 +7,7 @@ under it is its help, and every error names the field, its value and the rule. N
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import typing
 from typing import Any, Literal
 
 from sharding.mesh import MeshConfig
@@ -23,6 +21,13 @@ def check(good: bool, field: str, value: Any, rule: str) -> None:
   """Raises ValueError "field=value: rule" unless `good`."""
   if not good:
     raise ValueError(f"{field}={value!r}: {rule}")
+
+
+def check_finite(config: Any, path: str) -> None:
+  """Raises ValueError for a number among the fields that is not one, or is infinite."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    check(not isinstance(value, float) or math.isfinite(value), path + field.name, value, "must be a finite number")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,7 @@ class RopeConfig:
   """llama3: wavelengths under original_length / this are kept"""
 
   def __post_init__(self) -> None:
+    check_finite(self, "model.rope.")
     check(self.theta > 1, "model.rope.theta", self.theta, "must be above 1")
     check(self.factor >= 1, "model.rope.factor", self.factor, "must be at least 1")
     check(self.original_length >= 1, "model.rope.original_length", self.original_length, "must be at least 1")
@@ -130,6 +136,7 @@ class ModelConfig:
   """run the blocks by lax.scan; auto: not on CPU up to 8 layers, where a Python loop is faster"""
 
   def __post_init__(self) -> None:
+    check_finite(self, "model.")
     for name in ("D", "F", "N", "K", "H", "V", "layers", "window"):
       check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
     check(self.N % self.K == 0, "model.N", self.N, f"query heads must be a multiple of K={self.K} key heads")
@@ -172,6 +179,7 @@ class DataConfig:
   """reader threads"""
 
   def __post_init__(self) -> None:
+    check_finite(self, "data.")
     check(self.length >= 1, "data.length", self.length, "must be at least 1")
     check(0 < self.holdout < 1, "data.holdout", self.holdout, "must lie between 0 and 1")
     check(self.max_bytes >= 1, "data.max_bytes", self.max_bytes, "must be at least 1")
@@ -214,6 +222,7 @@ class OptimizerConfig:
   """largest global gradient norm; 0 switches clipping off"""
 
   def __post_init__(self) -> None:
+    check_finite(self, "optimizer.")
     check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be above 0")
     check(self.warmup >= 0, "optimizer.warmup", self.warmup, "must be at least 0")
     check(0 < self.decay <= 1, "optimizer.decay", self.decay, "must lie in (0, 1]")
@@ -252,6 +261,12 @@ class TrainConfig:
   """steps between evaluations on held-out text; 0 evaluates only at the end"""
   eval_batches: int = 8
   """batches of each evaluation (`jaxlm eval` reads all)"""
+  nonfinite: Literal["stop", "skip"] = "stop"
+  """a loss or gradient that is not finite: stop the run and keep the batch, or leave out that update and count it"""
+  spike: Literal["report", "skip", "stop"] = "report"
+  """a loss that jumps above the last 64: say so, leave out its update, or stop and keep the batch"""
+  spike_size: float = 10.0
+  """what counts as a jump: median + this many median absolute deviations (of at least 1 % of the median)"""
   log_every: int = 10
   """steps between printed lines where there is no terminal for the live display"""
   stop_after: str = ""
@@ -270,11 +285,13 @@ class TrainConfig:
   mesh: MeshConfig = MeshConfig()
 
   def __post_init__(self) -> None:
+    check_finite(self, "")
     for name in ("steps", "batch", "accumulate", "keep", "eval_batches", "log_every"):
       check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
     for name in ("save_every", "keep_every", "eval_every", "z_loss", "seed"):
       check(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
     check(self.batch % self.accumulate == 0, "batch", self.batch, f"must be a multiple of accumulate={self.accumulate}")
+    check(self.spike_size > 0, "spike_size", self.spike_size, "must be above 0")
     check(0 <= self.ema < 1, "ema", self.ema, "must lie in [0, 1)")
     check(self.stop_seconds > 0, "stop_after", self.stop_after, "must be above 0")
 
@@ -287,23 +304,3 @@ class TrainConfig:
     rule = "must be a number with its unit, as in 90s, 30m, 2h or 1d"
     check(number.replace(".", "", 1).isdecimal() and unit in _SECONDS, "stop_after", self.stop_after, rule)
     return float(number) * _SECONDS[unit]
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-  """A configuration as plain dicts, lists and scalars (what config.json holds)."""
-  return dataclasses.asdict(config)
-
-
-def from_dict(kind: type[Any], values: dict[str, Any], path: str = "") -> Any:
-  """Rebuilds a configuration from `to_dict`'s form; ValueError names an unknown field and the nearest known ones."""
-  hints = typing.get_type_hints(kind)
-  arguments = {}
-  for name, value in values.items():
-    if name not in hints:
-      near = ", ".join(difflib.get_close_matches(name, hints, n=3) or hints)
-      raise ValueError(f"{path}{name}={value!r}: no such field; nearest: {near}")
-    if dataclasses.is_dataclass(hints[name]):
-      check(isinstance(value, dict), f"{path}{name}", value, "must be a group of fields")
-      value = from_dict(typing.cast(type, hints[name]), value, f"{path}{name}.")
-    arguments[name] = tuple(value) if isinstance(value, list) else value
-  return kind(**arguments)

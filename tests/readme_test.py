@@ -38,6 +38,8 @@ def test_the_commands_run_as_written_but_smaller(tmp_path):
     "resume",
     "sample",
     "eval",
+    "plot",
+    "replay",
     "convert",
     "checkpoint",
   ]
@@ -46,6 +48,8 @@ def test_the_commands_run_as_written_but_smaller(tmp_path):
     "resume": "--steps 6",
     "sample": "--max-new 5",
     "eval": "--batches 1",
+    "plot": "",
+    "replay": "--step 3",
     "convert": "",
     "checkpoint": "",
   }

@@ -150,6 +150,17 @@ def make_tokenizer(config: DataConfig, documents: Iterable[Document]) -> Tokeniz
   return BPETokenizer.load(Path(config.tokenizer).expanduser())
 
 
-def load_tokenizer(folder: Path, config: DataConfig) -> Tokenizer:
-  """The tokenizer that a run wrote into its folder by `save`."""
-  return ByteTokenizer() if config.tokenizer == "bytes" else BPETokenizer.load(Path(folder) / FILE)
+def load_tokenizer(folder: Path, config: DataConfig, vocabulary: int | None = None) -> Tokenizer:
+  """The tokenizer that a run wrote into its folder by `save`; ValueError where its ids go beyond the `vocabulary`."""
+  if config.tokenizer == "bytes":
+    return ByteTokenizer()
+  tokenizer = BPETokenizer.load(Path(folder) / FILE)
+  if vocabulary is not None:
+    check_vocabulary(tokenizer, vocabulary, Path(folder) / FILE)
+  return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocabulary: int, path: Path) -> None:
+  """ValueError where a tokenizer gives ids that a model does not have: an embedding is not checked for them."""
+  if tokenizer.vocab_size > vocabulary:
+    raise ValueError(f"{path}: has {tokenizer.vocab_size} ids, more than model.V={vocabulary}; it is another tokenizer")

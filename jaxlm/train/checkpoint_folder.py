@@ -13,7 +13,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from jaxlm.train.manifest import NAME, verify
+from jaxlm.train.manifest import NAME, refuse_newer, verify
 
 _log = logging.getLogger("jaxlm")
 _UNSOUND, _DELETING, _WRITING = ".unsound", ".deleting", ".orbax-checkpoint-tmp"
@@ -41,13 +41,14 @@ def finished_steps(folder: Path) -> list[int]:
 def newest_sound(folder: Path) -> int:
   """The step of the newest checkpoint that verifies; those that do not are passed over and logged.
 
-  Raises FileNotFoundError when there is none.
+  Raises FileNotFoundError when there is none, ValueError when one was written by a newer version.
   """
   for step in reversed(all_steps(folder)):
     path = checkpoint_path(folder, step)
     faults = verify(path)
     if not faults:
       return step
+    refuse_newer(path)  # it would be taken for damaged, and set aside
     _log.warning("checkpoint %s does not verify: %s", path.name, "; ".join(faults))
   raise FileNotFoundError(f"{folder}: holds no checkpoint that verifies")
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import TrainConfig, to_dict
+from jaxlm.config import TrainConfig
+from jaxlm.config_json import to_dict
 from jaxlm.train import manifest
 from jaxlm.train.checkpoint_folder import all_steps, checkpoint_path, finished_steps, newest_sound, set_aside, size_of
 from jaxlm.train.run_folder import RunFolder

@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 
-from jaxlm.config import ModelConfig, TrainConfig, check
+from jaxlm.config import TrainConfig, check
 from jaxlm.data.baselines import baselines
-from jaxlm.data.loader import TextData, heldout_batches, load_text, train_loader
+from jaxlm.data.loader import Batch, TextData, heldout_batches, load_text, train_loader
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.interop import huggingface
-from jaxlm.scaling.flops import train_flops_per_token
+from jaxlm.scaling.flops import parameter_count, train_flops_per_token
 from jaxlm.train.checkpoint import Checkpoints, restore
 from jaxlm.train.checkpoint_folder import (
   checkpoint_path,
@@ -24,15 +24,19 @@ from jaxlm.train.checkpoint_folder import (
   remove_leftovers,
   set_aside_after,
 )
+from jaxlm.train.environment import check_fits, record_start
 from jaxlm.train.evaluate import make_evaluator
+from jaxlm.train.guard import Guard
 from jaxlm.train.interrupt import StopRequest
 from jaxlm.train.lock import only_writer
 from jaxlm.train.memory import keep_freed_memory
-from jaxlm.train.metrics import Reporter
+from jaxlm.train.metrics import Reporter, say
+from jaxlm.train.optimizer import learning_rate_schedule
 from jaxlm.train.plot import draw_loss
 from jaxlm.train.resolve import check_mesh, with_initial_model, with_vocabulary
 from jaxlm.train.run_folder import RunFolder, log_to
 from jaxlm.train.step import Metrics, TrainState, init_state, make_train_step
+from jaxlm.train.watch import Watch
 from sharding import make_mesh
 from sharding.batches import globalize, local_rows
 from sharding.hardware import find_chip
@@ -68,6 +72,7 @@ def train(config: TrainConfig) -> TrainResult:
   folder = RunFolder(Path(config.run))
   config = with_initial_model(config)
   check_mesh(config)
+  learning_rate_schedule(config.optimizer, config.steps)  # refuses a warm-up that the run is too short for
   text = load_text(config.data)
   config = with_vocabulary(config, text.tokenizer.vocab_size)
 
@@ -95,7 +100,10 @@ def resume(run: str | Path, steps: int | None = None) -> TrainResult:
     # -1: killed before its first checkpoint was finished
     newest = decide(lambda: newest_sound(folder.checkpoints) if finished_steps(folder.checkpoints) else -1)
     check(newest < config.steps, "steps", config.steps, f"the run is at step {newest}; raise --steps")
-    text = load_text(config.data, load_tokenizer(folder.path, config.data) if newest >= 0 else None)
+    if newest >= 0:
+      check_fits(folder, config)
+    tokenizer = load_tokenizer(folder.path, config.data, config.model.V) if newest >= 0 else None
+    text = load_text(config.data, tokenizer)
     if is_main():
       folder.write_config(config)
       folder.forget_after(newest)
@@ -113,24 +121,30 @@ def _run(config: TrainConfig, folder: RunFolder, text: TextData, resume_from: Pa
   with (
     log_to(folder.log if is_main() else None),
     StopRequest(config.stop_seconds) as stop,
+    Watch(say) as watch,
     jax.set_mesh(make_mesh(config.mesh)),
   ):
-    return _loop(config, folder, text, resume_from, stop)
+    return _loop(config, folder, text, resume_from, stop, watch)
 
 
-def _loop(
-  config: TrainConfig, folder: RunFolder, text: TextData, resume_from: Path | None, stop: StopRequest
-) -> TrainResult:
+def begin(config: TrainConfig, text: TextData, resume_from: Path | None) -> tuple[TrainState, Any]:
+  """(state, iterator over this process's rows of each batch), from a checkpoint or from the start."""
   # data: the order depends on the seed alone; the iterator's position is part of every checkpoint
   batches = train_loader(text, batch=config.batch, seed=config.seed, rows=local_rows(config.batch))
-
   # state: from the checkpoint, from other weights, or born sharded
   if resume_from is None:
     params = huggingface.load(config.init, dtype="float32")[1] if config.init else None
-    state = jax.jit(init_state, static_argnums=0, donate_argnums=1)(config, params)
-  else:
-    state, position = restore(resume_from, jax.eval_shape(lambda: init_state(config)))
-    batches.set_state(position)
+    return jax.jit(init_state, static_argnums=0, donate_argnums=1)(config, params), batches
+  state, position = restore(resume_from, jax.eval_shape(lambda: init_state(config)))
+  batches.set_state(position)
+  return state, batches
+
+
+def _loop(
+  config: TrainConfig, folder: RunFolder, text: TextData, resume_from: Path | None, stop: StopRequest, watch: Watch
+) -> TrainResult:
+  watch.on("compile" if resume_from is None else "checkpoint")
+  state, batches = begin(config, text, resume_from)
   start = int(state.step)
 
   # step and evaluation
@@ -141,36 +155,45 @@ def _loop(
 
   step, loss, heldout, waiting = start, float("nan"), (None, None), None
   flops = train_flops_per_token(config.model, config.data.length)
-  reporter = Reporter(config, folder, start, peak_flops=_peak_flops(), flops_per_token=flops)
+  reporter = Reporter(config, folder, start, watch, peak_flops=_peak_flops(), flops_per_token=flops)
+  guard = Guard(config, folder, start)
   with reporter as report, checkpoints:
-    report.say(_headline(config, text, folder, start))
+    say(_headline(config, text, folder, start))
+    if is_main() and (changes := record_start(folder, start, config)):
+      say(f"differs from the start before: {'; '.join(changes)}")
     while step < config.steps and not stop.reached(step + 1):
-      state, metrics = train_step(state, globalize(next(batches), config.batch))
+      watch.on("data")
+      batch = next(batches)
+      watch.on("compile" if step == start else "device")
+      state, metrics = train_step(state, globalize(batch, config.batch), guard.limit(step + 1))
       step += 1
       if waiting is not None:  # read step n - 1 while the device works on step n
-        loss = _report(report, step - 1, waiting)
-      waiting = metrics
+        loss = _report(report, guard, *waiting)
+      waiting = step, metrics, batch
       saving, evaluating = (_due(step, every, config.steps) for every in (config.save_every, config.eval_every))
       if not (saving or evaluating):
         continue
-      loss, waiting = _report(report, step, waiting), None
+      loss, waiting = _report(report, guard, *waiting), None
       if evaluating:
+        watch.on("evaluation")
         heldout = _evaluate(config, text, evaluate, state, report, step)
+      watch.on("checkpoint")
       if saving:  # last, so that a run resumed from here lacks no record of what came before
         checkpoints.save(state, batches.get_state())
       report.restart_clock()
     if waiting is not None:
-      loss = _report(report, step, waiting)
+      loss = _report(report, guard, *waiting)
+    watch.on("checkpoint")
     if decide(checkpoints.wait) < step:  # none was due, or it failed
       checkpoints.save(state, batches.get_state())
     saved = decide(checkpoints.wait)
     if saved < step:
       _log.error("step %d of %d is not saved, %s", step, config.steps, checkpoints.newest)
     elif step < config.steps:
-      report.say(f"stopped and saved at step {step} of {config.steps} ({stop.reason or 'another process'})")
-      report.say(f"go on with: jaxlm resume {folder.path}")
+      say(f"stopped and saved at step {step} of {config.steps} ({stop.reason or 'another process'})")
+      say(f"go on with: jaxlm resume {folder.path}")
     elif is_main():
-      report.say(_plot(folder, text))
+      say(_plot(folder, text))
   params = state.params if state.ema is None else state.ema
   return TrainResult(config, params, step, loss, *heldout, finished=step == config.steps, saved=saved)
 
@@ -179,10 +202,12 @@ def _due(step: int, every: int, steps: int) -> bool:
   return step == steps or (every > 0 and step % every == 0)
 
 
-def _report(report: Reporter, step: int, metrics: Metrics) -> float:
-  """Waits for a step's metrics and records them; returns its loss."""
+def _report(report: Reporter, guard: Guard, step: int, metrics: Metrics, batch: Batch) -> float:
+  """Waits for a step's metrics, records and judges them; returns its loss."""
+  report.watch.on("device")
   values = {name: float(value) for name, value in metrics._asdict().items()}
-  report.step(step, **values)
+  report.step(step, **values, spike=guard.is_spike(step, values["loss"]))
+  guard.judge(step, values, batch, local_rows(report.config.batch))
   return values["loss"]
 
 
@@ -216,12 +241,6 @@ def _headline(config: TrainConfig, text: TextData, folder: RunFolder, start: int
   devices = ", ".join(f"{axis} {size}" for axis, size in mesh_shape().items() if size > 1) or "1 device"
   begin = f"resuming at step {start}" if start else "training"
   return (
-    f"{begin}: {parameters(config.model):,} parameters, {text.report.splitlines()[-1]}\n"
+    f"{begin}: {parameter_count(config.model).total:,} parameters, {text.report.splitlines()[-1]}\n"
     f"on {jax.devices()[0].device_kind} ({devices}), into {folder.path}"
   )
-
-
-def parameters(config: ModelConfig) -> int:
-  from jaxlm.scaling.flops import parameter_count
-
-  return parameter_count(config).total

@@ -26,6 +26,10 @@ _BUFFER = 1 << 18  # bytes; stays in the processor's cache
 _THREADS = 4
 
 
+class NewerFormat(ValueError):
+  """A manifest that a later version of this project wrote."""
+
+
 def write_manifest(folder: Path) -> None:
   """Writes `manifest.json` with size and checksums of every file below `folder`, atomically.
 
@@ -65,6 +69,16 @@ def verify(folder: Path) -> list[str]:
       for name in common
     }
     return [f"{name}: {fault}" for name in common for fault in found[name] if fault]
+
+
+def refuse_newer(folder: Path) -> None:
+  """Raises NewerFormat, and nothing else, where a checkpoint is not damaged but newer than this version."""
+  try:
+    _read(folder)
+  except NewerFormat as error:
+    raise NewerFormat(f"{folder / NAME}: {error}; a newer jaxlm wrote this checkpoint, use that one") from None
+  except (OSError, ValueError):
+    return
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -113,7 +127,8 @@ def _read(folder: Path) -> dict[str, Any]:
   if not isinstance(version, int) or version < 1:
     raise ValueError("unreadable (it has no format number)")
   if version != FORMAT:
-    raise ValueError(f"of format {version}, this version reads format {FORMAT}")
+    kind = NewerFormat if version > FORMAT else ValueError
+    raise kind(f"of format {version}, this version reads format {FORMAT}")
   if not isinstance(manifest.get("files"), dict) or manifest.get("digest") != _digest_of(manifest["files"]):
     raise ValueError("damaged (its entries do not match its own digest)")
   return manifest["files"]

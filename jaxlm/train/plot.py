@@ -1,11 +1,13 @@
-"""loss.png: the loss of a run over its steps, beside what it has to beat."""
+"""Pictures of runs: loss.png, the loss beside what it has to beat, and the curves of several runs side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from jaxlm.data.formats import require
 from jaxlm.train.run_folder import RunFolder, read_records
 
 
@@ -37,9 +39,42 @@ def draw_loss(folder: RunFolder, baselines: Mapping[str, float]) -> None:
   figure.savefig(folder.plot, dpi=150)
 
 
+def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
+  """Draws loss (held-out: dots), gradient norm and learning rate of runs over their steps into one picture.
+
+  Reads metrics up to a line that is cut. ValueError for a folder without metrics or a picture whose ending matplotlib
+  does not know, ImportError without matplotlib (extra `plot`).
+  """
+  figure = require("matplotlib.figure", "plot", "drawing curves").Figure(figsize=(12, 4.2), layout="constrained")
+  losses, norms, rates = figure.subplots(1, 3)
+  names = [folder.path.name for folder in folders]
+  for index, folder in enumerate(folders):
+    records = list(read_records(folder.metrics)) if folder.metrics.is_file() else []
+    if not records:
+      raise ValueError(f"run={str(folder.path)!r}: holds no metrics.jsonl with a whole line")
+    color = f"C{index % 10}"
+    steps, loss, norm, rate = (
+      np.array([record[key] for record in records]) for key in ("step", "loss", "grad_norm", "learning_rate")
+    )
+    name = names[index] if names.count(names[index]) == 1 else str(folder.path)
+    for axes, values in ((losses, loss), (norms, norm)):
+      axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+      axes.plot(steps, _smooth(values), color=color, label=name)
+    rates.plot(steps, rate, color=color)
+    evals = list(read_records(folder.evals)) if folder.evals.is_file() else []
+    losses.plot([e["step"] for e in evals], [e["heldout_loss"] for e in evals], "o", color=color, markersize=4)
+  losses.set(title="loss, nats per token (dots: held-out)", xlabel="step")
+  norms.set(title="gradient norm before clipping", xlabel="step", yscale="log")
+  rates.set(title="learning rate", xlabel="step", ylim=(0, None))
+  losses.legend(frameon=False)
+  figure.savefig(path, dpi=150)
+
+
 def _smooth(losses: np.ndarray, share: float = 0.04) -> np.ndarray:
-  """Mean over the latest few percent of the curve at each step."""
+  """Mean over the latest few percent of the curve at each step; what is not finite is left out of it."""
   width = max(1, int(share * len(losses)))
-  sums = np.concatenate([[0.0], np.cumsum(losses)])
+  finite = np.isfinite(losses)
+  sums, counts = (np.concatenate([[0.0], np.cumsum(x)]) for x in (np.where(finite, losses, 0.0), finite))
   first = np.maximum(np.arange(1, len(losses) + 1) - width, 0)
-  return (sums[1:] - sums[first]) / (np.arange(1, len(losses) + 1) - first)
+  with np.errstate(invalid="ignore"):
+    return (sums[1:] - sums[first]) / (counts[1:] - counts[first])

@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import TrainConfig, from_dict, to_dict
+from jaxlm.config import TrainConfig
+from jaxlm.config_json import from_dict, to_dict
+from jaxlm.interop.strict_json import read_object
 from jaxlm.train.atomic import write_text
 
 _log = logging.getLogger("jaxlm")
+_LONGEST_CONFIG = 2**20  # bytes
 LOCK = "lock"  # names the process that writes to the run (`jaxlm.train.lock`)
 
 
@@ -30,6 +33,8 @@ class RunFolder:
   log = property(lambda self: self.path / "log.txt")
   checkpoints = property(lambda self: self.path / "checkpoints")
   plot = property(lambda self: self.path / "loss.png")
+  bad_steps = property(lambda self: self.path / "bad_steps")
+  environment = property(lambda self: self.path / "environment.json")
 
   def create(self, config: TrainConfig) -> None:
     """Makes the folder and writes the resolved configuration; ValueError where something is there already."""
@@ -46,10 +51,7 @@ class RunFolder:
     """ValueError where the folder is no run or its configuration does not parse."""
     if not self.config.is_file():
       raise ValueError(f"run={str(self.path)!r}: holds no config.json, so it is not the folder of a run")
-    try:
-      return from_dict(TrainConfig, json.loads(self.config.read_text()))
-    except (json.JSONDecodeError, TypeError) as error:
-      raise ValueError(f"{self.config}: does not parse as a configuration: {error}") from error
+    return read_config(self.config)
 
   def forget_after(self, step: int) -> None:
     """Drops records of later steps, which a resumed run writes again, and any line cut short by a crash."""
@@ -57,6 +59,15 @@ class RunFolder:
       if path.exists():
         kept = [json.dumps(record) + "\n" for record in read_records(path) if record["step"] <= step]
         write_text(path, "".join(kept))
+
+
+def read_config(path: Path) -> TrainConfig:
+  """The configuration in a file that `write_config` wrote; ValueError names the file and what is wrong."""
+  values = read_object(path, _LONGEST_CONFIG)
+  try:
+    return from_dict(TrainConfig, values)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
 
 
 class RecordFile:

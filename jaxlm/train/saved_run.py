@@ -11,7 +11,7 @@ import jax
 from jaxlm.config import DataConfig, MeshConfig, TrainConfig
 from jaxlm.data.loader import TextData, heldout_batches, load_text
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
-from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, check_vocabulary, load_tokenizer
 from jaxlm.decode import Sampler, generate
 from jaxlm.interop import huggingface
 from jaxlm.train.checkpoint import restore_params
@@ -48,13 +48,14 @@ class SavedRun:
       params = restore_params(
         checkpoint_path(folder.checkpoints, newest), jax.eval_shape(lambda: init_state(config)).params
       )
-    tokenizer = load_tokenizer(folder.path, config.data)
+    tokenizer = load_tokenizer(folder.path, config.data, config.model.V)
     return cls(config, tokenizer, params, newest, (tokenizer.eos,))
 
   @classmethod
   def _open_published(cls, folder: Path) -> SavedRun:
     tokenizer = BPETokenizer.load(folder / TOKENIZER_FILE)
     model, params = huggingface.load(folder)
+    check_vocabulary(tokenizer, model.V, folder / TOKENIZER_FILE)
     config = TrainConfig(model=model, data=DataConfig(tokenizer=str(folder / TOKENIZER_FILE)), mesh=MeshConfig(data=1))
     return cls(config, tokenizer, params, 0, tuple(tokenizer.model.encode("").ids))
 

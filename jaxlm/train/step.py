@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,6 +37,7 @@ class Metrics(NamedTuple):
   tokens: jax.Array
   grad_norm: jax.Array
   learning_rate: jax.Array
+  skipped: jax.Array  # 1 where the update was left out
 
 
 def init_state(config: TrainConfig, params: Any = None) -> TrainState:
@@ -55,12 +58,15 @@ def batch_loss(config: TrainConfig, params: Any, batch: Batch) -> tuple[Weighted
   return next_token_loss(logits_BTV, batch.targets_BT, batch.weights_BT, config.z_loss)
 
 
-def make_train_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """The step of this configuration, not yet jitted."""
+def make_train_step(config: TrainConfig) -> Callable[..., tuple[TrainState, Metrics]]:
+  """train_step(state, batch, limit=inf) of this configuration, not yet jitted.
+
+  An update whose loss or gradient is not finite, or whose loss is above `limit`, is left out: the weights stay.
+  """
   optimizer = make_optimizer(config.optimizer, config.steps)
   rate = learning_rate_schedule(config.optimizer, config.steps)
 
-  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+  def train_step(state: TrainState, batch: Batch, limit: float = math.inf) -> tuple[TrainState, Metrics]:
     def objective(params: Any, batch: Batch) -> tuple[Weighted, Weighted]:
       return batch_loss(config, params, batch)
 
@@ -73,7 +79,15 @@ def make_train_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[
     ema = state.ema
     if config.ema:
       ema = jax.tree.map(lambda old, new: config.ema * old + (1 - config.ema) * new, ema, params)
-    metrics = Metrics(loss.mean(), loss.den, grad_norm, rate(state.step))
+    taken = jnp.isfinite(loss.mean()) & jnp.isfinite(grad_norm) & (loss.mean() <= limit)
+    before = (state.params, state.opt_state, state.ema)
+    params, opt_state, ema = jax.tree.map(functools.partial(_choose, taken), (params, opt_state, ema), before)
+    metrics = Metrics(loss.mean(), loss.den, grad_norm, rate(state.step), 1 - taken.astype(jnp.float32))
     return TrainState(state.step + 1, params, opt_state, ema, state.key), metrics
 
   return train_step
+
+
+def _choose(taken: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+  """`new` if taken, else `old`; counters always count, so that the learning rate stays a function of the step."""
+  return new if jnp.issubdtype(new.dtype, jnp.integer) else jax.lax.select(taken, new, old)

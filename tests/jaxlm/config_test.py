@@ -12,9 +12,8 @@ from jaxlm.config import (
   OptimizerConfig,
   RopeConfig,
   TrainConfig,
-  from_dict,
-  to_dict,
 )
+from jaxlm.config_json import from_dict, to_dict
 
 WRONG = [
   (RopeConfig, dict(theta=1.0), "model.rope.theta=1.0: must be above 1"),

@@ -85,11 +85,11 @@ def last_step(folder: RunFolder) -> int:
 
 
 def records(folder: RunFolder) -> list[dict[str, Any]]:
-  """What a repeated run must repeat exactly: all of metrics.jsonl but for the time that a step took."""
+  """What a repeated run must repeat exactly: all of metrics.jsonl but for times."""
   if not folder.metrics.exists():
     return []
   return [
-    {name: value for name, value in record.items() if name != "seconds"} for record in read_records(folder.metrics)
+    {name: value for name, value in record.items() if "seconds" not in name} for record in read_records(folder.metrics)
   ]
 
 

@@ -108,7 +108,7 @@ def _full_disk(folder: Path, whole: RunFolder, *, freed: bool) -> Outcome:
   with small_disk(folder / "disk", 8) as disk:
     ours = RunFolder(disk / "run")
     process = start(folder, "train", "micro", *FLAGS, "--run", str(ours.path), setup=SLOWER)
-    wait_until(lambda: last_step(ours) >= 12, process)
+    wait_until(lambda: last_step(ours) >= 12 and 10 in finished_steps(ours.checkpoints), process)
     filler = fill(disk)
     if freed:
       printed = folder / "printed.txt"

@@ -1,4 +1,4 @@
-"""Two processes that share a run see the same batches and compute the same losses as one."""
+"""Two processes, and four, that share a run see the same batches and compute the same losses as one."""
 
 import os
 import socket
@@ -71,6 +71,15 @@ def test_two_processes_have_the_losses_of_one(runs):
         np.testing.assert_allclose(
           *([record[name] for record in side] for side in (got, want)), rtol=1e-6, err_msg=name
         )
+
+
+@pytest.mark.slow
+def test_four_processes_too(runs, folder):
+  one, _, _ = runs
+  run(folder, "train", "micro", "--data.source", "text", *FLAGS, "--run", "four", processes=4)
+  want, got = (list(read_records(run.metrics)) for run in (one, RunFolder(folder / "four")))
+  for name in ("loss", "tokens", "grad_norm"):
+    np.testing.assert_allclose(*([r[name] for r in side] for side in (got, want)), rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.slow

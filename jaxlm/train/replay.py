@@ -1,0 +1,137 @@
+"""`jaxlm replay`: a step of a run once more, from the newest checkpoint before it, to find where its numbers go wrong.
+
+Runs repeat bit for bit, so the steps between are run again (nothing is written) and compared with what was recorded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxlm.config import MeshConfig, TrainConfig, check
+from jaxlm.data.loader import Batch, load_text
+from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.models.transformer import Block
+from jaxlm.train.accumulate import accumulated_gradients
+from jaxlm.train.checkpoint_folder import checkpoint_path, finished_steps
+from jaxlm.train.guard import Guard, load_batch
+from jaxlm.train.loop import begin
+from jaxlm.train.manifest import verify
+from jaxlm.train.resolve import check_mesh
+from jaxlm.train.run_folder import RunFolder, read_records
+from jaxlm.train.step import TrainState, batch_loss, make_train_step
+from sharding import make_mesh
+from sharding.batches import globalize
+
+
+def replay(run: str | Path, step: int, say: Callable[[str], Any] = print) -> None:
+  """Says what the numbers of this step (1-based) are and which module's output is the first that is not finite.
+
+  Uses the batch that a stopped run saved, else the one that the data order gives. One process, the run's own mesh.
+  """
+  folder = RunFolder(Path(run))
+  config = folder.read_config()
+  check(1 <= step <= config.steps, "step", step, f"the run has steps 1 to {config.steps}")
+  check_mesh(config)
+  logging.getLogger("jaxlm").addHandler(logging.NullHandler())
+  with jax.set_mesh(make_mesh(config.mesh)):
+    state, batch = _before(config, folder, step, say)
+    params = jax.device_get(state.params)
+    say(f"norm of the weights before step {step}: {float(optax.tree.norm(state.params)):.6g}")
+    _, values = jax.jit(make_train_step(config))(state, globalize(batch, config.batch))
+    say(f"step {step}: loss {float(values.loss)}, gradient norm {float(values.grad_norm)}")
+  with jax.set_mesh(make_mesh(MeshConfig(data=1))):
+    for line in diagnose(config, jax.tree.map(jnp.asarray, params), batch):
+      say(line)
+
+
+def _before(config: TrainConfig, folder: RunFolder, step: int, say: Callable[[str], Any]) -> tuple[TrainState, Batch]:
+  """The state before a step and the step's batch."""
+  text = load_text(config.data, load_tokenizer(folder.path, config.data, config.model.V))
+  older = [at for at in finished_steps(folder.checkpoints) if at < step]
+  sound = [at for at in older if not verify(checkpoint_path(folder.checkpoints, at))]
+  start = sound[-1] if sound else 0
+  say(f"replaying from {f'the checkpoint of step {start}' if sound else 'the initial weights'}")
+  state, batches = begin(config, text, checkpoint_path(folder.checkpoints, start) if sound else None)
+  train_step = jax.jit(make_train_step(config), donate_argnums=0)
+  guard = Guard(config, folder, start)
+  recorded = {record["step"]: record["loss"] for record in read_records(folder.metrics)}
+  different = []
+  for at in range(start + 1, step):
+    state, metrics = train_step(state, globalize(next(batches), config.batch), guard.limit(at))
+    guard.losses[at] = float(metrics.loss)
+    if at in recorded and not _same(recorded[at], float(metrics.loss)):
+      different.append(at)
+  if step > start + 1:
+    repeated = f"differ from the record from step {different[0]} on" if different else "repeat the record bit for bit"
+    say(f"steps {start + 1} to {step - 1} {repeated}")
+  expected, saved = next(batches), load_batch(folder.bad_steps, step)
+  if saved is not None and not all(map(np.array_equal, jax.tree.leaves(saved), jax.tree.leaves(expected))):
+    say("the saved batch is not the one that the data gives now; the saved one is used")
+  return state, expected if saved is None else saved
+
+
+def _same(a: float, b: float) -> bool:
+  return a == b or (a != a and b != b)
+
+
+def diagnose(config: TrainConfig, params: Any, batch: Batch) -> list[str]:
+  """Which weights, module output, loss or gradient of a step is the first that is not finite; on one device."""
+  named = jax.tree_util.tree_leaves_with_path(params)
+  wrong = [_name(path) for path, w in named if not _finite(w)]
+  lines = [f"weights that are not finite: {', '.join(wrong)}"] if wrong else ["the weights are finite"]
+  model = dataclasses.replace(config.model, scan="never", remat="none")
+  eager = dataclasses.replace(config, model=model)
+  for part in range(config.accumulate):
+    rows = jax.tree.map(lambda x, part=part: jnp.asarray(x[part :: config.accumulate]), batch)
+    first, loss = first_not_finite(eager, params, rows)
+    where = f" (micro-batch {part})" if config.accumulate > 1 else ""
+    if first:
+      return [*lines, f"the first module whose output is not finite is {first}{where}"]
+    if not _finite(loss):
+      return [*lines, f"every module's output is finite, the loss is {loss}{where}"]
+  lines.append("every module's output and the loss are finite")
+  gradient = jax.jit(lambda w, b: accumulated_gradients(lambda w, b: batch_loss(config, w, b), w, b, config.accumulate))
+  grads, _ = gradient(params, jax.tree.map(jnp.asarray, batch))
+  wrong = [_name(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if not _finite(g)]
+  return [*lines, f"gradients that are not finite: {', '.join(wrong)}" if wrong else "every gradient is finite"]
+
+
+def first_not_finite(config: TrainConfig, params: Any, batch: Batch) -> tuple[str, float]:
+  """(the innermost module whose output is the first that is not finite, or "", the loss), run without jit."""
+  found: list[str] = []
+  blocks: list[Block] = []  # begun so far
+
+  def watch(run: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+    module = context.module
+    if context.method_name != "__call__" or module.is_initializing():  # for the shapes of parameters alone
+      return run(*args, **kwargs)
+    if isinstance(module, Block):
+      blocks.append(module)
+    result = run(*args, **kwargs)
+    if not all(map(_finite, jax.tree.leaves(result))):
+      path = ".".join(module.path)
+      top = not isinstance(module, Block) and not path
+      found.append("the head" if top else path if path == "norm" else f"block {len(blocks) - 1}: {path or 'its sum'}")
+    return result
+
+  with nn.intercept_methods(watch):
+    loss = batch_loss(config, params, batch)[1].mean()
+  return (found[0] if found else ""), float(loss)
+
+
+def _finite(x: Any) -> bool:
+  return bool(jnp.isfinite(x).all())
+
+
+def _name(path: tuple) -> str:
+  return "/".join(str(key.key) for key in path[1:])

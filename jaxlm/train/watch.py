@@ -1,0 +1,89 @@
+"""What a run is waiting for, and a thread that says so when a step takes far longer than those before it."""
+
+from __future__ import annotations
+
+import collections
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Self
+
+WAITS = {
+  "start": "the start of the run",
+  "data": "the data loader",
+  "compile": "the compiler",
+  "device": "the devices",
+  "checkpoint": "the checkpoint to be read or written",
+  "evaluation": "the evaluation",
+}
+
+
+class Watch:
+  """A context manager. `on(phase)` says what the main thread does from now on; `step_done` that a step ended.
+
+  A line goes to `say` when no step ends for `FACTOR` times the median of the last ones and at least `LEAST` seconds,
+  and when a compilation takes `COMPILING` seconds; again each time that the wait has doubled.
+  """
+
+  FACTOR = 10.0
+  LEAST = 10.0
+  COMPILING = 20.0
+  EVERY = 0.5  # seconds between looks
+
+  def __init__(self, say: Callable[[str], None]):
+    self.say = say
+    self._phase, self._since = "start", time.perf_counter()
+    self._last_step = self._since
+    self._steps = collections.deque[float](maxlen=32)  # seconds of the last steps
+    self._spent = collections.defaultdict[str, float](float)
+    self._patience = 1.0
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
+
+  def __enter__(self) -> Self:
+    self._thread.start()
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self._ended.set()
+    self._thread.join()
+
+  def on(self, phase: str) -> None:
+    """What is being waited for from now on, a key of `WAITS`."""
+    now = time.perf_counter()
+    self._spent[self._phase] += now - self._since
+    self._phase, self._since = phase, now
+    if phase == "compile":
+      self._patience = 1.0
+
+  def spent(self, phase: str) -> float:
+    """Seconds in this phase since this was last asked."""
+    return self._spent.pop(phase, 0.0)
+
+  def step_done(self, seconds: float) -> None:
+    self._steps.append(seconds)
+    self.restart_clock()
+
+  def restart_clock(self) -> None:
+    self._last_step, self._patience = time.perf_counter(), 1.0
+
+  def median(self) -> float:
+    """Seconds of a step."""
+    return statistics.median(self._steps)
+
+  def _run(self) -> None:
+    while not self._ended.wait(self.EVERY):
+      if line := self._look(time.perf_counter()):
+        self._patience *= 2
+        self.say(line)
+
+  def _look(self, now: float) -> str:
+    """The line to say at this time, or nothing."""
+    if self._phase == "compile":
+      waited = now - self._since
+      return f"compiling for {waited:.0f} s so far" if waited > self._patience * self.COMPILING else ""
+    waited = now - self._last_step
+    if len(self._steps) < 3 or waited <= self._patience * max(self.LEAST, self.FACTOR * self.median()):
+      return ""
+    return f"no step for {waited:.1f} s (median {self.median():.2f} s): waiting for {WAITS[self._phase]}"

@@ -1,0 +1,259 @@
+"""Numbers gone wrong: the run stops or goes round it, keeps what is needed, and a replay names the module."""
+
+import dataclasses
+import json
+import math
+import statistics
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlm.models.transformer as transformer
+from jaxlm import presets
+from jaxlm.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxlm.data.loader import load_text, train_loader
+from jaxlm.data.packing import Batch
+from jaxlm.objectives import Weighted
+from jaxlm.train import guard as guards
+from jaxlm.train import resume, train
+from jaxlm.train import step as steps
+from jaxlm.train.checkpoint_folder import all_steps, finished_steps
+from jaxlm.train.guard import Guard, load_batch
+from jaxlm.train.manifest import verify
+from jaxlm.train.replay import diagnose, replay
+from jaxlm.train.run_folder import RunFolder, read_records
+from jaxlm.train.step import init_state, make_train_step
+from sharding import make_mesh
+from tests.reliability.processes import run, write_corpus
+
+BELL = 7  # a byte that stands in few documents; what the model makes of it is tampered with
+TAMPERED = """
+import jax.numpy as jnp
+import jaxlm.models.transformer as transformer
+whole = transformer._lookup
+def lookup(embed_VD, ids_BT):
+  return jnp.where((ids_BT == 7)[..., None], jnp.nan, whole(embed_VD, ids_BT))
+transformer._lookup = lookup
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> TrainConfig:
+  folder = tmp_path_factory.mktemp("text")
+  for index in range(60):
+    (folder / f"{index}.py").write_text(f"def f{index}(x):\n  return x + {index}\n" * 6)
+  for index in range(6):
+    (folder / f"bell{index}.py").write_text("\a" * 20)
+  return TrainConfig(
+    steps=8,
+    batch=8,
+    save_every=2,
+    eval_every=0,
+    eval_batches=1,
+    keep=9,
+    nonfinite="skip",
+    mesh=MeshConfig(data=1),
+    model=ModelConfig(D=16, F=24, N=2, K=1, H=8, layers=2),
+    data=DataConfig(source=str(folder), length=32, holdout=0.1),
+    optimizer=OptimizerConfig(warmup=2, learning_rate=1e-2),
+  )
+
+
+def records(folder: RunFolder) -> list[dict]:
+  return list(read_records(folder.metrics))
+
+
+@pytest.fixture
+def nan_at_bells(monkeypatch) -> None:
+  """The embedding of a bell is not a number."""
+  whole = transformer._lookup
+  bell = lambda embed_VD, ids_BT: jnp.where((ids_BT == BELL)[..., None], jnp.nan, whole(embed_VD, ids_BT))  # noqa: E731
+  monkeypatch.setattr(transformer, "_lookup", bell)
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_stops_the_run_and_leaves_what_a_replay_needs(config, tmp_path, nan_at_bells, capsys):
+  folder = RunFolder(tmp_path / "run")
+  with pytest.raises(FloatingPointError) as error:
+    train(dataclasses.replace(config, steps=40, nonfinite="stop", run=str(folder.path)))
+  bad = records(folder)[-1]
+  assert math.isnan(bad["loss"]) and bad["skipped"] == 1
+  step = bad["step"]
+  assert f"step {step}: loss nan, gradient norm nan" in str(error.value)
+  assert f"jaxlm replay {folder.path} --step {step}" in str(error.value)
+  batch = load_batch(folder.bad_steps, step)
+  assert (batch.inputs_BT == BELL).any() and batch.inputs_BT.shape == (8, 32)
+  assert json.loads((folder.bad_steps / f"{step:08d}/step.json").read_text())["step"] == step
+  saved = all_steps(folder.checkpoints)  # what was being written is finished, and nothing came after it
+  assert saved == finished_steps(folder.checkpoints) == list(range(2, step, 2))
+  assert all(not verify(folder.checkpoints / f"{at:08d}") for at in saved)
+
+  before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
+  replay(folder.path, step)
+  said = capsys.readouterr().out
+  assert f"step {step}: loss nan" in said
+  assert "the first module whose output is not finite is block 0: attention_norm" in said
+  assert "differ from" not in said and "the saved one is used" not in said
+  assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before  # it wrote nothing
+
+
+@pytest.mark.slow
+def test_skipping_leaves_out_exactly_those_updates_and_a_resumed_run_repeats_it(config, tmp_path, nan_at_bells):
+  whole, halved = (RunFolder(tmp_path / name) for name in ("whole", "halved"))
+  result = train(dataclasses.replace(config, steps=12, run=str(whole.path)))
+  assert result.finished and all(np.isfinite(w).all() for w in jax.tree.leaves(jax.device_get(result.params)))
+  found = records(whole)
+  skipped = [record["step"] for record in found if record["skipped"]]
+  assert 0 < len(skipped) < 12 and all(math.isnan(record["loss"]) == record["skipped"] for record in found)
+  assert f"{len(skipped)} so far" in whole.log.read_text()
+  train(dataclasses.replace(config, steps=12, run=str(halved.path)))
+  for step in (8, 10, 12):
+    (halved.checkpoints / f"{step:08d}/manifest.json").unlink()
+  resume(halved.path)
+  without = lambda folder: [{k: v for k, v in r.items() if "seconds" not in k} for r in records(folder)]  # noqa: E731
+  np.testing.assert_equal(without(halved), without(whole))
+
+
+@pytest.mark.slow
+def test_a_skipped_step_leaves_the_weights_and_moments_and_counts(config):
+  """Bit for bit, while counters count on."""
+  config = dataclasses.replace(config, ema=0.5)
+  step = jax.jit(make_train_step(config))
+  state = jax.jit(init_state, static_argnums=0)(config)
+  ids_BT = np.zeros((8, 32), np.int32)
+  batch = Batch(ids_BT, ids_BT, np.ones((8, 32), np.float32))
+  same, metrics = step(state, batch, -1.0)  # no loss is below this
+  assert metrics.skipped == 1 and same.step == 1 and np.isfinite(metrics.loss)
+  for a, b in zip(jax.tree.leaves((same.params, same.ema)), jax.tree.leaves((state.params, state.ema))):
+    np.testing.assert_array_equal(a, b)
+  for a, b in zip(jax.tree.leaves(same.opt_state), jax.tree.leaves(state.opt_state)):
+    np.testing.assert_array_equal(a, b + (b.dtype == jnp.int32))
+  moved, metrics = step(state, batch, 100.0)
+  assert metrics.skipped == 0 and (moved.params["params"]["embed"] != state.params["params"]["embed"]).any()
+
+
+LATE = dict(steps=36, save_every=0, batch=2)
+
+
+def first_bell(config: TrainConfig) -> int:
+  """The step whose batch is the first with a bell."""
+  batches = train_loader(load_text(config.data), batch=config.batch, seed=config.seed)
+  return next(step for step in range(1, 1000) if (next(batches).inputs_BT == BELL).any())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["skip", "stop"])
+def test_a_spike_is_said_and_acted_on_only_when_told_to(config, tmp_path, monkeypatch, action):
+  whole = steps.batch_loss
+
+  def jumping(config, params, batch):
+    loss, metric = whole(config, params, batch)
+    jump = jnp.where((batch.inputs_BT == BELL).any(), 9.0, 0.0)
+    return loss, Weighted(metric.num + jump * metric.den, metric.den)
+
+  monkeypatch.setattr(steps, "batch_loss", jumping)
+  monkeypatch.setattr(guards, "FEWEST", 3)
+  folder = RunFolder(tmp_path / "run")
+  config = dataclasses.replace(config, **LATE, spike=action, spike_size=8.0, run=str(folder.path))
+  seeds = (dataclasses.replace(config, seed=seed) for seed in range(100))
+  config = next(c for c in seeds if 8 < first_bell(c) < 30)
+  try:
+    train(config)
+    stopped = False
+  except FloatingPointError as error:
+    stopped = True
+    assert "the losses before allow" in str(error)
+  bell = first_bell(config)
+  record = records(folder)[bell - 1]
+  assert record["spike"] == 1 and record["skipped"] == (action == "skip")
+  assert stopped == (action == "stop") and (len(records(folder)) == bell) == stopped
+  assert f"step {bell}: loss {record['loss']}" in folder.log.read_text()
+  assert (load_batch(folder.bad_steps, bell) is not None) == stopped
+
+
+def judged(losses) -> list[int]:
+  """Steps that a guard calls spikes."""
+  guard, found = Guard(presets.micro(), RunFolder(Path("nowhere")), 0), []
+  batch = Batch(*[np.zeros((1, 1))] * 3)
+  for step, loss in enumerate(losses, start=1):
+    if guard.is_spike(step, loss):
+      found.append(step)
+    guard.judge(step, {"loss": loss, "grad_norm": 1.0, "skipped": 0.0}, batch, slice(0, 1))
+  return found
+
+
+def test_spikes_are_told_from_noise_and_from_a_falling_loss():
+  """In 8,000 steps of a falling loss with normal noise: none; of 12 jumps by 12 deviations: every one."""
+  draw = np.random.default_rng(0)
+  steps = np.arange(8_000)
+  losses = 2 + 4 * np.exp(-steps / 500) + 0.05 * draw.standard_normal(len(steps))
+  assert judged(losses) == []
+  jumps = list(range(2_000, 8_000, 500))
+  losses[jumps] += 12 * 0.05
+  assert judged(losses) == [step + 1 for step in jumps]
+
+
+def test_a_level_that_stays_is_a_spike_only_until_it_is_the_usual():
+  found = judged([2.0] * 100 + [4.0] * 100)
+  assert found == list(range(101, 101 + len(found))) and 30 <= len(found) <= 40
+
+
+def test_the_border_of_a_step_does_not_depend_on_when_the_run_was_resumed(tmp_path):
+  folder = RunFolder(tmp_path)
+  losses = np.random.default_rng(1).normal(2, 0.1, 90).tolist()
+  lines = (json.dumps({"step": step, "loss": loss, "skipped": 0}) for step, loss in enumerate(losses, start=1))
+  folder.metrics.write_text("\n".join(lines))
+  config = dataclasses.replace(presets.micro(), spike="skip")
+  whole = Guard(config, RunFolder(tmp_path / "none"), 0)
+  for step, loss in enumerate(losses, start=1):
+    whole.losses[step] = loss
+  resumed = Guard(config, folder, 85)
+  for step, loss in enumerate(losses[85:], start=86):
+    resumed.losses[step] = loss
+  for step in (88, 91, 92):
+    assert resumed.limit(step) == whole.limit(step) < math.inf
+  early = Guard(config, folder, 90)
+  middle = statistics.median(losses[24:88])
+  deviation = statistics.median(abs(loss - middle) for loss in losses[24:88])
+  assert early.limit(90) == middle + 10 * deviation
+
+
+@pytest.mark.parametrize(
+  "path, name",
+  [
+    (("embed",), "block 0: attention_norm"),
+    (("blocks", "0", "attention", "w_v"), "block 1: attention"),
+    (("blocks", "0", "mlp", "w_up"), "block 1: mlp"),
+    (("blocks", "0", "mlp_norm", "w_D"), "block 1: mlp_norm"),
+    (("norm", "w_D"), "norm"),
+  ],
+  ids=lambda value: "/".join(value) if isinstance(value, tuple) else "",
+)
+def test_the_module_named_is_the_one_that_was_broken(config, path, name):
+  """One weight of the last layer, or of what has no layers, is infinite."""
+  ids_BT = np.random.default_rng(0).integers(0, 256, (8, 32)).astype(np.int32)
+  with jax.set_mesh(make_mesh(MeshConfig(data=1))):
+    params = jax.tree.map(np.array, jax.jit(init_state, static_argnums=0)(config).params)
+    leaf = params["params"]
+    for key in path:
+      leaf = leaf[key]
+    leaf[(-1, *[0] * (leaf.ndim - 1)) if path[0] == "blocks" else ids_BT[0, 0] if path[0] == "embed" else 0] = np.inf
+    lines = diagnose(config, params, Batch(ids_BT, ids_BT, np.ones((8, 32), np.float32)))
+  assert f"weights that are not finite: {'/'.join(path)}" in lines[0]
+  assert lines[-1] == f"the first module whose output is not finite is {name}"
+
+
+@pytest.mark.slow
+def test_as_a_user_sees_it(tmp_path):
+  write_corpus(tmp_path)
+  (tmp_path / "text/bell.py").write_text("\a" * 40)
+  flags = "--steps 60 --data.source text --data.length 32 --batch 8 --mesh.data 1 --eval_every 0".split()
+  status, said = run(tmp_path, "train", "micro", "--run", "stop", *flags, setup=TAMPERED)
+  assert status == 1 and "Traceback" not in said, said
+  step = records(RunFolder(tmp_path / "stop"))[-1]["step"]
+  assert f"jaxlm: step {step}: loss nan" in said and f"jaxlm replay stop --step {step}" in said
+  status, said = run(tmp_path, "replay", "stop", "--step", str(step), setup=TAMPERED)
+  assert status == 0 and "the first module whose output is not finite is block 0: attention_norm" in said, said

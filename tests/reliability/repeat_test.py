@@ -1,0 +1,150 @@
+"""The same configuration and seed give the same run: twice, on every mesh, however the data is read."""
+
+import dataclasses
+import json
+import subprocess
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxlm.train.environment as environment
+from jaxlm.config import DataConfig, MeshConfig
+from jaxlm.data.loader import load_text, train_loader
+from jaxlm.train.run_folder import RunFolder, read_records
+from tests.reliability.processes import SMALL, records, run, same_end, write_corpus
+
+FLAGS = ["--steps", "12", "--batch", "8", "--save_every", "6", "--eval_every", "6", "--model.K", "2", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("repeat")
+  write_corpus(folder)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def first(place) -> RunFolder:
+  status, said = run(place, "train", "micro", "--run", "first", *FLAGS)
+  assert status == 0, said
+  return RunFolder(place / "first")
+
+
+@pytest.fixture(scope="module", params=["windows", "packed"])
+def text(request, place):
+  return load_text(DataConfig(source=str(place / "text"), length=16, layout=request.param))
+
+
+BATCH = 8
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_data_order_depends_on_nothing_but_the_seed(text, data):
+  """Not on reader threads, their prefetch, the number of processes, or where and how often a run was restarted."""
+  seed = data.draw(st.integers(0, 3))
+  straight = train_loader(text, batch=BATCH, seed=seed)
+  want = [next(straight) for _ in range(12)]
+  parts = data.draw(st.sampled_from([1, 2, 4]))
+  size, got = BATCH // parts, []
+  for start in range(0, BATCH, size):
+    state, mine = None, []
+    while len(mine) < len(want):
+      threads = data.draw(st.integers(1, 4))
+      again = dataclasses.replace(text, config=dataclasses.replace(text.config, threads=threads))
+      loader = train_loader(again, batch=BATCH, seed=seed, rows=slice(start, start + size))
+      if state is not None:
+        loader.set_state(json.loads(json.dumps(state)))
+      mine += [next(loader) for _ in range(min(data.draw(st.integers(1, 12)), len(want) - len(mine)))]
+      state = loader.get_state()
+    got.append(mine)
+  for step, batch in enumerate(want):
+    for field, array in enumerate(batch):
+      if array is not None:
+        np.testing.assert_array_equal(np.concatenate([part[step][field] for part in got]), array)
+
+
+@pytest.mark.slow
+def test_config_json_alone_repeats_a_run_bit_for_bit(place, first):
+  """Its 12 steps, two evaluations and final state, in another process."""
+  status, said = run(place, "train", "first/config.json", "--run", "again")
+  assert status == 0, said
+  again = RunFolder(place / "again")
+  assert len(records(first)) == 12 and same_end(again, first)
+  assert again.read_config() == dataclasses.replace(first.read_config(), run="again")
+
+
+MESHES = [
+  MeshConfig(data=4),
+  MeshConfig(data=1, fsdp=4),
+  MeshConfig(data=1, tensor=2),
+  MeshConfig(data=2, fsdp=2, tensor=2),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES[1::2], ids=lambda mesh: mesh.describe())
+def test_every_mesh_has_the_losses_of_one_device(place, first, mesh):
+  name = mesh.describe().replace(" ", "_")
+  flags = ["--run", name, *(f"--mesh.{axis}={size}" for axis, size in mesh.sizes().items())]
+  status, said = run(place, "train", "first/config.json", *flags, JAX_NUM_CPU_DEVICES="8")
+  assert status == 0, said
+  want, got = (list(read_records(folder.metrics)) for folder in (first, RunFolder(place / name)))
+  for key in ("loss", "grad_norm"):
+    np.testing.assert_allclose([r[key] for r in got], [r[key] for r in want], rtol=1e-6, err_msg=key)
+
+
+def test_the_environment_of_each_start_is_kept_and_another_one_is_said(first_start, tmp_path, monkeypatch):
+  folder, config = first_start
+  (start,) = environment.starts(folder)
+  assert start["packages"]["jax"] and start["python"] and start["processes"] == 1 and start["chip"] == "cpu"
+  assert start["config"]["model"]["D"] == config.model.D and start["step"] == 0
+  assert environment.record_start(folder, 3, config) == []
+  monkeypatch.setattr(environment, "_version", (start["packages"] | {"flax": "0.0.1"}).get)
+  monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+  changes = environment.record_start(folder, 5, dataclasses.replace(config, steps=99))
+  assert changes == [
+    f"packages.flax: {start['packages']['flax']} -> 0.0.1",
+    "flags.XLA_FLAGS: None -> --xla_cpu_enable_fast_math=false",
+    "config.steps: 50 -> 99",
+  ]
+  assert [start["step"] for start in environment.starts(folder)] == [0, 3, 5]
+
+
+@pytest.fixture
+def first_start(tmp_path):
+  from jaxlm import presets
+
+  folder, config = RunFolder(tmp_path), presets.micro()
+  environment.record_start(folder, 0, config)
+  return folder, config
+
+
+def test_the_commit_is_that_of_the_checkout_itself(tmp_path):
+  assert environment.commit(tmp_path) is None
+  git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+  (tmp_path / "file").write_text("1")
+  for command in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "first"]):
+    subprocess.run([*git, *command], check=True)
+  first = environment.commit(tmp_path)
+  assert len(first) == 40
+  (tmp_path / "file").write_text("2")
+  assert environment.commit(tmp_path) == first + "+changes"
+  (tmp_path / "below").mkdir()
+  assert environment.commit(tmp_path / "below") is None  # a package inside somebody else's repository
+
+
+@pytest.mark.slow
+def test_a_resume_under_other_versions_says_so_on_the_terminal_and_in_the_log(place, first):
+  older = json.loads(first.environment.read_text())
+  older[-1]["packages"]["optax"] = "0.1.0"
+  first.environment.write_text(json.dumps(older))
+  status, said = run(place, "resume", "first", "--steps", "14")
+  assert status == 0, said
+  for place_said in (said, first.log.read_text()):
+    assert (
+      "differs from the start before: packages.optax: 0.1.0 -> " in place_said
+      and "config.steps: 12 -> 14" in place_said
+    )
