@@ -24,6 +24,7 @@ usage: jaxlm COMMAND ...
   sample DIR             continue a prompt with the weights of a run or of a Hugging Face checkpoint
   eval DIR               loss on all held-out text, beside what compression reaches
   convert FROM TO        a run to a Hugging Face checkpoint, or a checkpoint to a run
+  kernels report         what the TPU compiler made of the kernels: cycles, MXU use, bytes; no TPU needed
 
 presets, or your own function as module:function
 {presets}
@@ -181,12 +182,38 @@ def _convert(arguments: list[str]) -> int:
   return tyro.cli(convert, args=arguments, prog="jaxlm convert")
 
 
+def _kernels(arguments: list[str]) -> int:
+  def report(chips: tuple[str, ...] = (), match: str = "", out: Path = Path("kernels_report")) -> int:
+    """Cycles, MXU use, HBM traffic, spills and VMEM of the TPU kernels, as the compiler scheduled them (needs libtpu).
+
+    Writes a table, a bar chart and JSON, and says what a schedule cannot show. Minutes per chip.
+
+    Args:
+      chips: of v5e, v5p, v6e, tpu7x; by default all
+      match: only kernels whose name contains this
+      out: folder to write
+    """
+    from pallas_kernels.schedule.report import report
+
+    report(out, chips, match)
+    return 0
+
+  command, rest = " ".join(arguments[:1]), arguments[1:]
+  if command in ("", "-h", "--help"):
+    print("usage: jaxlm kernels report [flags]   (`jaxlm kernels report --help` lists the flags)")
+    return 0 if command else 2
+  if command != "report":
+    raise ValueError(f"command 'kernels {command}' does not exist; nearest: kernels report")
+  return tyro.cli(report, args=rest, prog="jaxlm kernels report")
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
   "train": _train,
   "resume": _resume,
   "sample": _sample,
   "eval": _eval,
   "convert": _convert,
+  "kernels": _kernels,
 }
 
 

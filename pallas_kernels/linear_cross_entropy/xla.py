@@ -1,8 +1,8 @@
 """Tiles of the logits in plain JAX: memory for one tile instead of N x V, on any backend.
 
 `statistics` and `gradients` are the two halves that every backend has; the second computes the logits again (8NVD
-FLOPs together). `weighted_gradients` serves a scalar loss with 6NVD: each token's weight is known in the forward pass,
-so a chunk of rows keeps its logits just long enough to make its part of the gradients.
+FLOPs together). `loss_gradients` serves a scalar loss with 6NVD: each token's weight is known in the forward pass, so a
+chunk of rows keeps its logits just long enough to make its part of the gradients.
 """
 
 # N tokens, D model, V vocabulary; R rows of a chunk, W entries of a tile; C = "vd" or "dv"
@@ -134,7 +134,7 @@ def chunk_gradients(
     sums, de_RD = carry
     index, x_RW = step
     tile = cut(weights, index, width)
-    x_RW = tile_logits(e_RD, tile, options) if x_RW is None else x_RW
+    x_RW = tile_logits(e_RD, tile, options) if x_RW is None else jnp.where(column.active_N, x_RW, 0.0)
     bracket_RW = terms.logit_gradient(x_RW, tile.ids_W[None] == labels_R[:, None], column, options)
     bracket_RW = jnp.where(tile.fresh_W[None], bracket_RW, 0.0)
     g_RW = bracket_RW * terms.slope(x_RW, options)
@@ -231,44 +231,45 @@ def gradients(
   return de_ND, sums.classifier, sums.bias_V
 
 
-def weighted_gradients(
+def loss_gradients(
   embeddings_ND: jax.Array,
   classifier: jax.Array,
   labels_N: jax.Array,
   bias_V: jax.Array | None,
-  counted_N: jax.Array,
+  weight_N: jax.Array,
   options: Options,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None]]:
-  """Sum of the loss over the counted rows, and the gradients of that sum; the logits are computed once.
+) -> tuple[Statistics, tuple[jax.Array, jax.Array, jax.Array | None]]:
+  """Row statistics, and the gradients of `terms.total_loss`; the logits are computed once.
 
   A chunk of R rows keeps its R x V logits meanwhile (`blocks.xla_chunk`).
   """
+  counted_N = weight_N != 0
   order_V = terms.sorted_order(embeddings_ND, classifier, bias_V, counted_N, options) if options.sort else None
   weights = Weights(classifier, bias_V, order_V, options)
   N, dtype = labels_N.size, terms.accumulator(embeddings_ND.dtype)
   size, width = blocks.xla_chunk(N, weights.entries)
 
   def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
-    total, sums, de_ND = carry
+    done, sums, de_ND = carry
     start, fresh_R = window(index, size, N)
-    e_RD, labels_R, counted_R = take((embeddings_ND, labels_N, counted_N), start, size)
-    e_RD = jnp.where(counted_R[:, None], e_RD, 0.0)  # an ignored row may hold NaN, and its logits are kept
+    e_RD, labels_R, weight_R = take((embeddings_ND, labels_N, weight_N), start, size)
     local, kept = chunk_statistics(e_RD, labels_R, weights, width, keep=True)
     stats = terms.combine(local, options.axis_name)
-    part, cotangents = terms.counted_loss(stats, counted_R & fresh_R, options)
+    cotangents = jax.grad(terms.total_loss)(stats, weight_R * fresh_R, options)
     rows = terms.backward_rows(stats, cotangents)
     sums, de_RD = chunk_gradients(sums, e_RD, labels_R, rows, weights, width, kept)
-    return (total + part, sums, add_rows(de_ND, de_RD, start)), None
+    done = jax.tree.map(lambda all_N, a_R: jax.lax.dynamic_update_slice_in_dim(all_N, a_R, start, 0), done, stats)
+    return (done, sums, add_rows(de_ND, de_RD, start)), None
 
-  like = (embeddings_ND, labels_N, counted_N, weights[:3])
-  # Every shard of the vocabulary has the same total: it varies like the rows that count, not like the classifier.
+  like = (embeddings_ND, labels_N, weight_N, weights[:3])
+  # Every shard of the vocabulary has the same statistics: they vary like the weights, not like the classifier.
   start = (
-    terms.zeros((), dtype, counted_N),
+    Statistics(*(terms.zeros((N,), dtype, weight_N) for _ in range(3))),
     no_gradients(weights, dtype, *like),
     terms.zeros(embeddings_ND.shape, dtype, *like),
   )
-  (total, sums, de_ND), _ = jax.lax.scan(body, start, jnp.arange(-(-N // size)))
-  return total, (de_ND, sums.classifier, sums.bias_V)
+  (stats, sums, de_ND), _ = jax.lax.scan(body, start, jnp.arange(-(-N // size)))
+  return stats, (de_ND, sums.classifier, sums.bias_V)
 
 
 def only(rows: Rows, chosen_R: jax.Array) -> Rows:

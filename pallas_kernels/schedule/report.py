@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import html
 import importlib.metadata
+import importlib.util
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -24,27 +25,44 @@ LIMITS = (
 )
 
 
-def report(folder: str | pathlib.Path, chips: Sequence[str] = tuple(CHIPS), match: str = "") -> list[dict[str, Any]]:
-  """Analyses every case whose name contains `match`; writes schedule.json, schedule.md and schedule.svg to `folder`.
+def report(folder: str | pathlib.Path, chips: Sequence[str] = (), match: str = "") -> list[dict[str, Any]]:
+  """Analyses every case whose name contains `match` on `chips` (none: all); prints and returns the rows of the table.
 
-  A case that does not compile for a chip has the error in place of numbers.
+  Writes schedule.json, schedule.md and schedule.svg to `folder`. A case that does not compile for a chip, or whose
+  schedule cannot be read, has the reason in place of numbers. ValueError for unknown chips and a `match` without cases.
   """
-  chosen = [case for case in cases() if match in case.name]
+  chips, chosen = tuple(chips) or tuple(CHIPS), [case for case in cases() if match in case.name]
+  for chip in chips:
+    if chip not in CHIPS:
+      raise ValueError(f"chips={chip!r}: must be among {', '.join(CHIPS)}")
   if not chosen:
     raise ValueError(f"match={match!r}: names none of {[case.name for case in cases()]}")
+  print(table([]))
   rows = []
   for chip in chips:
     for case in chosen:
       rows.append(row(case, chip))
-      print(table([rows[-1]]).splitlines()[-1], flush=True)
+      print(table(rows).splitlines()[-1], flush=True)
+  print(f"\n{closing()}")
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  about = dict(date=datetime.date.today().isoformat(), versions=versions(), limits=LIMITS, rows=rows)
+  about = dict(date=datetime.date.today().isoformat(), versions=versions(), limits=LIMITS, not_run=not_run(), rows=rows)
   (folder / "schedule.json").write_text(json.dumps(about, indent=1) + "\n")
-  heading = f"{LIMITS}\n\n{about['date']}, {', '.join(f'{k} {v}' for k, v in versions().items())}\n\n"
-  (folder / "schedule.md").write_text(f"# TPU kernels by schedule\n\n{heading}{table(rows)}\n")
+  heading = f"{about['date']}, {', '.join(f'{k} {v}' for k, v in versions().items())}"
+  (folder / "schedule.md").write_text(f"# TPU kernels by schedule\n\n{heading}\n\n{table(rows)}\n\n{closing()}\n")
   (folder / "schedule.svg").write_text(chart(rows))
   return rows
+
+
+def not_run() -> dict[str, str]:
+  """Comparators that are not in the table, and why."""
+  installed = importlib.util.find_spec("tokamax") is not None
+  return {} if installed else {"tokamax linear_cross_entropy": "tokamax is not installed"}
+
+
+def closing() -> str:
+  """What stands below the table."""
+  return "\n\n".join([LIMITS, *(f"Not run: {name}, {why}." for name, why in not_run().items())])
 
 
 def versions() -> dict[str, str]:

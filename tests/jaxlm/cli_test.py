@@ -61,7 +61,8 @@ def test_help_does_not_import_jax_and_takes_less_than_a_second(tmp_path):
 def test_help_of_a_command_explains_its_flags_without_jax(tmp_path):
   script = """
 import sys, jaxlm.cli
-for arguments in (["train", "micro", "--help"], ["sample", "--help"], ["resume", "--help"], ["eval", "--help"]):
+COMMANDS = ["train", "micro"], ["sample"], ["resume"], ["eval"], ["kernels"], ["kernels", "report"]
+for arguments in ([*command, "--help"] for command in COMMANDS):
   try:
     jaxlm.cli.main(arguments)
   except SystemExit as stop:
@@ -89,6 +90,9 @@ WRONG = [
   (["resume", "missing"], "run='missing': holds no config.json"),
   (["eval", "missing"], "run='missing': holds no config.json"),
   (["sample", "missing", "--temperature", "-1"], "temperature"),
+  (["kernels", "list"], "command 'kernels list' does not exist; nearest: kernels report"),
+  (["kernels", "report", "--chips", "v99"], "chips='v99': must be among v5e, v5p, v6e, tpu7x"),
+  (["kernels", "report", "--match", "none such"], "match='none such': names none of"),
 ]
 
 
@@ -221,3 +225,19 @@ def test_ctrl_c_twice_leaves_at_once(tmp_path, text):
   status, out, err = finish(process)
   assert status not in (0, 130)
   assert "stopped and saved" not in out and "KeyboardInterrupt" in err
+
+
+@pytest.mark.slow
+def test_a_report_of_kernels(tmp_path):
+  """A table with numbers on the terminal and in the folder, a chart, and what a schedule cannot show."""
+  pytest.importorskip("libtpu")
+  status, out, err = finish(start(*"kernels report --chips v5e --match megablox --out found".split(), cwd=tmp_path))
+  assert status == 0, err
+  (line,) = [line for line in out.splitlines() if "jax megablox gmm" in line]
+  cells = [cell.strip() for cell in line.strip("|").split("|")]
+  assert cells[2] == "v5e" and float(cells[3]) > 0.5 and 80 < float(cells[4].rstrip("%")) < 100
+  written = (tmp_path / "found/schedule.md").read_text()
+  assert line in written and "It cannot see" in written and "It cannot see" in out
+  (row,) = json.loads((tmp_path / "found/schedule.json").read_text())["rows"]
+  assert {"cycles", "mxu_use", "hbm_bytes", "spills", "vmem_bytes", "us", "of_roofline"} <= row.keys()
+  assert "% of peak" in (tmp_path / "found/schedule.svg").read_text()
