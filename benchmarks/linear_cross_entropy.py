@@ -165,7 +165,7 @@ def main() -> None:
   if found["measured"]:
     text.append(f"## Measured, medians of {TURNS} alternating turns\n\n{timing_table(found['measured'])}")
   if found["tpu_schedule"]:
-    text.append(f"## TPU by schedule\n\n{table(found['tpu_schedule'])}\n\n{closing()}")
+    text.append(f"## TPU by schedule\n\n{table(found['tpu_schedule'])}\n\n{closing(found['tpu_schedule'])}")
   text.append("## Not run\n\n" + "\n".join(f"- {what}: {why}" for what, why in found["not_run"].items()))
   arguments.out.mkdir(parents=True, exist_ok=True)
   stem = arguments.out / f"linear_cross_entropy_{found['hardware']}"

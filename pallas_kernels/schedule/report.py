@@ -21,7 +21,9 @@ from pallas_kernels.schedule.chips import CHIPS
 LIMITS = (
   "Read from the compiler's static schedule, nothing was run. It cannot see the latency of copies and stalls on them, "
   "conflicts of VMEM banks, loops and conditional regions whose counts depend on data, copies that a kernel starts "
-  "itself, or what XLA does around a kernel."
+  "itself, or what XLA does around a kernel. A region that multiplies counts at every grid step: where a kernel skips "
+  "it at some, more FLOPs are counted than are useful, and the time is an upper bound. Estimated is the largest of the "
+  "cores', HBM's and the copies' time; roofline is the larger of useful FLOPs / peak and needed bytes / bandwidth."
 )
 
 
@@ -43,13 +45,13 @@ def report(folder: str | pathlib.Path, chips: Sequence[str] = (), match: str = "
     for case in chosen:
       rows.append(row(case, chip))
       print(table(rows).splitlines()[-1], flush=True)
-  print(f"\n{closing()}")
+  print(f"\n{closing(rows)}")
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   about = dict(date=datetime.date.today().isoformat(), versions=versions(), limits=LIMITS, not_run=not_run(), rows=rows)
   (folder / "schedule.json").write_text(json.dumps(about, indent=1) + "\n")
   heading = f"{about['date']}, {', '.join(f'{k} {v}' for k, v in versions().items())}"
-  (folder / "schedule.md").write_text(f"# TPU kernels by schedule\n\n{heading}\n\n{table(rows)}\n\n{closing()}\n")
+  (folder / "schedule.md").write_text(f"# TPU kernels by schedule\n\n{heading}\n\n{table(rows)}\n\n{closing(rows)}\n")
   (folder / "schedule.svg").write_text(chart(rows))
   return rows
 
@@ -60,9 +62,10 @@ def not_run() -> dict[str, str]:
   return {} if installed else {"tokamax linear_cross_entropy": "tokamax is not installed"}
 
 
-def closing() -> str:
-  """What stands below the table."""
-  return "\n\n".join([LIMITS, *(f"Not run: {name}, {why}." for name, why in not_run().items())])
+def closing(rows: Iterable[dict[str, Any]]) -> str:
+  """What stands below the table: limits, what is not in the table, and notes on single kernels."""
+  notes = dict.fromkeys(f"{r['name']}: {note}." for r in rows for note in r.get("notes", ()))
+  return "\n\n".join([LIMITS, *(f"Not run: {name}, {why}." for name, why in not_run().items()), *notes])
 
 
 def versions() -> dict[str, str]:
@@ -94,6 +97,7 @@ COLUMNS = (
   ("Mcycles", lambda r: f"{r['cycles'] / 1e6:.2f}"),
   ("MXU use", lambda r: f"{r['mxu_use']:.1%}"),
   ("of peak", lambda r: f"{r['of_peak']:.1%}"),
+  ("counted / useful FLOPs", lambda r: f"{r['counted_flops'] / r['flops']:.2f}"),
   ("of roofline", lambda r: f"{r['of_roofline']:.1%}"),
   ("est. ms", lambda r: f"{r['us'] / 1e3:.2f}"),
   ("HBM ms", lambda r: f"{r['hbm_us'] / 1e3:.2f}"),

@@ -2,9 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from jaxlm.config import MeshConfig
 from jaxlm.models import Head
 from jaxlm.objectives import next_token_loss, token_logprobs
+from sharding import make_mesh
+from sharding.rules import place
 
 # an identity as head makes the states the logits
 STATES = np.log(np.array([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]], np.float32))
@@ -32,6 +36,18 @@ def test_gradient_of_logprobs_reaches_states_and_head():
     return jnp.sum(factors_BT * token_logprobs(states_BTD, Head(w_DV, "dv", 4.0), targets_BT)[0])
 
   want, got = (jax.value_and_grad(loss, (0, 1))(states_BTD, w_DV) for loss in (by_hand, ours))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
+def test_logprobs_on_a_mesh_are_spread_like_the_tokens():
+  draw = np.random.default_rng(0)
+  states_BTD, w_VD = (draw.normal(size=shape).astype(np.float32) for shape in ((4, 3, 5), (8, 5)))
+  targets_BT = draw.integers(0, 8, (4, 3)).astype(np.int32)
+  want = token_logprobs(states_BTD, Head(jnp.asarray(w_VD), "vd", None), targets_BT)
+  with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+    placed = place(states_BTD, "batch", None, None), place(w_VD, "vocab", None), place(targets_BT, "batch", None)
+    got = jax.jit(lambda x, w, targets: token_logprobs(x, Head(w, "vd", None), targets))(*placed)
+    assert {x.sharding.spec for x in got} == {P(("data", "fsdp"), None)}
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
