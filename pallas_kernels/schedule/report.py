@@ -18,6 +18,7 @@ from pallas_kernels.schedule.analysis import analyse
 from pallas_kernels.schedule.cases import Case, cases
 from pallas_kernels.schedule.chips import CHIPS
 
+PACKAGES = ("jax", "jaxlib", "libtpu", "tokamax")
 LIMITS = (
   "Read from the compiler's static schedule, nothing was run. It cannot see the latency of copies and stalls on them, "
   "conflicts of VMEM banks, loops and conditional regions whose counts depend on data, copies that a kernel starts "
@@ -68,9 +69,10 @@ def closing(rows: Iterable[dict[str, Any]]) -> str:
   return "\n\n".join([LIMITS, *(f"Not run: {name}, {why}." for name, why in not_run().items()), *notes])
 
 
-def versions() -> dict[str, str]:
+def versions(*packages: str) -> dict[str, str]:
+  """Of these packages (none: those that a schedule depends on)."""
   found = {}
-  for package in ("jax", "jaxlib", "libtpu", "tokamax"):
+  for package in packages or PACKAGES:
     try:
       found[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
