@@ -171,7 +171,8 @@ def _local(
     counted_N &= weights_N != 0
   ones_or_weights_N = 1.0 if weights_N is None else jax.lax.stop_gradient(weights_N).astype(dtype)
   weight_N = jnp.where(counted_N, ones_or_weights_N, jnp.zeros((), dtype))
-  wrong_N = counted_N & ((labels_N < 0) | (labels_N >= options.vocabulary))
+  # The weight of a wrong label is NaN, and with it its loss and its gradients.
+  weight_N = jnp.where(counted_N & ((labels_N < 0) | (labels_N >= options.vocabulary)), jnp.nan, weight_N)
   labels_N = labels_N.astype(jnp.int32)
   if options.axis_name is not None:
     first = jax.lax.axis_index(options.axis_name) * classifier.shape[options.vocabulary_axis]
@@ -186,10 +187,10 @@ def _local(
   fused = name == "xla" and not per_token
   if fused:
     total, lse_N = autodiff.loss_sum(*arrays, weight_N, options)
-    loss = total[None] * jnp.where(jnp.any(wrong_N), jnp.nan, 1.0)
+    loss = total[None]
   else:
     stats = _statistics(name, *arrays, options)
-    loss = weight_N * terms.row_loss(terms.keep_counted(stats, counted_N), options) * jnp.where(wrong_N, jnp.nan, 1.0)
+    loss = weight_N * terms.row_loss(terms.keep_counted(stats, counted_N), options)
     loss, lse_N = loss if per_token else jnp.sum(loss, keepdims=True), stats.lse_N
   aux = _aux(name, fused, *arrays, weight_N, options) if with_aux else None
   return _Parts(loss, weight, lse_N, aux)

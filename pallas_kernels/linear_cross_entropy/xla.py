@@ -64,6 +64,14 @@ def cut(weights: Weights, index: jax.Array, size: int) -> Tile:
   return Tile(classifier, bias_W, ids_W, fresh_W, start)
 
 
+def loop(body: Callable[[Any, Any], Any], start: Any, xs: Any) -> Any:
+  """`jax.lax.scan`, but for a single step, which needs no loop and no slices: a small vocabulary on few rows."""
+  if len(jax.tree.leaves(xs)[0]) > 1:
+    return jax.lax.scan(body, start, xs)
+  carry, y = body(start, jax.tree.map(lambda x: x[0], xs))
+  return carry, jax.tree.map(lambda x: x[None], y)
+
+
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   """An einsum that accumulates in float32 at least, with all digits of float32 inputs."""
   dtype = terms.accumulator(a.dtype)
@@ -102,7 +110,7 @@ def chunk_statistics(
     return tile_statistics(running, x_RW, tile, labels_R, weights.options), x_RW if keep else None
 
   tiles = jnp.arange(-(-weights.entries // width))
-  (top_R, mass_R, target_R, total_R), kept = jax.lax.scan(body, (start[0] - jnp.inf, *start[1:]), tiles)
+  (top_R, mass_R, target_R, total_R), kept = loop(body, (start[0] - jnp.inf, *start[1:]), tiles)
   return Statistics(terms.finish_exponentials(top_R, mass_R), target_R, total_R), kept
 
 
@@ -155,7 +163,7 @@ def chunk_gradients(
 
   tiles = jnp.arange(-(-weights.entries // width))
   start = terms.zeros(e_RD.shape, dtype, e_RD, sums, rows)
-  (sums, de_RD), _ = jax.lax.scan(body, (sums, start), (tiles, kept))
+  (sums, de_RD), _ = loop(body, (sums, start), (tiles, kept))
   return sums, de_RD
 
 
@@ -195,7 +203,7 @@ def statistics(
     return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, start, 0), done, chunk), None
 
   start = Statistics(*(terms.zeros((N,), dtype, embeddings_ND, labels_N, weights[:3]) for _ in range(3)))
-  return jax.lax.scan(body, start, jnp.arange(-(-N // size)))[0]
+  return loop(body, start, jnp.arange(-(-N // size)))[0]
 
 
 def backward_tile(embeddings_ND: jax.Array, classifier: jax.Array, options: Options) -> blocks.Blocks:
@@ -227,7 +235,7 @@ def gradients(
 
   like = (embeddings_ND, labels_N, rows)
   carry = no_gradients(weights, dtype, *like), terms.zeros(embeddings_ND.shape, dtype, *like, weights[:3])
-  (sums, de_ND), _ = jax.lax.scan(body, carry, jnp.arange(-(-N // size)))
+  (sums, de_ND), _ = loop(body, carry, jnp.arange(-(-N // size)))
   return de_ND, sums.classifier, sums.bias_V
 
 
@@ -268,7 +276,7 @@ def loss_gradients(
     no_gradients(weights, dtype, *like),
     terms.zeros(embeddings_ND.shape, dtype, *like),
   )
-  (stats, sums, de_ND), _ = jax.lax.scan(body, start, jnp.arange(-(-N // size)))
+  (stats, sums, de_ND), _ = loop(body, start, jnp.arange(-(-N // size)))
   return stats, (de_ND, sums.classifier, sums.bias_V)
 
 
