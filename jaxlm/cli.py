@@ -193,6 +193,7 @@ def _kernels(arguments: list[str]) -> int:
       match: only kernels whose name contains this
       out: folder to write
     """
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; a backend that loads libtpu first would lose its listings
     from pallas_kernels.schedule.report import report
 
     report(out, chips, match)

@@ -32,7 +32,8 @@ def report(folder: str | pathlib.Path, chips: Sequence[str] = (), match: str = "
   """Analyses every case whose name contains `match` on `chips` (none: all); prints and returns the rows of the table.
 
   Writes schedule.json, schedule.md and schedule.svg to `folder`. A case that does not compile for a chip, or whose
-  schedule cannot be read, has the reason in place of numbers. ValueError for unknown chips and a `match` without cases.
+  schedule cannot be read, has the reason in place of numbers. ValueError for unknown chips and a `match` without cases,
+  NotImplementedError without libtpu.
   """
   chips, chosen = tuple(chips) or tuple(CHIPS), [case for case in cases() if match in case.name]
   for chip in chips:
@@ -40,6 +41,8 @@ def report(folder: str | pathlib.Path, chips: Sequence[str] = (), match: str = "
       raise ValueError(f"chips={chip!r}: must be among {', '.join(CHIPS)}")
   if not chosen:
     raise ValueError(f"match={match!r}: names none of {[case.name for case in cases()]}")
+  if importlib.util.find_spec("libtpu") is None:
+    raise NotImplementedError("schedules come from TPU's compiler, and it is not installed: pip install libtpu")
   print(table([]))
   rows = []
   for chip in chips:
