@@ -1,4 +1,4 @@
-"""Linear cross-entropy against materialised logits: TPU by schedule, CPU by the clock, GPU where there is one.
+"""Linear cross-entropy against materialised logits and other libraries: TPU by schedule, CPU and GPU by the clock.
 
     python benchmarks/linear_cross_entropy.py [--out FOLDER] [--skip tpu cpu gpu]
 
@@ -16,91 +16,133 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable
 from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the GPU
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from loss_arms import Arm, arms
 
-from pallas_kernels.linear_cross_entropy import linear_cross_entropy
-from pallas_kernels.schedule.report import LIMITS, cases, row, table, versions
+from pallas_kernels.schedule.report import PACKAGES, cases, closing, not_run, row, table, versions
 
 CPU_SHAPES = ((2048, 512, 32_768), (1024, 256, 131_072), (4096, 128, 256))
 GPU_SHAPES = ((8192, 2304, 256_000),)
 TURNS = 7
+OTHERS = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
+NO_GPU = dict.fromkeys(
+  ("linear_cross_entropy, pallas_gpu", "Liger (Triton)", "Apple CCE, filtered", "Apple CCE, exact"),
+  "no GPU on this machine",
+)
 
 
-def materialised(embeddings_ND: jax.Array, classifier_VD: jax.Array, labels_N: jax.Array) -> jax.Array:
-  """What a training loop writes without a fused loss."""
-  x_NV = jnp.einsum("nd,vd->nv", embeddings_ND, classifier_VD, preferred_element_type=jnp.float32)
-  target_N = jnp.take_along_axis(x_NV, labels_N[:, None], axis=1)[:, 0]
-  return jnp.mean(jax.nn.logsumexp(x_NV, axis=1) - target_N)
-
-
-def fused(embeddings_ND: jax.Array, classifier_VD: jax.Array, labels_N: jax.Array) -> jax.Array:
-  return linear_cross_entropy(embeddings_ND, classifier_VD, labels_N)
-
-
-def inputs(N: int, D: int, V: int, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def problem(N: int, D: int, V: int, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
   keys = jax.random.split(jax.random.key(0), 3)
   e_ND = jax.random.normal(keys[0], (N, D)).astype(dtype)
   c_VD = (jax.random.normal(keys[1], (V, D)) / D**0.5).astype(dtype)
   return e_ND, c_VD, jax.random.randint(keys[2], (N,), 0, V)
 
 
-def relative(got: jax.Array, want: jax.Array) -> float:
-  got64, want64 = np.asarray(got, np.float64), np.asarray(want, np.float64)
-  return float(np.linalg.norm(got64 - want64) / np.linalg.norm(want64))
+@jax.jit
+def relative(got: jax.Array, want: jax.Array) -> jax.Array:
+  got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+  return jnp.sqrt(jnp.sum(jnp.square(got - want)) / jnp.sum(jnp.square(want)))
 
 
-def compare(shape: tuple[int, int, int], dtype: Any, tolerance: float) -> list[dict[str, Any]]:
-  """Both losses on one shape, forward and forward + backward, in alternating turns after their values agree."""
-  args = inputs(*shape, dtype)
-  rows = []
-  for what in ("forward", "forward + backward"):
-    arms = {}
-    for name, loss in (("materialised", materialised), ("linear_cross_entropy", fused)):
-      fn: Callable[..., Any] = loss if what == "forward" else jax.value_and_grad(loss, (0, 1))
-      arms[name] = jax.jit(fn).lower(*args).compile()
-    want, got = (jax.tree.leaves(compiled(*args)) for compiled in arms.values())
-    errors = [relative(g, w) for g, w in zip(got, want)]
-    if max(errors) > tolerance:
-      raise ValueError(f"shape={shape}: {what} differs by {errors}, tolerance {tolerance}: nothing was timed")
-    del want, got
-    seconds = timed(arms, args)
-    for name, compiled in arms.items():
-      memory = compiled.memory_analysis().temp_size_in_bytes
-      rows.append(
-        dict(shape=shape, dtype=jnp.dtype(dtype).name, what=what, name=name, errors=errors, temp_mib=memory / 2**20)
-        | {key: float(np.median(values)) for key, values in seconds[name].items()}
-      )
-      print(rows[-1], flush=True)
-  return rows
+def compare(
+  shape: tuple[int, int, int], device: jax.Device, dtype: Any, tolerance: float, found: dict[str, Any]
+) -> None:
+  """All arms on one shape, forward and forward + backward, in alternating turns after their values agree.
+
+  Adds rows to `found["measured"]`, and arms that fail or disagree to `found["not_run"]`.
+  """
+  with jax.default_device(device):
+    inputs = problem(*shape, dtype)
+    for gradient in (False, True):
+      checked, errors = check(inputs, gradient, device.platform == "gpu", tolerance, found["not_run"])
+      seconds = timed(checked)
+      for name, arm in checked.items():
+        what = "forward + backward" if gradient else "forward"
+        about = dict(shape=shape, dtype=jnp.dtype(dtype).name, device=device.platform, what=what, name=name)
+        medians = {key: float(np.median(values)) for key, values in seconds[name].items()}
+        found["measured"].append(about | dict(errors=errors[name], temp_mib=arm.memory() / 2**20) | medians)
+        print(found["measured"][-1], flush=True)
 
 
-def timed(arms: dict[str, Any], args: tuple[jax.Array, ...]) -> dict[str, dict[str, list[float]]]:
+def check(
+  inputs: Any, gradient: bool, gpu: bool, tolerance: float, failed: dict[str, str]
+) -> tuple[dict[str, Arm], dict[str, list[float]]]:
+  """The arms that run and agree with the first, with their relative errors; `failed` gets the reasons of the others."""
+  checked: dict[str, Arm] = {}
+  errors: dict[str, list[float]] = {}
+  want = None
+  for name, make in arms(inputs, gradient, gpu):
+    try:
+      arm = make()
+      got = arm.run()
+    except Exception as error:  # whatever a library does on this machine, the others are compared
+      failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+      continue
+    want = got if want is None else want
+    errors[name] = [float(relative(g, w)) for g, w in zip(got, want, strict=True)]
+    if max(errors[name]) <= tolerance:
+      checked[name] = arm
+    else:
+      failed[name] = f"relative errors of loss and gradients are {errors[name]}, tolerance {tolerance}: not timed"
+  return checked, errors
+
+
+def timed(checked: dict[str, Arm]) -> dict[str, dict[str, list[float]]]:
   """Wall and processor seconds of every turn; the processor's do not count other programs on the machine."""
-  seconds: dict[str, dict[str, list[float]]] = {name: {"wall_s": [], "cpu_s": []} for name in arms}
+  seconds: dict[str, dict[str, list[float]]] = {name: {"wall_s": [], "cpu_s": []} for name in checked}
   for _ in range(TURNS):
-    for name, compiled in arms.items():
+    for name, arm in checked.items():
       wall, cpu = time.perf_counter(), time.process_time()
-      jax.block_until_ready(compiled(*args))
+      arm.run()
       seconds[name]["wall_s"].append(time.perf_counter() - wall)
       seconds[name]["cpu_s"].append(time.process_time() - cpu)
   return seconds
 
 
 def timing_table(rows: list[dict[str, Any]]) -> str:
-  """Two lines a shape and direction; ratios are materialised / ours, above 1: ours is faster or smaller."""
-  lines = ["| N x D x V | what | loss | wall ms | processor ms | temp MiB | faster | smaller |", "|" + "---|" * 8]
-  for first, second in zip(rows[::2], rows[1::2]):
-    for r in (first, second):
-      better = "" if r is first else f"{first['cpu_s'] / r['cpu_s']:.2f}x | {first['temp_mib'] / r['temp_mib']:.1f}x"
-      shape = " x ".join(map(str, r["shape"])) + f" {r['dtype']}"
-      times = f"{1e3 * r['wall_s']:.1f} | {1e3 * r['cpu_s']:.1f} | {r['temp_mib']:.1f}"
-      lines.append(f"| {shape} | {r['what']} | {r['name']} | {times} | {better or ' | '} |")
+  """Ratios are materialised / this loss, above 1: faster or smaller; on CPU of processor time."""
+  lines = ["| N x D x V | what | loss | wall ms | processor ms | TFLOP/s | temp MiB | faster | smaller |"]
+  lines.append("|" + "---|" * 9)
+  yardsticks = {(r["shape"], r["dtype"], r["what"]): r for r in rows if r["name"] == "materialised"}
+  for r in rows:
+    first = yardsticks.get((r["shape"], r["dtype"], r["what"]), r)
+    shape = " x ".join(map(str, r["shape"])) + f" {r['dtype']} {r['device']}"
+    # 2NVD forward, and 8NVD with the backward pass, whether or not the logits are computed twice
+    rate = (2 if r["what"] == "forward" else 8) * np.prod(r["shape"], dtype=float) / r["wall_s"] / 1e12
+    clock = "cpu_s" if r["device"] == "cpu" else "wall_s"
+    better = f"{first[clock] / r[clock]:.2f}x | {first['temp_mib'] / max(r['temp_mib'], 0.1):.1f}x"
+    times = f"{1e3 * r['wall_s']:.1f} | {1e3 * r['cpu_s']:.1f} | {rate:.3g} | {r['temp_mib']:.1f}"
+    lines.append(f"| {shape} | {r['what']} | {r['name']} | {times} | {' | ' if r is first else better} |")
   return "\n".join(lines)
+
+
+def measure(skip: list[str], chips: list[str]) -> dict[str, Any]:
+  gpu, cpu = jax.default_backend() == "gpu", jax.devices("cpu")[0]
+  hardware = jax.devices()[0].device_kind.replace(" ", "_").lower() if gpu else f"cpu{os.cpu_count()}"
+  found: dict[str, Any] = dict(date=datetime.date.today().isoformat(), versions=versions(*PACKAGES, *OTHERS))
+  found |= dict(machine=platform.platform(), hardware=hardware, tpu_schedule=[], measured=[])
+  found["not_run"] = {name: "skipped on request" for name in skip}
+  if "gpu" not in skip and gpu:
+    for shape in GPU_SHAPES:
+      compare(shape, jax.devices()[0], jnp.bfloat16, 1e-2, found)
+  elif "gpu" not in skip:
+    found["not_run"] |= NO_GPU
+  if "cpu" not in skip:
+    for shape in CPU_SHAPES:
+      compare(shape, cpu, jnp.float32, 2e-5, found)
+  if "tpu" not in skip and found["versions"]["libtpu"] == "not installed":
+    found["not_run"]["TPU by schedule"] = "libtpu is not installed"
+  elif "tpu" not in skip:
+    chosen = [case for case in cases() if "linear_cross_entropy" in case.name]
+    found["tpu_schedule"] = [row(case, chip) for chip in chips for case in chosen]
+    found["not_run"] |= not_run()
+  return found
 
 
 def main() -> None:
@@ -109,31 +151,16 @@ def main() -> None:
   parser.add_argument("--skip", nargs="*", default=[], choices=["tpu", "cpu", "gpu"])
   parser.add_argument("--chips", nargs="+", default=["v5e", "v5p", "v6e", "tpu7x"])
   arguments = parser.parse_args()
-  backend = jax.default_backend()
-  hardware = jax.devices()[0].device_kind.replace(" ", "_").lower() if backend != "cpu" else f"cpu{os.cpu_count()}"
-  found: dict[str, Any] = dict(date=datetime.date.today().isoformat(), versions=versions(), machine=platform.platform())
-  found |= dict(hardware=hardware, not_run={}, tpu_schedule=[], measured=[])
-  text = [f"# Linear cross-entropy\n\n{found['date']}, {hardware}, {found['versions']}"]
-  if backend == "cpu" and "cpu" not in arguments.skip:
-    for shape in CPU_SHAPES:
-      found["measured"] += compare(shape, jnp.float32, 2e-5)
-  if backend == "gpu" and "gpu" not in arguments.skip:
-    for shape in GPU_SHAPES:
-      found["measured"] += compare(shape, jnp.bfloat16, 1e-2)
+  found = measure(arguments.skip, arguments.chips)
+  versions_line = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+  text = [f"# Linear cross-entropy\n\n{found['date']}, {found['hardware']}; {versions_line}"]
   if found["measured"]:
     text.append(f"## Measured, medians of {TURNS} alternating turns\n\n{timing_table(found['measured'])}")
-  if "tpu" not in arguments.skip:
-    chosen = [case for case in cases() if "linear_cross_entropy" in case.name]
-    found["tpu_schedule"] = [row(case, chip) for chip in arguments.chips for case in chosen]
-    text.append(f"## TPU by schedule\n\n{LIMITS}\n\n{table(found['tpu_schedule'])}")
-  if backend != "gpu":
-    found["not_run"]["H200: ours, Liger's Triton kernel, Apple's CCE"] = "no GPU on this machine"
-  found["not_run"] |= {f"{name}": "skipped on request" for name in arguments.skip}
-  if found["versions"]["tokamax"] == "not installed":
-    found["not_run"]["tokamax's kernel"] = "not installed"
+  if found["tpu_schedule"]:
+    text.append(f"## TPU by schedule\n\n{table(found['tpu_schedule'])}\n\n{closing(found['tpu_schedule'])}")
   text.append("## Not run\n\n" + "\n".join(f"- {what}: {why}" for what, why in found["not_run"].items()))
   arguments.out.mkdir(parents=True, exist_ok=True)
-  stem = arguments.out / f"linear_cross_entropy_{hardware}"
+  stem = arguments.out / f"linear_cross_entropy_{found['hardware']}"
   stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
   stem.with_suffix(".md").write_text("\n\n".join(text) + "\n")
   print("\n\n".join(text))

@@ -27,6 +27,7 @@ usage: jaxlm COMMAND ...
   replay RUN --step N    run a step again and name the first module whose numbers are not finite
   convert FROM TO        a run to a Hugging Face checkpoint, or a checkpoint to a run
   checkpoint verify DIR  whether every file of a run's checkpoints is as it was written; show lists what they hold
+  kernels report         what the TPU compiler made of the kernels: cycles, MXU use, bytes; no TPU needed
 
 presets, or your own function as module:function, or the config.json of a run to repeat it
 {presets}
@@ -252,6 +253,32 @@ def _checkpoint(arguments: list[str]) -> int:
   return tyro.cli(checkpoint, args=arguments, prog="jaxlm checkpoint")
 
 
+def _kernels(arguments: list[str]) -> int:
+  def report(chips: tuple[str, ...] = (), match: str = "", out: Path = Path("kernels_report")) -> int:
+    """Cycles, MXU use, HBM traffic, spills and VMEM of the TPU kernels, as the compiler scheduled them (needs libtpu).
+
+    Writes a table, a bar chart and JSON, and says what a schedule cannot show. Minutes per chip.
+
+    Args:
+      chips: of v5e, v5p, v6e, tpu7x; by default all
+      match: only kernels whose name contains this
+      out: folder to write
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; a backend that loads libtpu first would lose its listings
+    from pallas_kernels.schedule.report import report
+
+    report(out, chips, match)
+    return 0
+
+  command, rest = " ".join(arguments[:1]), arguments[1:]
+  if command in ("", "-h", "--help"):
+    print("usage: jaxlm kernels report [flags]   (`jaxlm kernels report --help` lists the flags)")
+    return 0 if command else 2
+  if command != "report":
+    raise ValueError(f"command 'kernels {command}' does not exist; nearest: kernels report")
+  return tyro.cli(report, args=rest, prog="jaxlm kernels report")
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
   "train": _train,
   "resume": _resume,
@@ -261,6 +288,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
   "replay": _replay,
   "convert": _convert,
   "checkpoint": _checkpoint,
+  "kernels": _kernels,
 }
 
 

@@ -273,6 +273,8 @@ class TrainConfig:
   """time after which this process saves and leaves, to be resumed: 90s, 30m, 2h, 1d; empty: no limit"""
   z_loss: float = 0.0
   """times the mean squared log of the softmax normaliser"""
+  loss_implementation: Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"] = "auto"
+  """of `pallas_kernels.linear_cross_entropy`; auto: by chip and vocabulary; reference holds all logits in memory"""
   ema: float = 0.0
   """decay of an exponential moving average of the weights; 0: none"""
   trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()

@@ -58,11 +58,12 @@ class Transformer(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, ids_BT: jax.Array, *, positions=None, segment_ids=None, cache=None):
+  def __call__(self, ids_BT: jax.Array, *, positions=None, segment_ids=None, cache=None, logits: bool = True):
     """ids [B, T] int32 -> logits [B, T, V] float32; with a `cache`, (logits, updated cache).
 
     positions: int32 [B or 1, T], by default 0 .. T-1. segment_ids: int32 [B, T], for packed rows; attention stays
     within a segment. cache: from `jaxlm.decode.init_cache`; the T positions are written into it and see what is there.
+    logits: False gives, in place of logits, the states [B, T, D] that the head (`jaxlm.models.head`) multiplies.
     """
     c = self.config
     dtype = jnp.dtype(c.dtype)
@@ -82,6 +83,8 @@ class Transformer(nn.Module):
       head_DV = embed_VD.T
     else:
       head_DV = self.param("head", sharded_normal, (c.D, c.V), c.D**-0.5, "embed", "vocab")
+    if not logits:
+      return x_BTD if cache is None else (x_BTD, cache)
     logits_BTV = linear(x_BTD, head_DV, (None, "vocab"), ("batch", "length", "act_vocab")).astype(jnp.float32)
     logits_BTV = soft_cap(logits_BTV, c.logit_cap)
     return logits_BTV if cache is None else (logits_BTV, cache)

@@ -1,33 +1,84 @@
-"""Next-token cross-entropy in nats, in float32 whatever the logits' dtype."""
+"""Next-token cross-entropy in nats, in float32 whatever the compute type, without all logits in memory."""
 
-# B batch, T positions, V vocabulary
+# B batch, T positions, N = B T tokens, D model
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from jaxlm.models.head import Head
 from jaxlm.objectives.weighted import Weighted
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from sharding.rules import is_sharded
+
+Implementation = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"]
 
 
-def token_logprobs(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Log-probability of each target, and the log of each softmax normaliser; both float32 [B, T].
+def token_logprobs(
+  states_BTD: jax.Array, head: Head, targets_BT: jax.Array, implementation: Implementation = "auto"
+) -> tuple[jax.Array, jax.Array]:
+  """Log-probability of each target, and the log of each softmax normaliser; both float32 [B, T], differentiable.
 
-  The target's logit is picked by comparison, which stays local when V is sharded.
+  `states_BTD`: what the head multiplies (`Transformer.apply(..., logits=False)`). `implementation`: as in TrainConfig.
   """
-  logits_BTV = logits_BTV.astype(jnp.float32)
-  lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-  vocabulary_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
-  picked_BT = jnp.sum(jnp.where(vocabulary_BTV == targets_BT[..., None], logits_BTV, 0.0), axis=-1)
-  return picked_BT - lse_BT, lse_BT
+  loss_N, lse_N = _cross_entropy(states_BTD, head, targets_BT, implementation, reduction="none", return_lse=True)
+  sharding = P(*jax.typeof(states_BTD).sharding.spec.partitions[:2]) if is_sharded() else None
+  loss_BT, lse_BT = (jax.lax.reshape(x_N, targets_BT.shape, out_sharding=sharding) for x_N in (loss_N, lse_N))
+  return -loss_BT, lse_BT
 
 
 def next_token_loss(
-  logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, z_loss: float = 0.0
+  states_BTD: jax.Array,
+  head: Head,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
+  z_loss: float = 0.0,
+  implementation: Implementation = "auto",
 ) -> tuple[Weighted, Weighted]:
-  """(what to minimise, plain cross-entropy), over positions with these weights.
+  """(what to minimise, plain cross-entropy), over positions with these weights; arguments as in `token_logprobs`.
 
   The first adds `z_loss` times the squared log-normaliser (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
+  Where a weight is 0, neither state nor target matter.
   """
-  lp_BT, lse_BT = token_logprobs(logits_BTV, targets_BT)
-  cross_entropy = Weighted(-jnp.sum(weights_BT * lp_BT), jnp.sum(weights_BT))
-  penalty = z_loss * jnp.sum(weights_BT * jnp.square(lse_BT)) if z_loss else 0.0
-  return Weighted(cross_entropy.num + penalty, cross_entropy.den), cross_entropy
+  weights_N = merge_tokens(weights_BT)
+  minimised, lse_N = _cross_entropy(
+    states_BTD,
+    head,
+    targets_BT,
+    implementation,
+    reduction="sum",
+    weights_N=weights_N,
+    z_loss=z_loss,
+    return_lse=True,
+  )
+  plain, tokens = minimised, jnp.sum(weights_N)
+  if z_loss:
+    square_N = jnp.where(weights_N != 0, jnp.square(jax.lax.stop_gradient(lse_N)), 0.0)
+    plain = minimised - z_loss * jnp.sum(weights_N * square_N)
+  return Weighted(minimised, tokens), Weighted(plain, tokens)
+
+
+def _cross_entropy(
+  states_BTD: jax.Array, head: Head, targets_BT: jax.Array, implementation: Implementation, **options
+) -> tuple[jax.Array, jax.Array]:
+  return linear_cross_entropy(
+    merge_tokens(states_BTD),
+    head.weight,
+    merge_tokens(targets_BT),
+    classifier_layout=head.layout,
+    softcap=head.cap,
+    implementation=None if implementation == "auto" else implementation,
+    **options,
+  )
+
+
+def merge_tokens(x: jax.Array) -> jax.Array:
+  """[B, T, ...] -> [N, ...]; on a mesh N is spread over all axes that B and T are spread over."""
+  shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+  if not is_sharded():
+    return jnp.reshape(x, shape)
+  now = jax.typeof(x).sharding.spec
+  tokens = tuple(jax.tree.leaves(tuple(now.partitions[:2])))
+  return jax.lax.reshape(x, shape, out_sharding=P(tokens or None, *now.partitions[2:], reduced=now.reduced))

@@ -13,7 +13,7 @@ import optax
 
 from jaxlm.config import TrainConfig
 from jaxlm.data.loader import Batch
-from jaxlm.models import Transformer
+from jaxlm.models import Transformer, head
 from jaxlm.objectives import Weighted, next_token_loss
 from jaxlm.train.accumulate import accumulated_gradients
 from jaxlm.train.optimizer import learning_rate_schedule, make_optimizer, update
@@ -52,10 +52,17 @@ def init_state(config: TrainConfig, params: Any = None) -> TrainState:
 
 def batch_loss(config: TrainConfig, params: Any, batch: Batch) -> tuple[Weighted, Weighted]:
   """(what to minimise, plain cross-entropy) of one batch."""
-  logits_BTV: Any = Transformer(config.model).apply(
-    params, batch.inputs_BT, positions=batch.positions_BT, segment_ids=batch.segment_ids_BT
+  states_BTD: Any = Transformer(config.model).apply(
+    params, batch.inputs_BT, positions=batch.positions_BT, segment_ids=batch.segment_ids_BT, logits=False
   )
-  return next_token_loss(logits_BTV, batch.targets_BT, batch.weights_BT, config.z_loss)
+  return next_token_loss(
+    states_BTD,
+    head(config.model, params),
+    batch.targets_BT,
+    batch.weights_BT,
+    config.z_loss,
+    config.loss_implementation,
+  )
 
 
 def make_train_step(config: TrainConfig) -> Callable[..., tuple[TrainState, Metrics]]:

@@ -39,6 +39,7 @@ def linear_cross_entropy(
   labels_N: jax.Array,
   *,
   bias_V: jax.Array | None = None,
+  weights_N: jax.Array | None = None,
   softcap: float | None = None,
   temperature: float = 1.0,
   label_smoothing: float = 0.0,
@@ -71,18 +72,20 @@ def linear_cross_entropy(
     classifier_VD: the same dtype, [V, D], or [D, V] with classifier_layout="dv".
     labels_N: integers [N] in [0, V) or ignore_index. Under jit any other label makes the loss NaN.
     bias_V: added to the products; any floating dtype.
+    weights_N: floating, factor of each token's loss, by default 1; no gradient flows to it. A token of weight 0 counts
+      as ignored.
     softcap: c above 0, or None.
     ignore_index: rows with this label have loss 0 and no gradient.
-    reduction: "mean" over the rows that are not ignored (0 if there are none), "sum", or "none" for [N]: the negative
-      of a token's loss is its log-probability.
+    reduction: "mean" over the rows that are not ignored, which divides by the sum of their weights (0 if there are
+      none), "sum", or "none" for [N]: the negative of a token's loss is its log-probability.
     filter_e, filter_c: None, a threshold, or "auto": finfo(dtype).eps / 32 (2^-12 in bfloat16).
     sort_vocabulary: the backward pass visits the vocabulary by falling mean logit, so that filters keep fewer tiles.
     return_aux: also return the fractions of tiles that the filters keep; costs 2NVD FLOPs.
     implementation: None takes "pallas_tpu" on TPU for more than 4096 entries, else "xla"; a named one runs or raises.
       "pallas_gpu" (Hopper) lowers but has never been run, and is taken only by name.
-      "xla" with a scalar reduction and without return_lse makes the gradients in its forward pass: 6NVD FLOPs and
-      R x V logits at a time (up to 4096 entries, R is all N rows or what 32 MiB hold; above, 128 rows or more), and a
-      byte-level vocabulary costs what materialised logits cost. Otherwise the logits are computed twice, 8NVD.
+      "xla" with a scalar reduction makes the gradients in its forward pass: 6NVD FLOPs and R x V logits at a time (up
+      to 4096 entries, R is all N rows or what 32 MiB hold; above, 128 rows or more), and a byte-level vocabulary costs
+      what materialised logits cost. Where lse is differentiated, and for "none", the logits are computed twice, 8NVD.
       "reference" materialises the logits.
     interpret: run a named Pallas implementation in Pallas's interpreter.
     axis_name: inside shard_map, the mesh axis that the classifier (and the bias) is split over by vocabulary.
@@ -101,7 +104,7 @@ def linear_cross_entropy(
   checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
   checks.check_choice("classifier_layout", classifier_layout, ("vd", "dv"))
   checks.check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
-  checks.check_arrays(embeddings_ND, classifier_VD, labels_N, bias_V, classifier_layout)
+  checks.check_arrays(embeddings_ND, classifier_VD, labels_N, bias_V, weights_N, classifier_layout)
   checks.check_axis(classifier_VD, axis_name)
   options = checks.make_options(
     embeddings_ND,
@@ -117,7 +120,7 @@ def linear_cross_entropy(
     axis_name=axis_name,
     interpret=interpret,
   )
-  checks.check_labels(labels_N, ignore_index, options.vocabulary)
+  checks.check_labels(labels_N, weights_N, ignore_index, options.vocabulary)
   split = mesh.explicit_split(embeddings_ND, classifier_VD, classifier_layout)
   if split is not None and split.vocabulary:
     options = dataclasses.replace(options, axis_name=split.vocabulary)
@@ -127,14 +130,15 @@ def linear_cross_entropy(
     options=options,
     name=name,
     ignore_index=ignore_index,
-    per_token=reduction == "none" or return_lse,
+    per_token=reduction == "none",
     with_aux=return_aux,
   )
-  arrays = (embeddings_ND, classifier_VD, labels_N, bias_V)
+  arrays = (embeddings_ND, classifier_VD, labels_N, bias_V, weights_N)
   parts = local(*arrays) if split is None else mesh.run_on_shards(local, split, classifier_layout, *arrays)
   loss = parts.loss if reduction == "none" else jnp.sum(parts.loss)
   if reduction == "mean":
-    loss = loss / jnp.maximum(jnp.sum(parts.counted), 1)
+    divisor = jnp.sum(parts.weight)
+    loss = loss / jnp.where(divisor == 0, 1, divisor)
   aux = None if parts.aux is None else jax.tree.map(jnp.mean, parts.aux)
   returned = (loss, *((parts.lse_N,) if return_lse else ()), *((aux,) if return_aux else ()))
   return returned if len(returned) > 1 else loss
@@ -144,8 +148,8 @@ class _Parts(NamedTuple):
   """What one shard of the tokens contributes; every array has a leading axis."""
 
   loss: jax.Array  # of every token, or [1] their sum
-  counted: jax.Array  # [1] rows that are not ignored
-  lse_N: jax.Array | None
+  weight: jax.Array  # [1] sum over the rows that are not ignored
+  lse_N: jax.Array
   aux: Aux | None
 
 
@@ -154,6 +158,7 @@ def _local(
   classifier: jax.Array,
   labels_N: jax.Array,
   bias_V: jax.Array | None,
+  weights_N: jax.Array | None,
   *,
   options: Options,
   name: str,
@@ -161,30 +166,34 @@ def _local(
   per_token: bool,
   with_aux: bool,
 ) -> _Parts:
-  counted_N = labels_N != ignore_index
-  wrong_N = counted_N & ((labels_N < 0) | (labels_N >= options.vocabulary))
-  poison_N = jnp.where(wrong_N, jnp.nan, 1.0)
+  dtype, counted_N = terms.accumulator(embeddings_ND.dtype), labels_N != ignore_index
+  if weights_N is not None:
+    counted_N &= weights_N != 0
+  ones_or_weights_N = 1.0 if weights_N is None else jax.lax.stop_gradient(weights_N).astype(dtype)
+  weight_N = jnp.where(counted_N, ones_or_weights_N, jnp.zeros((), dtype))
+  # The weight of a wrong label is NaN, and with it its loss and its gradients.
+  weight_N = jnp.where(counted_N & ((labels_N < 0) | (labels_N >= options.vocabulary)), jnp.nan, weight_N)
   labels_N = labels_N.astype(jnp.int32)
   if options.axis_name is not None:
     first = jax.lax.axis_index(options.axis_name) * classifier.shape[options.vocabulary_axis]
     labels_N = labels_N - first.astype(jnp.int32)
   embeddings_ND, classifier, bias_V = mesh.vary_together(embeddings_ND, classifier, bias_V)
   arrays = (embeddings_ND, classifier, labels_N, bias_V)
-  counted = jnp.sum(counted_N, keepdims=True)
+  weight = jnp.sum(weight_N, keepdims=True)
   if labels_N.size == 0:
-    none = jnp.zeros(0, terms.accumulator(embeddings_ND.dtype))
+    none = jnp.zeros(0, dtype)
     aux = Aux(jnp.ones(1), jnp.ones(1)) if with_aux else None
-    return _Parts(none if per_token else jnp.zeros(1, none.dtype), counted, none, aux)
+    return _Parts(none if per_token else jnp.zeros(1, dtype), weight, none, aux)
   fused = name == "xla" and not per_token
   if fused:
-    stats = None
-    loss = autodiff.loss_sum(*arrays, counted_N, options)[None] * jnp.where(jnp.any(wrong_N), jnp.nan, 1.0)
+    total, lse_N = autodiff.loss_sum(*arrays, weight_N, options)
+    loss = total[None]
   else:
     stats = _statistics(name, *arrays, options)
-    loss = terms.row_loss(terms.keep_counted(stats, counted_N), options) * poison_N
-    loss = loss if per_token else jnp.sum(loss, keepdims=True)
-  aux = _aux(name, fused, *arrays, counted_N, options) if with_aux else None
-  return _Parts(loss, counted, None if stats is None else stats.lse_N, aux)
+    loss = weight_N * terms.row_loss(terms.keep_counted(stats, counted_N), options)
+    loss, lse_N = loss if per_token else jnp.sum(loss, keepdims=True), stats.lse_N
+  aux = _aux(name, fused, *arrays, weight_N, options) if with_aux else None
+  return _Parts(loss, weight, lse_N, aux)
 
 
 def _statistics(
@@ -209,14 +218,13 @@ def _aux(
   classifier: jax.Array,
   labels_N: jax.Array,
   bias_V: jax.Array | None,
-  counted_N: jax.Array,
+  weight_N: jax.Array,
   options: Options,
 ) -> Aux:
-  """Fractions of tiles that the backward pass of a loss with unit weights keeps, mean over the vocabulary's shards."""
+  """Fractions of tiles that the backward pass of the sum of the loss keeps, mean over the vocabulary's shards."""
   arrays = jax.lax.stop_gradient((embeddings_ND, classifier, labels_N, bias_V))
   stats = _statistics(name, *arrays, options)
-  _, cotangents = terms.counted_loss(stats, counted_N, options)
-  rows = terms.backward_rows(stats, cotangents)
+  rows = terms.backward_rows(stats, jax.grad(terms.total_loss)(stats, weight_N, options))
   N, V = labels_N.size, classifier.shape[options.vocabulary_axis]
   size = blocks.xla_chunk(N, V) if fused else BACKENDS[name].backward_tile(embeddings_ND, classifier, options)
   aux = filtering.kept_tiles(*arrays, rows, size, options)

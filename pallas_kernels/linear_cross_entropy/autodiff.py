@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.linear_cross_entropy import terms, xla
 from pallas_kernels.linear_cross_entropy.terms import Options, Statistics
@@ -56,7 +57,7 @@ def _statistics_backward(options: Options, backend: ModuleType, saved: Any, cota
   )
 
 
-def _half_precision_scale(dtype: jnp.dtype, cotangents: Statistics) -> jax.Array | float:
+def _half_precision_scale(dtype: jnp.dtype, cotangents: tuple[jax.Array, ...]) -> jax.Array | float:
   """What cotangents are divided by: in float16 a mean over many tokens makes most logit gradients underflow."""
   if dtype != jnp.float16:
     return 1.0
@@ -73,34 +74,36 @@ def loss_sum(
   classifier: jax.Array,
   labels_N: jax.Array,
   bias_V: jax.Array | None,
-  counted_N: jax.Array,
+  weight_N: jax.Array,
   options: Options,
-) -> jax.Array:
-  """Sum of the loss over the counted rows, on xla; under differentiation the forward pass makes the gradients."""
-  local = xla.statistics(embeddings_ND, classifier, labels_N, bias_V, options)
-  stats = terms.combine(local, options.axis_name)
-  return jnp.sum(terms.row_loss(terms.keep_counted(stats, counted_N), options))
+) -> tuple[jax.Array, jax.Array]:
+  """(`terms.total_loss`, lse [N]) on xla; under differentiation the forward pass makes the gradients of the first."""
+  stats = statistics(embeddings_ND, classifier, labels_N, bias_V, options, xla)
+  return terms.total_loss(stats, weight_N, options), stats.lse_N
 
 
 def _loss_sum_forward(
-  embeddings_ND: jax.Array,
-  classifier: jax.Array,
-  labels_N: jax.Array,
-  bias_V: jax.Array | None,
-  counted_N: jax.Array,
-  options: Options,
-) -> tuple[jax.Array, Any]:
-  total, gradients = xla.weighted_gradients(embeddings_ND, classifier, labels_N, bias_V, counted_N, options)
-  # Zero-sized: they carry the dtypes that the gradients, still in float32, are cast to.
-  dtypes = jax.tree.map(lambda a: jnp.zeros(0, a.dtype), (embeddings_ND, classifier, bias_V))
-  return total, (gradients, dtypes)
+  embeddings_ND: Any, classifier: Any, labels_N: Any, bias_V: Any, weight_N: Any, options: Options
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+  e_ND, c, labels_N, weight_N = (argument.value for argument in (embeddings_ND, classifier, labels_N, weight_N))
+  bias_V = None if bias_V is None else bias_V.value
+  scale = _half_precision_scale(e_ND.dtype, (weight_N,))
+  stats, gradients = xla.loss_gradients(e_ND, c, labels_N, bias_V, weight_N / scale, options)
+  saved = (e_ND, c, labels_N, bias_V, stats), weight_N, scale, gradients
+  return (terms.total_loss(stats, weight_N, options), stats.lse_N), saved
 
 
-def _loss_sum_backward(options: Options, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-  gradients, dtypes = saved
-  scaled = jax.tree.map(lambda g, like: (cotangent * g).astype(like.dtype), gradients, dtypes)
-  de_ND, dc, db_V = scaled
-  return de_ND, dc, None, db_V, None
+def _loss_sum_backward(options: Options, saved: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
+  (e_ND, c, labels_N, bias_V, stats), weight_N, scale, gradients = saved
+  total, lse_N = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
+  if lse_N is None:
+    inputs = (e_ND, c, bias_V)  # whose dtypes the gradients, still in float32, are cast to
+    de_ND, dc, db_V = jax.tree.map(lambda g, like: (total * scale * g).astype(like.dtype), gradients, inputs)
+    return de_ND, dc, None, db_V, None
+  # Also the log-sum-exp is differentiated: its cotangents are known only now, and the logits are computed again.
+  _, pull_back = jax.vjp(lambda stats: (terms.total_loss(stats, weight_N, options), stats.lse_N), stats)
+  (rows,) = pull_back((jnp.zeros((), lse_N.dtype) if total is None else total, lse_N))
+  return *_statistics_backward(options, xla, (e_ND, c, labels_N, bias_V, stats), rows), None
 
 
-loss_sum.defvjp(_loss_sum_forward, _loss_sum_backward)
+loss_sum.defvjp(_loss_sum_forward, _loss_sum_backward, symbolic_zeros=True)

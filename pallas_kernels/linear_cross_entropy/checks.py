@@ -24,7 +24,12 @@ def check_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def check_arrays(
-  embeddings_ND: jax.Array, classifier: jax.Array, labels_N: jax.Array, bias_V: jax.Array | None, layout: str
+  embeddings_ND: jax.Array,
+  classifier: jax.Array,
+  labels_N: jax.Array,
+  bias_V: jax.Array | None,
+  weights_N: jax.Array | None,
+  layout: str,
 ) -> None:
   """Ranks, sizes and dtypes."""
   for name, array, rank in (
@@ -32,6 +37,7 @@ def check_arrays(
     ("classifier", classifier, 2),
     ("labels_N", labels_N, 1),
     ("bias_V", bias_V, 1),
+    ("weights_N", weights_N, 1),
   ):
     require(
       array is None or array.ndim == rank, f"{name}.shape", getattr(array, "shape", None), f"must have rank {rank}"
@@ -40,16 +46,17 @@ def check_arrays(
   V, D_classifier = (classifier.shape[layout.index(letter)] for letter in "vd")
   require(D_classifier == D, "classifier.shape", classifier.shape, f"in layout {layout!r} its D must be {D}")
   require(D > 0 and V > 0, "classifier.shape", classifier.shape, "V and D must be at least 1")
-  require(labels_N.size == N, "labels_N.shape", labels_N.shape, f"must be ({N},), one label for each embedding")
-  require(bias_V is None or bias_V.size == V, "bias_V.shape", getattr(bias_V, "shape", None), f"must be ({V},)")
+  for name, array, size in (("labels_N", labels_N, N), ("weights_N", weights_N, N), ("bias_V", bias_V, V)):
+    require(array is None or array.size == size, f"{name}.shape", getattr(array, "shape", None), f"must be ({size},)")
   floating = jnp.issubdtype(embeddings_ND.dtype, jnp.floating)
   require(floating, "embeddings_ND.dtype", embeddings_ND.dtype, "must be a floating type")
   require(
     classifier.dtype == embeddings_ND.dtype, "classifier.dtype", classifier.dtype, f"must be {embeddings_ND.dtype}"
   )
   require(jnp.issubdtype(labels_N.dtype, jnp.integer), "labels_N.dtype", labels_N.dtype, "must be an integer type")
-  if bias_V is not None:
-    require(jnp.issubdtype(bias_V.dtype, jnp.floating), "bias_V.dtype", bias_V.dtype, "must be a floating type")
+  for name, array in (("bias_V", bias_V), ("weights_N", weights_N)):
+    good = array is None or jnp.issubdtype(array.dtype, jnp.floating)
+    require(good, f"{name}.dtype", getattr(array, "dtype", None), "must be a floating type")
 
 
 def check_axis(classifier: jax.Array, axis_name: str | tuple[str, ...] | None) -> None:
@@ -89,12 +96,14 @@ def is_number(value: Any) -> bool:
   return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_labels(labels_N: jax.Array, ignore_index: int, vocabulary: int) -> None:
-  """The values of labels that are known: under jit a wrong label gives a NaN loss instead."""
-  if isinstance(labels_N, jax.core.Tracer) or not getattr(labels_N, "is_fully_addressable", True):
-    return
+def check_labels(labels_N: jax.Array, weights_N: jax.Array | None, ignore_index: int, vocabulary: int) -> None:
+  """The values of labels that are known to count: under jit a wrong label gives a NaN loss instead."""
+  for array in (labels_N, weights_N):
+    if isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True):
+      return
   known_N = np.asarray(labels_N)
-  wrong_N = known_N[(known_N != ignore_index) & ((known_N < 0) | (known_N >= vocabulary))]
+  counted_N = (known_N != ignore_index) & (True if weights_N is None else np.asarray(weights_N) != 0)
+  wrong_N = known_N[counted_N & ((known_N < 0) | (known_N >= vocabulary))]
   rule = f"labels lie in [0, {vocabulary}) or equal ignore_index={ignore_index}"
   require(wrong_N.size == 0, "labels_N", wrong_N[:8], rule)
 

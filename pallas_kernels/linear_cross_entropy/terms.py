@@ -108,9 +108,9 @@ def keep_counted(stats: Statistics, counted_N: jax.Array) -> Statistics:
   return Statistics(*(jnp.where(counted_N, value_N, 0.0) for value_N in stats))
 
 
-def counted_loss(stats: Statistics, counted_N: jax.Array, options: Options) -> tuple[jax.Array, Statistics]:
-  """Sum of the loss over the counted rows, and its derivatives by the statistics."""
-  return jax.value_and_grad(lambda stats: jnp.sum(row_loss(keep_counted(stats, counted_N), options)))(stats)
+def total_loss(stats: Statistics, weight_N: jax.Array, options: Options) -> jax.Array:
+  """Sum of the rows' losses times their weights; a row of weight 0 does not count."""
+  return jnp.sum(weight_N * row_loss(keep_counted(stats, weight_N != 0), options))
 
 
 def backward_rows(stats: Statistics, cotangents: Statistics) -> Rows:
@@ -180,11 +180,6 @@ def combine(stats: Statistics, axis_name: str | tuple[str, ...] | None) -> Stati
   mass_N = jax.lax.psum(jnp.exp(stats.lse_N - shift_N), axis_name)
   target_N, total_N = jax.lax.psum((stats.target_N, stats.total_N), axis_name)
   return Statistics(shift_N + jnp.log(mass_N), target_N, total_N)
-
-
-def filter_threshold(value: float | str | None, dtype: jax.typing.DTypeLike) -> float | None:
-  """The threshold that "auto" stands for: what the gradient's own dtype could not resolve (section 4.3)."""
-  return float(jnp.finfo(dtype).eps) / 32 if value == "auto" else value  # type: ignore[return-value]
 
 
 def sorted_order(

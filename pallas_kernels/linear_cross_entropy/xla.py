@@ -1,8 +1,8 @@
 """Tiles of the logits in plain JAX: memory for one tile instead of N x V, on any backend.
 
 `statistics` and `gradients` are the two halves that every backend has; the second computes the logits again (8NVD
-FLOPs together). `weighted_gradients` serves a scalar loss with 6NVD: each token's weight is known in the forward pass,
-so a chunk of rows keeps its logits just long enough to make its part of the gradients.
+FLOPs together). `loss_gradients` serves a scalar loss with 6NVD: each token's weight is known in the forward pass, so a
+chunk of rows keeps its logits just long enough to make its part of the gradients.
 """
 
 # N tokens, D model, V vocabulary; R rows of a chunk, W entries of a tile; C = "vd" or "dv"
@@ -64,6 +64,14 @@ def cut(weights: Weights, index: jax.Array, size: int) -> Tile:
   return Tile(classifier, bias_W, ids_W, fresh_W, start)
 
 
+def loop(body: Callable[[Any, Any], Any], start: Any, xs: Any) -> Any:
+  """`jax.lax.scan`, but for a single step, which needs no loop and no slices: a small vocabulary on few rows."""
+  if len(jax.tree.leaves(xs)[0]) > 1:
+    return jax.lax.scan(body, start, xs)
+  carry, y = body(start, jax.tree.map(lambda x: x[0], xs))
+  return carry, jax.tree.map(lambda x: x[None], y)
+
+
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   """An einsum that accumulates in float32 at least, with all digits of float32 inputs."""
   dtype = terms.accumulator(a.dtype)
@@ -102,7 +110,7 @@ def chunk_statistics(
     return tile_statistics(running, x_RW, tile, labels_R, weights.options), x_RW if keep else None
 
   tiles = jnp.arange(-(-weights.entries // width))
-  (top_R, mass_R, target_R, total_R), kept = jax.lax.scan(body, (start[0] - jnp.inf, *start[1:]), tiles)
+  (top_R, mass_R, target_R, total_R), kept = loop(body, (start[0] - jnp.inf, *start[1:]), tiles)
   return Statistics(terms.finish_exponentials(top_R, mass_R), target_R, total_R), kept
 
 
@@ -134,7 +142,7 @@ def chunk_gradients(
     sums, de_RD = carry
     index, x_RW = step
     tile = cut(weights, index, width)
-    x_RW = tile_logits(e_RD, tile, options) if x_RW is None else x_RW
+    x_RW = tile_logits(e_RD, tile, options) if x_RW is None else jnp.where(column.active_N, x_RW, 0.0)
     bracket_RW = terms.logit_gradient(x_RW, tile.ids_W[None] == labels_R[:, None], column, options)
     bracket_RW = jnp.where(tile.fresh_W[None], bracket_RW, 0.0)
     g_RW = bracket_RW * terms.slope(x_RW, options)
@@ -155,7 +163,7 @@ def chunk_gradients(
 
   tiles = jnp.arange(-(-weights.entries // width))
   start = terms.zeros(e_RD.shape, dtype, e_RD, sums, rows)
-  (sums, de_RD), _ = jax.lax.scan(body, (sums, start), (tiles, kept))
+  (sums, de_RD), _ = loop(body, (sums, start), (tiles, kept))
   return sums, de_RD
 
 
@@ -195,7 +203,7 @@ def statistics(
     return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, start, 0), done, chunk), None
 
   start = Statistics(*(terms.zeros((N,), dtype, embeddings_ND, labels_N, weights[:3]) for _ in range(3)))
-  return jax.lax.scan(body, start, jnp.arange(-(-N // size)))[0]
+  return loop(body, start, jnp.arange(-(-N // size)))[0]
 
 
 def backward_tile(embeddings_ND: jax.Array, classifier: jax.Array, options: Options) -> blocks.Blocks:
@@ -227,48 +235,49 @@ def gradients(
 
   like = (embeddings_ND, labels_N, rows)
   carry = no_gradients(weights, dtype, *like), terms.zeros(embeddings_ND.shape, dtype, *like, weights[:3])
-  (sums, de_ND), _ = jax.lax.scan(body, carry, jnp.arange(-(-N // size)))
+  (sums, de_ND), _ = loop(body, carry, jnp.arange(-(-N // size)))
   return de_ND, sums.classifier, sums.bias_V
 
 
-def weighted_gradients(
+def loss_gradients(
   embeddings_ND: jax.Array,
   classifier: jax.Array,
   labels_N: jax.Array,
   bias_V: jax.Array | None,
-  counted_N: jax.Array,
+  weight_N: jax.Array,
   options: Options,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None]]:
-  """Sum of the loss over the counted rows, and the gradients of that sum; the logits are computed once.
+) -> tuple[Statistics, tuple[jax.Array, jax.Array, jax.Array | None]]:
+  """Row statistics, and the gradients of `terms.total_loss`; the logits are computed once.
 
   A chunk of R rows keeps its R x V logits meanwhile (`blocks.xla_chunk`).
   """
+  counted_N = weight_N != 0
   order_V = terms.sorted_order(embeddings_ND, classifier, bias_V, counted_N, options) if options.sort else None
   weights = Weights(classifier, bias_V, order_V, options)
   N, dtype = labels_N.size, terms.accumulator(embeddings_ND.dtype)
   size, width = blocks.xla_chunk(N, weights.entries)
 
   def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
-    total, sums, de_ND = carry
+    done, sums, de_ND = carry
     start, fresh_R = window(index, size, N)
-    e_RD, labels_R, counted_R = take((embeddings_ND, labels_N, counted_N), start, size)
-    e_RD = jnp.where(counted_R[:, None], e_RD, 0.0)  # an ignored row may hold NaN, and its logits are kept
+    e_RD, labels_R, weight_R = take((embeddings_ND, labels_N, weight_N), start, size)
     local, kept = chunk_statistics(e_RD, labels_R, weights, width, keep=True)
     stats = terms.combine(local, options.axis_name)
-    part, cotangents = terms.counted_loss(stats, counted_R & fresh_R, options)
+    cotangents = jax.grad(terms.total_loss)(stats, weight_R * fresh_R, options)
     rows = terms.backward_rows(stats, cotangents)
     sums, de_RD = chunk_gradients(sums, e_RD, labels_R, rows, weights, width, kept)
-    return (total + part, sums, add_rows(de_ND, de_RD, start)), None
+    done = jax.tree.map(lambda all_N, a_R: jax.lax.dynamic_update_slice_in_dim(all_N, a_R, start, 0), done, stats)
+    return (done, sums, add_rows(de_ND, de_RD, start)), None
 
-  like = (embeddings_ND, labels_N, counted_N, weights[:3])
-  # Every shard of the vocabulary has the same total: it varies like the rows that count, not like the classifier.
+  like = (embeddings_ND, labels_N, weight_N, weights[:3])
+  # Every shard of the vocabulary has the same statistics: they vary like the weights, not like the classifier.
   start = (
-    terms.zeros((), dtype, counted_N),
+    Statistics(*(terms.zeros((N,), dtype, weight_N) for _ in range(3))),
     no_gradients(weights, dtype, *like),
     terms.zeros(embeddings_ND.shape, dtype, *like),
   )
-  (total, sums, de_ND), _ = jax.lax.scan(body, start, jnp.arange(-(-N // size)))
-  return total, (de_ND, sums.classifier, sums.bias_V)
+  (stats, sums, de_ND), _ = loop(body, start, jnp.arange(-(-N // size)))
+  return stats, (de_ND, sums.classifier, sums.bias_V)
 
 
 def only(rows: Rows, chosen_R: jax.Array) -> Rows:

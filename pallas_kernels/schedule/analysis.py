@@ -51,7 +51,9 @@ class Finding:
   us: float
   """estimate: the largest of core, HBM and copy starts"""
   flops: float
-  """useful ones where given, else those issued"""
+  """useful ones where given, else those counted"""
+  counted_flops: float
+  """that the MXU instructions do; a region that multiplies counts at every step, even if it runs at some only"""
   of_peak: float
   """flops / (us * the device's peak)"""
   of_roofline: float
@@ -134,6 +136,7 @@ def finding(
     copy_us=copy_us,
     us=us,
     flops=useful,
+    counted_flops=issued,
     of_peak=useful / peak / us,
     of_roofline=max(useful / peak, call.calls * call.needed / chip.bandwidth / 1e3) / us,
     notes=(*call.notes, *((f"{dynamic} loops with a dynamic bound count once",) if dynamic > 0 else ())),

@@ -16,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.megablox import gmm
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from pallas_kernels.schedule.compiler import chip_mesh
 
 # Gemma 2 2B with a batch of 8192 tokens, the shape of Table 1 of arXiv 2411.09009
 TOKENS, WIDTH, VOCABULARY = 8192, 2304, 256_000
@@ -35,12 +36,14 @@ class Case:
 
 def cases() -> Iterator[Case]:
   """This project's kernels, then JAX's own and, where it is installed, tokamax's at the same shapes."""
-  yield from linear_cross_entropy_cases("linear_cross_entropy", linear_cross_entropy_loss)
+  yield from linear_cross_entropy_cases(
+    "linear_cross_entropy", linear_cross_entropy_loss, classifier=(VOCABULARY, WIDTH), kernel="backward"
+  )
   yield matmul_case()
   yield splash_case()
   yield megablox_case()
   if importlib.util.find_spec("tokamax") is not None:
-    yield from linear_cross_entropy_cases("tokamax linear_cross_entropy", tokamax_loss)
+    yield from tokamax_cases()
 
 
 def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -51,15 +54,32 @@ def linear_cross_entropy_loss(embeddings_ND: jax.Array, classifier_VD: jax.Array
   return linear_cross_entropy(embeddings_ND, classifier_VD, labels_N, implementation="pallas_tpu")
 
 
-def tokamax_loss(embeddings_ND: jax.Array, classifier_VD: jax.Array, labels_N: jax.Array) -> jax.Array:
-  tokamax = importlib.import_module("tokamax")
-  return tokamax.linear_softmax_cross_entropy_loss(
-    embeddings_ND, labels_N, classifier_VD.T, implementation="mosaic_tpu"
-  )
+def tokamax_loss(embeddings_ND: jax.Array, classifier_DV: jax.Array, labels_N: jax.Array) -> jax.Array:
+  loss = importlib.import_module("tokamax").linear_softmax_cross_entropy_loss
+  return loss(embeddings_ND, labels_N, classifier_DV, implementation="mosaic_tpu")
 
 
-def linear_cross_entropy_cases(name: str, loss: Callable[..., jax.Array]) -> Iterator[Case]:
-  args = (array(TOKENS, WIDTH), array(VOCABULARY, WIDTH), array(TOKENS, dtype=jnp.int32))
+def with_tpu_as_default(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """tokamax refuses unless the default device is a TPU; which one, it asks the mesh."""
+
+  def wrapped(*args: Any) -> Any:
+    with jax.default_device(chip_mesh("v5e").devices.flat[0]):
+      return fn(*args)
+
+  return wrapped
+
+
+def tokamax_cases() -> Iterator[Case]:
+  name = "tokamax linear_cross_entropy"
+  for case in linear_cross_entropy_cases(name, tokamax_loss, classifier=(WIDTH, VOCABULARY), kernel="bwd"):
+    yield dataclasses.replace(case, fn=with_tpu_as_default(case.fn))
+
+
+def linear_cross_entropy_cases(
+  name: str, loss: Callable[..., jax.Array], *, classifier: tuple[int, int], kernel: str
+) -> Iterator[Case]:
+  """Forward, and of the gradient's program the kernel with this part of a name."""
+  args = (array(TOKENS, WIDTH), array(*classifier), array(TOKENS, dtype=jnp.int32))
   product = 2.0 * TOKENS * WIDTH * VOCABULARY
   shape = f"{TOKENS} x {WIDTH} x {VOCABULARY} bf16"
   gradients = jax.grad(loss, (0, 1))
@@ -70,7 +90,7 @@ def linear_cross_entropy_cases(name: str, loss: Callable[..., jax.Array]) -> Ite
     fn=gradients,
     args=args,
     flops=3 * product,
-    kernel="linear_cross_entropy_backward",
+    kernel=kernel,
   )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import html
 import importlib.metadata
+import importlib.util
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -17,39 +18,64 @@ from pallas_kernels.schedule.analysis import analyse
 from pallas_kernels.schedule.cases import Case, cases
 from pallas_kernels.schedule.chips import CHIPS
 
+PACKAGES = ("jax", "jaxlib", "libtpu", "tokamax")
 LIMITS = (
   "Read from the compiler's static schedule, nothing was run. It cannot see the latency of copies and stalls on them, "
   "conflicts of VMEM banks, loops and conditional regions whose counts depend on data, copies that a kernel starts "
-  "itself, or what XLA does around a kernel."
+  "itself, or what XLA does around a kernel. A region that multiplies counts at every grid step: where a kernel skips "
+  "it at some, more FLOPs are counted than are useful, and the time is an upper bound. Estimated is the largest of the "
+  "cores', HBM's and the copies' time; roofline is the larger of useful FLOPs / peak and needed bytes / bandwidth."
 )
 
 
-def report(folder: str | pathlib.Path, chips: Sequence[str] = tuple(CHIPS), match: str = "") -> list[dict[str, Any]]:
-  """Analyses every case whose name contains `match`; writes schedule.json, schedule.md and schedule.svg to `folder`.
+def report(folder: str | pathlib.Path, chips: Sequence[str] = (), match: str = "") -> list[dict[str, Any]]:
+  """Analyses every case whose name contains `match` on `chips` (none: all); prints and returns the rows of the table.
 
-  A case that does not compile for a chip has the error in place of numbers.
+  Writes schedule.json, schedule.md and schedule.svg to `folder`. A case that does not compile for a chip, or whose
+  schedule cannot be read, has the reason in place of numbers. ValueError for unknown chips and a `match` without cases,
+  NotImplementedError without libtpu.
   """
-  chosen = [case for case in cases() if match in case.name]
+  chips, chosen = tuple(chips) or tuple(CHIPS), [case for case in cases() if match in case.name]
+  for chip in chips:
+    if chip not in CHIPS:
+      raise ValueError(f"chips={chip!r}: must be among {', '.join(CHIPS)}")
   if not chosen:
     raise ValueError(f"match={match!r}: names none of {[case.name for case in cases()]}")
+  if importlib.util.find_spec("libtpu") is None:
+    raise NotImplementedError("schedules come from TPU's compiler, and it is not installed: pip install libtpu")
+  print(table([]))
   rows = []
   for chip in chips:
     for case in chosen:
       rows.append(row(case, chip))
-      print(table([rows[-1]]).splitlines()[-1], flush=True)
+      print(table(rows).splitlines()[-1], flush=True)
+  print(f"\n{closing(rows)}")
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  about = dict(date=datetime.date.today().isoformat(), versions=versions(), limits=LIMITS, rows=rows)
+  about = dict(date=datetime.date.today().isoformat(), versions=versions(), limits=LIMITS, not_run=not_run(), rows=rows)
   (folder / "schedule.json").write_text(json.dumps(about, indent=1) + "\n")
-  heading = f"{LIMITS}\n\n{about['date']}, {', '.join(f'{k} {v}' for k, v in versions().items())}\n\n"
-  (folder / "schedule.md").write_text(f"# TPU kernels by schedule\n\n{heading}{table(rows)}\n")
+  heading = f"{about['date']}, {', '.join(f'{k} {v}' for k, v in versions().items())}"
+  (folder / "schedule.md").write_text(f"# TPU kernels by schedule\n\n{heading}\n\n{table(rows)}\n\n{closing(rows)}\n")
   (folder / "schedule.svg").write_text(chart(rows))
   return rows
 
 
-def versions() -> dict[str, str]:
+def not_run() -> dict[str, str]:
+  """Comparators that are not in the table, and why."""
+  installed = importlib.util.find_spec("tokamax") is not None
+  return {} if installed else {"tokamax linear_cross_entropy": "tokamax is not installed"}
+
+
+def closing(rows: Iterable[dict[str, Any]]) -> str:
+  """What stands below the table: limits, what is not in the table, and notes on single kernels."""
+  notes = dict.fromkeys(f"{r['name']}: {note}." for r in rows for note in r.get("notes", ()))
+  return "\n\n".join([LIMITS, *(f"Not run: {name}, {why}." for name, why in not_run().items()), *notes])
+
+
+def versions(*packages: str) -> dict[str, str]:
+  """Of these packages (none: those that a schedule depends on)."""
   found = {}
-  for package in ("jax", "jaxlib", "libtpu", "tokamax"):
+  for package in packages or PACKAGES:
     try:
       found[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -76,6 +102,7 @@ COLUMNS = (
   ("Mcycles", lambda r: f"{r['cycles'] / 1e6:.2f}"),
   ("MXU use", lambda r: f"{r['mxu_use']:.1%}"),
   ("of peak", lambda r: f"{r['of_peak']:.1%}"),
+  ("counted / useful FLOPs", lambda r: f"{r['counted_flops'] / r['flops']:.2f}"),
   ("of roofline", lambda r: f"{r['of_roofline']:.1%}"),
   ("est. ms", lambda r: f"{r['us'] / 1e3:.2f}"),
   ("HBM ms", lambda r: f"{r['hbm_us'] / 1e3:.2f}"),

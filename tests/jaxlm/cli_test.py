@@ -25,8 +25,8 @@ def text(tmp_path_factory) -> Path:
   return folder
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen:
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+def start(*arguments: str, cwd: Path, platforms: str = "cpu") -> subprocess.Popen:
+  environment = os.environ | {"JAX_PLATFORMS": platforms, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
   return subprocess.Popen(
     [sys.executable, "-m", "jaxlm", *arguments],
     cwd=cwd,
@@ -61,7 +61,8 @@ def test_help_does_not_import_jax_and_takes_less_than_a_second(tmp_path):
 def test_help_of_a_command_explains_its_flags_without_jax(tmp_path):
   script = """
 import sys, jaxlm.cli
-for arguments in (["train", "micro", "--help"], ["sample", "--help"], ["resume", "--help"], ["eval", "--help"]):
+COMMANDS = ["train", "micro"], ["sample"], ["resume"], ["eval"], ["kernels"], ["kernels", "report"]
+for arguments in ([*command, "--help"] for command in COMMANDS):
   try:
     jaxlm.cli.main(arguments)
   except SystemExit as stop:
@@ -91,6 +92,9 @@ WRONG = [
   (["sample", "missing", "--temperature", "-1"], "temperature"),
   (["checkpoint", "verify", "missing"], "run='missing': holds no config.json"),
   (["train", "micro", "--stop_after", "2"], "stop_after='2': must be a number with its unit"),
+  (["kernels", "list"], "command 'kernels list' does not exist; nearest: kernels report"),
+  (["kernels", "report", "--chips", "v99"], "chips='v99': must be among v5e, v5p, v6e, tpu7x"),
+  (["kernels", "report", "--match", "none such"], "match='none such': names none of"),
 ]
 
 
@@ -209,3 +213,20 @@ def test_resume_finishes_what_was_stopped_and_sample_and_eval_use_it(interrupted
   assert status == 0, err
   bits = {name: float(value) for name, value in re.findall(r"^  (\w[\w ]*?) +([\d.]+)$", out, re.MULTILINE)}
   assert "this model" in bits and len(bits) >= 3 and all(0 < value < 9 for value in bits.values())
+
+
+@pytest.mark.slow
+def test_a_report_of_kernels(tmp_path):
+  """A table with numbers on the terminal and in the folder, a chart, and what a schedule cannot show."""
+  pytest.importorskip("libtpu")
+  words = "kernels report --chips v5e --match megablox --out found".split()
+  status, out, err = finish(start(*words, cwd=tmp_path, platforms=""))
+  assert status == 0, err
+  (line,) = [line for line in out.splitlines() if line.startswith("| jax megablox gmm")]
+  cells = [cell.strip() for cell in line.strip("|").split("|")]
+  assert cells[2] == "v5e" and float(cells[3]) > 0.5 and 80 < float(cells[4].rstrip("%")) < 100
+  written = (tmp_path / "found/schedule.md").read_text()
+  assert line in written and "It cannot see" in written and "It cannot see" in out
+  (row,) = json.loads((tmp_path / "found/schedule.json").read_text())["rows"]
+  assert {"cycles", "mxu_use", "hbm_bytes", "spills", "vmem_bytes", "us", "of_roofline"} <= row.keys()
+  assert "% of peak" in (tmp_path / "found/schedule.svg").read_text()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.interop import huggingface
-from jaxlm.models import Transformer
+from jaxlm.models import Transformer, head
 from jaxlm.objectives import next_token_loss
 from sharding.rules import defer_reduction, place, reduce_gradients
 
@@ -37,12 +37,12 @@ def train_pass(config, params, ids_BT):
   weights_BT = jnp.ones(ids_BT.shape).at[:, -1].set(0)
 
   def loss(params):
-    logits_BTV = Transformer(config).apply(params, ids_BT)
-    summed = next_token_loss(logits_BTV, targets_BT, place(weights_BT, "batch", None))[0]
-    return summed.num / weights_BT[:, 1:].size, logits_BTV
+    states_BTD = Transformer(config).apply(params, ids_BT, logits=False)
+    summed = next_token_loss(states_BTD, head(config, params), targets_BT, place(weights_BT, "batch", None))[0]
+    return summed.num / weights_BT[:, 1:].size
 
-  (value, logits_BTV), grads = jax.value_and_grad(loss, has_aux=True)(defer_reduction(params))
-  return logits_BTV, value, reduce_gradients(grads, params)
+  value, grads = jax.value_and_grad(loss)(defer_reduction(params))
+  return Transformer(config).apply(params, ids_BT), value, reduce_gradients(grads, params)
 
 
 @pytest.fixture(name="checkpoint", scope="session")

@@ -16,7 +16,7 @@ from jaxlm.interop.hub_config import read_config
 from jaxlm.interop.safetensors import MappedFile
 from jaxlm.interop.weight_files import find_tensors
 from jaxlm.interop.weight_names import weights
-from jaxlm.models import Transformer
+from jaxlm.models import Transformer, head
 from jaxlm.objectives import next_token_loss
 from sharding import MeshConfig, make_mesh
 
@@ -102,9 +102,10 @@ def test_embedding_gradient_is_that_of_transformers_without_its_padding_row(chec
   def gradients(embed_VD, head_DV):
     def loss(embed_VD, head_DV):
       params = {"params": c.params["params"] | {"embed": embed_VD, "head": head_DV}}
-      logits_BTV = Transformer(untied).apply(params, c.ids_BT[:, :-1])
+      states_BTD = Transformer(untied).apply(params, c.ids_BT[:, :-1], logits=False)
       targets_BT = jnp.asarray(c.ids_BT[:, 1:])
-      return next_token_loss(logits_BTV, targets_BT, jnp.ones_like(targets_BT, jnp.float32))[0].mean()
+      weights_BT = jnp.ones_like(targets_BT, jnp.float32)
+      return next_token_loss(states_BTD, head(untied, params), targets_BT, weights_BT)[0].mean()
 
     return jax.grad(loss, argnums=(0, 1))(embed_VD, head_DV)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import ModelConfig
-from jaxlm.models import Transformer
+from jaxlm.models import Transformer, head
 from jaxlm.objectives import next_token_loss
 
 POLICIES = ("none", "dots", "names", "full")
@@ -23,7 +23,8 @@ def compiled():
       params = jax.jit(model.init)(jax.random.key(0), ids_BT)
 
     def loss(params, model=model):
-      return next_token_loss(model.apply(params, ids_BT), ids_BT, weights_BT)[0].mean()
+      states_BTD = model.apply(params, ids_BT, logits=False)
+      return next_token_loss(states_BTD, head(model.config, params), ids_BT, weights_BT)[0].mean()
 
     programs[policy] = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
     results[policy] = jax.device_get(programs[policy](params))

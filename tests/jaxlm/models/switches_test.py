@@ -12,7 +12,7 @@ import pytest
 
 from jaxlm.config import ModelConfig
 from jaxlm.decode import init_cache
-from jaxlm.models import Transformer
+from jaxlm.models import Transformer, head
 from jaxlm.models.attention import dense
 from jaxlm.models.dense_attention import splash
 from jaxlm.objectives import next_token_loss
@@ -206,7 +206,8 @@ def test_gradients_of_every_switch_on_a_mesh(mesh):
   def gradients(params, ids_BT):
     def objective(params, ids_BT):
       weights_BT = jnp.ones_like(ids_BT, jnp.float32)
-      return next_token_loss(Transformer(config).apply(params, ids_BT), ids_BT, weights_BT)
+      states_BTD = Transformer(config).apply(params, ids_BT, logits=False)
+      return next_token_loss(states_BTD, head(config, params), ids_BT, weights_BT)
 
     ids_BT = place(jnp.asarray(ids_BT), "batch", None)
     grads, loss = accumulated_gradients(objective, params, ids_BT, 2)

@@ -2,22 +2,57 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from jaxlm.config import MeshConfig
+from jaxlm.models import Head
 from jaxlm.objectives import next_token_loss, token_logprobs
+from sharding import make_mesh
+from sharding.rules import place
 
-LOGITS = np.log(np.array([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]], np.float32))
+# an identity as head makes the states the logits
+STATES = np.log(np.array([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]], np.float32))
+HEAD = Head(jnp.eye(3), "vd", None)
 TARGETS = np.array([[1, 2]], np.int32)
 
 
 def test_logprobs_by_hand_and_the_normaliser():
   """Adding a constant to the logits moves only the normaliser."""
-  lp_BT, lse_BT = token_logprobs(LOGITS + 3, TARGETS)
+  lp_BT, lse_BT = token_logprobs(STATES + 3, HEAD, TARGETS)
   np.testing.assert_allclose(lp_BT, np.log([[0.25, 0.7]]), atol=1e-6)
   np.testing.assert_allclose(lse_BT, [[3, 3]], atol=1e-6)
 
 
+def test_gradient_of_logprobs_reaches_states_and_head():
+  draw = np.random.default_rng(0)
+  states_BTD, w_DV = (draw.normal(size=shape).astype(np.float32) for shape in ((2, 3, 5), (5, 7)))
+  targets_BT, factors_BT = draw.integers(0, 7, (2, 3)), draw.normal(size=(2, 3))
+
+  def by_hand(states_BTD, w_DV):
+    lp_BTV = jax.nn.log_softmax(4 * jnp.tanh(states_BTD @ w_DV / 4))
+    return jnp.sum(factors_BT * jnp.take_along_axis(lp_BTV, targets_BT[..., None], axis=2)[..., 0])
+
+  def ours(states_BTD, w_DV):
+    return jnp.sum(factors_BT * token_logprobs(states_BTD, Head(w_DV, "dv", 4.0), targets_BT)[0])
+
+  want, got = (jax.value_and_grad(loss, (0, 1))(states_BTD, w_DV) for loss in (by_hand, ours))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
+def test_logprobs_on_a_mesh_are_spread_like_the_tokens():
+  draw = np.random.default_rng(0)
+  states_BTD, w_VD = (draw.normal(size=shape).astype(np.float32) for shape in ((4, 3, 5), (8, 5)))
+  targets_BT = draw.integers(0, 8, (4, 3)).astype(np.int32)
+  want = token_logprobs(states_BTD, Head(jnp.asarray(w_VD), "vd", None), targets_BT)
+  with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+    placed = place(states_BTD, "batch", None, None), place(w_VD, "vocab", None), place(targets_BT, "batch", None)
+    got = jax.jit(lambda x, w, targets: token_logprobs(x, Head(w, "vd", None), targets))(*placed)
+    assert {x.sharding.spec for x in got} == {P(("data", "fsdp"), None)}
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
 def test_loss_is_a_weighted_sum_with_its_weights():
-  _, loss = next_token_loss(LOGITS, TARGETS, np.array([[2.0, 0.5]], np.float32))
+  _, loss = next_token_loss(STATES, HEAD, TARGETS, np.array([[2.0, 0.5]], np.float32))
   assert loss.num == pytest.approx(-2 * np.log(0.25) - 0.5 * np.log(0.7))
   assert loss.den == 2.5
 
@@ -25,22 +60,25 @@ def test_loss_is_a_weighted_sum_with_its_weights():
 def test_z_loss_is_the_weighted_squared_normaliser():
   """Normalisers e^3: 0.1 (1 * 9 + 0.5 * 9) on top of the cross-entropy, which is reported without it."""
   weights_BT = np.array([[1.0, 0.5]], np.float32)
-  minimised, plain = next_token_loss(LOGITS + 3, TARGETS, weights_BT, z_loss=0.1)
+  minimised, plain = next_token_loss(STATES + 3, HEAD, TARGETS, weights_BT, z_loss=0.1)
   assert minimised.num - plain.num == pytest.approx(0.1 * 1.5 * 9, rel=1e-5)
   assert minimised.den == plain.den == 1.5
   assert plain.num == pytest.approx(-np.log(0.25) - 0.5 * np.log(0.7), rel=1e-5)
 
 
-def test_masked_positions_have_no_gradient_and_others_that_of_softmax():
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_masked_positions_have_no_gradient_whatever_they_hold_and_others_that_of_softmax(z_loss):
   weights_BT = np.array([[1.0, 0.0]], np.float32)
-  gradient_BTV = jax.grad(lambda x: next_token_loss(x, TARGETS, weights_BT)[0].num)(LOGITS)
-  np.testing.assert_allclose(gradient_BTV, [[[0.5, -0.75, 0.25], [0, 0, 0]]], atol=1e-6)
+  states_BTD, targets_BT = STATES.copy(), np.array([[1, -7]], np.int32)
+  states_BTD[0, 1] = np.nan
+  gradient = jax.grad(lambda x: next_token_loss(x, HEAD, targets_BT, weights_BT, z_loss)[0].num)(states_BTD)
+  np.testing.assert_allclose(gradient, [[[0.5, -0.75, 0.25], [0, 0, 0]]], atol=1e-6)  # lse is 0: z adds nothing
 
 
-def test_half_precision_logits_are_reduced_in_float32():
+def test_half_precision_products_are_reduced_in_float32():
   draw = np.random.default_rng(0)
-  logits_BTV = jnp.asarray(draw.normal(size=(1, 4, 5000)), jnp.bfloat16)
-  lp_BT, lse_BT = token_logprobs(logits_BTV, np.zeros((1, 4), np.int32))
+  states_BTD, w_DV = (jnp.asarray(draw.normal(size=shape), jnp.bfloat16) for shape in ((1, 4, 8), (8, 5000)))
+  lp_BT, lse_BT = token_logprobs(states_BTD, Head(w_DV, "dv", None), np.zeros((1, 4), np.int32))
   assert lp_BT.dtype == lse_BT.dtype == jnp.float32
-  exact = np.asarray(logits_BTV, np.float64)
+  exact = np.asarray(states_BTD, np.float64) @ np.asarray(w_DV, np.float64)
   np.testing.assert_allclose(lse_BT, np.log(np.exp(exact).sum(-1)), atol=1e-5)

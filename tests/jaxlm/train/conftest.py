@@ -28,7 +28,7 @@ def lower_step():
   """lower_step(config, devices=None): the jitted training step on packed rows, lowered on `config.mesh`."""
 
   def lower(config, devices=None):
-    sizes = config.mesh.resolve(8)
+    sizes = config.mesh.resolve(8 if devices is None else len(devices))
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Explicit,) * len(sizes), devices=devices)
 
     def on_mesh(x):

@@ -24,6 +24,8 @@ GOOD = dict(embeddings_ND=jnp.ones((4, 3)), classifier_VD=jnp.ones((5, 3)), labe
     (dict(labels_N=jnp.zeros(4)), "labels_N.dtype=float32: must be an integer type"),
     (dict(bias_V=jnp.ones(4)), r"bias_V.shape=\(4,\): must be \(5,\)"),
     (dict(bias_V=jnp.ones(5, jnp.int32)), "bias_V.dtype=int32"),
+    (dict(weights_N=jnp.ones(5)), r"weights_N.shape=\(5,\): must be \(4,\)"),
+    (dict(weights_N=jnp.ones(4, bool)), "weights_N.dtype=bool: must be a floating type"),
     (dict(embeddings_ND=jnp.ones((4, 3), jnp.int32)), "embeddings_ND.dtype=int32: must be a floating type"),
     (dict(classifier_VD=jnp.ones((5, 3), jnp.bfloat16)), "classifier.dtype=bfloat16: must be float32"),
     (dict(softcap=0.0), "softcap=0.0"),
@@ -91,6 +93,23 @@ def test_memory_on_cpu():
   assert temp_bytes(jax.grad(linear_cross_entropy, (0, 1)), *shapes) < logits / 5
   two_passes = jax.grad(lambda *args: linear_cross_entropy(*args, reduction="none").sum(), (0, 1))
   assert temp_bytes(two_passes, *shapes) < gradients + 16 * 2**20
+
+
+def test_lse_that_is_not_differentiated_costs_no_second_pass():
+  """xla makes the gradients of a scalar loss in its forward pass: 6NVD FLOPs; with a gradient of lse it needs more."""
+  N, D, V = 256, 64, 8192
+  arrays = [jax.ShapeDtypeStruct(*a) for a in (((N, D), jnp.float32), ((V, D), jnp.float32), ((N,), jnp.int32))]
+
+  def flops(use):
+    def loss(*args):
+      return use(*linear_cross_entropy(*args, reduction="sum", return_lse=True, implementation="xla"))
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).as_text()
+    return text.count("dot_general")
+
+  plain = flops(lambda loss, lse_N: loss + 0 * jnp.sum(jax.lax.stop_gradient(lse_N)))
+  assert plain == 3
+  assert flops(lambda loss, lse_N: loss + jnp.sum(lse_N)) > plain
 
 
 @pytest.mark.parametrize("biased", [False, True])

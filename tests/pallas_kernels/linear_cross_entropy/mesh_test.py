@@ -88,17 +88,20 @@ def test_only_rows_cross_the_network():
   assert "all-reduce" in text
 
 
-def test_weights_whose_gradient_is_reduced_later():
+@pytest.mark.parametrize("options", [dict(), dict(reduction="none")], ids=["scalar", "per token"])
+def test_gradients_that_are_reduced_later_leave_unsummed(options):
   mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
 
   def deferred(e_ND, c_VD, bias_V, labels_N):
+    e_ND = jax.reshard(e_ND, P("data", None, reduced={"tensor"}))
     c_VD = jax.reshard(c_VD, P("tensor", None, reduced={"data"}))
-    gradient_VD = jax.grad(loss, 1)(e_ND, c_VD, bias_V, labels_N)
-    return jax.reshard(gradient_VD, P("tensor", None))
+    gradients = jax.grad(functools.partial(loss, **options), (0, 1))(e_ND, c_VD, bias_V, labels_N)
+    assert [jax.typeof(g).sharding.spec.unreduced for g in gradients] == [{"tensor"}, {"data"}]
+    return tuple(jax.reshard(g, spec) for g, spec in zip(gradients, SPECS))
 
   with jax.set_mesh(mesh):
     got = jax.jit(deferred)(*spread(mesh, inputs()))
-  assert_same(got, jax.grad(loss, 1)(*inputs()))
+  assert_same(got, jax.grad(functools.partial(loss, **options), (0, 1))(*inputs()))
 
 
 def test_wrong_splits():
@@ -111,3 +114,5 @@ def test_wrong_splits():
       linear_cross_entropy(e_ND, jax.reshard(c_VD, P(None, "data")), labels_N)
     with pytest.raises(ValueError, match="both spread over"):
       linear_cross_entropy(jax.reshard(e_ND, P("data")), jax.reshard(c_VD, P("data")), labels_N)
+    with pytest.raises(ValueError, match=r"nothing here is summed over \['tensor'\]"):
+      jax.jit(lambda c_VD: linear_cross_entropy(e_ND, jax.reshard(c_VD, P(reduced={"tensor"})), labels_N))(c_VD)

@@ -203,3 +203,28 @@ def test_vmap():
   got = batched(e_ND.reshape(3, 4, 4), c_VD, labels_N.reshape(3, 4))
   want = [call("reference", e_ND[i : i + 4], c_VD, labels_N[i : i + 4]) for i in (0, 4, 8)]
   np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_weights_of_tokens_and_a_gradient_through_lse(implementation, reduction):
+  e_ND, c_VD, labels_N, bias_V = problem(150, 8, 301)
+  weights_N = np.random.default_rng(SEED).uniform(-0.5, 2, 150).astype(np.float32)
+  weights_N[5] = 0  # like an ignored token: its NaN reaches nothing but its lse, which is left alone here
+  labels_N = labels_N.at[3].set(-100)
+  counted_N = weights_N * (np.arange(150) != 3)
+  share_N = counted_N / (counted_N.sum() if reduction == "mean" else 1)
+  shown_N = (np.arange(150) != 5).astype(np.float32)
+  want_loss_N, _, want = oracle(e_ND, c_VD, labels_N, bias_V, share_N, 0.3 * shown_N, **ALL)
+  if implementation != "reference":  # whose gradient is JAX's own: 0 times NaN
+    e_ND = e_ND.at[5].set(jnp.nan)
+
+  def total(e_ND, c_VD, bias_V):
+    options = dict(bias_V=bias_V, weights_N=jnp.asarray(weights_N), reduction=reduction, return_lse=True)
+    loss, lse_N = call(implementation, e_ND, c_VD, labels_N, **options, **ALL)
+    return jnp.sum(loss) + 0.3 * jnp.sum(jnp.where(shown_N > 0, lse_N, 0)), jnp.sum(loss)
+
+  (_, loss), got = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(e_ND, c_VD, bias_V)
+  np.testing.assert_allclose(loss, (share_N * want_loss_N).sum(), rtol=1e-5, atol=1e-5)
+  for g, w in zip(got, want):
+    assert relative(g, w) < 1e-5, SEED

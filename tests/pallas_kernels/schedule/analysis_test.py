@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.schedule import CHIPS, analyse
-from pallas_kernels.schedule.report import chart, report, row, table
+from pallas_kernels.schedule.report import chart, closing, report, row, table
 from pallas_kernels.schedule.traffic import pallas_calls
 
 pytest.importorskip("libtpu")
@@ -117,14 +117,19 @@ def test_unknown_chip_and_case():
     analyse(product, SHAPES, "v99")
   with pytest.raises(ValueError, match="names none of"):
     report("unused", match="no such kernel")
+  with pytest.raises(ValueError, match="chips='v99': must be among v5e, v5p"):
+    report("unused", chips=["v5e", "v99"])
 
 
 def test_table_and_chart_show_errors_and_numbers():
-  good = dict(name="a", shape="s", chip="v5e", cycles=2e6, mxu_use=0.9, of_peak=0.8, of_roofline=0.85, us=1500.0)
-  good |= dict(hbm_us=500.0, hbm_bytes=3e9, spills=4, vmem_bytes=2**20)
+  good = dict(name="a", shape="s", chip="v5e", cycles=2e6, mxu_use=0.9, of_peak=0.8, of_roofline=0.85, us=1700.0)
+  good |= dict(
+    flops=4.0, counted_flops=6.0, notes=("stays in hbm",), hbm_us=500.0, hbm_bytes=3e9, spills=4, vmem_bytes=2**20
+  )
   bad = dict(name="b", shape="s", chip="v6e", error="ValueError: too large")
   lines = table([good, bad]).splitlines()
-  assert "80.0%" in lines[2] and "1.50" in lines[2] and "too large" in lines[3]
+  assert "80.0%" in lines[2] and "1.70" in lines[2] and "too large" in lines[3]
+  assert "1.50" in lines[2] and "a: stays in hbm." in closing([good, bad])
   assert "80% of peak" in chart([good, bad]) and "v6e" not in chart([good, bad])
 
 

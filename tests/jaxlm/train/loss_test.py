@@ -1,0 +1,77 @@
+"""The loss of training without logits in memory against the same run with all of them."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import presets
+from jaxlm.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+from jaxlm.train import train
+from jaxlm.train.run_folder import RunFolder, read_records
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+  folder = tmp_path_factory.mktemp("text")
+  for index in range(40):
+    (folder / f"{index}.py").write_text(f"def f{index}(x):\n  return x + {index}\n" * 12)
+  return str(folder)
+
+
+@pytest.fixture
+def curve(text, tmp_path):
+  """curve(implementation, z_loss, **model): the losses of 12 steps, and the loss on held-out text after them."""
+
+  def run(implementation: str, z_loss: float, model: dict):
+    config = presets.micro()
+    config = dataclasses.replace(
+      config,
+      steps=12,
+      save_every=0,
+      z_loss=z_loss,
+      loss_implementation=implementation,
+      run=str(tmp_path / implementation),
+      mesh=MeshConfig(data=1),
+      data=DataConfig(source=text, length=32, layout="packed"),
+      model=dataclasses.replace(config.model, layers=1, **model),
+      optimizer=dataclasses.replace(config.optimizer, warmup=2),
+    )
+    result = train(config)
+    losses = [record["loss"] for record in read_records(RunFolder(tmp_path / implementation).metrics)]
+    return losses + [result.heldout_loss]
+
+  return run
+
+
+BYTES = pytest.param(0.0, {}, id="bytes", marks=pytest.mark.slow)
+LARGE = pytest.param(1e-2, {"V": 5000, "tied": True, "logit_cap": 5.0}, id="large vocabulary, tied, capped, z-loss")
+
+
+@pytest.mark.parametrize("z_loss, model", [BYTES, LARGE])
+def test_the_loss_curve_is_that_of_materialised_logits(curve, z_loss, model):
+  want, got = (curve(implementation, z_loss, model) for implementation in ("reference", "auto"))
+  assert len(got) == 13 and want[-2] < want[0] - 0.5
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_memory_of_a_step_has_no_logits(lower_step):
+  """4 B T V bytes would be 64 MiB a copy."""
+  model = ModelConfig(V=32_768, D=16, F=16, N=2, K=1, H=8, layers=1)
+  config = TrainConfig(batch=4, model=model, data=DataConfig(length=128), mesh=MeshConfig(data=1))
+  sizes = {}
+  for implementation in ("auto", "reference"):
+    lowered = lower_step(dataclasses.replace(config, loss_implementation=implementation), jax.devices()[:1])
+    sizes[implementation] = lowered.compile().memory_analysis().temp_size_in_bytes
+  assert sizes["reference"] > 2 * 2**26 > 4 * sizes["auto"], sizes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=1, tensor=2, fsdp=4)], ids=MeshConfig.describe)
+def test_on_tpu_a_large_vocabulary_takes_the_kernel_and_reduces_the_heads_gradient_once(lower_step, tpu_devices, mesh):
+  model = ModelConfig(V=16_384, D=128, F=128, N=2, K=2, H=64, layers=1, dtype="bfloat16")
+  model = dataclasses.replace(model, attention_implementation="reference")
+  config = TrainConfig(batch=16, accumulate=2, model=model, data=DataConfig(length=256), mesh=mesh)
+  text = lower_step(config, tpu_devices).compile().as_text()
+  assert "linear_cross_entropy_forward" in text and "linear_cross_entropy_backward" in text
