@@ -20,7 +20,7 @@ import optax
 from jaxlm.config import MeshConfig, TrainConfig, check
 from jaxlm.data.loader import Batch, load_text
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.models.transformer import Block
+from jaxlm.models.transformer import Block, Transformer
 from jaxlm.train.accumulate import accumulated_gradients
 from jaxlm.train.checkpoint_folder import checkpoint_path, finished_steps
 from jaxlm.train.guard import Guard, load_batch
@@ -124,9 +124,11 @@ def first_not_finite(config: TrainConfig, params: Any, batch: Batch) -> tuple[st
       found.append("the head" if top else path if path == "norm" else f"block {len(blocks) - 1}: {path or 'its sum'}")
     return result
 
-  with nn.intercept_methods(watch):
-    loss = batch_loss(config, params, batch)[1].mean()
-  return (found[0] if found else ""), float(loss)
+  with nn.intercept_methods(watch):  # to the logits, which the loss itself does without
+    Transformer(config.model).apply(
+      params, batch.inputs_BT, positions=batch.positions_BT, segment_ids=batch.segment_ids_BT
+    )
+  return (found[0] if found else ""), float(batch_loss(config, params, batch)[1].mean())
 
 
 def _finite(x: Any) -> bool:
