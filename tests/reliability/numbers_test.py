@@ -229,6 +229,7 @@ def test_the_border_of_a_step_does_not_depend_on_when_the_run_was_resumed(tmp_pa
     (("blocks", "0", "mlp", "w_up"), "block 1: mlp"),
     (("blocks", "0", "mlp_norm", "w_D"), "block 1: mlp_norm"),
     (("norm", "w_D"), "norm"),
+    (("head",), "the head"),
   ],
   ids=lambda value: "/".join(value) if isinstance(value, tuple) else "",
 )
