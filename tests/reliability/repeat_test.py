@@ -40,7 +40,7 @@ def text(request, place):
 BATCH = 8
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_data_order_depends_on_nothing_but_the_seed(text, data):
   """Not on reader threads, their prefetch, the number of processes, or where and how often a run was restarted."""

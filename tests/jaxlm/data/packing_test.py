@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.data.packing import join, pack, windows
@@ -23,7 +23,6 @@ def test_join_puts_eos_before_and_after_each_document():
   assert borders_D.tolist() == [0, 3, 4, 6]
 
 
-@settings(deadline=None)
 @given(sizes=documents, length=st.integers(1, 9))
 def test_kept_windows_predict_each_token_once(sizes, length):
   tokens_S, _ = stream(sizes)
@@ -35,7 +34,6 @@ def test_kept_windows_predict_each_token_once(sizes, length):
   assert (batch.weights_BT[~counted] == 0).all() and batch.weights_BT[-2:].sum() == 0
 
 
-@settings(deadline=None)
 @given(sizes=documents, length=st.integers(1, 9))
 def test_dropped_windows_are_the_full_ones(sizes, length):
   tokens_S, _ = stream(sizes)
@@ -46,7 +44,6 @@ def test_dropped_windows_are_the_full_ones(sizes, length):
   np.testing.assert_array_equal(batch.targets_BT[:-1], kept.take(np.arange(len(rows))).targets_BT)
 
 
-@settings(deadline=None)
 @given(sizes=documents, length=st.integers(1, 9))
 def test_packed_rows(sizes, length):
   tokens_S, borders_D = stream(sizes)
@@ -76,7 +73,6 @@ def test_packed_rows(sizes, length):
       assert (inputs[0] - borders_D[document_S[inputs[0]] - 1]) % length == 0
 
 
-@settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=40), length=st.integers(8, 16))
 def test_no_two_packed_rows_would_fit_in_one(sizes, length):
   rows = pack(*stream(sizes), length)

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxlm.config import DataConfig
@@ -20,7 +20,6 @@ def bpe():
   return train_bpe([SOURCE], 500)
 
 
-@settings(deadline=None)
 @given(text=st.text())
 def test_bytes_round_trip(text):
   tokenizer = ByteTokenizer()
@@ -35,7 +34,6 @@ def test_bytes_that_are_not_utf8_are_replaced():
     ByteTokenizer().decode([256])
 
 
-@settings(deadline=None)
 @given(text=st.text(st.characters(codec="utf-8")))
 @example(text="a <|endoftext|> in the text")
 @example(text="  \n\n two  spaces\t\r\n")
@@ -45,7 +43,6 @@ def test_bpe_round_trip(bpe, text):
   assert bpe.eos not in ids and all(0 <= id < bpe.vocab_size for id in ids.tolist())
 
 
-@settings(deadline=None)
 @given(text=st.text("ab \n", max_size=60), size=st.integers(1, 9))
 def test_pieces_join_to_the_text_and_are_short(text, size):
   parts = list(pieces(text, size))

@@ -17,7 +17,7 @@ from jaxlm.decode.sampling import Sampler, apply_min_p, apply_top_k, apply_top_p
 inf = math.inf
 # A coarse grid makes ties common.
 rows = hypothesis.extra.numpy.arrays(np.float32, (1, 7), elements=st.integers(-24, 24).map(lambda i: i / 4))
-quick = hypothesis.settings(max_examples=60, deadline=None)
+quick = hypothesis.settings(max_examples=60)
 
 
 def kept(logits_BV):

@@ -55,7 +55,7 @@ def shared():
     yield make(Path(name))
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(st.sampled_from([name for name in FILES if name != "empty"]), st.floats(0, 1, exclude_max=True))
 def test_any_single_flipped_bit_is_found(shared, name, place):
   bit = int(place * 8 * (shared / name).stat().st_size)
@@ -88,7 +88,7 @@ def json_or_none(content):
     return None
 
 
-@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(st.floats(0, 1, exclude_max=True))
 def test_a_cut_manifest_is_unreadable(shared, place):
   path = shared / "manifest.json"
