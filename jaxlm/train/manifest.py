@@ -19,7 +19,7 @@ from typing import Any
 from jaxlm.train.atomic import TEMPORARY, write_text
 
 NAME = "manifest.json"
-FORMAT = 2
+FORMAT = 1
 PIECE = 1 << 24
 """bytes that one checksum covers; pieces are read in parallel"""
 _BUFFER = 1 << 18  # bytes; stays in the processor's cache
@@ -126,9 +126,8 @@ def _read(folder: Path) -> dict[str, Any]:
   version = manifest.get("format") if isinstance(manifest, dict) else None
   if not isinstance(version, int) or version < 1:
     raise ValueError("unreadable (it has no format number)")
-  if version != FORMAT:
-    kind = NewerFormat if version > FORMAT else ValueError
-    raise kind(f"of format {version}, this version reads format {FORMAT}")
+  if version > FORMAT:
+    raise NewerFormat(f"of format {version}, this version reads format {FORMAT}")
   if not isinstance(manifest.get("files"), dict) or manifest.get("digest") != _digest_of(manifest["files"]):
     raise ValueError("damaged (its entries do not match its own digest)")
   return manifest["files"]

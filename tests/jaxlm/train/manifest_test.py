@@ -160,9 +160,9 @@ def test_a_folder_without_manifest_is_incomplete(folder):
 @pytest.mark.parametrize(
   "change, fault",
   [
-    ({"format": 3}, "of format 3, this version reads format 2"),
-    ({"format": 1}, "of format 1, this version reads format 2"),
-    ({"format": "2"}, "unreadable (it has no format number)"),
+    ({"format": 2}, "of format 2, this version reads format 1"),
+    ({"format": 0}, "unreadable (it has no format number)"),
+    ({"format": "1"}, "unreadable (it has no format number)"),
     ({"files": {}}, "damaged"),
     ({"files": None}, "damaged"),
     ({"digest": None}, "damaged"),
