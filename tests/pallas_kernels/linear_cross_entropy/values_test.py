@@ -111,9 +111,9 @@ def test_bfloat16(implementation):
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_gradients_of_bfloat16_before_their_last_rounding(implementation):
   # The target's entry p - 1 is rounded like the others; with many entries p is small and that is nearly exact.
-  e_ND, c_VD, labels_N, bias_V = problem(150, 24, 4001, jnp.bfloat16)
+  e_ND, c_VD, labels_N, bias_V = problem(150, 24, 8001, jnp.bfloat16)
   _, _, want = oracle(e_ND, c_VD, labels_N, bias_V, np.ones(150), np.zeros(150), **PLAIN)
-  options = terms.Options(vocabulary=4001, interpret=implementation == "pallas_tpu")
+  options = terms.Options(vocabulary=8001, interpret=implementation == "pallas_tpu")
   backend = {"xla": xla, "pallas_tpu": pallas_tpu}[implementation]
   stats = backend.statistics(e_ND, c_VD, labels_N, bias_V, options)
   one_N = jnp.ones(150)
