@@ -18,9 +18,9 @@ def tpu_devices():
   """Eight TPU v5e chips of libtpu's compiler; nothing runs on them."""
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed")
-  from jax.experimental import topologies
+  from pallas_kernels.schedule.compiler import chip_mesh  # libtpu is loaded once, with the flags that it needs there
 
-  return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+  return chip_mesh("v5e", (8,)).devices.tolist()
 
 
 @pytest.fixture(scope="session")
