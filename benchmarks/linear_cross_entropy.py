@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from loss_arms import Arm, arms
 
+from jaxlm.train.memory import keep_freed_memory
 from pallas_kernels.schedule.report import PACKAGES, cases, closing, not_run, row, table, versions
 
 CPU_SHAPES = ((2048, 512, 32_768), (1024, 256, 131_072), (4096, 128, 256))
@@ -151,6 +152,7 @@ def main() -> None:
   parser.add_argument("--skip", nargs="*", default=[], choices=["tpu", "cpu", "gpu"])
   parser.add_argument("--chips", nargs="+", default=["v5e", "v5p", "v6e", "tpu7x"])
   arguments = parser.parse_args()
+  keep_freed_memory()  # as training does
   found = measure(arguments.skip, arguments.chips)
   versions_line = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
   text = [f"# Linear cross-entropy\n\n{found['date']}, {found['hardware']}; {versions_line}"]

@@ -191,7 +191,7 @@ def no_gradients(weights: Weights, dtype: jax.typing.DTypeLike, *like: Any) -> G
 def statistics(
   embeddings_ND: jax.Array, classifier: jax.Array, labels_N: jax.Array, bias_V: jax.Array | None, options: Options
 ) -> Statistics:
-  """Row statistics from tiles of at most 4 MiB; of this shard's entries where the vocabulary is split."""
+  """Row statistics from tiles of at most 2 MiB; of this shard's entries where the vocabulary is split."""
   weights = Weights(classifier, bias_V, None, options)
   N, dtype = labels_N.size, terms.accumulator(embeddings_ND.dtype)
   size, width = blocks.xla_tiles(N, weights.entries)
