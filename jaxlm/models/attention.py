@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
 from jaxlm.models import dense_attention
+from jaxlm.models.blocked_attention import blocked
 from jaxlm.models.linear import linear, sharded_normal, sharded_zeros
 from jaxlm.models.norms import RMSNorm
 from jaxlm.models.rope import apply_rope, rope_tables
@@ -19,7 +20,7 @@ from sharding.rules import gather, is_sharded, spec
 
 _DENSE = {
   "reference": dense_attention.reference,
-  "blocked": dense_attention.blocked,
+  "blocked": blocked,
   "splash": dense_attention.splash,
   "cudnn": dense_attention.cudnn,
 }

@@ -1,11 +1,11 @@
-"""Causal softmax attention of arrays: a readable reference, a blocked form for CPU, and the platforms' fused kernels.
+"""Causal softmax attention of arrays: a readable reference, and the platforms' fused kernels.
 
 All take q [B, T, N, H], k and v [B, T, K, H] with N a multiple of K, return [B, T, N, H] in q's dtype, scale by
 H^-1/2 and keep logits and softmax in float32. `window` limits a query to that many keys, itself included;
 `segment_ids` [B, T] int32 keeps queries to keys of their own segment; `cap` bends the logits before the mask.
 """
 
-# B batch, T query positions, S key positions, N query heads, K key heads, G = N / K, H head width, C query block
+# B batch, T query positions, S key positions, N query heads, K key heads, G = N / K, H head width
 
 import jax
 import jax.numpy as jnp
@@ -45,43 +45,6 @@ def reference(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, window=None, cap=None
   if segment_ids_BT is not None:
     mask_BTS = mask_BTS & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
   return attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, cap)
-
-
-def blocked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, window=None, cap=None) -> jax.Array:
-  """Query blocks, each against only the keys that it can see: half the work of the full square, in plain einsums."""
-  B, T, N, H = q_BTNH.shape
-  K = k_BSKH.shape[2]
-  q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-  k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-  # written once: fused into every block's slice, the rotation before would be computed again in each
-  q_BKGTH, k_BKSH, v_BKSH = jax.lax.optimization_barrier((q_BKGTH, k_BKSH, v_BKSH))
-  block = max(64, -(-T // 16 // 64) * 64)  # at most about 16 blocks, which are unrolled
-  outs = []
-  for start in range(0, T, block):
-    stop = min(start + block, T)
-    first = 0 if window is None else max(0, start - window + 1)
-    mask_BCS = causal_mask(jnp.arange(start, stop)[None], jnp.arange(first, stop)[None], window)
-    if segment_ids_BT is not None:
-      mask_BCS = mask_BCS & (segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, first:stop])
-    q_BKGCH, keys, values = q_BKGTH[:, :, :, start:stop], k_BKSH[:, :, first:stop], v_BKSH[:, :, first:stop]
-    outs.append(_attend_block(q_BKGCH, keys, values, mask_BCS, cap))
-  o_BKGTH = jnp.concatenate(outs, axis=3)
-  return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-def _attend_block(q_BKGCH, k_BKSH, v_BKSH, mask_BCS, cap) -> jax.Array:
-  """One block; the G heads of a group are stacked into the rows of one product."""
-  B, K, G, C, H = q_BKGCH.shape
-  q_BKRH = q_BKGCH.reshape(B, K, G * C, H)
-  a_BKRS = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
-  a_BKGCS = jnp.where(mask_BCS[:, None, None], soft_cap(a_BKRS, cap).reshape(B, K, G, C, -1), MASKED)
-  # softmax by hand: dividing after the product spares passes over [C, S], backward above all
-  top_BKGC1 = jax.lax.stop_gradient(jnp.max(a_BKGCS, axis=-1, keepdims=True))
-  p_BKGCS = jnp.exp(a_BKGCS - top_BKGC1)
-  mass_BKGC1 = jnp.sum(p_BKGCS, axis=-1, keepdims=True)
-  p_BKRS = p_BKGCS.astype(v_BKSH.dtype).reshape(B, K, G * C, -1)
-  o_BKRH = jnp.einsum("bkrs,bksh->bkrh", p_BKRS, v_BKSH, preferred_element_type=jnp.float32)
-  return (o_BKRH.reshape(B, K, G, C, H) / mass_BKGC1).astype(v_BKSH.dtype)
 
 
 def cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, window=None, cap=None) -> jax.Array:

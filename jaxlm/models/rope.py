@@ -30,7 +30,10 @@ def rope_tables(
   """
   f_R, attention_factor = frequencies(rope, width, length)
   angles_BTR = positions_BT[..., None].astype(jnp.float32) * f_R[None, None]
-  return attention_factor * jnp.cos(angles_BTR), attention_factor * jnp.sin(angles_BTR)
+  tables_BTH = attention_factor * jnp.concatenate((jnp.cos(angles_BTR), jnp.sin(angles_BTR)), axis=-1)
+  # behind a concatenation XLA on CPU keeps the tables; otherwise it computes them again in every rotation
+  cos_BTR, sin_BTR = jnp.split(jax.lax.optimization_barrier(tables_BTH), 2, axis=-1)
+  return cos_BTR, sin_BTR
 
 
 @jax.custom_vjp

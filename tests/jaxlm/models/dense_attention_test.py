@@ -8,6 +8,7 @@ import pytest
 
 from jaxlm.models import dense_attention
 from jaxlm.models.attention import dense
+from jaxlm.models.blocked_attention import blocked
 
 # T, query heads, key heads, window, packed
 CASES = {
@@ -49,9 +50,9 @@ def library(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=None, window=None):
   return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=same, is_causal=True, local_window_size=left)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6))
-def output_and_gradients(attend, q_BTNH, k_BTKH, v_BTKH, out_BTNH, segment_ids_BT, window):
-  o_BTNH, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segment_ids_BT, window), q_BTNH, k_BTKH, v_BTKH)
+@functools.partial(jax.jit, static_argnums=(0, 6), static_argnames="cap")
+def output_and_gradients(attend, q_BTNH, k_BTKH, v_BTKH, out_BTNH, segment_ids_BT, window, **cap):
+  o_BTNH, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segment_ids_BT, window, **cap), q_BTNH, k_BTKH, v_BTKH)
   return o_BTNH, *pull(out_BTNH)
 
 
@@ -60,8 +61,18 @@ def test_blocked_reference_and_library_agree_with_gradients(case):
   T, N, K, window, packed = CASES[case]
   arguments = (*inputs(T, N, K), segments(T) if packed else None, window)
   want = output_and_gradients(library, *arguments)
-  for attend in (dense_attention.reference, dense_attention.blocked):
+  for attend in (dense_attention.reference, blocked):
     assert_close(output_and_gradients(attend, *arguments), want)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("cap, size", [(2.0, 3), (None, 100)], ids=["soft cap", "large logits"])
+def test_blocked_is_the_reference_under_a_soft_cap_and_with_large_logits(case, cap, size):
+  T, N, K, window, packed = CASES[case]
+  q_BTNH, k_BTKH, v_BTKH, out_BTNH = inputs(T, N, K)
+  arguments = (size * q_BTNH, k_BTKH, v_BTKH, out_BTNH, segments(T) if packed else None, window)
+  want = output_and_gradients(dense_attention.reference, *arguments, cap=cap)
+  assert_close(output_and_gradients(blocked, *arguments, cap=cap), want, 1e-6 * size)
 
 
 def test_many_blocks_of_more_than_64_rows_agree():
@@ -69,13 +80,13 @@ def test_many_blocks_of_more_than_64_rows_agree():
   q_BTNH, k_BTKH, v_BTKH, _ = inputs(1100, 1, 1, B=1)
   got, want = (
     jax.jit(functools.partial(attend, window=300))(q_BTNH, k_BTKH, v_BTKH)
-    for attend in (dense_attention.blocked, dense_attention.reference)
+    for attend in (blocked, dense_attention.reference)
   )
   assert_close([got], [want])
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("attend", [dense_attention.reference, dense_attention.blocked], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("attend", [dense_attention.reference, blocked], ids=lambda f: f.__name__)
 def test_gradient_to_later_keys_and_values_is_exactly_zero(attend, window):
   T, t = 80, 66
   q_BTNH, k_BTKH, v_BTKH, out_BTNH = inputs(T, 2, 1)
@@ -88,7 +99,7 @@ def test_gradient_to_later_keys_and_values_is_exactly_zero(attend, window):
   assert np.flatnonzero(np.any(np.asarray(dq_BTNH) != 0, axis=(0, 2, 3))).tolist() == [t]
 
 
-@pytest.mark.parametrize("attend", [dense_attention.reference, dense_attention.blocked], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("attend", [dense_attention.reference, blocked], ids=lambda f: f.__name__)
 def test_bfloat16_keeps_its_dtype_and_large_logits_stay_finite(attend):
   q_BTNH, k_BTKH, v_BTKH, _ = inputs(70, 2, 1, dtype=ml_dtypes.bfloat16)
   got = jax.jit(attend)(q_BTNH, k_BTKH, v_BTKH)
