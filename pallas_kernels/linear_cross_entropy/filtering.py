@@ -37,12 +37,10 @@ def kept_tiles(
   def one_tile(row_tile: jax.Array, vocabulary_tile: jax.Array) -> Aux:
     start, fresh_R = xla.window(row_tile, size.rows, labels_N.size)
     e_RD, labels_R, part = xla.take((embeddings_ND, labels_N, rows), start, size.rows)
-    column = Rows(*(value_R[:, None] for value_R in xla.only(part, fresh_R)))
-    tile = xla.cut(weights, vocabulary_tile, size.entries)
-    x_RW = xla.tile_logits(jnp.where(column.active_N, e_RD, 0.0), tile, options)
-    bracket_RW = terms.logit_gradient(x_RW, tile.ids_W[None] == labels_R[:, None], column, options)
-    bracket_RW = jnp.where(tile.fresh_W[None], bracket_RW, 0.0)
-    kept = (terms.keeps(bracket_RW, column, limit) for limit in (options.threshold_e, options.threshold_c))
+    tile, chosen = xla.cut(weights, vocabulary_tile, size.entries), xla.only(part, fresh_R)
+    x = xla.tile_logits(jnp.where(chosen.active_N[:, None], e_RD, 0.0), tile, options)
+    bracket, spread = xla.tile_bracket(x, tile, labels_R, chosen, options)
+    kept = (terms.keeps(bracket, spread, limit) for limit in (options.threshold_e, options.threshold_c))
     return Aux(*(jnp.asarray(flag, jnp.float32) for flag in kept))
 
   row_tiles, vocabulary_tiles = -(-labels_N.size // size.rows), -(-weights.entries // size.entries)

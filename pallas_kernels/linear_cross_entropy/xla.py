@@ -5,7 +5,8 @@ FLOPs together). `loss_gradients` serves a scalar loss with 6NVD: each token's w
 chunk of rows keeps its logits just long enough to make its part of the gradients.
 """
 
-# N tokens, D model, V vocabulary; R rows of a chunk, W entries of a tile; C = "vd" or "dv"
+# N tokens, D model, V vocabulary; R rows of a chunk, W entries of a tile; a tile X is [W, R] for a classifier [V, D] and
+# [R, W] for [D, V]: the orientation in which all three products run fast on a CPU
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -32,12 +33,13 @@ class Weights(NamedTuple):
 
 
 class Tile(NamedTuple):
-  """W entries of the vocabulary. The last tile starts early to be whole; `fresh_W` marks what no tile has had yet."""
+  """W entries of the vocabulary. Where W does not divide it, the last tile starts early to be whole."""
 
   classifier: jax.Array
   bias_W: jax.Array | None
   ids_W: jax.Array
-  fresh_W: jax.Array
+  fresh_W: jax.Array | None
+  """what no tile has had yet; None: everything"""
   start: jax.Array
 
 
@@ -61,7 +63,22 @@ def cut(weights: Weights, index: jax.Array, size: int) -> Tile:
     ids_W = jax.lax.dynamic_slice_in_dim(weights.order_V, start, size)
     classifier = jnp.take(weights.classifier, ids_W, axis=axis)
   bias_W = None if weights.bias_V is None else weights.bias_V[ids_W]
-  return Tile(classifier, bias_W, ids_W, fresh_W, start)
+  return Tile(classifier, bias_W, ids_W, fresh_W if weights.entries % size else None, start)
+
+
+def by_row(value_R: jax.Array, options: Options) -> jax.Array:
+  """A number of each row of E, to broadcast against a tile X."""
+  return jnp.expand_dims(value_R, options.vocabulary_axis)
+
+
+def by_entry(value_W: jax.Array, options: Options) -> jax.Array:
+  """A number of each entry of the vocabulary, to broadcast against a tile X."""
+  return jnp.expand_dims(value_W, 1 - options.vocabulary_axis)
+
+
+def fresh(tile: Tile, x: jax.Array, otherwise: float, options: Options) -> jax.Array:
+  """The tile's values where no tile before had the entry."""
+  return x if tile.fresh_W is None else jnp.where(by_entry(tile.fresh_W, options), x, otherwise)
 
 
 def loop(body: Callable[[Any, Any], Any], start: Any, xs: Any) -> Any:
@@ -79,35 +96,55 @@ def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def tile_logits(e_RD: jax.Array, tile: Tile, options: Options) -> jax.Array:
-  product_RW = product(f"rd,{options.layout}->rv", e_RD, tile.classifier)
-  return terms.logits(product_RW, None if tile.bias_W is None else tile.bias_W[None], options)
+  """X of one tile."""
+  if options.layout == "vd":
+    x = product("vd,rd->vr", tile.classifier, e_RD)
+  else:
+    x = product("rd,dv->rv", e_RD, tile.classifier)
+  return terms.logits(x, None if tile.bias_W is None else by_entry(tile.bias_W, options), options)
+
+
+def rows_gradient(g: jax.Array, tile: Tile, options: Options) -> jax.Array:
+  """A tile's part of the gradient of E [R, D], from that of X."""
+  return product("vr,vd->rd" if options.layout == "vd" else "rv,dv->rd", g, tile.classifier)
+
+
+def classifier_gradient(g: jax.Array, e_RD: jax.Array, options: Options) -> jax.Array:
+  """A chunk's part of the gradient of a tile of the classifier, from that of X."""
+  return product("vr,rd->vd", g, e_RD) if options.layout == "vd" else product("rd,rv->dv", e_RD, g)
 
 
 def tile_statistics(
-  running: tuple[jax.Array, ...], x_RW: jax.Array, tile: Tile, labels_R: jax.Array, options: Options
+  running: tuple[jax.Array, ...], x: jax.Array, tile: Tile, labels_R: jax.Array, options: Options
 ) -> tuple[jax.Array, ...]:
-  """Adds a tile to the running (largest logit, sum of exponentials, target logit, total)."""
+  """Adds a tile, of entries in their own order, to the running (largest logit, exponentials, target logit, total)."""
   top_R, mass_R, target_R, total_R = running
-  shown_RW = jnp.where(tile.fresh_W[None], x_RW, -jnp.inf)
-  top_R, mass_R = terms.add_exponentials(top_R, mass_R, shown_RW, axis=1)
-  hit_RW = (tile.ids_W[None] == labels_R[:, None]) & tile.fresh_W[None]
-  target_R = target_R + jnp.sum(jnp.where(hit_RW, x_RW, 0.0), axis=1)
+  axis = options.vocabulary_axis
+  top_R, mass_R = terms.add_exponentials(top_R, mass_R, fresh(tile, x, -jnp.inf, options), axis)
+  W = x.shape[axis]
+  place_R = labels_R - tile.start
+  here_R = (place_R >= 0) & (place_R < W)
+  place_R = jnp.clip(place_R, 0, W - 1)
+  if tile.fresh_W is not None:
+    here_R = here_R & tile.fresh_W[place_R]
+  at_label_R = jnp.take_along_axis(x, by_row(place_R, options), axis).squeeze(axis)
+  target_R = target_R + jnp.where(here_R, at_label_R, 0.0)
   if options.total:
-    total_R = total_R + jnp.sum(jnp.where(tile.fresh_W[None], x_RW, 0.0), axis=1)
+    total_R = total_R + jnp.sum(fresh(tile, x, 0.0, options), axis)
   return top_R, mass_R, target_R, total_R
 
 
 def chunk_statistics(
-  e_RD: jax.Array, labels_R: jax.Array, weights: Weights, width: int, keep: bool
-) -> tuple[Statistics, jax.Array | None]:
-  """Statistics of a chunk of rows; with `keep` also its logits, tile by tile [tiles, R, W]."""
+  e_RD: jax.Array, labels_R: jax.Array, weights: Weights, width: int
+) -> tuple[Statistics, jax.Array]:
+  """Statistics of a chunk of rows, and its logits, tile by tile: stored only where they are used."""
   dtype = terms.accumulator(e_RD.dtype)
   start = [terms.zeros(labels_R.shape, dtype, e_RD, labels_R, weights[:3]) for _ in range(4)]
 
-  def body(running: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+  def body(running: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
     tile = cut(weights, index, width)
-    x_RW = tile_logits(e_RD, tile, weights.options)
-    return tile_statistics(running, x_RW, tile, labels_R, weights.options), x_RW if keep else None
+    x = tile_logits(e_RD, tile, weights.options)
+    return tile_statistics(running, x, tile, labels_R, weights.options), x
 
   tiles = jnp.arange(-(-weights.entries // width))
   (top_R, mass_R, target_R, total_R), kept = loop(body, (start[0] - jnp.inf, *start[1:]), tiles)
@@ -121,6 +158,13 @@ class Gradients(NamedTuple):
   bias_V: jax.Array | None
 
 
+def tile_bracket(x: jax.Array, tile: Tile, labels_R: jax.Array, rows: Rows, options: Options) -> tuple[jax.Array, Rows]:
+  """d loss / d X of one tile, and the rows' factors spread to broadcast against it."""
+  spread = Rows(*(by_row(value_R, options) for value_R in rows))
+  hit = by_entry(tile.ids_W, options) == by_row(labels_R, options)
+  return fresh(tile, terms.logit_gradient(x, hit, spread, options), 0.0, options), spread
+
+
 def chunk_gradients(
   sums: Gradients,
   e_RD: jax.Array,
@@ -130,32 +174,31 @@ def chunk_gradients(
   width: int,
   kept: jax.Array | None,
 ) -> tuple[Gradients, jax.Array]:
-  """Adds a chunk's part to the classifier's gradients; also returns the gradient of its rows of E."""
-  options, dtype = weights.options, terms.accumulator(e_RD.dtype)
-  column = Rows(*(value_R[:, None] for value_R in rows))
-  # Inactive rows may hold NaN, and 0 * NaN would reach every row of the classifier's gradient.
-  e_RD = jnp.where(column.active_N, e_RD, 0.0)
+  """Adds a chunk's part to the classifier's gradients; also returns the gradient of its rows of E.
 
-  def body(
-    carry: tuple[Gradients, jax.Array], step: tuple[jax.Array, jax.Array | None]
-  ) -> tuple[tuple[Gradients, jax.Array], None]:
+  `kept` are the logits of all entries in their own order, if they are known.
+  """
+  options, dtype = weights.options, terms.accumulator(e_RD.dtype)
+  # Inactive rows may hold NaN, and 0 * NaN would reach every row of the classifier's gradient.
+  e_RD = jnp.where(rows.active_N[:, None], e_RD, 0.0)
+
+  def body(carry: tuple[Gradients, jax.Array], index: jax.Array) -> tuple[tuple[Gradients, jax.Array], None]:
     sums, de_RD = carry
-    index, x_RW = step
     tile = cut(weights, index, width)
-    x_RW = tile_logits(e_RD, tile, options) if x_RW is None else jnp.where(column.active_N, x_RW, 0.0)
-    bracket_RW = terms.logit_gradient(x_RW, tile.ids_W[None] == labels_R[:, None], column, options)
-    bracket_RW = jnp.where(tile.fresh_W[None], bracket_RW, 0.0)
-    g_RW = bracket_RW * terms.slope(x_RW, options)
-    small_RW = g_RW.astype(e_RD.dtype)
+    x = tile_logits(e_RD, tile, options) if kept is None else entries_of(kept, tile, weights)
+    x = jnp.where(by_row(rows.active_N, options), x, 0.0)
+    bracket, spread = tile_bracket(x, tile, labels_R, rows, options)
+    g = bracket * terms.slope(x, options)
+    small = g.astype(e_RD.dtype)
     de_RD = when(
-      terms.keeps(bracket_RW, column, options.threshold_e),
-      lambda de_RD: de_RD + product(f"rv,{options.layout}->rd", small_RW, tile.classifier),
+      terms.keeps(bracket, spread, options.threshold_e),
+      lambda de_RD: de_RD + rows_gradient(small, tile, options),
       de_RD,
     )
     sums = when(
-      terms.keeps(bracket_RW, column, options.threshold_c),
+      terms.keeps(bracket, spread, options.threshold_c),
       lambda sums: add_tile(
-        sums, product(f"rv,rd->{options.layout}", small_RW, e_RD), jnp.sum(g_RW, axis=0), tile, weights
+        sums, classifier_gradient(small, e_RD, options), jnp.sum(g, 1 - options.vocabulary_axis), tile, weights
       ),
       sums,
     )
@@ -163,8 +206,16 @@ def chunk_gradients(
 
   tiles = jnp.arange(-(-weights.entries // width))
   start = terms.zeros(e_RD.shape, dtype, e_RD, sums, rows)
-  (sums, de_RD), _ = loop(body, (sums, start), (tiles, kept))
+  (sums, de_RD), _ = loop(body, (sums, start), tiles)
   return sums, de_RD
+
+
+def entries_of(x: jax.Array, tile: Tile, weights: Weights) -> jax.Array:
+  """A tile of X from the X of all entries."""
+  axis = weights.options.vocabulary_axis
+  if weights.order_V is not None:
+    return jnp.take(x, tile.ids_W, axis)
+  return jax.lax.dynamic_slice_in_dim(x, tile.start, tile.ids_W.size, axis)
 
 
 def when(condition: jax.Array | bool, update: Callable[[Any], Any], value: Any) -> Any:
@@ -199,7 +250,7 @@ def statistics(
   def body(done: Statistics, index: jax.Array) -> tuple[Statistics, None]:
     start, _ = window(index, size, N)
     e_RD, labels_R = take((embeddings_ND, labels_N), start, size)
-    chunk, _ = chunk_statistics(e_RD, labels_R, weights, width, keep=False)
+    chunk, _ = chunk_statistics(e_RD, labels_R, weights, width)
     return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, start, 0), done, chunk), None
 
   start = Statistics(*(terms.zeros((N,), dtype, embeddings_ND, labels_N, weights[:3]) for _ in range(3)))
@@ -255,13 +306,14 @@ def loss_gradients(
   order_V = terms.sorted_order(embeddings_ND, classifier, bias_V, counted_N, options) if options.sort else None
   weights = Weights(classifier, bias_V, order_V, options)
   N, dtype = labels_N.size, terms.accumulator(embeddings_ND.dtype)
+  in_order = weights._replace(order_V=None)
   size, width = blocks.xla_chunk(N, weights.entries)
 
   def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
     done, sums, de_ND = carry
     start, fresh_R = window(index, size, N)
     e_RD, labels_R, weight_R = take((embeddings_ND, labels_N, weight_N), start, size)
-    local, kept = chunk_statistics(e_RD, labels_R, weights, width, keep=True)
+    local, (kept,) = chunk_statistics(e_RD, labels_R, in_order, weights.entries)
     stats = terms.combine(local, options.axis_name)
     cotangents = jax.grad(terms.total_loss)(stats, weight_R * fresh_R, options)
     rows = terms.backward_rows(stats, cotangents)
