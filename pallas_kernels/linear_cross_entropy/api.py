@@ -178,6 +178,8 @@ def _local(
     first = jax.lax.axis_index(options.axis_name) * classifier.shape[options.vocabulary_axis]
     labels_N = labels_N - first.astype(jnp.int32)
   embeddings_ND, classifier, bias_V = mesh.vary_together(embeddings_ND, classifier, bias_V)
+  if name == "xla" and options.layout == "vd" and classifier.shape[0] <= blocks.SMALL_VOCABULARY:
+    classifier, options = classifier.T, dataclasses.replace(options, layout="dv")  # the faster one for short rows
   arrays = (embeddings_ND, classifier, labels_N, bias_V)
   weight = jnp.sum(weight_N, keepdims=True)
   if labels_N.size == 0:

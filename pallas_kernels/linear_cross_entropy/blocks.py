@@ -32,10 +32,10 @@ def xla_tiles(N: int, V: int) -> Blocks:
 
 
 def xla_chunk(N: int, V: int) -> Blocks:
-  """Tiles where a chunk of rows keeps its logits: N / 6 rows, 128 to 512; for a small vocabulary what 32 MiB hold."""
+  """Tiles where a chunk of rows keeps its logits: N / 8 rows, 128 to 512; for a small vocabulary what 32 MiB hold."""
   if V <= SMALL_VOCABULARY:
     return Blocks(min(N, 8 * MEBI // V), V)
-  return Blocks(min(N, max(128, min(-(-N // 6), 512))), 2048)
+  return Blocks(min(N, max(128, min(N // 8, 512))), 2048)
 
 
 class Chip(NamedTuple):

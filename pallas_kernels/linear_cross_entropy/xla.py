@@ -5,8 +5,8 @@ FLOPs together). `loss_gradients` serves a scalar loss with 6NVD: each token's w
 chunk of rows keeps its logits just long enough to make its part of the gradients.
 """
 
-# N tokens, D model, V vocabulary; R rows of a chunk, W entries of a tile; a tile X is [W, R] for a classifier [V, D] and
-# [R, W] for [D, V]: the orientation in which all three products run fast on a CPU
+# N tokens, D model, V vocabulary; R rows of a chunk, W entries of a tile; a tile X of logits is [W, R] for a classifier
+# [V, D] and [R, W] for [D, V]: the orientation in which all three products run fast on a CPU
 from __future__ import annotations
 
 from collections.abc import Callable
