@@ -84,9 +84,9 @@ def linear_cross_entropy(
     implementation: None takes "pallas_tpu" on TPU for more than 4096 entries, else "xla"; a named one runs or raises.
       "pallas_gpu" (Hopper) lowers but has never been run, and is taken only by name.
       "xla" with a scalar reduction makes the gradients in its forward pass: 6NVD FLOPs and R x V logits at a time (up
-      to 4096 entries, R is all N rows or what 32 MiB hold; above, 128 rows or more), and a byte-level vocabulary costs
-      what materialised logits cost. Where lse is differentiated, and for "none", the logits are computed twice, 8NVD.
-      "reference" materialises the logits.
+      to 4096 entries, R is all N rows or what 32 MiB hold; above, N / 8, but 128 to 512), and a byte-level vocabulary
+      costs what materialised logits cost. Where lse is differentiated, and for "none", the logits are computed twice,
+      8NVD. "reference" materialises the logits.
     interpret: run a named Pallas implementation in Pallas's interpreter.
     axis_name: inside shard_map, the mesh axis that the classifier (and the bias) is split over by vocabulary.
       On Explicit meshes leave it None: the types say how tokens and vocabulary are spread.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_cross_entropy import terms, xla
+from pallas_kernels.linear_cross_entropy import terms, tiling
 from pallas_kernels.linear_cross_entropy.blocks import Blocks
 from pallas_kernels.linear_cross_entropy.terms import Options, Rows
 
@@ -32,14 +32,14 @@ def kept_tiles(
   """Computes the logits once more (2NVD FLOPs), in the tiles that the backward pass in question uses."""
   counted_N = rows.active_N
   order_V = terms.sorted_order(embeddings_ND, classifier, bias_V, counted_N, options) if options.sort else None
-  weights = xla.Weights(classifier, bias_V, order_V, options)
+  weights = tiling.Weights(classifier, bias_V, order_V, options)
 
   def one_tile(row_tile: jax.Array, vocabulary_tile: jax.Array) -> Aux:
-    start, fresh_R = xla.window(row_tile, size.rows, labels_N.size)
-    e_RD, labels_R, part = xla.take((embeddings_ND, labels_N, rows), start, size.rows)
-    tile, chosen = xla.cut(weights, vocabulary_tile, size.entries), xla.only(part, fresh_R)
-    x = xla.tile_logits(jnp.where(chosen.active_N[:, None], e_RD, 0.0), tile, options)
-    bracket, spread = xla.tile_bracket(x, tile, labels_R, chosen, options)
+    start, fresh_R = tiling.window(row_tile, size.rows, labels_N.size)
+    e_RD, labels_R, part = tiling.take((embeddings_ND, labels_N, rows), start, size.rows)
+    tile, chosen = tiling.cut(weights, vocabulary_tile, size.entries), tiling.only(part, fresh_R)
+    x = tiling.tile_logits(jnp.where(chosen.active_N[:, None], e_RD, 0.0), tile, options)
+    bracket, spread = tiling.tile_bracket(x, tile, labels_R, chosen, options)
     kept = (terms.keeps(bracket, spread, limit) for limit in (options.threshold_e, options.threshold_c))
     return Aux(*(jnp.asarray(flag, jnp.float32) for flag in kept))
 

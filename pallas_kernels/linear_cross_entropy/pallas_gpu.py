@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_cross_entropy import blocks, terms, xla
+from pallas_kernels.linear_cross_entropy import blocks, terms, tiling
 from pallas_kernels.linear_cross_entropy.blocks import Blocks
 from pallas_kernels.linear_cross_entropy.terms import Options, Rows, Statistics
 
@@ -238,7 +238,7 @@ def gradients(
   )
   vectors = (rows.lse_N, rows.scale_N, rows.at_target_N, rows.offset_N)
   end = functools.partial(end_with_gradient, options=options)
-  weights = xla.Weights(classifier_VD, bias_V, None, options)
+  weights = tiling.Weights(classifier_VD, bias_V, None, options)
 
   def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
     sums, de_ND = carry
@@ -247,13 +247,13 @@ def gradients(
     arrays = (shown_ND, classifier_VD, labels_N)
     (g_RW,) = launch(end, jnp.stack([row, entry]), arrays, vectors, bias_V, tiles, out, scratch, options)
     e_RD = jax.lax.dynamic_slice_in_dim(shown_ND, row, size)
-    tile = xla.cut(weights, index % (V // run), run)
-    de_ND = xla.add_rows(de_ND, xla.product("rv,vd->rd", g_RW, tile.classifier), row)
+    tile = tiling.cut(weights, index % (V // run), run)
+    de_ND = tiling.add_rows(de_ND, tiling.product("rv,vd->rd", g_RW, tile.classifier), row)
     db_W = jnp.sum(g_RW, axis=0, dtype=jnp.float32)
-    return (xla.add_tile(sums, xla.product("rv,rd->vd", g_RW, e_RD), db_W, tile, weights), de_ND), None
+    return (tiling.add_tile(sums, tiling.product("rv,rd->vd", g_RW, e_RD), db_W, tile, weights), de_ND), None
 
   start = (
-    xla.no_gradients(weights, jnp.float32, embeddings_ND),
+    tiling.no_gradients(weights, jnp.float32, embeddings_ND),
     terms.zeros(embeddings_ND.shape, jnp.float32, embeddings_ND),
   )
   blocks_of_logits = jnp.arange((N // size) * (V // run), dtype=jnp.int32)
