@@ -38,7 +38,7 @@ from pallas_kernels.linear_cross_entropy.tiling import (
 
 
 def loop(body: Callable[[Any, Any], Any], start: Any, xs: Any) -> Any:
-  """`jax.lax.scan`, but for a single step, which needs no loop and no slices: a small vocabulary on few rows."""
+  """`jax.lax.scan`, but for a single step, which needs no loop and no slices: few rows, or one tile of all entries."""
   if len(jax.tree.leaves(xs)[0]) > 1:
     return jax.lax.scan(body, start, xs)
   carry, y = body(start, jax.tree.map(lambda x: x[0], xs))
@@ -102,8 +102,10 @@ def chunk_gradients(
   def body(carry: tuple[Gradients, jax.Array], index: jax.Array) -> tuple[tuple[Gradients, jax.Array], None]:
     sums, de_RD = carry
     tile = cut(weights, index, width)
-    x = tile_logits(e_RD, tile, options) if kept is None else entries_of(kept, tile, weights)
-    x = jnp.where(by_row(rows.active_N, options), x, 0.0)
+    if kept is None:
+      x = tile_logits(e_RD, tile, options)
+    else:
+      x = jnp.where(by_row(rows.active_N, options), entries_of(kept, tile, weights), 0.0)
     bracket, spread = tile_bracket(x, tile, labels_R, rows, options)
     g = bracket * terms.slope(x, options)
     small = g.astype(e_RD.dtype)
