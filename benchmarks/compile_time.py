@@ -28,7 +28,9 @@ def measure(layers: int) -> float:
   from jaxlm.train.step import init_state, make_train_step
 
   tiny = presets.tiny()
-  config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, layers=layers, scan="always"))
+  config = dataclasses.replace(
+    tiny, model=dataclasses.replace(tiny.model, layers=layers, scan="always")
+  )
   shape = (config.batch, config.data.length)
   batch = Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.ones(shape, np.float32))
   state = jax.eval_shape(lambda: init_state(config))
@@ -38,7 +40,9 @@ def measure(layers: int) -> float:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--turns", type=int, default=5)
   parser.add_argument("--write", type=Path)
   parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
@@ -48,12 +52,16 @@ def main() -> None:
     return
   from train_step import versions
 
-  environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+  environment = {
+    key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"
+  }
   seconds: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
   for _ in range(options.turns):
     for depth in DEPTHS:
       command = [sys.executable, __file__, "--layers", str(depth)]
-      printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+      printed = subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True
+      ).stdout
       seconds[depth].append(float(printed))
   lines = ["| layers | median seconds | min - max |", "|---|---|---|"]
   lines += [

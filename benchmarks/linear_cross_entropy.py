@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from loss_arms import Arm, arms
 
-from jaxlm.train.memory import keep_freed_memory
+from jaxlm.run.memory import keep_freed_memory
 from pallas_kernels.schedule.report import PACKAGES, cases, closing, not_run, row, table, versions
 
 CPU_SHAPES = ((2048, 512, 32_768), (1024, 256, 131_072), (4096, 128, 256))
@@ -52,7 +52,11 @@ def relative(got: jax.Array, want: jax.Array) -> jax.Array:
 
 
 def compare(
-  shape: tuple[int, int, int], device: jax.Device, dtype: Any, tolerance: float, found: dict[str, Any]
+  shape: tuple[int, int, int],
+  device: jax.Device,
+  dtype: Any,
+  tolerance: float,
+  found: dict[str, Any],
 ) -> None:
   """All arms on one shape, forward and forward + backward, in alternating turns after their values agree.
 
@@ -61,13 +65,19 @@ def compare(
   with jax.default_device(device):
     inputs = problem(*shape, dtype)
     for gradient in (False, True):
-      checked, errors = check(inputs, gradient, device.platform == "gpu", tolerance, found["not_run"])
+      checked, errors = check(
+        inputs, gradient, device.platform == "gpu", tolerance, found["not_run"]
+      )
       seconds = timed(checked)
       for name, arm in checked.items():
         what = "forward + backward" if gradient else "forward"
-        about = dict(shape=shape, dtype=jnp.dtype(dtype).name, device=device.platform, what=what, name=name)
+        about = dict(
+          shape=shape, dtype=jnp.dtype(dtype).name, device=device.platform, what=what, name=name
+        )
         medians = {key: float(np.median(values)) for key, values in seconds[name].items()}
-        found["measured"].append(about | dict(errors=errors[name], temp_mib=arm.memory() / 2**20) | medians)
+        found["measured"].append(
+          about | dict(errors=errors[name], temp_mib=arm.memory() / 2**20) | medians
+        )
         print(found["measured"][-1], flush=True)
 
 
@@ -83,20 +93,26 @@ def check(
       arm = make()
       got = arm.run()
     except Exception as error:  # whatever a library does on this machine, the others are compared
-      failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+      failed[name] = (
+        f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+      )
       continue
     want = got if want is None else want
     errors[name] = [float(relative(g, w)) for g, w in zip(got, want, strict=True)]
     if max(errors[name]) <= tolerance:
       checked[name] = arm
     else:
-      failed[name] = f"relative errors of loss and gradients are {errors[name]}, tolerance {tolerance}: not timed"
+      failed[name] = (
+        f"relative errors of loss and gradients are {errors[name]}, tolerance {tolerance}: not timed"
+      )
   return checked, errors
 
 
 def timed(checked: dict[str, Arm]) -> dict[str, dict[str, list[float]]]:
   """Wall and processor seconds of every turn; the processor's do not count other programs on the machine."""
-  seconds: dict[str, dict[str, list[float]]] = {name: {"wall_s": [], "cpu_s": []} for name in checked}
+  seconds: dict[str, dict[str, list[float]]] = {
+    name: {"wall_s": [], "cpu_s": []} for name in checked
+  }
   for _ in range(TURNS):
     for name, arm in checked.items():
       wall, cpu = time.perf_counter(), time.process_time()
@@ -108,24 +124,36 @@ def timed(checked: dict[str, Arm]) -> dict[str, dict[str, list[float]]]:
 
 def timing_table(rows: list[dict[str, Any]]) -> str:
   """Ratios are materialised / this loss, above 1: faster by the clock on the wall, or smaller."""
-  lines = ["| N x D x V | what | loss | wall ms | processor ms | TFLOP/s | temp MiB | faster | smaller |"]
+  lines = [
+    "| N x D x V | what | loss | wall ms | processor ms | TFLOP/s | temp MiB | faster | smaller |"
+  ]
   lines.append("|" + "---|" * 9)
   yardsticks = {(r["shape"], r["dtype"], r["what"]): r for r in rows if r["name"] == "materialised"}
   for r in rows:
     first = yardsticks.get((r["shape"], r["dtype"], r["what"]), r)
     shape = " x ".join(map(str, r["shape"])) + f" {r['dtype']} {r['device']}"
     # 2NVD forward, and 8NVD with the backward pass, whether or not the logits are computed twice
-    rate = (2 if r["what"] == "forward" else 8) * np.prod(r["shape"], dtype=float) / r["wall_s"] / 1e12
-    better = f"{first['wall_s'] / r['wall_s']:.2f}x | {first['temp_mib'] / max(r['temp_mib'], 0.1):.1f}x"
+    rate = (
+      (2 if r["what"] == "forward" else 8) * np.prod(r["shape"], dtype=float) / r["wall_s"] / 1e12
+    )
+    better = (
+      f"{first['wall_s'] / r['wall_s']:.2f}x | {first['temp_mib'] / max(r['temp_mib'], 0.1):.1f}x"
+    )
     times = f"{1e3 * r['wall_s']:.1f} | {1e3 * r['cpu_s']:.1f} | {rate:.3g} | {r['temp_mib']:.1f}"
-    lines.append(f"| {shape} | {r['what']} | {r['name']} | {times} | {' | ' if r is first else better} |")
+    lines.append(
+      f"| {shape} | {r['what']} | {r['name']} | {times} | {' | ' if r is first else better} |"
+    )
   return "\n".join(lines)
 
 
 def measure(skip: list[str], chips: list[str]) -> dict[str, Any]:
   gpu, cpu = jax.default_backend() == "gpu", jax.devices("cpu")[0]
-  hardware = jax.devices()[0].device_kind.replace(" ", "_").lower() if gpu else f"cpu{os.cpu_count()}"
-  found: dict[str, Any] = dict(date=datetime.date.today().isoformat(), versions=versions(*PACKAGES, *OTHERS))
+  hardware = (
+    jax.devices()[0].device_kind.replace(" ", "_").lower() if gpu else f"cpu{os.cpu_count()}"
+  )
+  found: dict[str, Any] = dict(
+    date=datetime.date.today().isoformat(), versions=versions(*PACKAGES, *OTHERS)
+  )
   found |= dict(machine=platform.platform(), hardware=hardware, tpu_schedule=[], measured=[])
   found["not_run"] = {name: "skipped on request" for name in skip}
   if "gpu" not in skip and gpu:
@@ -146,7 +174,9 @@ def measure(skip: list[str], chips: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--out", default=pathlib.Path(__file__).parent / "results", type=pathlib.Path)
   parser.add_argument("--skip", nargs="*", default=[], choices=["tpu", "cpu", "gpu"])
   parser.add_argument("--chips", nargs="+", default=["v5e", "v5p", "v6e", "tpu7x"])
@@ -156,10 +186,16 @@ def main() -> None:
   versions_line = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
   text = [f"# Linear cross-entropy\n\n{found['date']}, {found['hardware']}; {versions_line}"]
   if found["measured"]:
-    text.append(f"## Measured, medians of {TURNS} alternating turns\n\n{timing_table(found['measured'])}")
+    text.append(
+      f"## Measured, medians of {TURNS} alternating turns\n\n{timing_table(found['measured'])}"
+    )
   if found["tpu_schedule"]:
-    text.append(f"## TPU by schedule\n\n{table(found['tpu_schedule'])}\n\n{closing(found['tpu_schedule'])}")
-  text.append("## Not run\n\n" + "\n".join(f"- {what}: {why}" for what, why in found["not_run"].items()))
+    text.append(
+      f"## TPU by schedule\n\n{table(found['tpu_schedule'])}\n\n{closing(found['tpu_schedule'])}"
+    )
+  text.append(
+    "## Not run\n\n" + "\n".join(f"- {what}: {why}" for what, why in found["not_run"].items())
+  )
   arguments.out.mkdir(parents=True, exist_ok=True)
   stem = arguments.out / f"linear_cross_entropy_{found['hardware']}"
   stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")

@@ -82,7 +82,9 @@ def measure_once(arm: str, cache: str, folder: Path) -> None:
 
 
 def measure(folder: Path, turns: int) -> dict[tuple[str, str], list[dict]]:
-  results: dict[tuple[str, str], list[dict]] = {(cache, arm): [] for cache in CACHES for arm in ARMS}
+  results: dict[tuple[str, str], list[dict]] = {
+    (cache, arm): [] for cache in CACHES for arm in ARMS
+  }
   for _ in range(turns):
     for cache, arm in results:
       command = [sys.executable, __file__, "--folder", str(folder), "--arm", arm, "--cache", cache]
@@ -92,12 +94,16 @@ def measure(folder: Path, turns: int) -> dict[tuple[str, str], list[dict]]:
 
 
 def table(results: dict[tuple[str, str], list[dict]], size: int) -> str:
-  lines = ["| page cache | arm | median s | best s | CPU s | median / read | best / read | peak GB | peak / file |"]
+  lines = [
+    "| page cache | arm | median s | best s | CPU s | median / read | best / read | peak GB | peak / file |"
+  ]
   lines.append("|---|---|---|---|---|---|---|---|---|")
   for (cache, arm), found in results.items():
     seconds = [one["seconds"] for one in found]
     read = [one["seconds"] for one in results[cache, "read"]]
-    ratios = f"{statistics.median(seconds) / statistics.median(read):.2f} | {min(seconds) / min(read):.2f}"
+    ratios = (
+      f"{statistics.median(seconds) / statistics.median(read):.2f} | {min(seconds) / min(read):.2f}"
+    )
     peak = max(one["peak"] for one in found)
     cpu = statistics.median(one["cpu"] for one in found)
     lines.append(
@@ -108,10 +114,14 @@ def table(results: dict[tuple[str, str], list[dict]], size: int) -> str:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--turns", type=int, default=7)
   parser.add_argument("--preset", default="qwen2_5_1_5b")
-  parser.add_argument("--folder", type=Path, help="keeps the checkpoint here, and uses one that is here")
+  parser.add_argument(
+    "--folder", type=Path, help="keeps the checkpoint here, and uses one that is here"
+  )
   parser.add_argument("--write", type=Path)
   parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
   parser.add_argument("--cache", choices=CACHES, help=argparse.SUPPRESS)
@@ -134,7 +144,9 @@ def main() -> None:
   print(report)
   if options.write:
     options.write.parent.mkdir(parents=True, exist_ok=True)
-    options.write.write_text(f"# Loading weights on CPU\n\n    python {' '.join(sys.argv)}\n\n{report}")
+    options.write.write_text(
+      f"# Loading weights on CPU\n\n    python {' '.join(sys.argv)}\n\n{report}"
+    )
 
 
 if __name__ == "__main__":

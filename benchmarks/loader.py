@@ -16,7 +16,7 @@ from train_step import versions
 
 from jaxlm import presets
 from jaxlm.data.loader import load_text, train_loader
-from jaxlm.train.memory import keep_freed_memory
+from jaxlm.run.memory import keep_freed_memory
 from jaxlm.train.step import init_state, make_train_step
 
 
@@ -48,10 +48,15 @@ def step_rates(config, steps: int) -> list[float]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--write", type=Path)
   options = parser.parse_args()
-  lines = ["| rows | loader, tokens/s: median (min - max) | step | loader / step |", "|---|---|---|---|"]
+  lines = [
+    "| rows | loader, tokens/s: median (min - max) | step | loader / step |",
+    "|---|---|---|---|",
+  ]
   consumed = step_rates(presets.tiny(), steps=20)
   for layout in ("windows", "packed"):
     tiny = presets.tiny()
@@ -63,7 +68,9 @@ def main() -> None:
       f"| {statistics.median(consumed):,.0f} | {ratio:,.0f} |"
     )
   report = (
-    f"# Data loader\n\n    python benchmarks/loader.py\n\n{versions('jax', 'grain')}\n\n" + "\n".join(lines) + "\n"
+    f"# Data loader\n\n    python benchmarks/loader.py\n\n{versions('jax', 'grain')}\n\n"
+    + "\n".join(lines)
+    + "\n"
   )
   print(report)
   if options.write:

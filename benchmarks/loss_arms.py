@@ -23,7 +23,9 @@ class Arm(NamedTuple):
   """bytes in use during a run, beyond inputs and results"""
 
 
-def materialised(embeddings_ND: jax.Array, classifier_VD: jax.Array, labels_N: jax.Array) -> jax.Array:
+def materialised(
+  embeddings_ND: jax.Array, classifier_VD: jax.Array, labels_N: jax.Array
+) -> jax.Array:
   """What a training loop writes without a fused loss."""
   x_NV = jnp.einsum("nd,vd->nv", embeddings_ND, classifier_VD, preferred_element_type=jnp.float32)
   target_N = jnp.take_along_axis(x_NV, labels_N[:, None], axis=1)[:, 0]
@@ -31,7 +33,9 @@ def materialised(embeddings_ND: jax.Array, classifier_VD: jax.Array, labels_N: j
 
 
 def jax_arm(loss: Callable[..., jax.Array], inputs: Inputs, gradient: bool) -> Arm:
-  compiled: Any = jax.jit(jax.value_and_grad(loss, (0, 1)) if gradient else loss).lower(*inputs).compile()
+  compiled: Any = (
+    jax.jit(jax.value_and_grad(loss, (0, 1)) if gradient else loss).lower(*inputs).compile()
+  )
   memory = compiled.memory_analysis().temp_size_in_bytes
   return Arm(lambda: jax.block_until_ready(jax.tree.leaves(compiled(*inputs))), lambda: memory)
 
@@ -62,7 +66,9 @@ def torch_arm(loss: Callable[..., Any], inputs: Inputs, gradient: bool) -> Arm:
 
 
 def liger() -> Callable[..., Any]:
-  return importlib.import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
+  return importlib.import_module(
+    "liger_kernel.transformers.functional"
+  ).liger_fused_linear_cross_entropy
 
 
 def cut_cross_entropy(implementation: str) -> Callable[..., Any]:
@@ -71,7 +77,9 @@ def cut_cross_entropy(implementation: str) -> Callable[..., Any]:
 
 
 def ours(implementation: str | None) -> Callable[..., jax.Array]:
-  return lambda e_ND, c_VD, labels_N: linear_cross_entropy(e_ND, c_VD, labels_N, implementation=implementation)
+  return lambda e_ND, c_VD, labels_N: linear_cross_entropy(
+    e_ND, c_VD, labels_N, implementation=implementation
+  )
 
 
 def arms(inputs: Inputs, gradient: bool, gpu: bool) -> Iterator[tuple[str, Callable[[], Arm]]]:

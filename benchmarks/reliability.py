@@ -42,7 +42,13 @@ def section_kills(folder: Path) -> str:
     first = sum(kill.newest < 0 for kill in found)
     sums = [sum(getattr(kill, name) for kill in found) for name in ("lost", "unsound")]
     rows.append([aim, len(found), first, *sums, max(kill.repeated for kill in found)])
-  columns = ("killed", "times", "before the first checkpoint", "finished checkpoints lost", "that do not verify")
+  columns = (
+    "killed",
+    "times",
+    "before the first checkpoint",
+    "finished checkpoints lost",
+    "that do not verify",
+  )
   total = sum(len(chain.kills) for chain in chains)
   same, aside = (sum(getattr(chain, name) for chain in chains) for name in ("same", "aside"))
   return f"""\
@@ -64,7 +70,9 @@ def section_damage(folder: Path) -> str:
   rows = []
   for kind in damage.KINDS:
     found = [case for case in cases if case.kind == kind]
-    rows.append([kind, len(found), sum(case.named for case in found), sum(case.older_used for case in found)])
+    rows.append(
+      [kind, len(found), sum(case.named for case in found), sum(case.older_used for case in found)]
+    )
   resumed = [damage.resumed(folder, run, kind) for kind in damage.KINDS]
   return f"""\
 Every file of a checkpoint in turn, {len(cases)} cases. Named: the manifest says which file differs, and how.
@@ -91,7 +99,9 @@ def section_stops(folder: Path) -> str:
   rows = []
   for name, stop in stops.campaign(folder).items():
     seconds = "" if "stop_after" in name else f"{stop.seconds:.1f}"
-    rows.append([name, " and ".join(map(str, stop.statuses)), stop.last, max(stop.saved, 0), seconds])
+    rows.append(
+      [name, " and ".join(map(str, stop.statuses)), stop.last, max(stop.saved, 0), seconds]
+    )
   return f"""\
 Endless runs that save only when they stop; signals come after the third step. 130 says that the run can be resumed. Of
 two processes the second was asked, and the first, which writes, stopped at the same step. No step is saved as 0.
@@ -104,7 +114,8 @@ def section_starved(folder: Path) -> str:
   """Out of room or rights"""
   outcomes = starved.campaign(folder)
   rows = [
-    [name, o.status, ", ".join(map(str, o.kept)) or "none", "yes" if o.same else "no"] for name, o in outcomes.items()
+    [name, o.status, ", ".join(map(str, o.kept)) or "none", "yes" if o.same else "no"]
+    for name, o in outcomes.items()
   ]
   said = "\n".join(f"- {name}: {_last_word(o.said)}" for name, o in outcomes.items() if o.said)
   return f"""\
@@ -148,11 +159,15 @@ def write_section(title: str, text: str) -> None:
   head, *parts = before.split("\n## ")
   sections = {part.partition("\n")[0]: part.partition("\n")[2].strip() for part in parts}
   sections[title] = text.strip()
-  RESULTS.write_text("\n".join([head, *(f"## {name}\n\n{text}\n" for name, text in sections.items())]))
+  RESULTS.write_text(
+    "\n".join([head, *(f"## {name}\n\n{text}\n" for name, text in sections.items())])
+  )
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("sections", nargs="+", choices=list(SECTIONS))
   logging.getLogger("jaxlm").setLevel(logging.ERROR)  # damage is warned of 200 times
   for name in parser.parse_args().sections:

@@ -19,9 +19,9 @@ import numpy as np
 
 from jaxlm import presets
 from jaxlm.data.packing import Batch
+from jaxlm.run.guard import Guard
+from jaxlm.run.run_folder import RunFolder, read_records
 from jaxlm.train import step as steps
-from jaxlm.train.guard import Guard
-from jaxlm.train.run_folder import RunFolder, read_records
 from jaxlm.train.step import init_state, make_train_step
 from tests.reliability import fuzz_test, messages_test
 from tests.reliability.processes import SMALL, run, same_end, write_corpus
@@ -80,7 +80,10 @@ def overhead(turns: int = 12, each: int = 4) -> str:
   choose, arms = steps._choose, {}
   for name, rule in {"leaves out": choose, "always takes": lambda taken, new, old: new}.items():
     steps._choose = rule
-    step, state = jax.jit(make_train_step(config), donate_argnums=0), jax.jit(init_state, static_argnums=0)(config)
+    step, state = (
+      jax.jit(make_train_step(config), donate_argnums=0),
+      jax.jit(init_state, static_argnums=0)(config),
+    )
     arms[name] = [step, step(state, batch, 100.0)[0], []]
   steps._choose = choose
   for _ in range(turns):
@@ -90,7 +93,9 @@ def overhead(turns: int = 12, each: int = 4) -> str:
         arm[1], metrics = arm[0](arm[1], batch, 100.0)
         jax.block_until_ready(metrics)
         arm[2].append(1e3 * (time.perf_counter() - start))
-  rows = [[name, f"{statistics.median(arm[2]):.1f}", f"{min(arm[2]):.1f}"] for name, arm in arms.items()]
+  rows = [
+    [name, f"{statistics.median(arm[2]):.1f}", f"{min(arm[2]):.1f}"] for name, arm in arms.items()
+  ]
   return f"""\
 ## What it costs that a bad update can be left out
 
@@ -106,15 +111,41 @@ def repeats(steps: int = 30) -> str:
   with tempfile.TemporaryDirectory() as name:
     place = Path(name)
     write_corpus(place)
-    flags = ["--steps", str(steps), "--save_every", "15", "--eval_every", "15", "--model.K", "2", *SMALL]
+    flags = [
+      "--steps",
+      str(steps),
+      "--save_every",
+      "15",
+      "--eval_every",
+      "15",
+      "--model.K",
+      "2",
+      *SMALL,
+    ]
     _ok(run(place, "train", "micro", "--run", "first", *flags))
     first = RunFolder(place / "first")
     _ok(run(place, "train", "first/config.json", "--run", "again"))
     same = same_end(RunFolder(place / "again"), first)
-    rows.append(["again, from config.json", "0 (bit for bit, state too)" if same else "differs", "0" if same else "-"])
+    rows.append(
+      [
+        "again, from config.json",
+        "0 (bit for bit, state too)" if same else "differs",
+        "0" if same else "-",
+      ]
+    )
     for mesh in MESHES:
       axes = [f"--mesh.{axis}={size}" for axis, size in mesh.sizes().items()]
-      _ok(run(place, "train", "first/config.json", "--run", str(len(rows)), *axes, JAX_NUM_CPU_DEVICES="8"))
+      _ok(
+        run(
+          place,
+          "train",
+          "first/config.json",
+          "--run",
+          str(len(rows)),
+          *axes,
+          JAX_NUM_CPU_DEVICES="8",
+        )
+      )
       rows.append([mesh.describe(), *_deviations(RunFolder(place / str(len(rows))), first)])
   return f"""\
 ## The same run again

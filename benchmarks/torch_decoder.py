@@ -64,7 +64,11 @@ class Decoder(nn.Module):
 
 def load(model: Decoder, params: dict) -> dict[str, tuple[nn.Parameter, bool]]:
   """Copies jaxlm parameters in; returns name -> (parameter, transposed) to read gradients back by the same names."""
-  named = {"embed": (model.embed.weight, False), "norm/w_D": (model.norm.w_D, False), "head": (model.head.weight, True)}
+  named = {
+    "embed": (model.embed.weight, False),
+    "norm/w_D": (model.norm.w_D, False),
+    "head": (model.head.weight, True),
+  }
   stacks = {key: value for key, value in params.items() if key.startswith("blocks/0/")}
   for i, block in enumerate(model.blocks):
     named |= {

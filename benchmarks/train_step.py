@@ -39,12 +39,14 @@ def run_config(size: str):
 
 
 def tokens_of(config) -> np.ndarray:
-  return np.random.default_rng(0).integers(0, config.model.V, (config.batch, config.data.length + 1), dtype=np.int32)
+  return np.random.default_rng(0).integers(
+    0, config.model.V, (config.batch, config.data.length + 1), dtype=np.int32
+  )
 
 
 def jaxlm_worker(config, folder: Path):
   """Yields after each step; writes the weights and first gradients to `folder`."""
-  from jaxlm.train.memory import keep_freed_memory
+  from jaxlm.run.memory import keep_freed_memory
 
   keep_freed_memory()
   import jax
@@ -57,7 +59,9 @@ def jaxlm_worker(config, folder: Path):
   batch = Batch(ids[:, :-1], ids[:, 1:], np.ones_like(ids[:, 1:], np.float32))
   state = jax.jit(init_state, static_argnums=0)(config)
   objective = lambda params, batch: batch_loss(config, params, batch)  # noqa: E731
-  grads, _ = jax.jit(lambda params: accumulated_gradients(objective, params, batch, 1))(state.params)
+  grads, _ = jax.jit(lambda params: accumulated_gradients(objective, params, batch, 1))(
+    state.params
+  )
   for name, tree in (("weights", state.params), ("gradients", grads)):
     np.savez(folder / f"{name}.npz", **flat_arrays(tree))
   step = jax.jit(make_train_step(config), donate_argnums=0)
@@ -84,8 +88,13 @@ def torch_worker(config, folder: Path, compiled: bool):
   o = config.optimizer
   matrices = [p for name, (p, _) in named.items() if p.ndim == 2 and name != "embed"]
   others = [p for name, (p, _) in named.items() if p.ndim == 1 or name == "embed"]
-  groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
-  optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.b1, o.b2), eps=o.eps, fused=True)
+  groups = [
+    {"params": matrices, "weight_decay": o.weight_decay},
+    {"params": others, "weight_decay": 0.0},
+  ]
+  optimizer = torch.optim.AdamW(
+    groups, lr=o.learning_rate, betas=(o.b1, o.b2), eps=o.eps, fused=True
+  )
   forward = torch.compile(model) if compiled else model
   first = True
   while True:
@@ -109,7 +118,11 @@ def torch_worker(config, folder: Path, compiled: bool):
 def serve(arm: str, size: str, folder: Path) -> None:
   """A worker: for each line "N" on stdin, runs N steps and answers with the seconds of each and the last loss."""
   config = run_config(size)
-  steps = jaxlm_worker(config, folder) if arm == "jaxlm" else torch_worker(config, folder, arm == "torch.compile")
+  steps = (
+    jaxlm_worker(config, folder)
+    if arm == "jaxlm"
+    else torch_worker(config, folder, arm == "torch.compile")
+  )
   for line in sys.stdin:
     seconds, loss = [], 0.0
     for _ in range(int(line)):
@@ -125,7 +138,9 @@ def measure(size: str, arms: tuple[str, ...], turns: int, steps: int) -> dict[st
     workers = {}
     for arm in arms:
       command = [sys.executable, __file__, "--worker", arm, "--size", size, "--folder", folder]
-      workers[arm] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+      workers[arm] = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+      )
       losses = ask(workers[arm], 3)["loss"]
       print(f"{size} {arm}: loss after 3 steps {losses:.5f}", file=sys.stderr)
     for _ in range(turns):
@@ -144,13 +159,17 @@ def ask(worker: subprocess.Popen, steps: int) -> dict:
 
 
 def table(results: dict[str, dict[str, list[float]]]) -> str:
-  lines = ["| size | arm | median ms | 10 % - 90 % | best | speed against eager | against torch.compile |"]
+  lines = [
+    "| size | arm | median ms | 10 % - 90 % | best | speed against eager | against torch.compile |"
+  ]
   lines.append("|---|---|---|---|---|---|---|")
   for size, seconds in results.items():
     medians = {arm: statistics.median(values) for arm, values in seconds.items()}
     for arm, values in seconds.items():
       low, high = np.quantile(values, (0.1, 0.9))
-      ratios = [f"{medians[base] / medians[arm]:.2f}" if base in medians else "-" for base in ARMS[1:]]
+      ratios = [
+        f"{medians[base] / medians[arm]:.2f}" if base in medians else "-" for base in ARMS[1:]
+      ]
       lines.append(
         f"| {size} | {arm} | {1e3 * medians[arm]:.0f} | {1e3 * low:.0f} - {1e3 * high:.0f} | {1e3 * min(values):.0f} "
         f"| {ratios[0]} | {ratios[1]} |"
@@ -161,13 +180,18 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
 def versions(*libraries: str) -> str:
   from importlib.metadata import version
 
-  cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.machine())
+  cpu = next(
+    (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line),
+    platform.machine(),
+  )
   numbers = ", ".join(f"{name} {version(name)}" for name in libraries)
   return f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, {numbers}"
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--turns", type=int, default=12)
   parser.add_argument("--steps", type=int, default=3, help="steps per turn")
   parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
@@ -180,13 +204,16 @@ def main() -> None:
   if options.worker:
     serve(options.worker, options.size, options.folder)
     return
-  results = {size: measure(size, tuple(options.arms), options.turns, options.steps) for size in options.sizes}
-  report = (
-    f"{versions('jax', 'flax', 'torch')}; {options.turns} turns of {options.steps} steps per arm\n\n{table(results)}\n"
-  )
+  results = {
+    size: measure(size, tuple(options.arms), options.turns, options.steps) for size in options.sizes
+  }
+  report = f"{versions('jax', 'flax', 'torch')}; {options.turns} turns of {options.steps} steps per arm\n\n"
+  report += f"{table(results)}\n"
   print(report)
   if options.write:
-    options.write.write_text(f"# Training step on CPU\n\n    python {' '.join(sys.argv)}\n\n{report}")
+    options.write.write_text(
+      f"# Training step on CPU\n\n    python {' '.join(sys.argv)}\n\n{report}"
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from jaxlm.presets import tiny
-from jaxlm.train.run_folder import RunFolder, read_records
+from jaxlm.run.run_folder import RunFolder, read_records
 
 PROMPT = "class Parser:\n    def __init__(self, name):\n"
 
@@ -49,7 +49,9 @@ def main() -> None:
   finish(jaxlm("resume", run))
   finish(jaxlm("eval", run))
   finish(jaxlm("sample", run, "--prompt", PROMPT, "--temperature", "0.7"))
-  print(f"\n{folder.plot} shows the curve; the whole demo took {time.perf_counter() - start:.0f} seconds")
+  print(
+    f"\n{folder.plot} shows the curve; the whole demo took {time.perf_counter() - start:.0f} seconds"
+  )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
   command, rest = arguments[0], arguments[1:]
   try:
     if command not in COMMANDS:
-      raise ValueError(f"command {command!r} does not exist; nearest: {_nearest(command, COMMANDS)}")
+      raise ValueError(
+        f"command {command!r} does not exist; nearest: {_nearest(command, COMMANDS)}"
+      )
     return COMMANDS[command](rest)
   except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
     print(f"jaxlm: {error}", file=sys.stderr)
@@ -58,11 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> int:
   if not arguments or arguments[0] in ("-h", "--help"):
-    print("usage: jaxlm train PRESET [flags]   (`jaxlm train PRESET --help` lists the flags)\n\npresets")
+    print(
+      "usage: jaxlm train PRESET [flags]   (`jaxlm train PRESET --help` lists the flags)\n\npresets"
+    )
     print(_preset_list())
     return 0 if arguments else 2
   config = parse_train(arguments[0], arguments[1:])
-  from jaxlm.train import train
+  from jaxlm.run import train
   from sharding.multihost import join_processes
 
   join_processes()
@@ -72,14 +76,16 @@ def _train(arguments: list[str]) -> int:
 def parse_train(preset: str, flags: list[str]) -> TrainConfig:
   """The configuration of a preset, or of a run's config.json, with these flags over it."""
   if preset.endswith(".json"):
-    from jaxlm.train.run_folder import read_config
+    from jaxlm.run.run_folder import read_config
 
     default = read_config(Path(preset))
     default = dataclasses.replace(default, run=f"{default.run}-again")
   else:
     default = find_preset(preset)()
     if not isinstance(default, TrainConfig):
-      raise ValueError(f"preset {preset!r}: returned {type(default).__name__}, must return a TrainConfig")
+      raise ValueError(
+        f"preset {preset!r}: returned {type(default).__name__}, must return a TrainConfig"
+      )
   if not default.run:
     default = dataclasses.replace(default, run=f"runs/{preset.rpartition(':')[2]}")
   return tyro.cli(TrainConfig, default=default, args=flags, prog=f"jaxlm train {preset}")
@@ -110,7 +116,7 @@ def _resume(arguments: list[str]) -> int:
       run: folder of the run
       steps: new number of steps, above the old one to train longer
     """
-    from jaxlm.train import resume
+    from jaxlm.run import resume
     from sharding.multihost import join_processes
 
     join_processes()
@@ -147,7 +153,7 @@ def _sample(arguments: list[str]) -> int:
     from jaxlm.decode import Sampler
 
     sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    from jaxlm.train import SavedRun
+    from jaxlm.run import SavedRun
 
     saved = SavedRun.open(run)
     for index in range(count):
@@ -166,7 +172,7 @@ def _eval(arguments: list[str]) -> int:
       batches: read only this many
     """
     from jaxlm.data.baselines import baselines
-    from jaxlm.train import SavedRun
+    from jaxlm.run import SavedRun
 
     saved = SavedRun.open(run)
     text, loss, tokens = saved.evaluate(batches)
@@ -187,8 +193,8 @@ def _plot(arguments: list[str]) -> int:
       runs: folders of runs
       out: picture to write
     """
-    from jaxlm.train.plot import draw_runs
-    from jaxlm.train.run_folder import RunFolder
+    from jaxlm.run.plot import draw_runs
+    from jaxlm.run.run_folder import RunFolder
 
     draw_runs([RunFolder(run) for run in runs], out)
     print(f"drew {out}")
@@ -205,7 +211,7 @@ def _replay(arguments: list[str]) -> int:
       run: folder of the run
       step: the step, as metrics.jsonl counts them
     """
-    from jaxlm.train.replay import replay
+    from jaxlm.run.replay import replay
 
     replay(run, step)
     return 0
@@ -226,7 +232,7 @@ def _convert(arguments: list[str]) -> int:
       target: folder to write, new or empty
       dtype: type of the written weights; by default float32, in which runs keep theirs
     """
-    from jaxlm.interop.convert import convert
+    from jaxlm.run.convert import convert
 
     print(convert(source, target, dtype))
     return 0
@@ -246,7 +252,7 @@ def _checkpoint(arguments: list[str]) -> int:
         configuration and arrays
       run: folder of the run
     """
-    from jaxlm.train.checkpoint_report import show, verify
+    from jaxlm.checkpoint.report import show, verify
 
     return (verify if action == "verify" else show)(run)
 
@@ -254,7 +260,9 @@ def _checkpoint(arguments: list[str]) -> int:
 
 
 def _kernels(arguments: list[str]) -> int:
-  def report(chips: tuple[str, ...] = (), match: str = "", out: Path = Path("kernels_report")) -> int:
+  def report(
+    chips: tuple[str, ...] = (), match: str = "", out: Path = Path("kernels_report")
+  ) -> int:
     """Cycles, MXU use, HBM traffic, spills and VMEM of the TPU kernels, as the compiler scheduled them (needs libtpu).
 
     Writes a table, a bar chart and JSON, and says what a schedule cannot show. Minutes per chip.
@@ -264,7 +272,9 @@ def _kernels(arguments: list[str]) -> int:
       match: only kernels whose name contains this
       out: folder to write
     """
-    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; a backend that loads libtpu first would lose its listings
+    os.environ["JAX_PLATFORMS"] = (
+      "cpu"  # nothing runs; a backend that loads libtpu first would lose its listings
+    )
     from pallas_kernels.schedule.report import report
 
     report(out, chips, match)
@@ -300,7 +310,11 @@ def _finish(result) -> int:
 
 def _presets() -> dict[str, Callable[[], TrainConfig]]:
   """Every public function of `jaxlm.presets`."""
-  own = {name: value for name, value in vars(presets).items() if getattr(value, "__module__", "") == presets.__name__}
+  own = {
+    name: value
+    for name, value in vars(presets).items()
+    if getattr(value, "__module__", "") == presets.__name__
+  }
   return {name: function for name, function in own.items() if not name.startswith("_")}
 
 

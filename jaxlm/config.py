@@ -12,7 +12,14 @@ from typing import Any, Literal
 
 from sharding.mesh import MeshConfig
 
-__all__ = ["DataConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "RopeConfig", "TrainConfig"]
+__all__ = [
+  "DataConfig",
+  "MeshConfig",
+  "ModelConfig",
+  "OptimizerConfig",
+  "RopeConfig",
+  "TrainConfig",
+]
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -27,7 +34,12 @@ def check_finite(config: Any, path: str) -> None:
   """Raises ValueError for a number among the fields that is not one, or is infinite."""
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
-    check(not isinstance(value, float) or math.isfinite(value), path + field.name, value, "must be a finite number")
+    check(
+      not isinstance(value, float) or math.isfinite(value),
+      path + field.name,
+      value,
+      "must be a finite number",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,10 +75,20 @@ class RopeConfig:
     check_finite(self, "model.rope.")
     check(self.theta > 1, "model.rope.theta", self.theta, "must be above 1")
     check(self.factor >= 1, "model.rope.factor", self.factor, "must be at least 1")
-    check(self.original_length >= 1, "model.rope.original_length", self.original_length, "must be at least 1")
+    check(
+      self.original_length >= 1,
+      "model.rope.original_length",
+      self.original_length,
+      "must be at least 1",
+    )
     for name in ("attention_factor", "mscale", "mscale_all_dim"):
       unused = self.scaling == "yarn" or getattr(self, name) is None
-      check(unused, f"model.rope.{name}", getattr(self, name), f"belongs to yarn, not to scaling={self.scaling}")
+      check(
+        unused,
+        f"model.rope.{name}",
+        getattr(self, name),
+        f"belongs to yarn, not to scaling={self.scaling}",
+      )
     check(
       self.low_freq_factor < self.high_freq_factor,
       "model.rope.low_freq_factor",
@@ -139,7 +161,12 @@ class ModelConfig:
     check_finite(self, "model.")
     for name in ("D", "F", "N", "K", "H", "V", "layers", "window"):
       check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
-    check(self.N % self.K == 0, "model.N", self.N, f"query heads must be a multiple of K={self.K} key heads")
+    check(
+      self.N % self.K == 0,
+      "model.N",
+      self.N,
+      f"query heads must be a multiple of K={self.K} key heads",
+    )
     check(self.H % 2 == 0, "model.H", self.H, "rotary embedding needs an even head width")
     check(len(self.attention) > 0, "model.attention", self.attention, "names at least one kind")
     check(
@@ -228,11 +255,15 @@ class OptimizerConfig:
     check(0 < self.decay <= 1, "optimizer.decay", self.decay, "must lie in (0, 1]")
     check(0 <= self.final <= 1, "optimizer.final", self.final, "must lie in [0, 1]")
     for name in ("b1", "b2", "momentum"):
-      check(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must lie in [0, 1)")
+      check(
+        0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must lie in [0, 1)"
+      )
     for name in ("eps", "muon_scale"):
       check(getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "must be above 0")
     for name in ("weight_decay", "clip"):
-      check(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must be at least 0")
+      check(
+        getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must be at least 0"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,7 +323,12 @@ class TrainConfig:
       check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
     for name in ("save_every", "keep_every", "eval_every", "z_loss", "seed"):
       check(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
-    check(self.batch % self.accumulate == 0, "batch", self.batch, f"must be a multiple of accumulate={self.accumulate}")
+    check(
+      self.batch % self.accumulate == 0,
+      "batch",
+      self.batch,
+      f"must be a multiple of accumulate={self.accumulate}",
+    )
     check(self.spike_size > 0, "spike_size", self.spike_size, "must be above 0")
     check(0 <= self.ema < 1, "ema", self.ema, "must lie in [0, 1)")
     check(self.stop_seconds > 0, "stop_after", self.stop_after, "must be above 0")
@@ -304,5 +340,10 @@ class TrainConfig:
       return math.inf
     number, unit = self.stop_after[:-1], self.stop_after[-1]
     rule = "must be a number with its unit, as in 90s, 30m, 2h or 1d"
-    check(number.replace(".", "", 1).isdecimal() and unit in _SECONDS, "stop_after", self.stop_after, rule)
+    check(
+      number.replace(".", "", 1).isdecimal() and unit in _SECONDS,
+      "stop_after",
+      self.stop_after,
+      rule,
+    )
     return float(number) * _SECONDS[unit]

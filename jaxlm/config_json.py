@@ -65,5 +65,11 @@ def _words(hint: Any) -> str:
     return "one of " + ", ".join(map(str, parts))
   if typing.get_origin(hint) is tuple:
     return f"a list, each {_words(parts[0])}"
-  names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+  names = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+  }
   return " or ".join(map(_words, parts)) if parts else names[hint]

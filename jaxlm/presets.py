@@ -49,17 +49,25 @@ def llama_3_1_8b() -> TrainConfig:
 
 def qwen2_5_0_5b() -> TrainConfig:
   """Qwen2.5 0.5B (Qwen Team 2024, arXiv 2412.15115)."""
-  return _tuning(dataclasses.replace(_QWEN2_5, D=896, F=4864, N=14, K=2, H=64, layers=24, tied=True, max_length=32768))
+  return _tuning(
+    dataclasses.replace(
+      _QWEN2_5, D=896, F=4864, N=14, K=2, H=64, layers=24, tied=True, max_length=32768
+    )
+  )
 
 
 def qwen2_5_1_5b() -> TrainConfig:
   """Qwen2.5 1.5B (Qwen Team 2024, arXiv 2412.15115)."""
-  return _tuning(dataclasses.replace(_QWEN2_5, D=1536, F=8960, N=12, K=2, H=128, layers=28, tied=True))
+  return _tuning(
+    dataclasses.replace(_QWEN2_5, D=1536, F=8960, N=12, K=2, H=128, layers=28, tied=True)
+  )
 
 
 def qwen2_5_7b() -> TrainConfig:
   """Qwen2.5 7B (Qwen Team 2024, arXiv 2412.15115)."""
-  return _tuning(dataclasses.replace(_QWEN2_5, D=3584, F=18944, N=28, K=4, H=128, V=152064, layers=28))
+  return _tuning(
+    dataclasses.replace(_QWEN2_5, D=3584, F=18944, N=28, K=4, H=128, V=152064, layers=28)
+  )
 
 
 def qwen3_0_6b() -> TrainConfig:

@@ -35,10 +35,14 @@ class MeshConfig:
   def __post_init__(self) -> None:
     for name, size in self.sizes().items():
       if size != -1 and size < 1:
-        raise ValueError(f"mesh.{name}={size}: an axis has at least 1 device (or -1 for all that are left)")
+        raise ValueError(
+          f"mesh.{name}={size}: an axis has at least 1 device (or -1 for all that are left)"
+        )
     free = [name for name, size in self.sizes().items() if size == -1]
     if len(free) > 1:
-      raise ValueError(f"mesh.{free[1]}=-1: only one axis may take the devices that are left, mesh.{free[0]} does")
+      raise ValueError(
+        f"mesh.{free[1]}=-1: only one axis may take the devices that are left, mesh.{free[0]} does"
+      )
 
   def sizes(self) -> dict[str, int]:
     """Axis name -> size as written, in mesh order."""
@@ -50,14 +54,18 @@ class MeshConfig:
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if -1 in sizes.values():
       if devices % fixed:
-        raise ValueError(f"mesh {self.describe()}: {devices} devices cannot be split into groups of {fixed}")
+        raise ValueError(
+          f"mesh {self.describe()}: {devices} devices cannot be split into groups of {fixed}"
+        )
       return {name: devices // fixed if size == -1 else size for name, size in sizes.items()}
     if fixed > devices:
       raise ValueError(f"mesh {self.describe()}: needs {fixed} devices, there are {devices}")
     return sizes
 
   def describe(self) -> str:
-    return " x ".join(f"{name} {size}" for name, size in self.sizes().items() if size != 1) or "1 device"
+    return (
+      " x ".join(f"{name} {size}" for name, size in self.sizes().items() if size != 1) or "1 device"
+    )
 
 
 def make_mesh(config: MeshConfig | None = None) -> Mesh:

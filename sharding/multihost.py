@@ -28,7 +28,9 @@ def join_processes() -> None:
 def _number(name: str) -> int:
   value = os.environ.get(name, "")
   if not value.isdigit():
-    raise ValueError(f"{name}={value!r}: must be a whole number where JAX_COORDINATOR_ADDRESS is set")
+    raise ValueError(
+      f"{name}={value!r}: must be a whole number where JAX_COORDINATOR_ADDRESS is set"
+    )
   return int(value)
 
 
@@ -47,7 +49,9 @@ def decide(compute: Callable[[], int]) -> int:
       value = compute()
     except Exception as error:
       failure = error
-  value, failed = (int(x) for x in multihost_utils.broadcast_one_to_all(np.array([value, failure is not None])))
+  value, failed = (
+    int(x) for x in multihost_utils.broadcast_one_to_all(np.array([value, failure is not None]))
+  )
   if failure is not None:
     raise failure
   if failed:

@@ -38,10 +38,14 @@ class LogicalRules:
       axes = tuple(axis for axis in self._axes_of(name) if mesh_shape.get(axis, 1) > 1)
       parts = math.prod(mesh_shape[axis] for axis in axes)
       if size % parts:
-        raise ValueError(f"axis {name!r} of size {size} is not divisible by mesh axes {axes} of {parts} devices")
+        raise ValueError(
+          f"axis {name!r} of size {size} is not divisible by mesh axes {axes} of {parts} devices"
+        )
       for axis in axes:
         if axis in used:
-          raise ValueError(f"mesh axis {axis!r} would split both {used[axis]!r} and {name!r} of one array {names}")
+          raise ValueError(
+            f"mesh axis {axis!r} would split both {used[axis]!r} and {name!r} of one array {names}"
+          )
         used[axis] = str(name)
       entries.append(axes[0] if len(axes) == 1 else axes or None)
     return P(*entries)

@@ -13,6 +13,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if "JAX_COMPILATION_CACHE_DIR" in os.environ:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-jax.config.update("jax_disable_most_optimizations", True)  # halves compile time, which is most of what tests take
-hypothesis.settings.register_profile("project", deadline=None)  # the first example compiles, and machines are busy
+jax.config.update(
+  "jax_disable_most_optimizations", True
+)  # halves compile time, which is most of what tests take
+hypothesis.settings.register_profile(
+  "project", deadline=None
+)  # the first example compiles, and machines are busy
 hypothesis.settings.load_profile("project")

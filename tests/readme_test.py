@@ -22,7 +22,10 @@ def run(arguments: list[str], folder: Path) -> str:
 @pytest.mark.slow
 def test_the_python_example_runs(tmp_path):
   (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-  assert len([line for line in example.splitlines() if line and not line.startswith(("from", "import"))]) <= 10
+  assert (
+    len([line for line in example.splitlines() if line and not line.startswith(("from", "import"))])
+    <= 10
+  )
   printed = run([sys.executable, "-c", example], tmp_path)
   assert float(re.search(r"held-out text: ([\d.]+) bits per byte", printed)[1]) < 4.5
   records = [json.loads(line) for line in (tmp_path / "runs/example/metrics.jsonl").open()]
@@ -32,7 +35,9 @@ def test_the_python_example_runs(tmp_path):
 
 @pytest.mark.slow
 def test_the_commands_run_as_written_but_smaller(tmp_path):
-  commands = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    jaxlm ")]
+  commands = [
+    line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    jaxlm ")
+  ]
   assert [shlex.split(command)[1] for command in commands] == [
     "train",
     "resume",
@@ -70,5 +75,7 @@ def test_the_notebook_runs():
   first = notebook.cells.pop(1)  # the package is installed already
   assert "install" in first.metadata.tags and "jaxlm[plot] @ git+" in first.source
   nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
-  outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+  outputs = [
+    output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+  ]
   assert any("image/png" in output.get("data", {}) for output in outputs)

@@ -88,7 +88,9 @@ def _files(reader: Reader, notes: list[str]) -> Iterator[Document]:
     yield from reader.read(root / name, name)
 
 
-def _walk(root: Path, endings: tuple[str, ...], skip: frozenset[str] = frozenset()) -> tuple[list[str], int]:
+def _walk(
+  root: Path, endings: tuple[str, ...], skip: frozenset[str] = frozenset()
+) -> tuple[list[str], int]:
   """Relative POSIX paths of the files with these endings, sorted, and the number of links met (none is followed)."""
   names, links = list[str](), 0
 
@@ -110,7 +112,9 @@ def _stdlib(reader: Reader, notes: list[str]) -> Iterator[Document]:
   names = _walk(root, (".py",), INSTALLED | TESTS | TABLES)[0] if root.is_dir() else []
   names = [name for name in names if not name.startswith(PLATFORM)]
   if not names:
-    raise ValueError(f"data.source='stdlib': this Python keeps no sources in {root}; name a file or folder instead")
+    raise ValueError(
+      f"data.source='stdlib': this Python keeps no sources in {root}; name a file or folder instead"
+    )
   notes.append(f"Python {platform.python_version()}")
   for name in names:
     try:
@@ -139,7 +143,9 @@ def _hub(reader: Reader, notes: list[str]) -> Iterator[Document]:
     yield reader.record(f"{name}:{split}:{index}", record[config.text_field], where)
 
 
-def _split(documents: list[Document], holdout: float) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
+def _split(
+  documents: list[Document], holdout: float
+) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
   if len(documents) == 1:
     return _split_text(documents[0], holdout)
   places = [_place(document.name) for document in documents]
@@ -156,7 +162,9 @@ def _place(name: str) -> float:
   return int.from_bytes(digest) / 2**64
 
 
-def _split_text(document: Document, holdout: float) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
+def _split_text(
+  document: Document, holdout: float
+) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
   """A single document by position: its tail, from a line break if one is near, is held out."""
   name, text = document
   if len(text) < 2:

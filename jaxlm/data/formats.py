@@ -78,12 +78,16 @@ class Reader:
   def decode(self, raw: bytes, where: str) -> str:
     """Text of UTF-8 bytes; ValueError names `where` and the byte offset of a NUL or of what is not UTF-8."""
     if (offset := raw.find(0)) >= 0:
-      raise ValueError(f"{where}: NUL at byte {offset}: a binary file, or not UTF-8; text holds no NUL")
+      raise ValueError(
+        f"{where}: NUL at byte {offset}: a binary file, or not UTF-8; text holds no NUL"
+      )
     try:
       return raw.decode()
     except UnicodeDecodeError as error:
       if self.config.invalid_utf8 == "error":
-        rule = "text must be UTF-8 (data.invalid_utf8='replace' reads it with U+FFFD in such places)"
+        rule = (
+          "text must be UTF-8 (data.invalid_utf8='replace' reads it with U+FFFD in such places)"
+        )
         raise ValueError(f"{where}: byte {error.start} is not UTF-8: {rule}") from error
     text = raw.decode(errors="replace")
     self.replaced += text.count("\ufffd") - raw.count("\ufffd".encode())
@@ -95,7 +99,9 @@ class Reader:
     raw = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
     if not isinstance(raw, bytes):
       kind = type(value).__name__
-      raise ValueError(f"{where}: field {self.config.text_field!r} (data.text_field) is {kind}, must be text")
+      raise ValueError(
+        f"{where}: field {self.config.text_field!r} (data.text_field) is {kind}, must be text"
+      )
     return self.document(name, raw, where)
 
   def json_lines(self, path: Path, name: str) -> Iterator[Document]:
@@ -116,7 +122,10 @@ class Reader:
 
   def parquet(self, path: Path, name: str) -> Iterator[Document]:
     purpose = f"{path}: reading .parquet"
-    arrow, parquet = require("pyarrow", "data", purpose), require("pyarrow.parquet", "data", purpose)
+    arrow, parquet = (
+      require("pyarrow", "data", purpose),
+      require("pyarrow.parquet", "data", purpose),
+    )
     field, index = self.config.text_field, 0
     try:
       with parquet.ParquetFile(path) as file:
@@ -128,14 +137,18 @@ class Reader:
             yield self.record(f"{name}:{index}", raw, f"{path}:{index}")
             index += 1
     except arrow.ArrowNotImplementedError as error:
-      raise ValueError(f"{path}: column {field!r} (data.text_field) must be text: {error}") from error
+      raise ValueError(
+        f"{path}: column {field!r} (data.text_field) must be text: {error}"
+      ) from error
     except arrow.ArrowException as error:
       raise ValueError(f"{path}: damaged parquet: {error}") from error
 
 
 def no_field(where: str, field: str, there: list[str]) -> ValueError:
   """The error for a record without its text field."""
-  return ValueError(f"{where}: no field {field!r} (data.text_field); there are: {', '.join(there) or 'none'}")
+  return ValueError(
+    f"{where}: no field {field!r} (data.text_field); there are: {', '.join(there) or 'none'}"
+  )
 
 
 def _lines(path: Path) -> Iterator[bytes]:

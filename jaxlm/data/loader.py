@@ -53,11 +53,19 @@ def load_text(config: DataConfig, tokenizer: Tokenizer | None = None) -> TextDat
     rule = f"the training text has {train_targets + 1} tokens, a row needs {config.length + 1}"
     raise ValueError(f"data.length={config.length}: {rule}")
   heldout_bytes = sum(len(document.text.encode()) for document in corpus.heldout)
-  report = f"{corpus.report}\n{tokenizer.vocab_size} different tokens; rows of {config.length}: " + ", ".join(
-    f"{targets} tokens in {len(rows)} {side} rows"
-    for side, rows, targets in (("training", train, train_targets), ("held-out", heldout, heldout_targets))
+  report = (
+    f"{corpus.report}\n{tokenizer.vocab_size} different tokens; rows of {config.length}: "
+    + ", ".join(
+      f"{targets} tokens in {len(rows)} {side} rows"
+      for side, rows, targets in (
+        ("training", train, train_targets),
+        ("held-out", heldout, heldout_targets),
+      )
+    )
   )
-  return TextData(config, tokenizer, corpus, train, heldout, heldout_targets / heldout_bytes, report)
+  return TextData(
+    config, tokenizer, corpus, train, heldout, heldout_targets / heldout_bytes, report
+  )
 
 
 def _rows(
@@ -89,7 +97,9 @@ class _TrainBatches:
     return self.source.take(np.array([self.order[first + b] for b in range(self.batch)[self.rows]]))
 
 
-def train_loader(text: TextData, *, batch: int, seed: int, rows: slice = slice(None)) -> grain.DatasetIterator[Batch]:
+def train_loader(
+  text: TextData, *, batch: int, seed: int, rows: slice = slice(None)
+) -> grain.DatasetIterator[Batch]:
   """An endless iterator over training batches, of which it builds the `rows`; each epoch has an order of its own.
 
   `get_state()` is a small dict of whole numbers; `set_state` of it continues with the batch that would have come next,
@@ -100,7 +110,11 @@ def train_loader(text: TextData, *, batch: int, seed: int, rows: slice = slice(N
   order = grain.MapDataset.range(len(text.train)).shuffle(seed=order_seed).repeat()
   batches = grain.MapDataset.source(_TrainBatches(text.train, order, batch, rows))
   threads = text.config.threads
-  return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)))
+  return iter(
+    batches.to_iter_dataset(
+      grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+    )
+  )
 
 
 def heldout_batches(

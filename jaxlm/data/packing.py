@@ -43,7 +43,9 @@ class Rows(Protocol):
     """Builds these rows; an index past the end gives a row of padding (all weights 0)."""
 
 
-def join(documents: Iterable[np.ndarray], eos: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+def join(
+  documents: Iterable[np.ndarray], eos: int, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
   """The stream of all documents, and where its D + 1 eos are: tokens_S of `dtype`, borders_D int64."""
   end = np.array([eos], dtype)
   parts, sizes = [end], [0]
@@ -93,7 +95,9 @@ class Packed:
 
   def take(self, index_B: np.ndarray) -> Batch:
     shape = (len(index_B), self.length)
-    inputs_BT, targets_BT, positions_BT, segment_ids_BT = (np.zeros(shape, np.int32) for _ in range(4))
+    inputs_BT, targets_BT, positions_BT, segment_ids_BT = (
+      np.zeros(shape, np.int32) for _ in range(4)
+    )
     for b, row in enumerate(index_B):
       at = 0
       for segment, cut in enumerate(self._cuts(row), start=1):
@@ -104,10 +108,14 @@ class Packed:
         positions_BT[b, here] = np.arange(size)
         segment_ids_BT[b, here] = segment
         at += size
-    return Batch(inputs_BT, targets_BT, (segment_ids_BT > 0).astype(np.float32), positions_BT, segment_ids_BT)
+    return Batch(
+      inputs_BT, targets_BT, (segment_ids_BT > 0).astype(np.float32), positions_BT, segment_ids_BT
+    )
 
   def _cuts(self, row: int) -> np.ndarray:
-    return self.order_C[self.rows_R[row] : self.rows_R[row + 1]] if row < len(self) else self.order_C[:0]
+    return (
+      self.order_C[self.rows_R[row] : self.rows_R[row + 1]] if row < len(self) else self.order_C[:0]
+    )
 
 
 def pack(tokens_S: np.ndarray, borders_D: np.ndarray, length: int) -> Packed:

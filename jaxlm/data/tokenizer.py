@@ -97,7 +97,9 @@ class BPETokenizer:
     stream = ((piece, last) for text in texts for piece, last in pieces(text))
     parts = list[np.ndarray]()
     while batch := list(itertools.islice(stream, BATCH)):
-      encoded = self.model.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
+      encoded = self.model.encode_batch_fast(
+        [piece for piece, _ in batch], add_special_tokens=False
+      )
       for encoding, (_, last) in zip(encoded, batch):
         parts.append(np.array(encoding.ids, self.dtype))
         if last:
@@ -137,7 +139,9 @@ def train_bpe(texts: Iterable[str], size: int) -> BPETokenizer:
   )
   model.train_from_iterator((piece for text in texts for piece, _ in pieces(text)), trainer)
   if (found := model.get_vocab_size()) < size:
-    raise ValueError(f"data.tokenizer='bpe:{size}': the training text yields only {found} tokens, bpe:{found} at most")
+    raise ValueError(
+      f"data.tokenizer='bpe:{size}': the training text yields only {found} tokens, bpe:{found} at most"
+    )
   return BPETokenizer(model)
 
 
@@ -146,7 +150,9 @@ def make_tokenizer(config: DataConfig, documents: Iterable[Document]) -> Tokeniz
   if config.tokenizer == "bytes":
     return ByteTokenizer()
   if config.tokenizer.startswith("bpe:"):
-    return train_bpe((document.text for document in documents), int(config.tokenizer.removeprefix("bpe:")))
+    return train_bpe(
+      (document.text for document in documents), int(config.tokenizer.removeprefix("bpe:"))
+    )
   return BPETokenizer.load(Path(config.tokenizer).expanduser())
 
 
@@ -163,4 +169,6 @@ def load_tokenizer(folder: Path, config: DataConfig, vocabulary: int | None = No
 def check_vocabulary(tokenizer: Tokenizer, vocabulary: int, path: Path) -> None:
   """ValueError where a tokenizer gives ids that a model does not have: an embedding is not checked for them."""
   if tokenizer.vocab_size > vocabulary:
-    raise ValueError(f"{path}: has {tokenizer.vocab_size} ids, more than model.V={vocabulary}; it is another tokenizer")
+    raise ValueError(
+      f"{path}: has {tokenizer.vocab_size} ids, more than model.V={vocabulary}; it is another tokenizer"
+    )

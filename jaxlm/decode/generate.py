@@ -35,19 +35,37 @@ def generate(
   """
   check(max_new >= 1, "max_new", max_new, "must be at least 1")
   lengths = [len(prompt) for prompt in prompt_ids]
-  check(bool(lengths) and min(lengths) >= 1, "prompt_ids", lengths, "every prompt needs at least one token")
+  check(
+    bool(lengths) and min(lengths) >= 1,
+    "prompt_ids",
+    lengths,
+    "every prompt needs at least one token",
+  )
   ids_BT = np.zeros((len(lengths), max(lengths)), np.int32)
   for row, prompt in zip(ids_BT, prompt_ids):
     row[: len(prompt)] = prompt
   for extreme in (int(ids_BT.min()), int(ids_BT.max())):
-    check(0 <= extreme < config.V, "prompt_ids", extreme, f"ids run from 0 to V - 1 = {config.V - 1}")
+    check(
+      0 <= extreme < config.V, "prompt_ids", extreme, f"ids run from 0 to V - 1 = {config.V - 1}"
+    )
   key = jax.random.key(0) if key is None else key
   lengths_B = jnp.array(lengths, jnp.int32)
-  return np.asarray(_generate(config, sampler or Sampler(), max_new, eos, params, ids_BT, lengths_B, key))
+  return np.asarray(
+    _generate(config, sampler or Sampler(), max_new, eos, params, ids_BT, lengths_B, key)
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(config: ModelConfig, sampler: Sampler, max_new: int, eos: int | None, params, ids_BT, lengths_B, key):
+def _generate(
+  config: ModelConfig,
+  sampler: Sampler,
+  max_new: int,
+  eos: int | None,
+  params,
+  ids_BT,
+  lengths_B,
+  key,
+):
   model = Transformer(config)
   B, T = ids_BT.shape
   cache: Any = init_cache(config, B, T + max_new)
@@ -56,7 +74,9 @@ def _generate(config: ModelConfig, sampler: Sampler, max_new: int, eos: int | No
   logits_BTV, cache = model.apply(params, ids_BT, positions=positions_BT, cache=cache)
   logits_BV = jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
 
-  def draw(logits_BV: jax.Array, index: jax.Array, done_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def draw(
+    logits_BV: jax.Array, index: jax.Array, done_B: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
     ids_B = sample(logits_BV, jax.random.fold_in(key, index), sampler)
     if eos is None:
       return ids_B, done_B

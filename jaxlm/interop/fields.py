@@ -20,7 +20,9 @@ class Fields:
   def fail(self, key: str, value: Any, rule: str) -> ValueError:
     return ValueError(f"{self._where}: {key}={str(value)[:200]!r}: {rule}")
 
-  def take(self, key: str, kind: type, default: Any = ..., *, optional: bool = False, least: int = 1) -> Any:
+  def take(
+    self, key: str, kind: type, default: Any = ..., *, optional: bool = False, least: int = 1
+  ) -> Any:
     """The value of `key`, of this type (int counts as float); `default` where it is missing.
 
     Without a default the key must be there. null is read as None and needs `optional`. Whole numbers lie in
@@ -53,11 +55,15 @@ class Fields:
 
   def finish(self, harmless: Iterable[str] = ()) -> None:
     """ValueError for a key that is neither taken, nor null, nor among the ones that change no number."""
-    unknown = {key: value for key, value in self._left.items() if value is not None and key not in harmless}
+    unknown = {
+      key: value for key, value in self._left.items() if value is not None and key not in harmless
+    }
     for key, value in unknown.items():
       near = difflib.get_close_matches(key[:100], self._known, n=1)
       raise self.fail(
-        key[:100], value, "unknown, and may change the numbers" + (f"; nearest: {near[0]}" if near else "")
+        key[:100],
+        value,
+        "unknown, and may change the numbers" + (f"; nearest: {near[0]}" if near else ""),
       )
 
 

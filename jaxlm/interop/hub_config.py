@@ -40,7 +40,9 @@ class Family:
 _GEMMA = {"norm_offset": 1, "post_norms": True, "embed_scale": "root_width"}
 FAMILIES = {
   "llama": Family("LlamaForCausalLM", {}, max_length=2048, divides=True),
-  "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}, kv_heads=32, bias_key=False, windows="some"),
+  "qwen2": Family(
+    "Qwen2ForCausalLM", {"qkv_bias": True}, kv_heads=32, bias_key=False, windows="some"
+  ),
   "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}, kv_heads=32, head_dim=128, windows="some"),
   "gemma2": Family(
     "Gemma2ForCausalLM",
@@ -82,7 +84,11 @@ def parse_config(values: dict[str, Any], where: str) -> tuple[ModelConfig, str |
   if name not in FAMILIES:
     raise fields.fail("model_type", name, f"must be one of {', '.join(FAMILIES)}")
   family = FAMILIES[name]
-  fields.expect("architectures", [family.architecture], f"must be [{family.architecture!r}] for model_type {name!r}")
+  fields.expect(
+    "architectures",
+    [family.architecture],
+    f"must be [{family.architecture!r}] for model_type {name!r}",
+  )
   try:
     config = ModelConfig(**_read_model(fields, family, where))
     dtype = _read_dtype(fields)
@@ -156,15 +162,22 @@ def _read_windows(fields: Fields, family: Family, layers: int) -> dict[str, Any]
       raise fields.fail("layer_types", listed, f"must be {layers} of {', '.join(KINDS)}")
     kinds = tuple(KINDS[kind] for kind in listed)
   elif family.windows == "even":
-    kinds = tuple(KINDS["full_attention" if layer % 2 else "sliding_attention"] for layer in range(layers))
+    kinds = tuple(
+      KINDS["full_attention" if layer % 2 else "sliding_attention"] for layer in range(layers)
+    )
   else:
     alike = not used or window is None
-    kinds = tuple(KINDS["full_attention" if alike or layer < first else "sliding_attention"] for layer in range(layers))
+    kinds = tuple(
+      KINDS["full_attention" if alike or layer < first else "sliding_attention"]
+      for layer in range(layers)
+    )
   attention = shortest_pattern(kinds)
   if "window" not in attention:
     return {"attention": attention}
   if not used or window is None:
-    raise fields.fail("layer_types", listed, "has windows, which use_sliding_window or sliding_window switches off")
+    raise fields.fail(
+      "layer_types", listed, "has windows, which use_sliding_window or sliding_window switches off"
+    )
   return {"attention": attention, "window": window}
 
 

@@ -6,7 +6,14 @@ import dataclasses
 from typing import Any
 
 from jaxlm.config import ModelConfig, RopeConfig
-from jaxlm.interop.hub_config import ACTIVATIONS, FAMILIES, KINDS, Family, parse_config, shortest_pattern
+from jaxlm.interop.hub_config import (
+  ACTIVATIONS,
+  FAMILIES,
+  KINDS,
+  Family,
+  parse_config,
+  shortest_pattern,
+)
 from jaxlm.interop.hub_rope import write_rope
 
 # These say how this project computes: a config.json does not hold them.
@@ -23,7 +30,9 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
   name = min(lost, key=lambda name: len(lost[name]))
   if lost[name]:
     what = ", ".join(f"model.{field}={getattr(config, field)!r}" for field in lost[name])
-    raise ValueError(f"{what}: no {' or '.join(FAMILIES)} model can have this (the nearest is {name})")
+    raise ValueError(
+      f"{what}: no {' or '.join(FAMILIES)} model can have this (the nearest is {name})"
+    )
   return attempts[name]
 
 
@@ -99,7 +108,10 @@ def _write_windows(c: ModelConfig, family: Family) -> dict[str, Any]:
   kinds = c.attention * (c.layers // len(c.attention))
   names = {ours: theirs for theirs, ours in KINDS.items()}
   window = c.window if "window" in kinds else None
-  values: dict[str, Any] = {"layer_types": [names[kind] for kind in kinds], "sliding_window": window}
+  values: dict[str, Any] = {
+    "layer_types": [names[kind] for kind in kinds],
+    "sliding_window": window,
+  }
   if family.windows == "some":
     first = kinds.index("window") if window else c.layers
     values |= {"use_sliding_window": window is not None, "max_window_layers": first}

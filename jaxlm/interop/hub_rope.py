@@ -7,7 +7,13 @@ from typing import Any
 from jaxlm.config import RopeConfig
 from jaxlm.interop.fields import Fields
 
-_TYPES = {"default": "none", "linear": "linear", "dynamic": "dynamic", "yarn": "yarn", "llama3": "llama3"}
+_TYPES = {
+  "default": "none",
+  "linear": "linear",
+  "dynamic": "dynamic",
+  "yarn": "yarn",
+  "llama3": "llama3",
+}
 _YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 
 
@@ -41,7 +47,11 @@ def _read(values: dict[str, Any], theta: float | None, max_length: int, where: s
     result |= {"scaling": _TYPES[kind], "factor": rope.take("factor", float)}
   if kind == "dynamic":
     result["original_length"] = max_length
-    rope.expect("original_max_position_embeddings", max_length, f"must equal max_position_embeddings={max_length}")
+    rope.expect(
+      "original_max_position_embeddings",
+      max_length,
+      f"must equal max_position_embeddings={max_length}",
+    )
   if kind == "llama3":
     result["original_length"] = rope.take("original_max_position_embeddings", int)
     result |= {key: rope.take(key, float) for key in ("low_freq_factor", "high_freq_factor")}

@@ -31,7 +31,9 @@ from jaxlm.models import Transformer
 DType = Literal["float32", "bfloat16", "float16"]
 CONFIG = "config.json"
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
-_FREQUENCIES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # computed here; old files store it
+_FREQUENCIES = re.compile(
+  r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+)  # computed here; old files store it
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _DOWNLOADED = ["*.json", "*.safetensors"]
 
@@ -58,22 +60,33 @@ def load(path: str | Path, dtype: DType | None = None) -> tuple[ModelConfig, Any
     file = files[entry.file]
     view = file.view(entry)
     values = view.T if weight.transposed else view
-    return Source(values, lambda: file.advise(entry, "WILLNEED"), lambda: file.advise(entry, "DONTNEED"))
+    return Source(
+      values, lambda: file.advise(entry, "WILLNEED"), lambda: file.advise(entry, "DONTNEED")
+    )
 
   params: dict[str, Any] = {}
   with ThreadPoolExecutor() as pool:
     for weight in weights(config):
       sources = [source(weight, name) for name in weight.names]
-      _insert(params, weight.path, assemble(_at(targets, weight.path), sources, weight.stacked, pool))
+      _insert(
+        params, weight.path, assemble(_at(targets, weight.path), sources, weight.stacked, pool)
+      )
   return config, {"params": params}
 
 
-def inspect(folder: Path, dtype: DType | None = None) -> tuple[ModelConfig, dict[str, Entry], np.dtype]:
+def inspect(
+  folder: Path, dtype: DType | None = None
+) -> tuple[ModelConfig, dict[str, Entry], np.dtype]:
   """(configuration, where each tensor lies, type of the loaded weights), from config.json and headers alone.
 
   Everything that `load` refuses but for a tied head that is not the embedding, and a mesh that does not fit.
   """
-  check(dtype in (None, "float32", "bfloat16", "float16"), "dtype", dtype, "must be float32, bfloat16 or float16")
+  check(
+    dtype in (None, "float32", "bfloat16", "float16"),
+    "dtype",
+    dtype,
+    "must be float32, bfloat16 or float16",
+  )
   config, stated = read_config(folder / CONFIG)
   tensors = find_tensors(folder)
   kind = _check_tensors(config, tensors, folder, stated, dtype)
@@ -91,7 +104,9 @@ def local_folder(path: str | Path) -> Path:
   try:
     from huggingface_hub import snapshot_download
   except ModuleNotFoundError:
-    raise ValueError(f"{path}: no such folder; to download it from the Hub: pip install 'jaxlm[hf]'") from None
+    raise ValueError(
+      f"{path}: no such folder; to download it from the Hub: pip install 'jaxlm[hf]'"
+    ) from None
   try:
     return Path(snapshot_download(str(path), allow_patterns=_DOWNLOADED))
   except (OSError, ValueError) as error:  # no network, no such model, no permission
@@ -107,7 +122,11 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def _check_tensors(
-  config: ModelConfig, tensors: dict[str, Entry], folder: Path, stated: str | None, wanted: DType | None
+  config: ModelConfig,
+  tensors: dict[str, Entry],
+  folder: Path,
+  stated: str | None,
+  wanted: DType | None,
 ) -> np.dtype:
   """The type that the loaded weights will have; ValueError unless the files hold exactly this model."""
   surplus = {name for name in tensors if _FREQUENCIES.fullmatch(name)}
@@ -115,22 +134,32 @@ def _check_tensors(
     surplus.add(_HEAD)  # checked against the embedding
   if tensor_count(config) > len(tensors):
     first = _first_missing(config, tensors)
-    raise ValueError(f"{folder}: {tensor_count(config)} tensors are needed, {len(tensors)} are there; missing: {first}")
+    raise ValueError(
+      f"{folder}: {tensor_count(config)} tensors are needed, {len(tensors)} are there; missing: {first}"
+    )
   needed = {name: weight for weight in weights(config) for name in weight.names}
   for name, weight in needed.items():
     if name not in tensors:
       raise ValueError(f"{folder}: tensor {name} is missing")
     entry = tensors[name]
     if entry.shape != weight.file_shape:
-      raise ValueError(f"{entry.file}: tensor {name} has shape {entry.shape}, {CONFIG} asks for {weight.file_shape}")
+      raise ValueError(
+        f"{entry.file}: tensor {name} has shape {entry.shape}, {CONFIG} asks for {weight.file_shape}"
+      )
     if wanted is None and stated is not None and entry.dtype != stated:
-      raise ValueError(f"{entry.file}: tensor {name} is {entry.dtype}, {CONFIG} states {stated}; say which by dtype=")
+      raise ValueError(
+        f"{entry.file}: tensor {name} is {entry.dtype}, {CONFIG} states {stated}; say which by dtype="
+      )
   for name in tensors:
     if name not in needed and name not in surplus:
-      raise ValueError(f"{tensors[name].file}: tensor {name[:200]!r} belongs to no parameter of this model")
+      raise ValueError(
+        f"{tensors[name].file}: tensor {name[:200]!r} belongs to no parameter of this model"
+      )
   kinds = {tensors[name].dtype for name in needed}
   if wanted is None and len(kinds) > 1:
-    raise ValueError(f"{folder}: tensors of types {', '.join(sorted(map(str, kinds)))}; say which by dtype=")
+    raise ValueError(
+      f"{folder}: tensors of types {', '.join(sorted(map(str, kinds)))}; say which by dtype="
+    )
   return np.dtype(jnp.dtype(wanted)) if wanted else kinds.pop()
 
 
@@ -138,7 +167,9 @@ def _first_missing(config: ModelConfig, tensors: dict[str, Entry]) -> str:
   return next(name for weight in weights(config) for name in weight.names if name not in tensors)
 
 
-def _check_tied_head(config: ModelConfig, tensors: dict[str, Entry], files: dict[Path, MappedFile]) -> None:
+def _check_tied_head(
+  config: ModelConfig, tensors: dict[str, Entry], files: dict[Path, MappedFile]
+) -> None:
   """A tied checkpoint may repeat the embedding as its head; another head would be lost, so ValueError."""
   if not config.tied or _HEAD not in tensors:
     return
@@ -149,7 +180,9 @@ def _check_tied_head(config: ModelConfig, tensors: dict[str, Entry], files: dict
     parts = (slice(start, start + rows) for start in range(0, len(head), rows))
     same = all(head[part].tobytes() == embed[part].tobytes() for part in parts)
   if not same:
-    raise ValueError(f"{tensors[_HEAD].file}: {_HEAD} differs from {_EMBED}, but tie_word_embeddings is true")
+    raise ValueError(
+      f"{tensors[_HEAD].file}: {_HEAD} differs from {_EMBED}, but tie_word_embeddings is true"
+    )
 
 
 def _targets(config: ModelConfig, kind: np.dtype, folder: Path) -> Any:
@@ -157,7 +190,9 @@ def _targets(config: ModelConfig, kind: np.dtype, folder: Path) -> Any:
   mesh = jax.sharding.get_mesh()
   count = max(mesh.size, 1)  # of rows and positions, which divides over any axis
   try:
-    abstract = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((count, count), jnp.int32))
+    abstract = jax.eval_shape(
+      Transformer(config).init, jax.random.key(0), jnp.zeros((count, count), jnp.int32)
+    )
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from error
 
@@ -168,7 +203,9 @@ def _targets(config: ModelConfig, kind: np.dtype, folder: Path) -> Any:
   return jax.tree.map(target, abstract)["params"]
 
 
-def save(path: str | Path, config: ModelConfig, params: Any, *, file_bytes: int = 5 * 10**9) -> None:
+def save(
+  path: str | Path, config: ModelConfig, params: Any, *, file_bytes: int = 5 * 10**9
+) -> None:
   """Writes a checkpoint folder that transformers and other tools open; a tree of gradients saves likewise.
 
   Weights keep their type. More than `file_bytes` of them are spread over several files with an index. config.json
@@ -182,7 +219,9 @@ def save(path: str | Path, config: ModelConfig, params: Any, *, file_bytes: int 
   leaves = {weight: _leaf(params, weight, config) for weight in weights(config)}
   kinds = {np.dtype(leaf.dtype) for leaf in leaves.values()}
   if len(kinds) > 1 or not kinds <= set(safetensors.DTYPES.values()):
-    raise ValueError(f"params: types {', '.join(sorted(map(str, kinds)))}, must be one of float32, bfloat16, float16")
+    raise ValueError(
+      f"params: types {', '.join(sorted(map(str, kinds)))}, must be one of float32, bfloat16, float16"
+    )
   kind = kinds.pop()
   description = write_config(config, str(kind))
   needed = {name: (weight, row) for weight in leaves for row, name in enumerate(weight.names)}
@@ -198,10 +237,14 @@ def save(path: str | Path, config: ModelConfig, params: Any, *, file_bytes: int 
   files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
   files = files if len(groups) > 1 else [SINGLE]
   for file, names in zip(files, groups):
-    safetensors.write(folder / file, {name: (kind, needed[name][0].file_shape) for name in names}, read)
+    safetensors.write(
+      folder / file, {name: (kind, needed[name][0].file_shape) for name in names}, read
+    )
   if len(groups) > 1:
     weight_map = {name: file for file, names in zip(files, groups) for name in names}
-    _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+    _write_json(
+      folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    )
   _write_json(folder / CONFIG, description)
 
 

@@ -44,12 +44,16 @@ def read_header(path: Path) -> dict[str, Entry]:
   with path.open("rb") as file:
     length_bytes = file.read(8)
     if len(length_bytes) < 8:
-      raise ValueError(f"{path}: {size} bytes, but a safetensors file begins with 8 bytes of header length")
+      raise ValueError(
+        f"{path}: {size} bytes, but a safetensors file begins with 8 bytes of header length"
+      )
     (length,) = struct.unpack("<Q", length_bytes)
     if length > size - 8:
       raise ValueError(f"{path}: header of {length:,} bytes, but the file has {size:,}")
     if length > max(HEADER_BYTES, HEADER_SHARE * size):
-      raise ValueError(f"{path}: header of {length:,} bytes, over {HEADER_BYTES:,} and {HEADER_SHARE} of the file")
+      raise ValueError(
+        f"{path}: header of {length:,} bytes, over {HEADER_BYTES:,} and {HEADER_SHARE} of the file"
+      )
     header = parse_object(file.read(length), f"{path}: header")
   _check_metadata(header.pop("__metadata__", {}), path)
   entries = {name: _entry(name, value, path, 8 + length) for name, value in header.items()}
@@ -58,7 +62,9 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _check_metadata(metadata: Any, path: Path) -> None:
-  if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+  if not isinstance(metadata, dict) or not all(
+    isinstance(value, str) for value in metadata.values()
+  ):
     raise ValueError(f"{path}: __metadata__ must map names to strings")
 
 
@@ -76,20 +82,30 @@ def _entry(name: str, value: Any, path: Path, data: int) -> Entry:
   start, stop = offsets
   need = math.prod(shape) * DTYPES[dtype].itemsize
   if stop - start != need:
-    raise ValueError(f"{where}: data_offsets {offsets} span {stop - start} bytes, {dtype} {shape} takes {need}")
+    raise ValueError(
+      f"{where}: data_offsets {offsets} span {stop - start} bytes, {dtype} {shape} takes {need}"
+    )
   return Entry(path, DTYPES[dtype], tuple(shape), data + start, data + stop)
 
 
 def _are_sizes(values: Any) -> bool:
-  return isinstance(values, list) and all(type(value) is int and 0 <= value <= 1 << 48 for value in values)
+  return isinstance(values, list) and all(
+    type(value) is int and 0 <= value <= 1 << 48 for value in values
+  )
 
 
 def _check_ranges(entries: Mapping[str, Entry], path: Path, data: int, size: int) -> None:
   end = data
   for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
     if entry.start != end:
-      what = "overlaps the tensor before it" if entry.start < end else f"leaves {entry.start - end} bytes unused"
-      raise ValueError(f"{path}: tensor {name[:200]!r}: data_offsets begin at {entry.start - data}, which {what}")
+      what = (
+        "overlaps the tensor before it"
+        if entry.start < end
+        else f"leaves {entry.start - end} bytes unused"
+      )
+      raise ValueError(
+        f"{path}: tensor {name[:200]!r}: data_offsets begin at {entry.start - data}, which {what}"
+      )
     if entry.stop > size:
       raise ValueError(
         f"{path}: tensor {name[:200]!r}: ends at byte {entry.stop}, the file has {size}: is it truncated?"
@@ -120,7 +136,9 @@ class MappedFile:
 
 
 def write(
-  path: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], read: Callable[[str], np.ndarray]
+  path: Path,
+  tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+  read: Callable[[str], np.ndarray],
 ) -> None:
   """Writes `tensors` (name -> dtype, shape) in their order; `read` gives the values of one at a time."""
   names = {dtype: name for name, dtype in DTYPES.items()}

@@ -20,10 +20,14 @@ def read_object(path: Path, limit: int) -> dict[str, Any]:
 def parse_object(text: bytes, where: str) -> dict[str, Any]:
   """The object that `text` spells; ValueError begins with `where`."""
   try:
-    value = json.loads(text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+    value = json.loads(
+      text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant
+    )
   except RecursionError:
     raise ValueError(f"{where}: JSON is nested too deeply") from None
-  except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, integers of thousands of digits
+  except (
+    ValueError
+  ) as error:  # JSONDecodeError, UnicodeDecodeError, integers of thousands of digits
     raise ValueError(f"{where}: not valid JSON: {error}") from None
   if not isinstance(value, dict):
     raise ValueError(f"{where}: must hold one JSON object")

@@ -27,7 +27,9 @@ def find_tensors(folder: Path) -> dict[str, Entry]:
   if index.is_file():
     return _find_indexed(folder, index)
   pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-  hint = f"; {pickles[0]} may run code when read, convert it to safetensors elsewhere" if pickles else ""
+  hint = (
+    f"; {pickles[0]} may run code when read, convert it to safetensors elsewhere" if pickles else ""
+  )
   raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}{hint}")
 
 
@@ -41,9 +43,13 @@ def _find_indexed(folder: Path, index: Path) -> dict[str, Entry]:
       raise ValueError(f"{index}: names {file_name!r}, which does not exist")
     for name, entry in read_header(folder / file_name).items():
       if name in found:
-        raise ValueError(f"{folder / file_name}: tensor {name[:200]!r} is also in {found[name].file.name}")
+        raise ValueError(
+          f"{folder / file_name}: tensor {name[:200]!r} is also in {found[name].file.name}"
+        )
       if weight_map.get(name) != file_name:
-        raise ValueError(f"{folder / file_name}: tensor {name[:200]!r} is not where {index.name} says")
+        raise ValueError(
+          f"{folder / file_name}: tensor {name[:200]!r} is not where {index.name} says"
+        )
       found[name] = entry
   if missing := next((name for name in weight_map if name not in found), None):
     raise ValueError(f"{index}: tensor {missing[:200]!r} is not in {weight_map[missing]!r}")
@@ -52,8 +58,15 @@ def _find_indexed(folder: Path, index: Path) -> dict[str, Entry]:
 
 def _checked_name(index: Path):
   def check(name) -> str:
-    if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-      raise ValueError(f"{index}: file {str(name)[:200]!r} must be the plain name of a .safetensors file of the folder")
+    if (
+      not isinstance(name, str)
+      or Path(name).name != name
+      or "\\" in name
+      or not name.endswith(".safetensors")
+    ):
+      raise ValueError(
+        f"{index}: file {str(name)[:200]!r} must be the plain name of a .safetensors file of the folder"
+      )
     return name
 
   return check

@@ -32,7 +32,9 @@ class Weight(NamedTuple):
 
 def weights(c: ModelConfig) -> Iterator[Weight]:
   """All parameters of the model, stack by stack."""
-  yield Weight(("embed",), (c.V, c.D), ("model.embed_tokens.weight",), stacked=False, transposed=False)
+  yield Weight(
+    ("embed",), (c.V, c.D), ("model.embed_tokens.weight",), stacked=False, transposed=False
+  )
   pattern = len(c.attention)
   for stack in range(pattern):
     for (module, parameter), (suffix, shape) in _block(c).items():

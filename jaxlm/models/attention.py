@@ -41,7 +41,9 @@ class Context(NamedTuple):
   segment_ids_BT: jax.Array | None = None
 
 
-def dense(q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None, window=None, cap=None, implementation="auto") -> jax.Array:
+def dense(
+  q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None, window=None, cap=None, implementation="auto"
+) -> jax.Array:
   """Causal self-attention by the platform's best implementation or the named one; shapes as in `dense_attention`.
 
   On a mesh every device attends its own rows and heads, without communication.
@@ -66,7 +68,9 @@ def _choose(implementation: str, dtype: jnp.dtype, cap: float | None) -> str:
   platform = jax.default_backend()
   gpu = "cudnn" if dtype == jnp.bfloat16 and cap is None else "blocked"
   chosen = {"tpu": "splash", "gpu": gpu}.get(platform, "blocked")
-  _announce(f"dense attention on {platform} in {dtype}{'' if cap is None else ', capped'}: {chosen}")
+  _announce(
+    f"dense attention on {platform} in {dtype}{'' if cap is None else ', capped'}: {chosen}"
+  )
   return chosen
 
 
@@ -102,12 +106,15 @@ class Attention(nn.Module):
     b_q = b_k = b_v = b_o = None
     if c.qkv_bias:
       b_q = self.param("b_q", sharded_zeros, (c.N * c.H,), "heads")
-      b_k, b_v = (self.param(name, sharded_zeros, (c.K * c.H,), "kv_heads") for name in ("b_k", "b_v"))
+      b_k, b_v = (
+        self.param(name, sharded_zeros, (c.K * c.H,), "kv_heads") for name in ("b_k", "b_v")
+      )
     if c.out_bias:
       b_o = self.param("b_o", sharded_zeros, (D,), None)
 
     q_BTNH, k_BTKH, v_BTKH = (
-      _split_heads(linear(x_BTD, w, (None, "heads"), _HEADS, b), c.H) for w, b in ((w_q, b_q), (w_k, b_k), (w_v, b_v))
+      _split_heads(linear(x_BTD, w, (None, "heads"), _HEADS, b), c.H)
+      for w, b in ((w_q, b_q), (w_k, b_k), (w_v, b_v))
     )
     if c.qk_norm:
       q_BTNH, k_BTKH = RMSNorm(c, name="q_norm")(q_BTNH), RMSNorm(c, name="k_norm")(k_BTKH)
@@ -129,7 +136,9 @@ class Attention(nn.Module):
     else:
       cache, o_BTNH = _attend_cached(q_BTNH, k_BTKH, v_BTKH, cache, context, c, window)
     o_BTNH = checkpoint_name(o_BTNH, "attention_out")
-    o_BTD = linear(o_BTNH.reshape(B, T, c.N * c.H), w_o, ("heads", None), ("batch", "norm_length", None), b_o)
+    o_BTD = linear(
+      o_BTNH.reshape(B, T, c.N * c.H), w_o, ("heads", None), ("batch", "norm_length", None), b_o
+    )
     return o_BTD, cache
 
 
@@ -141,20 +150,28 @@ def _split_heads(x_BTZ: jax.Array, H: int) -> jax.Array:
   B, T, Z = x_BTZ.shape
   if not is_sharded():
     return x_BTZ.reshape(B, T, Z // H, H)
-  return jax.lax.reshape(x_BTZ, (B, T, Z // H, H), out_sharding=spec((B, T, Z // H, H), *_HEADS, None))
+  return jax.lax.reshape(
+    x_BTZ, (B, T, Z // H, H), out_sharding=spec((B, T, Z // H, H), *_HEADS, None)
+  )
 
 
-def _attend_cached(q_BTNH, k_BTKH, v_BTKH, cache: KVCache, context: Context, c: ModelConfig, window: int | None):
+def _attend_cached(
+  q_BTNH, k_BTKH, v_BTKH, cache: KVCache, context: Context, c: ModelConfig, window: int | None
+):
   """Writes T positions into the cache and attends to all positions up to each query's own."""
   S = cache.k_BSKH.shape[1]
-  late = c.rope.scaling == "dynamic"  # frequencies change with the length, so its keys are rotated when read
+  late = (
+    c.rope.scaling == "dynamic"
+  )  # frequencies change with the length, so its keys are rotated when read
   if not late:
     k_BTKH = apply_rope(k_BTKH, *rope_tables(c.rope, context.positions_BT, c.H, context.length))
   rows_B1 = jnp.arange(q_BTNH.shape[0])[:, None]
   k_BSKH = cache.k_BSKH.at[rows_B1, context.positions_BT].set(k_BTKH.astype(cache.k_BSKH.dtype))
   v_BSKH = cache.v_BSKH.at[rows_B1, context.positions_BT].set(v_BTKH.astype(cache.v_BSKH.dtype))
   s_BS = jnp.arange(S)[None]
-  keys_BSKH = apply_rope(k_BSKH, *rope_tables(c.rope, s_BS, c.H, context.length)) if late else k_BSKH
+  keys_BSKH = (
+    apply_rope(k_BSKH, *rope_tables(c.rope, s_BS, c.H, context.length)) if late else k_BSKH
+  )
   mask_BTS = dense_attention.causal_mask(context.positions_BT, s_BS, window)
   o_BTNH = dense_attention.attend(q_BTNH, keys_BSKH, v_BSKH, mask_BTS, c.attention_cap)
   return KVCache(k_BSKH, v_BSKH), o_BTNH

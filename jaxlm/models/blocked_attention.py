@@ -42,12 +42,16 @@ def blocked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, window=None, cap=None) 
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
   q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-  o_BKGTH = _attend(q_BKGTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), segment_ids_BT, window, cap)
+  o_BKGTH = _attend(
+    q_BKGTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), segment_ids_BT, window, cap
+  )
   return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, window: int | None, cap: float | None) -> jax.Array:
+def _attend(
+  q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, window: int | None, cap: float | None
+) -> jax.Array:
   return _forward(q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, window, cap)[0]
 
 
@@ -65,7 +69,9 @@ def _forward(q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, window, cap):
     mass_BKR1 = jnp.sum(e_BKRS, axis=-1, keepdims=True)
     o_BKRH = _dot("bkrs,bksh->bkrh", e_BKRS.astype(v_BKTH.dtype), v_BKTH[:, :, keys]) / mass_BKR1
     outs.append(o_BKRH.astype(v_BKTH.dtype).reshape(B, K, G, -1, H))
-    kept.append(Softmax(e_BKRS, mass_BKR1, None if cap is None else 1 - jnp.square(bent_BKRS / cap)))
+    kept.append(
+      Softmax(e_BKRS, mass_BKR1, None if cap is None else 1 - jnp.square(bent_BKRS / cap))
+    )
   o_BKGTH = jnp.concatenate(outs, axis=3)
   return o_BKGTH, (q_BKGTH, k_BKTH, v_BKTH, o_BKGTH, kept)
 
@@ -86,7 +92,9 @@ def _backward(window, cap, residuals, do_BKGTH):
     do_BKRH = (_rows(do_BKGTH, block) / mass_BKR1).astype(dtype)
     da_BKRS = e_BKRS * (_dot("bkrh,bksh->bkrs", do_BKRH, v_BKTH[:, :, keys]) - mean_BKR1)
     da_BKRS = (da_BKRS if slope_BKRS is None else da_BKRS * slope_BKRS).astype(dtype)
-    dqs.append(_dot("bkrs,bksh->bkrh", da_BKRS, k_BKTH[:, :, keys]).astype(dtype).reshape(B, K, G, -1, H))
+    dqs.append(
+      _dot("bkrs,bksh->bkrh", da_BKRS, k_BKTH[:, :, keys]).astype(dtype).reshape(B, K, G, -1, H)
+    )
     dks.append(_dot("bkrh,bkrs->bkhs", _rows(q_BKGTH, block), da_BKRS))
     dvs.append(_dot("bkrh,bkrs->bkhs", do_BKRH, e_BKRS.astype(dtype)))
   dk_BKTH, dv_BKTH = (_sum_by_key(parts, blocks).astype(dtype) for parts in (dks, dvs))
@@ -97,10 +105,15 @@ _attend.defvjp(_forward, _backward)
 
 
 def _blocks(T: int, H: int, window: int | None) -> list[Block]:
-  least = 64 if H < 64 else 128  # wide heads gain more from larger products than they lose to masked entries
+  least = (
+    64 if H < 64 else 128
+  )  # wide heads gain more from larger products than they lose to masked entries
   C = max(least, -(-T // 16 // 64) * 64)  # at most about 16 blocks, which are unrolled
   starts = range(0, T, C)
-  return [Block(start, min(start + C, T), 0 if window is None else max(0, start - window + 1)) for start in starts]
+  return [
+    Block(start, min(start + C, T), 0 if window is None else max(0, start - window + 1))
+    for start in starts
+  ]
 
 
 def _mask(block: Block, segment_ids_BT: jax.Array | None, window: int | None) -> jax.Array:
@@ -125,9 +138,13 @@ def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 def _sum_by_key(parts: list[jax.Array], blocks: list[Block]) -> jax.Array:
   """One [B, K, H, S] per block of queries -> their sum over blocks [B, K, T, H]."""
   total_BKHS, first, finished = parts[-1], blocks[-1].first, []
-  for part_BKHS, block in zip(parts[-2::-1], blocks[-2::-1]):  # earlier queries see no key after their block's last
+  for part_BKHS, block in zip(
+    parts[-2::-1], blocks[-2::-1]
+  ):  # earlier queries see no key after their block's last
     finished.append(total_BKHS[..., block.stop - first :])
     shared_BKHS = total_BKHS[..., : block.stop - first]
-    total_BKHS = part_BKHS + jnp.pad(shared_BKHS, ((0, 0), (0, 0), (0, 0), (first - block.first, 0)))
+    total_BKHS = part_BKHS + jnp.pad(
+      shared_BKHS, ((0, 0), (0, 0), (0, 0), (first - block.first, 0))
+    )
     first = block.first
   return jnp.concatenate([total_BKHS, *finished[::-1]], axis=3).swapaxes(2, 3)

@@ -19,7 +19,11 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def attend(
-  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, cap: float | None = None
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask_BTS: jax.Array,
+  cap: float | None = None,
 ) -> jax.Array:
   """Attention under any mask (bool [B or 1, T, S], true where allowed)."""
   B, T, N, H = q_BTNH.shape
@@ -50,17 +54,27 @@ def reference(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, window=None, cap=None
 def cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, window=None, cap=None) -> jax.Array:
   """cuDNN's fused attention, through `jax.nn.dot_product_attention` (float16 or bfloat16 only)."""
   if cap is not None:
-    raise NotImplementedError(f"cudnn attention: has no soft cap of the logits (attention_cap={cap})")
+    raise NotImplementedError(
+      f"cudnn attention: has no soft cap of the logits (attention_cap={cap})"
+    )
   mask_BNTS = None
   if segment_ids_BT is not None:
     mask_BNTS = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
   left = None if window is None else (window - 1, 0)
   return jax.nn.dot_product_attention(
-    q_BTNH, k_BSKH, v_BSKH, mask=mask_BNTS, is_causal=True, local_window_size=left, implementation="cudnn"
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    mask=mask_BNTS,
+    is_causal=True,
+    local_window_size=left,
+    implementation="cudnn",
   )
 
 
-def splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, window=None, cap=None, interpret=False) -> jax.Array:
+def splash(
+  q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, window=None, cap=None, interpret=False
+) -> jax.Array:
   """JAX's splash attention for TPU; T must be a multiple of 128."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -68,7 +82,11 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, window=None, cap=None, i
   T, N, H = q_BTNH.shape[1:]
   if T % 128:
     raise NotImplementedError(f"splash attention: T={T} must be a multiple of 128")
-  mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), offset=0)
+  mask = (
+    masks.CausalMask((T, T))
+    if window is None
+    else masks.LocalMask((T, T), (window - 1, 0), offset=0)
+  )
   block = next(size for size in (512, 256, 128) if T % size == 0)
   attend_heads = kernel.make_splash_mha_single_device(
     masks.MultiHeadMask([mask] * N),
@@ -83,6 +101,10 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, window=None, cap=None, i
     attn_logits_soft_cap=cap,
     interpret=interpret,
   )
-  segments = None if segment_ids_BT is None else kernel.SegmentIds(q=segment_ids_BT, kv=segment_ids_BT)
+  segments = (
+    None if segment_ids_BT is None else kernel.SegmentIds(q=segment_ids_BT, kv=segment_ids_BT)
+  )
   q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BSKH, v_BSKH))
-  return jax.vmap(attend_heads)(q_BNTH, k_BKSH, v_BKSH, segments).swapaxes(1, 2).astype(q_BTNH.dtype)
+  return (
+    jax.vmap(attend_heads)(q_BNTH, k_BKSH, v_BKSH, segments).swapaxes(1, 2).astype(q_BTNH.dtype)
+  )

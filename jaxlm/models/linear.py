@@ -9,7 +9,9 @@ from jax.sharding import PartitionSpec as P
 from sharding.rules import Names, axes_in, gather, is_sharded, place, spec
 
 
-def sharded_normal(key: jax.Array, shape: tuple[int, ...], std: float, *names: str | None) -> jax.Array:
+def sharded_normal(
+  key: jax.Array, shape: tuple[int, ...], std: float, *names: str | None
+) -> jax.Array:
   """Normal float32 weights with this standard deviation, placed by their logical axis names."""
   return place(std * jax.random.normal(key, shape, jnp.float32), *names)
 
@@ -19,7 +21,9 @@ def sharded_zeros(key: jax.Array, shape: tuple[int, ...], *names: str | None) ->
   return place(jnp.zeros(shape, jnp.float32), *names)
 
 
-def linear(x_BTD: jax.Array, w_DF: jax.Array, weight: Names, out: Names, bias_F: jax.Array | None = None) -> jax.Array:
+def linear(
+  x_BTD: jax.Array, w_DF: jax.Array, weight: Names, out: Names, bias_F: jax.Array | None = None
+) -> jax.Array:
   """x w + bias: [B, T, D] times [D, F] in x's dtype.
 
   `weight` names the weight's axes where it is used (gathered over the others), `out` those of the result. Where the
@@ -46,4 +50,6 @@ def add_bias(x_BTF: jax.Array, bias_F: jax.Array | None, names: Names) -> jax.Ar
     return x_BTF + bias_F[None, None]
   ones_BT = place(jnp.ones(x_BTF.shape[:2], x_BTF.dtype), *names[:2])
   sharding = spec(x_BTF.shape, *names)
-  return x_BTF + jnp.einsum("bt,f->btf", ones_BT, bias_F, out_sharding=sharding, precision="highest")
+  return x_BTF + jnp.einsum(
+    "bt,f->btf", ones_BT, bias_F, out_sharding=sharding, precision="highest"
+  )

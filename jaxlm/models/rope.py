@@ -30,7 +30,9 @@ def rope_tables(
   """
   f_R, attention_factor = frequencies(rope, width, length)
   angles_BTR = positions_BT[..., None].astype(jnp.float32) * f_R[None, None]
-  tables_BTH = attention_factor * jnp.concatenate((jnp.cos(angles_BTR), jnp.sin(angles_BTR)), axis=-1)
+  tables_BTH = attention_factor * jnp.concatenate(
+    (jnp.cos(angles_BTR), jnp.sin(angles_BTR)), axis=-1
+  )
   # behind a concatenation XLA on CPU keeps the tables; otherwise it computes them again in every rotation
   cos_BTR, sin_BTR = jnp.split(jax.lax.optimization_barrier(tables_BTH), 2, axis=-1)
   return cos_BTR, sin_BTR
@@ -44,16 +46,23 @@ def apply_rope(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax
   """
   cos_BTNR, sin_BTNR = cos_BTR[:, :, None], sin_BTR[:, :, None]
   left_BTNR, right_BTNR = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  turned = (left_BTNR * cos_BTNR - right_BTNR * sin_BTNR, right_BTNR * cos_BTNR + left_BTNR * sin_BTNR)
+  turned = (
+    left_BTNR * cos_BTNR - right_BTNR * sin_BTNR,
+    right_BTNR * cos_BTNR + left_BTNR * sin_BTNR,
+  )
   # without the barrier XLA on CPU computes inside the concatenation, entry by entry
   return jnp.concatenate(jax.lax.optimization_barrier(turned), axis=-1).astype(x_BTNH.dtype)
 
 
-def _apply_rope_forward(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> tuple[jax.Array, Angles]:
+def _apply_rope_forward(
+  x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array
+) -> tuple[jax.Array, Angles]:
   return apply_rope(x_BTNH, cos_BTR, sin_BTR), (cos_BTR, sin_BTR)
 
 
-def _apply_rope_backward(angles: Angles, dy_BTNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _apply_rope_backward(
+  angles: Angles, dy_BTNH: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The transpose of a rotation is the rotation by the opposite angle: as fast as the forward pass."""
   cos_BTR, sin_BTR = angles
   return apply_rope(dy_BTNH, cos_BTR, -sin_BTR), jnp.zeros_like(cos_BTR), jnp.zeros_like(sin_BTR)
@@ -69,7 +78,12 @@ def frequencies(rope: RopeConfig, width: int, length: int | jax.Array) -> tuple[
   scaling alone reads it, and keys cached under it must be cached before rotation. Raises ValueError when `width` is
   odd or too small for the scaling, and when YaRN's two borders are out of order.
   """
-  check(width >= 2 and width % 2 == 0, "width", width, "rotary embedding needs an even width of at least 2")
+  check(
+    width >= 2 and width % 2 == 0,
+    "width",
+    width,
+    "rotary embedding needs an even width of at least 2",
+  )
   index_R = np.arange(width // 2)
   f_R = rope.theta ** (-2 * index_R / width)
   attention_factor = 1.0
@@ -106,7 +120,11 @@ def _yarn_ramp(rope: RopeConfig, index_R: np.ndarray, width: int) -> np.ndarray:
   """0 for pairs that turn more than beta_fast times within the original length, 1 under beta_slow, linear between."""
 
   def border(rotations: float) -> float:
-    return width * math.log(rope.original_length / (2 * math.pi * rotations)) / (2 * math.log(rope.theta))
+    return (
+      width
+      * math.log(rope.original_length / (2 * math.pi * rotations))
+      / (2 * math.log(rope.theta))
+    )
 
   low, high = border(rope.beta_fast), border(rope.beta_slow)
   if rope.truncate:

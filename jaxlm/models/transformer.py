@@ -24,7 +24,9 @@ _REMAT_POLICIES = {
   "names": jax.checkpoint_policies.save_only_these_names("attention_out", "mlp_in"),
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-_UNROLLED_LAYERS = 8  # on CPU a Python loop over a few layers is faster than scan; more cost too much compile time
+_UNROLLED_LAYERS = (
+  8  # on CPU a Python loop over a few layers is faster than scan; more cost too much compile time
+)
 
 
 class Block(nn.Module):
@@ -58,7 +60,9 @@ class Transformer(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, ids_BT: jax.Array, *, positions=None, segment_ids=None, cache=None, logits: bool = True):
+  def __call__(
+    self, ids_BT: jax.Array, *, positions=None, segment_ids=None, cache=None, logits: bool = True
+  ):
     """ids [B, T] int32 -> logits [B, T, V] float32; with a `cache`, (logits, updated cache).
 
     positions: int32 [B or 1, T], by default 0 .. T-1. segment_ids: int32 [B, T], for packed rows; attention stays
@@ -85,7 +89,9 @@ class Transformer(nn.Module):
       head_DV = self.param("head", sharded_normal, (c.D, c.V), c.D**-0.5, "embed", "vocab")
     if not logits:
       return x_BTD if cache is None else (x_BTD, cache)
-    logits_BTV = linear(x_BTD, head_DV, (None, "vocab"), ("batch", "length", "act_vocab")).astype(jnp.float32)
+    logits_BTV = linear(x_BTD, head_DV, (None, "vocab"), ("batch", "length", "act_vocab")).astype(
+      jnp.float32
+    )
     logits_BTV = soft_cap(logits_BTV, c.logit_cap)
     return logits_BTV if cache is None else (logits_BTV, cache)
 
@@ -100,14 +106,18 @@ def _lookup(embed_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
   return table_VD.at[ids_BT].get(out_sharding=out_sharding(shape, "batch", "norm_length", None))
 
 
-def _init_stacks(key: jax.Array, blocks: list[Block], L: int, x_BTD: jax.Array, context: Context) -> dict[str, Any]:
+def _init_stacks(
+  key: jax.Array, blocks: list[Block], L: int, x_BTD: jax.Array, context: Context
+) -> dict[str, Any]:
   def stack(block: Block, key: jax.Array) -> Any:
     return jax.vmap(lambda key: block.init(key, x_BTD, context)["params"])(jax.random.split(key, L))
 
   return {str(i): stack(block, jax.random.fold_in(key, i)) for i, block in enumerate(blocks)}
 
 
-def _run(blocks: list[Block], stacks: dict, x_BTD: jax.Array, context: Context, cache, c: ModelConfig):
+def _run(
+  blocks: list[Block], stacks: dict, x_BTD: jax.Array, context: Context, cache, c: ModelConfig
+):
   """All layers in order; `cache` has the structure {"0": KVCache stacked on L, ...} of the stacks, or is None."""
 
   def apply(block: Block, params: Any, x_BTD: jax.Array, layer_cache: KVCache | None):

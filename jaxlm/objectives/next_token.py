@@ -23,9 +23,13 @@ def token_logprobs(
 
   `states_BTD`: what the head multiplies (`Transformer.apply(..., logits=False)`). `implementation`: as in TrainConfig.
   """
-  loss_N, lse_N = _cross_entropy(states_BTD, head, targets_BT, implementation, reduction="none", return_lse=True)
+  loss_N, lse_N = _cross_entropy(
+    states_BTD, head, targets_BT, implementation, reduction="none", return_lse=True
+  )
   sharding = P(*jax.typeof(states_BTD).sharding.spec.partitions[:2]) if is_sharded() else None
-  loss_BT, lse_BT = (jax.lax.reshape(x_N, targets_BT.shape, out_sharding=sharding) for x_N in (loss_N, lse_N))
+  loss_BT, lse_BT = (
+    jax.lax.reshape(x_N, targets_BT.shape, out_sharding=sharding) for x_N in (loss_N, lse_N)
+  )
   return -loss_BT, lse_BT
 
 
@@ -61,7 +65,11 @@ def next_token_loss(
 
 
 def _cross_entropy(
-  states_BTD: jax.Array, head: Head, targets_BT: jax.Array, implementation: Implementation, **options
+  states_BTD: jax.Array,
+  head: Head,
+  targets_BT: jax.Array,
+  implementation: Implementation,
+  **options,
 ) -> tuple[jax.Array, jax.Array]:
   return linear_cross_entropy(
     merge_tokens(states_BTD),
@@ -81,4 +89,6 @@ def merge_tokens(x: jax.Array) -> jax.Array:
     return jnp.reshape(x, shape)
   now = jax.typeof(x).sharding.spec
   tokens = tuple(jax.tree.leaves(tuple(now.partitions[:2])))
-  return jax.lax.reshape(x, shape, out_sharding=P(tokens or None, *now.partitions[2:], reduced=now.reduced))
+  return jax.lax.reshape(
+    x, shape, out_sharding=P(tokens or None, *now.partitions[2:], reduced=now.reduced)
+  )

@@ -44,13 +44,19 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
   check(length >= 1, "length", length, "must be at least 1")
   matrices = config.layers * _block_matrices(config) + config.D * config.V
   kinds = config.attention * (config.layers // len(config.attention))
-  pairs = sum(_causal_pairs(length, config.window if kind == "window" else length) for kind in kinds)
+  pairs = sum(
+    _causal_pairs(length, config.window if kind == "window" else length) for kind in kinds
+  )
   return 6 * matrices + 12 * config.N * config.H * pairs / length
 
 
 def _block_matrices(config: ModelConfig) -> int:
   """Entries of one block's matrices: q and o, k and v, gate, up and down."""
-  return 2 * config.D * config.N * config.H + 2 * config.D * config.K * config.H + 3 * config.D * config.F
+  return (
+    2 * config.D * config.N * config.H
+    + 2 * config.D * config.K * config.H
+    + 3 * config.D * config.F
+  )
 
 
 def _block_vectors(config: ModelConfig) -> int:

@@ -14,7 +14,9 @@ from sharding.rules import defer_reduction, is_sharded, reduce_gradients, spec
 Objective = Callable[[Any, Any], tuple[Weighted, Weighted]]
 
 
-def accumulated_gradients(objective: Objective, params: Any, batch: Any, microbatches: int) -> tuple[Any, Weighted]:
+def accumulated_gradients(
+  objective: Objective, params: Any, batch: Any, microbatches: int
+) -> tuple[Any, Weighted]:
   """(gradient of the batch's mean objective, the summed metric), one micro-batch in memory at a time.
 
   `objective(params, batch)` returns what to minimise and a metric, both `Weighted`. Numerators' gradients, numerators
@@ -44,4 +46,6 @@ def split_batch(x: jax.Array, microbatches: int) -> jax.Array:
   shape = (x.shape[0] // microbatches, microbatches, *x.shape[1:])
   if not is_sharded():
     return x.reshape(shape).swapaxes(0, 1)
-  return jax.lax.reshape(x, shape, out_sharding=spec(shape, "batch", *[None] * x.ndim)).swapaxes(0, 1)
+  return jax.lax.reshape(x, shape, out_sharding=spec(shape, "batch", *[None] * x.ndim)).swapaxes(
+    0, 1
+  )

@@ -27,7 +27,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     "linear": optax.linear_schedule(peak, final, after),
     "constant": optax.constant_schedule(peak),
     "wsd": optax.join_schedules(
-      [optax.constant_schedule(peak), optax.linear_schedule(peak, final, cooling)], [after - cooling]
+      [optax.constant_schedule(peak), optax.linear_schedule(peak, final, cooling)],
+      [after - cooling],
     ),
   }
   # the first step already moves: it uses 1 / (warmup + 1) of the peak
@@ -37,7 +38,9 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 def decay_mask(params: Any) -> Any:
   """True for matrices of the blocks and the head; False for norms, biases and the embedding."""
-  return jax.tree_util.tree_map_with_path(lambda path, w: _is_matrix(path, w) and path[-1].key != "embed", params)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, w: _is_matrix(path, w) and path[-1].key != "embed", params
+  )
 
 
 def _is_matrix(path: tuple, w: jax.Array) -> bool:
@@ -66,7 +69,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
   """
   rate = learning_rate_schedule(config, steps)
   if config.name == "adamw":
-    rule = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
+    rule = optax.adamw(
+      rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask
+    )
   elif config.name == "muon":
     rule = optax.chain(
       muon(
@@ -91,7 +96,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
   return rule
 
 
-def update(optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+def update(
+  optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any
+) -> tuple[Any, Any]:
   """(new parameters, new optimizer state), sharded as before.
 
   Update rules come from a library that does not name shardings, so on a mesh the compiler chooses inside.

@@ -47,13 +47,19 @@ def init_state(config: TrainConfig, params: Any = None) -> TrainState:
     ids_BT = place(jnp.zeros((config.batch, config.data.length), jnp.int32), "batch", None)
     params = Transformer(config.model).init(jax.random.fold_in(key, 0), ids_BT)
   opt_state = make_optimizer(config.optimizer, config.steps).init(params)
-  return TrainState(jnp.int32(0), params, opt_state, params if config.ema else None, jax.random.fold_in(key, 1))
+  return TrainState(
+    jnp.int32(0), params, opt_state, params if config.ema else None, jax.random.fold_in(key, 1)
+  )
 
 
 def batch_loss(config: TrainConfig, params: Any, batch: Batch) -> tuple[Weighted, Weighted]:
   """(what to minimise, plain cross-entropy) of one batch."""
   states_BTD: Any = Transformer(config.model).apply(
-    params, batch.inputs_BT, positions=batch.positions_BT, segment_ids=batch.segment_ids_BT, logits=False
+    params,
+    batch.inputs_BT,
+    positions=batch.positions_BT,
+    segment_ids=batch.segment_ids_BT,
+    logits=False,
   )
   return next_token_loss(
     states_BTD,
@@ -73,7 +79,9 @@ def make_train_step(config: TrainConfig) -> Callable[..., tuple[TrainState, Metr
   optimizer = make_optimizer(config.optimizer, config.steps)
   rate = learning_rate_schedule(config.optimizer, config.steps)
 
-  def train_step(state: TrainState, batch: Batch, limit: float = math.inf) -> tuple[TrainState, Metrics]:
+  def train_step(
+    state: TrainState, batch: Batch, limit: float = math.inf
+  ) -> tuple[TrainState, Metrics]:
     def objective(params: Any, batch: Batch) -> tuple[Weighted, Weighted]:
       return batch_loss(config, params, batch)
 
@@ -88,8 +96,12 @@ def make_train_step(config: TrainConfig) -> Callable[..., tuple[TrainState, Metr
       ema = jax.tree.map(lambda old, new: config.ema * old + (1 - config.ema) * new, ema, params)
     taken = jnp.isfinite(loss.mean()) & jnp.isfinite(grad_norm) & (loss.mean() <= limit)
     before = (state.params, state.opt_state, state.ema)
-    params, opt_state, ema = jax.tree.map(functools.partial(_choose, taken), (params, opt_state, ema), before)
-    metrics = Metrics(loss.mean(), loss.den, grad_norm, rate(state.step), 1 - taken.astype(jnp.float32))
+    params, opt_state, ema = jax.tree.map(
+      functools.partial(_choose, taken), (params, opt_state, ema), before
+    )
+    metrics = Metrics(
+      loss.mean(), loss.den, grad_norm, rate(state.step), 1 - taken.astype(jnp.float32)
+    )
     return TrainState(state.step + 1, params, opt_state, ema, state.key), metrics
 
   return train_step

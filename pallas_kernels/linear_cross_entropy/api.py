@@ -134,7 +134,11 @@ def linear_cross_entropy(
     with_aux=return_aux,
   )
   arrays = (embeddings_ND, classifier_VD, labels_N, bias_V, weights_N)
-  parts = local(*arrays) if split is None else mesh.run_on_shards(local, split, classifier_layout, *arrays)
+  parts = (
+    local(*arrays)
+    if split is None
+    else mesh.run_on_shards(local, split, classifier_layout, *arrays)
+  )
   loss = parts.loss if reduction == "none" else jnp.sum(parts.loss)
   if reduction == "mean":
     divisor = jnp.sum(parts.weight)
@@ -172,14 +176,19 @@ def _local(
   ones_or_weights_N = 1.0 if weights_N is None else jax.lax.stop_gradient(weights_N).astype(dtype)
   weight_N = jnp.where(counted_N, ones_or_weights_N, jnp.zeros((), dtype))
   # The weight of a wrong label is NaN, and with it its loss and its gradients.
-  weight_N = jnp.where(counted_N & ((labels_N < 0) | (labels_N >= options.vocabulary)), jnp.nan, weight_N)
+  weight_N = jnp.where(
+    counted_N & ((labels_N < 0) | (labels_N >= options.vocabulary)), jnp.nan, weight_N
+  )
   labels_N = labels_N.astype(jnp.int32)
   if options.axis_name is not None:
     first = jax.lax.axis_index(options.axis_name) * classifier.shape[options.vocabulary_axis]
     labels_N = labels_N - first.astype(jnp.int32)
   embeddings_ND, classifier, bias_V = mesh.vary_together(embeddings_ND, classifier, bias_V)
   if name == "xla" and options.layout == "vd" and classifier.shape[0] <= blocks.SMALL_VOCABULARY:
-    classifier, options = classifier.T, dataclasses.replace(options, layout="dv")  # the faster one for short rows
+    classifier, options = (
+      classifier.T,
+      dataclasses.replace(options, layout="dv"),
+    )  # the faster one for short rows
   arrays = (embeddings_ND, classifier, labels_N, bias_V)
   weight = jnp.sum(weight_N, keepdims=True)
   if labels_N.size == 0:
@@ -208,7 +217,8 @@ def _statistics(
 ) -> Statistics:
   if name == "reference":
     return terms.combine(
-      materialised.statistics(embeddings_ND, classifier, labels_N, bias_V, options), options.axis_name
+      materialised.statistics(embeddings_ND, classifier, labels_N, bias_V, options),
+      options.axis_name,
     )
   return autodiff.statistics(embeddings_ND, classifier, labels_N, bias_V, options, BACKENDS[name])
 
@@ -228,27 +238,49 @@ def _aux(
   stats = _statistics(name, *arrays, options)
   rows = terms.backward_rows(stats, jax.grad(terms.total_loss)(stats, weight_N, options))
   N, V = labels_N.size, classifier.shape[options.vocabulary_axis]
-  size = blocks.xla_chunk(N, V) if fused else BACKENDS[name].backward_tile(embeddings_ND, classifier, options)
+  size = (
+    blocks.xla_chunk(N, V)
+    if fused
+    else BACKENDS[name].backward_tile(embeddings_ND, classifier, options)
+  )
   aux = filtering.kept_tiles(*arrays, rows, size, options)
   aux = aux if options.axis_name is None else jax.lax.pmean(aux, options.axis_name)
   return jax.tree.map(lambda fraction: fraction[None], aux)
 
 
 def choose(
-  implementation: Implementation | None, embeddings_ND: jax.Array, classifier: jax.Array, options: Options
+  implementation: Implementation | None,
+  embeddings_ND: jax.Array,
+  classifier: jax.Array,
+  options: Options,
 ) -> str:
   """The implementation to run; NotImplementedError when the named one cannot."""
   if implementation is None:
     large = classifier.shape[options.vocabulary_axis] > blocks.SMALL_VOCABULARY
-    fits = platform() == "tpu" and large and pallas_tpu.unsupported(embeddings_ND, classifier, options) is None
+    fits = (
+      platform() == "tpu"
+      and large
+      and pallas_tpu.unsupported(embeddings_ND, classifier, options) is None
+    )
     implementation = "pallas_tpu" if fits else "xla"
     _announce(implementation, platform())
   if implementation == "reference" and (options.threshold_e or options.threshold_c):
-    raise NotImplementedError("implementation='reference' is exact: it has no tiles for filter_e or filter_c to skip")
-  reason = PALLAS[implementation].unsupported(embeddings_ND, classifier, options) if implementation in PALLAS else None
+    raise NotImplementedError(
+      "implementation='reference' is exact: it has no tiles for filter_e or filter_c to skip"
+    )
+  reason = (
+    PALLAS[implementation].unsupported(embeddings_ND, classifier, options)
+    if implementation in PALLAS
+    else None
+  )
   if reason is not None:
     raise NotImplementedError(f"implementation={implementation!r}: {reason}")
-  checks.require(implementation in PALLAS or not options.interpret, "interpret", True, f"names one of {list(PALLAS)}")
+  checks.require(
+    implementation in PALLAS or not options.interpret,
+    "interpret",
+    True,
+    f"names one of {list(PALLAS)}",
+  )
   return implementation
 
 

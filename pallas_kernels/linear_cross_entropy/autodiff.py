@@ -44,7 +44,9 @@ def _statistics_forward(
   return stats, (embeddings_ND, classifier, labels_N, bias_V, stats)
 
 
-def _statistics_backward(options: Options, backend: ModuleType, saved: Any, cotangents: Statistics) -> tuple[Any, ...]:
+def _statistics_backward(
+  options: Options, backend: ModuleType, saved: Any, cotangents: Statistics
+) -> tuple[Any, ...]:
   embeddings_ND, classifier, labels_N, bias_V, stats = saved
   scale = _half_precision_scale(embeddings_ND.dtype, cotangents)
   rows = terms.backward_rows(stats, jax.tree.map(lambda c_N: c_N / scale, cotangents))
@@ -85,7 +87,9 @@ def loss_sum(
 def _loss_sum_forward(
   embeddings_ND: Any, classifier: Any, labels_N: Any, bias_V: Any, weight_N: Any, options: Options
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-  e_ND, c, labels_N, weight_N = (argument.value for argument in (embeddings_ND, classifier, labels_N, weight_N))
+  e_ND, c, labels_N, weight_N = (
+    argument.value for argument in (embeddings_ND, classifier, labels_N, weight_N)
+  )
   bias_V = None if bias_V is None else bias_V.value
   scale = _half_precision_scale(e_ND.dtype, (weight_N,))
   stats, gradients = xla.loss_gradients(e_ND, c, labels_N, bias_V, weight_N / scale, options)
@@ -93,15 +97,21 @@ def _loss_sum_forward(
   return (terms.total_loss(stats, weight_N, options), stats.lse_N), saved
 
 
-def _loss_sum_backward(options: Options, saved: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
+def _loss_sum_backward(
+  options: Options, saved: Any, cotangents: tuple[Any, Any]
+) -> tuple[Any, ...]:
   (e_ND, c, labels_N, bias_V, stats), weight_N, scale, gradients = saved
   total, lse_N = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
   if lse_N is None:
     inputs = (e_ND, c, bias_V)  # whose dtypes the gradients, still in float32, are cast to
-    de_ND, dc, db_V = jax.tree.map(lambda g, like: (total * scale * g).astype(like.dtype), gradients, inputs)
+    de_ND, dc, db_V = jax.tree.map(
+      lambda g, like: (total * scale * g).astype(like.dtype), gradients, inputs
+    )
     return de_ND, dc, None, db_V, None
   # Also the log-sum-exp is differentiated: its cotangents are known only now, and the logits are computed again.
-  _, pull_back = jax.vjp(lambda stats: (terms.total_loss(stats, weight_N, options), stats.lse_N), stats)
+  _, pull_back = jax.vjp(
+    lambda stats: (terms.total_loss(stats, weight_N, options), stats.lse_N), stats
+  )
   (rows,) = pull_back((jnp.zeros((), lse_N.dtype) if total is None else total, lse_N))
   return *_statistics_backward(options, xla, (e_ND, c, labels_N, bias_V, stats), rows), None
 

@@ -13,7 +13,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 MEBI = 2**20
 LANES = 128
-LOGIT_BYTES = 20  # a tile's logits, their gradient in float32 and in the input's dtype, and what spills
+LOGIT_BYTES = (
+  20  # a tile's logits, their gradient in float32 and in the input's dtype, and what spills
+)
 
 # Up to this many entries rows of logits are short: whole chunks of them fit where one tile would.
 SMALL_VOCABULARY = 4096
@@ -58,7 +60,11 @@ def tpu_chip(interpret: bool) -> Chip:
   if interpret:
     return Chip(64 * MEBI, 1, 240, largest_tile=LANES)
   info = pltpu.get_tpu_info()
-  return Chip(info.vmem_capacity_bytes, info.num_cores, info.bf16_ops_per_second / info.mem_bw_bytes_per_second)
+  return Chip(
+    info.vmem_capacity_bytes,
+    info.num_cores,
+    info.bf16_ops_per_second / info.mem_bw_bytes_per_second,
+  )
 
 
 def tpu_forward(N: int, V: int, D: int, dtype: jnp.dtype, chip: Chip) -> Blocks | None:
@@ -76,7 +82,9 @@ def tpu_backward(N: int, V: int, D: int, dtype: jnp.dtype, chip: Chip) -> Blocks
   item = jnp.dtype(dtype).itemsize
 
   def vmem(tile: Blocks) -> int:
-    held = tile.rows * D * (2 * item + 2 * 4)  # E, its masked copy, and the two buffers of its gradient
+    held = (
+      tile.rows * D * (2 * item + 2 * 4)
+    )  # E, its masked copy, and the two buffers of its gradient
     streamed = 2 * tile.entries * D * (item + 2 * 4)
     return held + streamed + LOGIT_BYTES * tile.rows * tile.entries
 
@@ -88,7 +96,9 @@ def _wanted_rows(balance: float) -> int:
   return max(1024, 2 ** math.ceil(math.log2(1.5 * balance)))
 
 
-def _fitting(rows: int, entries: int, vmem: Callable[[Blocks], int], chip: Chip, N: int, V: int) -> Blocks | None:
+def _fitting(
+  rows: int, entries: int, vmem: Callable[[Blocks], int], chip: Chip, N: int, V: int
+) -> Blocks | None:
   """The wanted tile, halved until it fits in 85 % of VMEM, and no larger than the inputs in whole lanes."""
   tile = Blocks(min(rows, chip.largest_tile), min(entries, chip.largest_tile))
   while vmem(tile) > 0.85 * chip.vmem:

@@ -31,7 +31,11 @@ def kept_tiles(
 ) -> Aux:
   """Computes the logits once more (2NVD FLOPs), in the tiles that the backward pass in question uses."""
   counted_N = rows.active_N
-  order_V = terms.sorted_order(embeddings_ND, classifier, bias_V, counted_N, options) if options.sort else None
+  order_V = (
+    terms.sorted_order(embeddings_ND, classifier, bias_V, counted_N, options)
+    if options.sort
+    else None
+  )
   weights = tiling.Weights(classifier, bias_V, order_V, options)
 
   def one_tile(row_tile: jax.Array, vocabulary_tile: jax.Array) -> Aux:
@@ -40,10 +44,14 @@ def kept_tiles(
     tile, chosen = tiling.cut(weights, vocabulary_tile, size.entries), tiling.only(part, fresh_R)
     x = tiling.tile_logits(jnp.where(chosen.active_N[:, None], e_RD, 0.0), tile, options)
     bracket, spread = tiling.tile_bracket(x, tile, labels_R, chosen, options)
-    kept = (terms.keeps(bracket, spread, limit) for limit in (options.threshold_e, options.threshold_c))
+    kept = (
+      terms.keeps(bracket, spread, limit) for limit in (options.threshold_e, options.threshold_c)
+    )
     return Aux(*(jnp.asarray(flag, jnp.float32) for flag in kept))
 
   row_tiles, vocabulary_tiles = -(-labels_N.size // size.rows), -(-weights.entries // size.entries)
   tiles = jnp.arange(row_tiles * vocabulary_tiles)
-  kept = jax.lax.map(lambda index: one_tile(index // vocabulary_tiles, index % vocabulary_tiles), tiles)
+  kept = jax.lax.map(
+    lambda index: one_tile(index // vocabulary_tiles, index % vocabulary_tiles), tiles
+  )
   return jax.tree.map(jnp.mean, kept)

@@ -33,9 +33,16 @@ def explicit_split(embeddings_ND: jax.Array, classifier: jax.Array, layout: str)
     ("embeddings_ND", axes_of(embeddings_ND, 1)),
     ("classifier", axes_of(classifier, layout.index("d"))),
   ):
-    require(not axes, name, jax.typeof(embeddings_ND), f"gather its D first, it is spread over {axes}")
+    require(
+      not axes, name, jax.typeof(embeddings_ND), f"gather its D first, it is spread over {axes}"
+    )
   both = set(split.tokens) & set(split.vocabulary)
-  require(not both, "classifier", jax.typeof(classifier), f"tokens and vocabulary are both spread over {both}")
+  require(
+    not both,
+    "classifier",
+    jax.typeof(classifier),
+    f"tokens and vocabulary are both spread over {both}",
+  )
   for name, array, other in (
     ("embeddings_ND", embeddings_ND, split.vocabulary),
     ("classifier", classifier, split.tokens),
@@ -63,7 +70,11 @@ def run_on_shards(
   classifier_axes = (vocabulary if letter == "v" else None for letter in layout)
 
   def placed(array: jax.Array | None, *axes: Axes | None) -> jax.Array | None:
-    return None if array is None else jax.reshard(array, P(*axes, reduced=jax.typeof(array).sharding.spec.reduced))
+    return (
+      None
+      if array is None
+      else jax.reshard(array, P(*axes, reduced=jax.typeof(array).sharding.spec.reduced))
+    )
 
   arrays = (
     placed(embeddings_ND, tokens, None),

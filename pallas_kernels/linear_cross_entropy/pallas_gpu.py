@@ -23,7 +23,9 @@ from pallas_kernels.linear_cross_entropy import blocks, terms, tiling
 from pallas_kernels.linear_cross_entropy.blocks import Blocks
 from pallas_kernels.linear_cross_entropy.terms import Options, Rows, Statistics
 
-TILE = 128  # rows of one warpgroup, and entries: a wgmma accumulator of 128 float32 registers a thread
+TILE = (
+  128  # rows of one warpgroup, and entries: a wgmma accumulator of 128 float32 registers a thread
+)
 WARPGROUPS = 2
 DEPTH = 64  # of D in one pipeline step: 128 bytes, the widest swizzle
 STAGES = 3  # 48 KiB each; the gradient of a tile takes 64 of the 227 KiB that a block may use
@@ -55,7 +57,9 @@ def backward_tile(embeddings_ND: jax.Array, classifier: jax.Array, options: Opti
 
 def vector(ref: Any, start: Any, axis: int) -> jax.Array:
   """128 numbers along the rows (0) or the entries (1) of an accumulator."""
-  whole = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # an argument that jax 0.12 dropped
+  whole = (
+    ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+  )  # an argument that jax 0.12 dropped
   layout = plgpu.Layout.WGMMA.reduce(1 - axis)
   return plgpu.load(ref.at[pl.ds(start, TILE)], *whole, layout=layout, optimized=False)
 
@@ -64,7 +68,9 @@ def along_rows(value_R: jax.Array) -> jax.Array:
   return jax.lax.broadcast_in_dim(value_R, (TILE, TILE), [0])
 
 
-def tile_kernel(*refs: Any, options: Options, inputs: int, biased: bool, end: Callable[..., None]) -> None:
+def tile_kernel(
+  *refs: Any, options: Options, inputs: int, biased: bool, end: Callable[..., None]
+) -> None:
   """Logits of the tile at (rows, entries) of the grid, then `end(x, hit, row vectors, outputs, scratch)`."""
   first, e_ND, c_VD, labels_N, *rest = refs
   vectors, outputs, scratch = rest[:inputs], rest[inputs:-1], rest[-1]
@@ -86,7 +92,9 @@ def tile_kernel(*refs: Any, options: Options, inputs: int, biased: bool, end: Ca
         bias_W = vector(bias_V, first_entry, 1)
         bias_W = jax.lax.broadcast_in_dim(bias_W, (TILE, TILE), [1])
       x_RW = terms.logits(x_RW, bias_W, options)
-      ids_RW = first_entry + plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=plgpu.Layout.WGMMA)
+      ids_RW = first_entry + plgpu.broadcasted_iota(
+        jnp.int32, (TILE, TILE), 1, layout=plgpu.Layout.WGMMA
+      )
       hit_RW = ids_RW == along_rows(vector(labels_N, row, 0))
       end(
         x_RW,
@@ -116,7 +124,9 @@ def tile_kernel(*refs: Any, options: Options, inputs: int, biased: bool, end: Ca
     max_concurrent_steps=STAGES,
     compute_context=with_accumulator,
   )
-  pipeline(e_ND.at[pl.ds(first_row + start, TILE * WARPGROUPS), :], c_VD.at[pl.ds(first_entry, TILE), :])
+  pipeline(
+    e_ND.at[pl.ds(first_row + start, TILE * WARPGROUPS), :], c_VD.at[pl.ds(first_entry, TILE), :]
+  )
 
 
 def launch(
@@ -132,7 +142,9 @@ def launch(
 ) -> Any:
   """Runs `tile_kernel` for a grid of (rows, entries) tiles that starts at (row, entry) `first`."""
   extra = vectors if bias_V is None else (*vectors, bias_V.astype(jnp.float32))
-  kernel = functools.partial(tile_kernel, options=options, inputs=len(extra), biased=bias_V is not None, end=end)
+  kernel = functools.partial(
+    tile_kernel, options=options, inputs=len(extra), biased=bias_V is not None, end=end
+  )
 
   def body(*refs: Any) -> None:
     pl.run_scoped(lambda shared: kernel(*refs, shared), scratch, collective_axes="wg")
@@ -149,7 +161,13 @@ def launch(
 
 
 def end_with_statistics(
-  x_RW: jax.Array, hit_RW: jax.Array, vectors: list[jax.Array], outputs: list[Any], scratch: Any, row: Any, tile: Any
+  x_RW: jax.Array,
+  hit_RW: jax.Array,
+  vectors: list[jax.Array],
+  outputs: list[Any],
+  scratch: Any,
+  row: Any,
+  tile: Any,
 ) -> None:
   """Largest logit, sum of exponentials, target's logit and total of the tile's rows."""
   top_R = x_RW.max(axis=1)
@@ -189,7 +207,11 @@ def run_length(size: int, step: int) -> int:
 
 
 def statistics(
-  embeddings_ND: jax.Array, classifier_VD: jax.Array, labels_N: jax.Array, bias_V: jax.Array | None, options: Options
+  embeddings_ND: jax.Array,
+  classifier_VD: jax.Array,
+  labels_N: jax.Array,
+  bias_V: jax.Array | None,
+  options: Options,
 ) -> Statistics:
   """Row statistics; the parts of one run of tiles are in memory at a time, 16 bytes a row and tile."""
   N, V = labels_N.size, classifier_VD.shape[0]
@@ -214,8 +236,12 @@ def statistics(
 
   zero_N = terms.zeros((N,), jnp.float32, embeddings_ND)
   start = (zero_N - jnp.inf, zero_N, zero_N, zero_N)
-  (top_N, mass_N, target_N, total_N), _ = jax.lax.scan(body, start, jnp.arange(V // run, dtype=jnp.int32))
-  return Statistics(terms.finish_exponentials(top_N, mass_N), target_N, total_N if options.total else zero_N)
+  (top_N, mass_N, target_N, total_N), _ = jax.lax.scan(
+    body, start, jnp.arange(V // run, dtype=jnp.int32)
+  )
+  return Statistics(
+    terms.finish_exponentials(top_N, mass_N), target_N, total_N if options.total else zero_N
+  )
 
 
 def gradients(
@@ -229,7 +255,9 @@ def gradients(
   """Gradients of E, C and b in float32, block of logits by block of logits."""
   N, V = labels_N.size, classifier_VD.shape[0]
   size, run = run_length(N, TILE * WARPGROUPS), run_length(V, TILE)
-  shown_ND = jnp.where(rows.active_N[:, None], embeddings_ND, 0.0)  # NaN of an inactive row must not reach dC
+  shown_ND = jnp.where(
+    rows.active_N[:, None], embeddings_ND, 0.0
+  )  # NaN of an inactive row must not reach dC
   out = [jax.ShapeDtypeStruct((size, run), embeddings_ND.dtype)]
   scratch = plgpu.SMEM(
     (WARPGROUPS, TILE, TILE),
@@ -245,12 +273,17 @@ def gradients(
     row, entry = index // (V // run) * size, index % (V // run) * run
     tiles = (size // (TILE * WARPGROUPS), run // TILE)
     arrays = (shown_ND, classifier_VD, labels_N)
-    (g_RW,) = launch(end, jnp.stack([row, entry]), arrays, vectors, bias_V, tiles, out, scratch, options)
+    (g_RW,) = launch(
+      end, jnp.stack([row, entry]), arrays, vectors, bias_V, tiles, out, scratch, options
+    )
     e_RD = jax.lax.dynamic_slice_in_dim(shown_ND, row, size)
     tile = tiling.cut(weights, index % (V // run), run)
     de_ND = tiling.add_rows(de_ND, tiling.product("rv,vd->rd", g_RW, tile.classifier), row)
     db_W = jnp.sum(g_RW, axis=0, dtype=jnp.float32)
-    return (tiling.add_tile(sums, tiling.product("rv,rd->vd", g_RW, e_RD), db_W, tile, weights), de_ND), None
+    return (
+      tiling.add_tile(sums, tiling.product("rv,rd->vd", g_RW, e_RD), db_W, tile, weights),
+      de_ND,
+    ), None
 
   start = (
     tiling.no_gradients(weights, jnp.float32, embeddings_ND),

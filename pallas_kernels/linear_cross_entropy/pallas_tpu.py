@@ -28,15 +28,15 @@ def unsupported(embeddings_ND: jax.Array, classifier: jax.Array, options: Option
   if embeddings_ND.dtype not in (jnp.float32, jnp.bfloat16):
     return f"embeddings_ND.dtype={embeddings_ND.dtype}, the MXU multiplies float32 and bfloat16"
   if not options.interpret and "tpu" not in blocks.device_kind().lower():
-    return (
-      f"the device is {blocks.device_kind()!r}, not a TPU; pass interpret=True to run the kernel in the interpreter"
-    )
+    return f"the device is {blocks.device_kind()!r}, not a TPU; interpret=True runs the kernel interpreted"
   if None in tiles_for(embeddings_ND, classifier, options):
     return f"embeddings_ND.shape={embeddings_ND.shape}, rows of this width do not fit in VMEM"
   return None
 
 
-def tiles_for(embeddings_ND: jax.Array, classifier: jax.Array, options: Options) -> tuple[Blocks | None, Blocks | None]:
+def tiles_for(
+  embeddings_ND: jax.Array, classifier: jax.Array, options: Options
+) -> tuple[Blocks | None, Blocks | None]:
   """Forward and backward tiles on the chip at hand."""
   V, (N, D) = classifier.shape[options.vocabulary_axis], embeddings_ND.shape
   chip = blocks.tpu_chip(options.interpret)
@@ -91,7 +91,9 @@ def tile_entries(tile: jax.Array, width: int, V: int) -> Inside:
   return Inside(ids_W1, None if V % width == 0 else ids_W1 < V)
 
 
-def tile_logits(c: jax.Array, e_RD: jax.Array, bias_1W: jax.Array | None, options: Options) -> jax.Array:
+def tile_logits(
+  c: jax.Array, e_RD: jax.Array, bias_1W: jax.Array | None, options: Options
+) -> jax.Array:
   product_WR = dot(c, e_RD, 1 - options.vocabulary_axis, 1)
   return terms.logits(product_WR, None if bias_1W is None else as_column(bias_1W), options)
 
@@ -128,7 +130,11 @@ def forward_kernel(*refs: Any, options: Options, V: int, width: int, biased: boo
 
 
 def statistics(
-  embeddings_ND: jax.Array, classifier: jax.Array, labels_N: jax.Array, bias_V: jax.Array | None, options: Options
+  embeddings_ND: jax.Array,
+  classifier: jax.Array,
+  labels_N: jax.Array,
+  bias_V: jax.Array | None,
+  options: Options,
 ) -> Statistics:
   """Row statistics; C is read once for every block of rows."""
   V, (N, D) = classifier.shape[options.vocabulary_axis], embeddings_ND.shape
@@ -139,10 +145,15 @@ def statistics(
   operands = [
     (labels_1N(labels_N, V, rows), row_block),
     (pad(embeddings_ND, rows, 0), pl.BlockSpec((rows, D), lambda n, v: (n, 0))),
-    (pad(classifier, width, options.vocabulary_axis), classifier_block(options, width, D, lambda n, v: v)),
+    (
+      pad(classifier, width, options.vocabulary_axis),
+      classifier_block(options, width, D, lambda n, v: v),
+    ),
   ]
   if bias_V is not None:
-    operands.append((pad_bias(bias_V, tiles * width), pl.BlockSpec((1, width), lambda n, v: (0, v))))
+    operands.append(
+      (pad_bias(bias_V, tiles * width), pl.BlockSpec((1, width), lambda n, v: (0, v)))
+    )
   shape = struct((1, max(N, rows)), embeddings_ND)
   lse_1N, target_1N, total_1N = pl.pallas_call(
     functools.partial(forward_kernel, options=options, V=V, width=width, biased=bias_V is not None),
@@ -196,7 +207,11 @@ class Plan(NamedTuple):
 
 def backward_kernel(*refs: Any, plan: Plan) -> None:
   """One tile: adds its part of dC (and db) to what earlier chunks left there, and of dE to the block in VMEM."""
-  inputs, (de_RD, dc_out, *db_out), masked_RD = refs[1 : -3 - plan.biased], refs[-3 - plan.biased : -1], refs[-1]
+  inputs, (de_RD, dc_out, *db_out), masked_RD = (
+    refs[1 : -3 - plan.biased],
+    refs[-3 - plan.biased : -1],
+    refs[-1],
+  )
   labels_1R, *rows_1R, active_R1, e_RD, c, dc_in = inputs[:10]
   bias_1W, db_in_1W = inputs[10:] if plan.biased else (None, None)
   options, step = plan.options, pl.program_id(1)
@@ -247,7 +262,9 @@ def id_row(tile: jax.Array, plan: Plan) -> jax.Array:
   return tile * plan.width + jax.lax.broadcasted_iota(jnp.int32, (1, plan.width), 1)
 
 
-def branch(condition: jax.Array | bool, work: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
+def branch(
+  condition: jax.Array | bool, work: Callable[[], None], otherwise: Callable[[], None] | None = None
+) -> None:
   """`work()` where the condition holds; without a branch where it is known to."""
   if condition is True:
     work()
@@ -274,7 +291,9 @@ def gradients(
   moved_N = jnp.where((labels_N >= 0) & (labels_N < V), place_V[jnp.clip(labels_N, 0, V - 1)], -1)
   sorted_bias_V = None if bias_V is None else bias_V[order_V]
   sorted_classifier = jnp.take(classifier, order_V, axis=axis)
-  de_ND, dc, db_V = unsorted_gradients(embeddings_ND, sorted_classifier, moved_N, sorted_bias_V, rows, options)
+  de_ND, dc, db_V = unsorted_gradients(
+    embeddings_ND, sorted_classifier, moved_N, sorted_bias_V, rows, options
+  )
   return de_ND, jnp.take(dc, place_V, axis=axis), None if db_V is None else db_V[place_V]
 
 
@@ -286,7 +305,11 @@ def unsorted_gradients(
   rows: Rows,
   options: Options,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  V, (N, D), axis = classifier.shape[options.vocabulary_axis], embeddings_ND.shape, options.vocabulary_axis
+  V, (N, D), axis = (
+    classifier.shape[options.vocabulary_axis],
+    embeddings_ND.shape,
+    options.vocabulary_axis,
+  )
   chip = blocks.tpu_chip(options.interpret)
   size, width = backward_tile(embeddings_ND, classifier, options)
   tiles, chunks = pl.cdiv(V, width), pl.cdiv(N, size)
@@ -302,7 +325,8 @@ def unsorted_gradients(
   once = pl.Buffered(1)  # one fetch a call: a second buffer would only cost memory
   fixed = [(labels_1N(labels_N, V, chunks * size), row_block)]
   fixed += [
-    (pad(value_N[None], chunks * size, 1, fill), row_block) for value_N, fill in zip(rows[:5], (jnp.inf, 0, 0, 0, 1))
+    (pad(value_N[None], chunks * size, 1, fill), row_block)
+    for value_N, fill in zip(rows[:5], (jnp.inf, 0, 0, 0, 1))
   ]
   fixed += [
     (
@@ -324,10 +348,16 @@ def unsorted_gradients(
       num_scalar_prefetch=1,
       grid=(cores, plan.tiles_per_core),
       in_specs=[spec for _, spec in fixed] + [c_block] + [bias_block, bias_block][: 2 * len(bias)],
-      out_specs=[pl.BlockSpec((1, size, D), lambda core, step, chunk: (core, 0, 0)), *(spec for _, spec in sums)],
+      out_specs=[
+        pl.BlockSpec((1, size, D), lambda core, step, chunk: (core, 0, 0)),
+        *(spec for _, spec in sums),
+      ],
       scratch_shapes=[pltpu.VMEM((size, D), embeddings_ND.dtype)],
     ),
-    out_shape=[struct((cores, size, D), embeddings_ND), *(struct(shape, embeddings_ND) for shape, _ in sums)],
+    out_shape=[
+      struct((cores, size, D), embeddings_ND),
+      *(struct(shape, embeddings_ND) for shape, _ in sums),
+    ],
     input_output_aliases={1 + len(fixed): 1, **({3 + len(fixed): 2} if bias else {})},
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=int(0.9 * chip.vmem)

@@ -11,7 +11,11 @@ from pallas_kernels.linear_cross_entropy.terms import Options, Statistics
 
 
 def statistics(
-  embeddings_ND: jax.Array, classifier: jax.Array, labels_N: jax.Array, bias_V: jax.Array | None, options: Options
+  embeddings_ND: jax.Array,
+  classifier: jax.Array,
+  labels_N: jax.Array,
+  bias_V: jax.Array | None,
+  options: Options,
 ) -> Statistics:
   """Row statistics from all N x V logits in float32 (float64 for float64 inputs)."""
   dtype = terms.accumulator(embeddings_ND.dtype)

@@ -122,7 +122,9 @@ def backward_rows(stats: Statistics, cotangents: Statistics) -> Rows:
   scale_N, target_N, offset_N = cotangents
   active_N = ((scale_N != 0) | (target_N != 0) | (offset_N != 0)) & (stats.lse_N != -jnp.inf)
   at_target_N = scale_N * jnp.expm1(stats.target_N - stats.lse_N) + (scale_N + target_N)
-  unit_N = jnp.where(target_N != 0, jnp.abs(target_N), jnp.where(scale_N != 0, jnp.abs(scale_N), 1.0))
+  unit_N = jnp.where(
+    target_N != 0, jnp.abs(target_N), jnp.where(scale_N != 0, jnp.abs(scale_N), 1.0)
+  )
   return Rows(
     lse_N=jnp.where(active_N, stats.lse_N, jnp.inf),
     scale_N=jnp.where(active_N, scale_N, 0.0),
@@ -146,7 +148,9 @@ def keeps(gradient: jax.Array, rows: Rows, threshold: float | None) -> jax.Array
   return jnp.any(~(jnp.abs(gradient) < threshold * rows.unit_N))
 
 
-def add_exponentials(top: jax.Array, mass: jax.Array, x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+def add_exponentials(
+  top: jax.Array, mass: jax.Array, x: jax.Array, axis: int
+) -> tuple[jax.Array, jax.Array]:
   """Adds a tile to a running log-sum-exp: the largest logit so far and the sum of exp(x - anchor(largest))."""
   new_top = jnp.maximum(top, jnp.max(x, axis=axis, keepdims=top.ndim == x.ndim))
   shift = anchor(new_top)
@@ -167,7 +171,11 @@ def anchor(top: jax.Array) -> jax.Array:
 def zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *like: Any) -> jax.Array:
   """Zeros that vary over the same mesh axes as `like`, as a loop's carry must inside shard_map."""
   varying = set().union(*(jax.typeof(a).mat.varying for a in jax.tree.leaves(like)))
-  return jax.lax.pcast(jnp.zeros(shape, dtype), tuple(varying), to="varying") if varying else jnp.zeros(shape, dtype)
+  return (
+    jax.lax.pcast(jnp.zeros(shape, dtype), tuple(varying), to="varying")
+    if varying
+    else jnp.zeros(shape, dtype)
+  )
 
 
 def combine(stats: Statistics, axis_name: str | tuple[str, ...] | None) -> Statistics:
@@ -183,7 +191,11 @@ def combine(stats: Statistics, axis_name: str | tuple[str, ...] | None) -> Stati
 
 
 def sorted_order(
-  embeddings_ND: jax.Array, classifier: jax.Array, bias_V: jax.Array | None, counted_N: jax.Array, options: Options
+  embeddings_ND: jax.Array,
+  classifier: jax.Array,
+  bias_V: jax.Array | None,
+  counted_N: jax.Array,
+  options: Options,
 ) -> jax.Array:
   """Entries of the vocabulary by falling mean logit over the counted rows, so that large gradients share few tiles.
 
@@ -193,9 +205,14 @@ def sorted_order(
   dtype = accumulator(embeddings_ND.dtype)
   weight_N = counted_N / jnp.maximum(jnp.sum(counted_N), 1)
   shown_ND = jnp.where(counted_N[:, None], embeddings_ND, 0.0)
-  mean_D = jnp.einsum("n,nd->d", weight_N.astype(shown_ND.dtype), shown_ND, preferred_element_type=dtype)
+  mean_D = jnp.einsum(
+    "n,nd->d", weight_N.astype(shown_ND.dtype), shown_ND, preferred_element_type=dtype
+  )
   mean_V = jnp.einsum(
-    f"d,{options.layout}->v", mean_D.astype(classifier.dtype), classifier, preferred_element_type=dtype
+    f"d,{options.layout}->v",
+    mean_D.astype(classifier.dtype),
+    classifier,
+    preferred_element_type=dtype,
   )
   mean_V = mean_V if bias_V is None else mean_V + bias_V
   return jnp.argsort(-mean_V).astype(jnp.int32)

@@ -105,7 +105,9 @@ def tile_logits(e_RD: jax.Array, tile: Tile, options: Options) -> jax.Array:
   return terms.logits(x, None if tile.bias_W is None else by_entry(tile.bias_W, options), options)
 
 
-def tile_bracket(x: jax.Array, tile: Tile, labels_R: jax.Array, rows: Rows, options: Options) -> tuple[jax.Array, Rows]:
+def tile_bracket(
+  x: jax.Array, tile: Tile, labels_R: jax.Array, rows: Rows, options: Options
+) -> tuple[jax.Array, Rows]:
   """d loss / d X of one tile, and the rows' factors spread to broadcast against it."""
   spread = Rows(*(by_row(value_R, options) for value_R in rows))
   hit = by_entry(tile.ids_W, options) == by_row(labels_R, options)
@@ -123,11 +125,15 @@ def classifier_gradient(g: jax.Array, e_RD: jax.Array, options: Options) -> jax.
 
 
 def no_gradients(weights: Weights, dtype: jax.typing.DTypeLike, *like: Any) -> Gradients:
-  bias_V = None if weights.bias_V is None else terms.zeros((weights.entries,), dtype, weights[:3], like)
+  bias_V = (
+    None if weights.bias_V is None else terms.zeros((weights.entries,), dtype, weights[:3], like)
+  )
   return Gradients(terms.zeros(weights.classifier.shape, dtype, weights[:3], like), bias_V)
 
 
-def add_tile(sums: Gradients, dc: jax.Array, db_W: jax.Array, tile: Tile, weights: Weights) -> Gradients:
+def add_tile(
+  sums: Gradients, dc: jax.Array, db_W: jax.Array, tile: Tile, weights: Weights
+) -> Gradients:
   axis = weights.options.vocabulary_axis
   if weights.order_V is not None:
     at = sums.classifier.at[tile.ids_W] if axis == 0 else sums.classifier.at[:, tile.ids_W]
@@ -135,7 +141,9 @@ def add_tile(sums: Gradients, dc: jax.Array, db_W: jax.Array, tile: Tile, weight
   else:
     old = jax.lax.dynamic_slice_in_dim(sums.classifier, tile.start, tile.ids_W.size, axis)
     classifier = jax.lax.dynamic_update_slice_in_dim(sums.classifier, old + dc, tile.start, axis)
-  return Gradients(classifier, None if sums.bias_V is None else sums.bias_V.at[tile.ids_W].add(db_W))
+  return Gradients(
+    classifier, None if sums.bias_V is None else sums.bias_V.at[tile.ids_W].add(db_W)
+  )
 
 
 def only(rows: Rows, chosen_R: jax.Array) -> Rows:

@@ -72,7 +72,9 @@ def chunk_statistics(
   dtype = terms.accumulator(e_RD.dtype)
   start = [terms.zeros(labels_R.shape, dtype, e_RD, labels_R, weights[:3]) for _ in range(4)]
 
-  def body(running: tuple[jax.Array, ...], index: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
+  def body(
+    running: tuple[jax.Array, ...], index: jax.Array
+  ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     tile = cut(weights, index, width)
     x = tile_logits(e_RD, tile, weights.options)
     return tile_statistics(running, x, tile, labels_R, weights.options), x
@@ -99,7 +101,9 @@ def chunk_gradients(
   # Inactive rows may hold NaN, and 0 * NaN would reach every row of the classifier's gradient.
   e_RD = jnp.where(rows.active_N[:, None], e_RD, 0.0)
 
-  def body(carry: tuple[Gradients, jax.Array], index: jax.Array) -> tuple[tuple[Gradients, jax.Array], None]:
+  def body(
+    carry: tuple[Gradients, jax.Array], index: jax.Array
+  ) -> tuple[tuple[Gradients, jax.Array], None]:
     sums, de_RD = carry
     tile = cut(weights, index, width)
     if kept is None:
@@ -117,7 +121,11 @@ def chunk_gradients(
     sums = when(
       terms.keeps(bracket, spread, options.threshold_c),
       lambda sums: add_tile(
-        sums, classifier_gradient(small, e_RD, options), jnp.sum(g, 1 - options.vocabulary_axis), tile, weights
+        sums,
+        classifier_gradient(small, e_RD, options),
+        jnp.sum(g, 1 - options.vocabulary_axis),
+        tile,
+        weights,
       ),
       sums,
     )
@@ -135,7 +143,11 @@ def when(condition: jax.Array | bool, update: Callable[[Any], Any], value: Any) 
 
 
 def statistics(
-  embeddings_ND: jax.Array, classifier: jax.Array, labels_N: jax.Array, bias_V: jax.Array | None, options: Options
+  embeddings_ND: jax.Array,
+  classifier: jax.Array,
+  labels_N: jax.Array,
+  bias_V: jax.Array | None,
+  options: Options,
 ) -> Statistics:
   """Row statistics from tiles of at most 2 MiB; of this shard's entries where the vocabulary is split."""
   weights = Weights(classifier, bias_V, None, options)
@@ -146,13 +158,19 @@ def statistics(
     start, _ = window(index, size, N)
     e_RD, labels_R = take((embeddings_ND, labels_N), start, size)
     chunk, _ = chunk_statistics(e_RD, labels_R, weights, width)
-    return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, start, 0), done, chunk), None
+    return jax.tree.map(
+      lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, start, 0), done, chunk
+    ), None
 
-  start = Statistics(*(terms.zeros((N,), dtype, embeddings_ND, labels_N, weights[:3]) for _ in range(3)))
+  start = Statistics(
+    *(terms.zeros((N,), dtype, embeddings_ND, labels_N, weights[:3]) for _ in range(3))
+  )
   return loop(body, start, jnp.arange(-(-N // size)))[0]
 
 
-def backward_tile(embeddings_ND: jax.Array, classifier: jax.Array, options: Options) -> blocks.Blocks:
+def backward_tile(
+  embeddings_ND: jax.Array, classifier: jax.Array, options: Options
+) -> blocks.Blocks:
   """The tile that filters decide about in `gradients`."""
   return blocks.xla_tiles(embeddings_ND.shape[0], classifier.shape[options.vocabulary_axis])
 
@@ -167,12 +185,18 @@ def gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """Gradients of E, C and b in the accumulator's dtype; the logits are computed again, tile by tile."""
   counted_N = rows.active_N
-  order_V = terms.sorted_order(embeddings_ND, classifier, bias_V, counted_N, options) if options.sort else None
+  order_V = (
+    terms.sorted_order(embeddings_ND, classifier, bias_V, counted_N, options)
+    if options.sort
+    else None
+  )
   weights = Weights(classifier, bias_V, order_V, options)
   N, dtype = labels_N.size, terms.accumulator(embeddings_ND.dtype)
   size, width = blocks.xla_tiles(N, weights.entries)
 
-  def body(carry: tuple[Gradients, jax.Array], index: jax.Array) -> tuple[tuple[Gradients, jax.Array], None]:
+  def body(
+    carry: tuple[Gradients, jax.Array], index: jax.Array
+  ) -> tuple[tuple[Gradients, jax.Array], None]:
     sums, de_ND = carry
     start, fresh_R = window(index, size, N)
     e_RD, labels_R, part = take((embeddings_ND, labels_N, rows), start, size)
@@ -180,7 +204,10 @@ def gradients(
     return (sums, add_rows(de_ND, de_RD, start)), None
 
   like = (embeddings_ND, labels_N, rows)
-  carry = no_gradients(weights, dtype, *like), terms.zeros(embeddings_ND.shape, dtype, *like, weights[:3])
+  carry = (
+    no_gradients(weights, dtype, *like),
+    terms.zeros(embeddings_ND.shape, dtype, *like, weights[:3]),
+  )
   (sums, de_ND), _ = loop(body, carry, jnp.arange(-(-N // size)))
   return de_ND, sums.classifier, sums.bias_V
 
@@ -198,7 +225,11 @@ def loss_gradients(
   A chunk of R rows keeps its R x V logits meanwhile (`blocks.xla_chunk`).
   """
   counted_N = weight_N != 0
-  order_V = terms.sorted_order(embeddings_ND, classifier, bias_V, counted_N, options) if options.sort else None
+  order_V = (
+    terms.sorted_order(embeddings_ND, classifier, bias_V, counted_N, options)
+    if options.sort
+    else None
+  )
   weights = Weights(classifier, bias_V, order_V, options)
   N, dtype = labels_N.size, terms.accumulator(embeddings_ND.dtype)
   in_order = weights._replace(order_V=None)
@@ -213,7 +244,9 @@ def loss_gradients(
     cotangents = jax.grad(terms.total_loss)(stats, weight_R * fresh_R, options)
     rows = terms.backward_rows(stats, cotangents)
     sums, de_RD = chunk_gradients(sums, e_RD, labels_R, rows, weights, width, kept)
-    done = jax.tree.map(lambda all_N, a_R: jax.lax.dynamic_update_slice_in_dim(all_N, a_R, start, 0), done, stats)
+    done = jax.tree.map(
+      lambda all_N, a_R: jax.lax.dynamic_update_slice_in_dim(all_N, a_R, start, 0), done, stats
+    )
     return (done, sums, add_rows(de_ND, de_RD, start)), None
 
   like = (embeddings_ND, labels_N, weight_N, weights[:3])

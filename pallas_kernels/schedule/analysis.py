@@ -79,11 +79,17 @@ def analyse(
   if chip not in CHIPS:
     raise ValueError(f"chip={chip!r}: must be one of {', '.join(CHIPS)}")
   with jax.set_mesh(chip_mesh(chip)):
-    closed = jax.make_jaxpr(fn)(*jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tuple(args)))
-  leaves = [None if isinstance(a, jax.ShapeDtypeStruct) else np.asarray(a) for a in jax.tree.leaves(args)]
+    closed = jax.make_jaxpr(fn)(
+      *jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tuple(args))
+    )
+  leaves = [
+    None if isinstance(a, jax.ShapeDtypeStruct) else np.asarray(a) for a in jax.tree.leaves(args)
+  ]
   calls = list(pallas_calls(closed.jaxpr, closed.consts, leaves))
   compiled, listings = compile_with_listings(fn, args, chip)
-  named = re.findall(r"%([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", compiled.as_text())
+  named = re.findall(
+    r"%([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", compiled.as_text()
+  )
   pairs = match(calls, named)
   return [finding(call, name, listings, chip, flops) for call, name in pairs if kernel in name]
 
@@ -91,8 +97,14 @@ def analyse(
 def match(calls: list[Call], kernels: list[str]) -> list[tuple[Call, str]]:
   """Pairs each call with the instruction that bears its name (transformations wrap it); DumpError where none does."""
   free, pairs = list(kernels), []
-  for call in sorted(calls, key=lambda call: call.name == ""):  # nameless ones take what is left, in order
-    kernel = min((name for name in free if call.name in name), key=len if call.name else free.index, default=None)
+  for call in sorted(
+    calls, key=lambda call: call.name == ""
+  ):  # nameless ones take what is left, in order
+    kernel = min(
+      (name for name in free if call.name in name),
+      key=len if call.name else free.index,
+      default=None,
+    )
     if kernel is None:
       raise DumpError(f"no instruction for the Pallas call {call.name!r} among {kernels}")
     free.remove(kernel)
@@ -109,9 +121,19 @@ def finding(
   chip = CHIPS[chip_name]
   schedule = Schedule(texts["bundles"], texts["use"], chip)
   step, cycles = count_cycles(schedule, call)
-  vmem = sum(int(size, 16) for size in re.findall(r"space=vmem, size = (0x[0-9a-f]+)", texts["original"]))
-  kind = max(step.matmuls, key=lambda kind: step.matmuls[kind] * kind.rows).operands if step.matmuls else "none"
-  issued = call.calls * call.steps * sum(2 * n * k.rows * chip.mxu_side**2 for k, n in step.matmuls.items())
+  vmem = sum(
+    int(size, 16) for size in re.findall(r"space=vmem, size = (0x[0-9a-f]+)", texts["original"])
+  )
+  kind = (
+    max(step.matmuls, key=lambda kind: step.matmuls[kind] * kind.rows).operands
+    if step.matmuls
+    else "none"
+  )
+  issued = (
+    call.calls
+    * call.steps
+    * sum(2 * n * k.rows * chip.mxu_side**2 for k, n in step.matmuls.items())
+  )
   useful = issued if flops is None else flops
   peak = chip.peaks.get(kind, chip.peaks["bf16"]) * 1e6
   core_us = call.calls * cycles / chip.clock / 1e3
@@ -139,7 +161,10 @@ def finding(
     counted_flops=issued,
     of_peak=useful / peak / us,
     of_roofline=max(useful / peak, call.calls * call.needed / chip.bandwidth / 1e3) / us,
-    notes=(*call.notes, *((f"{dynamic} loops with a dynamic bound count once",) if dynamic > 0 else ())),
+    notes=(
+      *call.notes,
+      *((f"{dynamic} loops with a dynamic bound count once",) if dynamic > 0 else ()),
+    ),
   )
 
 

@@ -13,7 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.matmul import matmul
 from jax.experimental.pallas.ops.tpu.megablox import gmm
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel,
+  splash_attention_mask,
+)
 
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.schedule.compiler import chip_mesh
@@ -37,7 +40,10 @@ class Case:
 def cases() -> Iterator[Case]:
   """This project's kernels, then JAX's own and, where it is installed, tokamax's at the same shapes."""
   yield from linear_cross_entropy_cases(
-    "linear_cross_entropy", linear_cross_entropy_loss, classifier=(VOCABULARY, WIDTH), kernel="backward"
+    "linear_cross_entropy",
+    linear_cross_entropy_loss,
+    classifier=(VOCABULARY, WIDTH),
+    kernel="backward",
   )
   yield matmul_case()
   yield splash_case()
@@ -50,11 +56,15 @@ def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def linear_cross_entropy_loss(embeddings_ND: jax.Array, classifier_VD: jax.Array, labels_N: jax.Array) -> jax.Array:
+def linear_cross_entropy_loss(
+  embeddings_ND: jax.Array, classifier_VD: jax.Array, labels_N: jax.Array
+) -> jax.Array:
   return linear_cross_entropy(embeddings_ND, classifier_VD, labels_N, implementation="pallas_tpu")
 
 
-def tokamax_loss(embeddings_ND: jax.Array, classifier_DV: jax.Array, labels_N: jax.Array) -> jax.Array:
+def tokamax_loss(
+  embeddings_ND: jax.Array, classifier_DV: jax.Array, labels_N: jax.Array
+) -> jax.Array:
   loss = importlib.import_module("tokamax").linear_softmax_cross_entropy_loss
   return loss(embeddings_ND, labels_N, classifier_DV, implementation="mosaic_tpu")
 
@@ -71,7 +81,9 @@ def with_tpu_as_default(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def tokamax_cases() -> Iterator[Case]:
   name = "tokamax linear_cross_entropy"
-  for case in linear_cross_entropy_cases(name, tokamax_loss, classifier=(WIDTH, VOCABULARY), kernel="bwd"):
+  for case in linear_cross_entropy_cases(
+    name, tokamax_loss, classifier=(WIDTH, VOCABULARY), kernel="bwd"
+  ):
     yield dataclasses.replace(case, fn=with_tpu_as_default(case.fn))
 
 
@@ -97,14 +109,24 @@ def linear_cross_entropy_cases(
 def matmul_case() -> Case:
   size = 8192
   fn = functools.partial(matmul, block_shape=(1024, 1024), block_k=512)
-  return Case(name="jax matmul", shape=f"{size} cubed bf16", fn=fn, args=(array(size, size),) * 2, flops=2.0 * size**3)
+  return Case(
+    name="jax matmul",
+    shape=f"{size} cubed bf16",
+    fn=fn,
+    args=(array(size, size),) * 2,
+    flops=2.0 * size**3,
+  )
 
 
 def splash_case() -> Case:
   heads, length, width = 8, 4096, 128
-  mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
+  mask = splash_attention_mask.MultiHeadMask(
+    [splash_attention_mask.CausalMask((length, length))] * heads
+  )
   sizes = splash_attention_kernel.BlockSizes(block_q=1024, block_kv=1024, block_kv_compute=512)
-  kernel = splash_attention_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+  kernel = splash_attention_kernel.make_splash_mha(
+    mask, block_sizes=sizes, head_shards=1, q_seq_shards=1
+  )
   return Case(
     name="jax splash attention, forward",
     shape=f"{heads} heads x {length} x {width} causal bf16",

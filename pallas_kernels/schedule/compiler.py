@@ -30,24 +30,34 @@ def dump_folder() -> pathlib.Path:
 
 
 @functools.cache
-def chip_mesh(chip: str, shape: tuple[int, ...] = (1,), names: tuple[str, ...] = ("x",)) -> jax.sharding.Mesh:
+def chip_mesh(
+  chip: str, shape: tuple[int, ...] = (1,), names: tuple[str, ...] = ("x",)
+) -> jax.sharding.Mesh:
   """A mesh of `chip`'s devices, Explicit axes: something to compile for."""
   dump_folder()
   topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
   devices: Any = np.array(topology.devices[: int(np.prod(shape))]).reshape(shape)
-  return jax.sharding.Mesh(devices, names, axis_types=(jax.sharding.AxisType.Explicit,) * len(names))
+  return jax.sharding.Mesh(
+    devices, names, axis_types=(jax.sharding.AxisType.Explicit,) * len(names)
+  )
 
 
 def compile_for(fn: Callable[..., Any], args: Any, chip: str) -> Any:
   """`jax.jit(fn).lower(...).compile()` for one device of `chip`; args are arrays or ShapeDtypeStructs."""
   mesh = chip_mesh(chip)
   here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), tuple(args))
+  shapes = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), tuple(args)
+  )
   with jax.set_mesh(mesh):
-    return jax.jit(lambda *args: fn(*args)).lower(*shapes).compile()  # a new function: nothing from jit's cache
+    return (
+      jax.jit(lambda *args: fn(*args)).lower(*shapes).compile()
+    )  # a new function: nothing from jit's cache
 
 
-def compile_with_listings(fn: Callable[..., Any], args: Any, chip: str) -> tuple[Any, dict[str, dict[str, str]]]:
+def compile_with_listings(
+  fn: Callable[..., Any], args: Any, chip: str
+) -> tuple[Any, dict[str, dict[str, str]]]:
   """The compiled program and, for each kernel in it, the text of three listings by short name.
 
   RuntimeError when libtpu was in use before and does not write listings.

@@ -44,7 +44,9 @@ def matmul_kind(suffixes: str) -> Matmul:
     return Matmul("s4", 64, 2)
   if ".s8" in suffixes or ".u8" in suffixes:
     return Matmul("s8", 32, 2)
-  if "f8e" in suffixes or "bf8" in suffixes:  # a trailing .bf16: widened on the way in, at bfloat16's rate
+  if (
+    "f8e" in suffixes or "bf8" in suffixes
+  ):  # a trailing .bf16: widened on the way in, at bfloat16's rate
     return Matmul("f8 as bf16", 32, 4) if suffixes.endswith(".bf16") else Matmul("f8", 32, 2)
   return Matmul("bf16", 16, 2) if ".bf16" in suffixes else Matmul("f32 as bf16", 8, 1)
 
@@ -97,7 +99,9 @@ class Schedule:
     self.units, self.use = read_use(use)
     if len(self.use) != len(self.bundles):
       raise DumpError(f"{len(self.bundles)} bundles, but the use of {len(self.use)} is listed")
-    self.matmuls = [[matmul_kind(REGISTERS.sub("", m)) for m in MATMUL.findall(b)] for b in self.bundles]
+    self.matmuls = [
+      [matmul_kind(REGISTERS.sub("", m)) for m in MATMUL.findall(b)] for b in self.bundles
+    ]
     self.root = self._tree(text)
 
   def _tree(self, text: str) -> Span:
@@ -141,7 +145,9 @@ class Schedule:
 
   def _straight(self, start: int, end: int) -> Total:
     units = Counter(dict(zip(self.units, self.use[start:end].sum(axis=0).tolist())))
-    return Total(end - start, units, Counter(kind for kinds in self.matmuls[start:end] for kind in kinds))
+    return Total(
+      end - start, units, Counter(kind for kinds in self.matmuls[start:end] for kind in kinds)
+    )
 
   def loops(self, span: Span | None = None) -> Iterator[Span]:
     for child in (span or self.root).children:
@@ -176,7 +182,9 @@ def nest(root: Span, spans: list[Span]) -> Span:
 
 def trip_count(text: str, predicate: str) -> int | None:
   """From `exit = next >= LIMIT; next = i + STEP; i = INIT`; None where the limit is not a constant."""
-  test = re.search(rf"%{predicate} = scmp\.\w+\.s32\.totalorder (?:\(!?%\w+\),? )?%(\w+), (\d+)\b", text)
+  test = re.search(
+    rf"%{predicate} = scmp\.\w+\.s32\.totalorder (?:\(!?%\w+\),? )?%(\w+), (\d+)\b", text
+  )
   if not predicate or test is None:
     return None
   step = re.search(rf"%{test[1]} = sadd\.s32 (\d+), %(\w+)", text)

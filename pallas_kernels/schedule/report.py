@@ -28,7 +28,9 @@ LIMITS = (
 )
 
 
-def report(folder: str | pathlib.Path, chips: Sequence[str] = (), match: str = "") -> list[dict[str, Any]]:
+def report(
+  folder: str | pathlib.Path, chips: Sequence[str] = (), match: str = ""
+) -> list[dict[str, Any]]:
   """Analyses every case whose name contains `match` on `chips` (none: all); prints and returns the rows of the table.
 
   Writes schedule.json, schedule.md and schedule.svg to `folder`. A case that does not compile for a chip, or whose
@@ -42,7 +44,9 @@ def report(folder: str | pathlib.Path, chips: Sequence[str] = (), match: str = "
   if not chosen:
     raise ValueError(f"match={match!r}: names none of {[case.name for case in cases()]}")
   if importlib.util.find_spec("libtpu") is None:
-    raise NotImplementedError("schedules come from TPU's compiler, and it is not installed: pip install libtpu")
+    raise NotImplementedError(
+      "schedules come from TPU's compiler, and it is not installed: pip install libtpu"
+    )
   print(table([]))
   rows = []
   for chip in chips:
@@ -52,10 +56,18 @@ def report(folder: str | pathlib.Path, chips: Sequence[str] = (), match: str = "
   print(f"\n{closing(rows)}")
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  about = dict(date=datetime.date.today().isoformat(), versions=versions(), limits=LIMITS, not_run=not_run(), rows=rows)
+  about = dict(
+    date=datetime.date.today().isoformat(),
+    versions=versions(),
+    limits=LIMITS,
+    not_run=not_run(),
+    rows=rows,
+  )
   (folder / "schedule.json").write_text(json.dumps(about, indent=1) + "\n")
   heading = f"{about['date']}, {', '.join(f'{k} {v}' for k, v in versions().items())}"
-  (folder / "schedule.md").write_text(f"# TPU kernels by schedule\n\n{heading}\n\n{table(rows)}\n\n{closing(rows)}\n")
+  (folder / "schedule.md").write_text(
+    f"# TPU kernels by schedule\n\n{heading}\n\n{table(rows)}\n\n{closing(rows)}\n"
+  )
   (folder / "schedule.svg").write_text(chart(rows))
   return rows
 
@@ -69,7 +81,9 @@ def not_run() -> dict[str, str]:
 def closing(rows: Iterable[dict[str, Any]]) -> str:
   """What stands below the table: limits, what is not in the table, and notes on single kernels."""
   notes = dict.fromkeys(f"{r['name']}: {note}." for r in rows for note in r.get("notes", ()))
-  return "\n\n".join([LIMITS, *(f"Not run: {name}, {why}." for name, why in not_run().items()), *notes])
+  return "\n\n".join(
+    [LIMITS, *(f"Not run: {name}, {why}." for name, why in not_run().items()), *notes]
+  )
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -133,9 +147,13 @@ def chart(rows: Sequence[dict[str, Any]]) -> str:
       width = 400 * min(r["of_peak"], 1)
       parts.append(f'<text x="70" y="{y}" text-anchor="end">{r["chip"]}</text>')
       parts.append(f'<rect x="80" y="{y - 11}" width="{width:.0f}" height="13" fill="#4477aa"/>')
-      parts.append(f'<text x="{86 + width:.0f}" y="{y}">{r["of_peak"]:.0%} of peak, {r["us"] / 1e3:.2f} ms</text>')
+      parts.append(
+        f'<text x="{86 + width:.0f}" y="{y}">{r["of_peak"]:.0%} of peak, {r["us"] / 1e3:.2f} ms</text>'
+      )
     y += 28
   style = 'font-family="sans-serif" font-size="12"'
   return (
-    f'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="{y}" {style}>\n' + "\n".join(parts) + "\n</svg>\n"
+    f'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="{y}" {style}>\n'
+    + "\n".join(parts)
+    + "\n</svg>\n"
   )

@@ -37,7 +37,9 @@ class Call:
     return math.prod(self.grid)
 
 
-def pallas_calls(jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any], calls: int = 1) -> Walk:
+def pallas_calls(
+  jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any], calls: int = 1
+) -> Walk:
   """Every pallas_call below `jaxpr`. Operands that are not known are None; what follows from known ones is computed.
 
   Yields the calls and returns the values of the results.
@@ -57,11 +59,17 @@ def pallas_calls(jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any], cal
       times = calls * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else calls
       for body in inner_jaxprs(eqn.params):
         yield from pallas_calls(body, (), [None] * len(body.invars), times)
-      if all(value is not None for value in values) and eqn.primitive.name not in ("scan", "while", "cond"):
+      if all(value is not None for value in values) and eqn.primitive.name not in (
+        "scan",
+        "while",
+        "cond",
+      ):
         results = evaluate(eqn, values)
     else:
       closed = inner[0]
-      body, body_consts = (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, ())
+      body, body_consts = (
+        (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, ())
+      )
       results = yield from pallas_calls(body, body_consts, values, calls)
     known.update(zip(eqn.outvars, results))
   return [read(atom) for atom in jaxpr.outvars]
@@ -86,7 +94,9 @@ def replay(eqn: Any, values: list[Any], calls: int) -> Call:
   mapping, notes = eqn.params["grid_mapping"], []
   bounds = sum(not isinstance(size, int) for size in mapping.grid)
   if any(value is None for value in values[:bounds]):
-    raise ValueError(f"{eqn.params['name']}: its grid depends on data, pass concrete arguments in place of shapes")
+    raise ValueError(
+      f"{eqn.params['name']}: its grid depends on data, pass concrete arguments in place of shapes"
+    )
   sizes = iter(values)
   grid = tuple(size if isinstance(size, int) else int(next(sizes)) for size in mapping.grid)
   prefetch = list(zip(values[bounds:], eqn.invars[bounds:]))[: mapping.num_index_operands]
@@ -96,9 +106,14 @@ def replay(eqn: Any, values: list[Any], calls: int) -> Call:
     needed += item * math.prod(block.array_aval.shape)
     space = str(block.transformed_block_aval.memory_space).lower()
     if any(word in space for word in ("any", "hbm", "smem", "semaphore")):
-      notes.append(f"{block.origin}: stays in {space}, what the kernel copies itself is not counted")
+      notes.append(
+        f"{block.origin}: stays in {space}, what the kernel copies itself is not counted"
+      )
       continue
-    shape = [getattr(size, "block_size", size if isinstance(size, int) else 1) or 1 for size in block.block_shape]
+    shape = [
+      getattr(size, "block_size", size if isinstance(size, int) else 1) or 1
+      for size in block.block_shape
+    ]
     change = changes(block, grid, prefetch, len(shape))
     if change is None:
       notes.append(f"{block.origin}: its index depends on data, counted as copied at every step")
@@ -117,7 +132,9 @@ def changes(block: Any, grid: tuple[int, ...], prefetch: list[Any], rank: int) -
   unknown = any(value is None for value, _ in prefetch)
   found = []
   for filling in (0, 1) if unknown else (0,):
-    scalars = [fill(atom.aval, filling) if value is None else np.asarray(value) for value, atom in prefetch]
+    scalars = [
+      fill(atom.aval, filling) if value is None else np.asarray(value) for value, atom in prefetch
+    ]
     found.append(index_changes(block, grid, scalars, rank))
   return found[0] if all(np.array_equal(found[0], other) for other in found) else None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.cli import main
-from jaxlm.train.run_folder import RunFolder, read_records
+from jaxlm.run.run_folder import RunFolder, read_records
 
 SMALLER = "--model.D 16 --model.F 16 --model.H 8 --data.length 32 --optimizer.warmup 1 --eval_batches 1".split()
 
@@ -26,7 +26,10 @@ def text(tmp_path_factory) -> Path:
 
 
 def start(*arguments: str, cwd: Path, platforms: str = "cpu") -> subprocess.Popen:
-  environment = os.environ | {"JAX_PLATFORMS": platforms, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+  environment = os.environ | {
+    "JAX_PLATFORMS": platforms,
+    "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path]),
+  }
   return subprocess.Popen(
     [sys.executable, "-m", "jaxlm", *arguments],
     cwd=cwd,
@@ -43,14 +46,15 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 def test_help_does_not_import_jax_and_takes_less_than_a_second(tmp_path):
-  script = (
-    "import sys, jaxlm.cli; jaxlm.cli.main(['--help']); jaxlm.cli.main(['train']); sys.exit('jax' in sys.modules)"
-  )
+  script = "import sys, jaxlm.cli; jaxlm.cli.main(['--help']); jaxlm.cli.main(['train']); "
+  script += "sys.exit('jax' in sys.modules)"
   environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
   seconds = []
   for _ in range(3):  # the best of three: other tests run beside this one
     before = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = subprocess.run(
+      [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
     seconds.append(time.perf_counter() - before)
     assert done.returncode == 0, done.stderr
   for word in ("train PRESET", "resume DIR", "sample DIR", "eval DIR", "micro", "tiny", "small"):
@@ -70,9 +74,17 @@ for arguments in ([*command, "--help"] for command in COMMANDS):
 sys.exit("jax" in sys.modules)
 """
   environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "120"}
-  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path)
+  done = subprocess.run(
+    [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path
+  )
   assert done.returncode == 0, done.stderr
-  for words in ("--model.layers", "number of blocks", "--optimizer.learning-rate", "--mesh.fsdp", "--temperature"):
+  for words in (
+    "--model.layers",
+    "number of blocks",
+    "--optimizer.learning-rate",
+    "--mesh.fsdp",
+    "--temperature",
+  ):
     assert words in done.stdout or words.replace("-rate", "_rate") in done.stdout, words
   assert "default: 3" not in re.findall(r"--model\.layers.*", done.stdout)
 
@@ -80,9 +92,18 @@ sys.exit("jax" in sys.modules)
 WRONG = [
   (["trian", "micro"], "command 'trian' does not exist; nearest: train"),
   (["train", "mikro"], "preset 'mikro' does not exist; nearest: micro"),
-  (["train", "micro", "--model.N", "3", "--model.K", "2"], "model.N=3: query heads must be a multiple of K=2"),
-  (["train", "micro", "--batch", "6", "--accumulate", "4"], "batch=6: must be a multiple of accumulate=4"),
-  (["train", "micro", "--optimizer.learning_rate", "-1"], "optimizer.learning_rate=-1.0: must be above 0"),
+  (
+    ["train", "micro", "--model.N", "3", "--model.K", "2"],
+    "model.N=3: query heads must be a multiple of K=2",
+  ),
+  (
+    ["train", "micro", "--batch", "6", "--accumulate", "4"],
+    "batch=6: must be a multiple of accumulate=4",
+  ),
+  (
+    ["train", "micro", "--optimizer.learning_rate", "-1"],
+    "optimizer.learning_rate=-1.0: must be above 0",
+  ),
   (["train", "micro", "--mesh.data", "0"], "mesh.data=0: an axis has at least 1 device"),
   (["train", "micro", "--data.source", "/nowhere", "--run", "r"], "/nowhere"),
   (["train", "no_such_module:preset"], "preset 'no_such_module:preset'"),
@@ -101,7 +122,9 @@ WRONG = [
 @pytest.mark.parametrize(
   "arguments, message", WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
-def test_what_is_wrong_is_named_with_its_value_and_rule(arguments, message, capsys, tmp_path, monkeypatch):
+def test_what_is_wrong_is_named_with_its_value_and_rule(
+  arguments, message, capsys, tmp_path, monkeypatch
+):
   monkeypatch.chdir(tmp_path)
   status = exit_status(arguments)
   err = plain(capsys.readouterr().err)
@@ -131,7 +154,9 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize(
-  "arguments, nearest", UNKNOWN, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+  "arguments, nearest",
+  UNKNOWN,
+  ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_an_unknown_flag_or_choice_comes_with_the_nearest(arguments, nearest, capsys):
   assert exit_status(arguments) == 2
@@ -159,7 +184,18 @@ def test_a_preset_of_the_users_own(tmp_path, monkeypatch, capsys, text):
 def interrupted(tmp_path_factory, text):
   """A run stopped by one Ctrl-C: (folder, exit status, what it printed)."""
   folder = tmp_path_factory.mktemp("interrupted")
-  flags = ["--steps", "100000", "--run", "run", "--eval_every", "0", "--save_every", "0", "--data.source", str(text)]
+  flags = [
+    "--steps",
+    "100000",
+    "--run",
+    "run",
+    "--eval_every",
+    "0",
+    "--save_every",
+    "0",
+    "--data.source",
+    str(text),
+  ]
   process = start("train", "micro", *flags, *SMALLER, cwd=folder)
   run = RunFolder(folder / "run")
   wait_for_steps(process, run, 5)
@@ -185,7 +221,9 @@ def test_ctrl_c_once_saves_and_exits_130(interrupted):
   assert status == 130
   step = list(read_records(run.metrics))[-1]["step"]
   assert 5 <= step < 100000
-  assert f"stopped and saved at step {step} of 100000" in plain(printed) and "jaxlm resume run" in plain(printed)
+  assert f"stopped and saved at step {step} of 100000" in plain(
+    printed
+  ) and "jaxlm resume run" in plain(printed)
   assert (run.checkpoints / f"{step:08d}" / "manifest.json").exists()
   assert "Traceback" not in printed
 
@@ -199,7 +237,9 @@ def test_resume_finishes_what_was_stopped_and_sample_and_eval_use_it(interrupted
   assert status == 0, err
   assert f"resuming at step {last}" in plain(out)
   after = list(read_records(run.metrics))
-  assert after[: len(before)] == before and [record["step"] for record in after] == list(range(1, last + 5))
+  assert after[: len(before)] == before and [record["step"] for record in after] == list(
+    range(1, last + 5)
+  )
   assert json.loads(run.config.read_text())["steps"] == last + 4
 
   status, out, err = finish(
@@ -207,11 +247,16 @@ def test_resume_finishes_what_was_stopped_and_sample_and_eval_use_it(interrupted
   )
   assert status == 0, err
   assert out.count("def f") >= 2
-  again = finish(start("sample", "run", "--prompt", "def f", "--max_new", "12", "-n", "2", cwd=run.path.parent))
+  again = finish(
+    start("sample", "run", "--prompt", "def f", "--max_new", "12", "-n", "2", cwd=run.path.parent)
+  )
   assert again[1] == out  # the seed decides
   status, out, err = finish(start("eval", "run", cwd=run.path.parent))
   assert status == 0, err
-  bits = {name: float(value) for name, value in re.findall(r"^  (\w[\w ]*?) +([\d.]+)$", out, re.MULTILINE)}
+  bits = {
+    name: float(value)
+    for name, value in re.findall(r"^  (\w[\w ]*?) +([\d.]+)$", out, re.MULTILINE)
+  }
   assert "this model" in bits and len(bits) >= 3 and all(0 < value < 9 for value in bits.values())
 
 
@@ -228,5 +273,13 @@ def test_a_report_of_kernels(tmp_path):
   written = (tmp_path / "found/schedule.md").read_text()
   assert line in written and "It cannot see" in written and "It cannot see" in out
   (row,) = json.loads((tmp_path / "found/schedule.json").read_text())["rows"]
-  assert {"cycles", "mxu_use", "hbm_bytes", "spills", "vmem_bytes", "us", "of_roofline"} <= row.keys()
+  assert {
+    "cycles",
+    "mxu_use",
+    "hbm_bytes",
+    "spills",
+    "vmem_bytes",
+    "us",
+    "of_roofline",
+  } <= row.keys()
   assert "% of peak" in (tmp_path / "found/schedule.svg").read_text()

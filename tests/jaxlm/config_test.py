@@ -19,16 +19,28 @@ WRONG = [
   (RopeConfig, dict(theta=1.0), "model.rope.theta=1.0: must be above 1"),
   (RopeConfig, dict(factor=0.5), "model.rope.factor=0.5"),
   (RopeConfig, dict(original_length=0), "model.rope.original_length=0"),
-  (RopeConfig, dict(low_freq_factor=4.0), "model.rope.low_freq_factor=4.0: must be below high_freq_factor=4.0"),
+  (
+    RopeConfig,
+    dict(low_freq_factor=4.0),
+    "model.rope.low_freq_factor=4.0: must be below high_freq_factor=4.0",
+  ),
   (ModelConfig, dict(layers=0), "model.layers=0: must be at least 1"),
   (ModelConfig, dict(N=6, K=4), "model.N=6: query heads must be a multiple of K=4"),
   (ModelConfig, dict(H=7), "model.H=7: rotary embedding needs an even head width"),
   (ModelConfig, dict(attention=()), "model.attention=()"),
-  (ModelConfig, dict(layers=3, attention=("window", "full")), "model.layers=3: must be a multiple of the 2 entries"),
+  (
+    ModelConfig,
+    dict(layers=3, attention=("window", "full")),
+    "model.layers=3: must be a multiple of the 2 entries",
+  ),
   (ModelConfig, dict(norm_eps=0.0), "model.norm_eps=0.0"),
   (DataConfig, dict(length=0), "data.length=0"),
   (DataConfig, dict(holdout=1.0), "data.holdout=1.0: must lie between 0 and 1"),
-  (DataConfig, dict(tokenizer="bpe:100"), "data.tokenizer='bpe:100': bpe:SIZE needs a whole number of at least 257"),
+  (
+    DataConfig,
+    dict(tokenizer="bpe:100"),
+    "data.tokenizer='bpe:100': bpe:SIZE needs a whole number of at least 257",
+  ),
   (DataConfig, dict(tokenizer="bpe:many"), "data.tokenizer='bpe:many'"),
   (OptimizerConfig, dict(learning_rate=0.0), "optimizer.learning_rate=0.0: must be above 0"),
   (OptimizerConfig, dict(b2=1.0), "optimizer.b2=1.0: must lie in [0, 1)"),
@@ -37,7 +49,11 @@ WRONG = [
   (TrainConfig, dict(steps=0), "steps=0: must be at least 1"),
   (TrainConfig, dict(batch=6, accumulate=4), "batch=6: must be a multiple of accumulate=4"),
   (TrainConfig, dict(ema=1.0), "ema=1.0: must lie in [0, 1)"),
-  (TrainConfig, dict(stop_after="2"), "stop_after='2': must be a number with its unit, as in 90s, 30m, 2h or 1d"),
+  (
+    TrainConfig,
+    dict(stop_after="2"),
+    "stop_after='2': must be a number with its unit, as in 90s, 30m, 2h or 1d",
+  ),
   (TrainConfig, dict(stop_after="h"), "stop_after='h': must be a number"),
   (TrainConfig, dict(stop_after="-2h"), "stop_after='-2h': must be a number"),
   (TrainConfig, dict(stop_after="2w"), "stop_after='2w': must be a number"),
@@ -45,7 +61,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("kind, values, message", WRONG, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+  "kind, values, message", WRONG, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_a_wrong_value_is_refused_by_field_value_and_rule(kind, values, message):
   with pytest.raises(ValueError) as error:
     kind(**values)
@@ -79,7 +97,9 @@ def train_configs(draw) -> TrainConfig:
     trackers=tuple(draw(st.lists(st.sampled_from(["tensorboard", "wandb"]), max_size=2))),
     model=model,
     data=DataConfig(source=draw(st.text(min_size=1)), holdout=draw(st.floats(0.001, 0.999))),
-    optimizer=OptimizerConfig(learning_rate=draw(st.floats(1e-12, 10)), name=draw(st.sampled_from(["adamw", "muon"]))),
+    optimizer=OptimizerConfig(
+      learning_rate=draw(st.floats(1e-12, 10)), name=draw(st.sampled_from(["adamw", "muon"]))
+    ),
     mesh=MeshConfig(data=draw(st.sampled_from([-1, 1, 8])), tensor=draw(st.integers(1, 16))),
   )
 
@@ -95,7 +115,9 @@ def test_a_configuration_from_before_a_field_existed_takes_its_default():
   assert from_dict(TrainConfig, values) == TrainConfig()
 
 
-@pytest.mark.parametrize("text, seconds", [("90s", 90), ("1.5m", 90), ("2h", 7200), ("1d", 86400), ("", math.inf)])
+@pytest.mark.parametrize(
+  "text, seconds", [("90s", 90), ("1.5m", 90), ("2h", 7200), ("1d", 86400), ("", math.inf)]
+)
 def test_a_time_limit_in_seconds(text, seconds):
   assert TrainConfig(stop_after=text).stop_seconds == seconds
 

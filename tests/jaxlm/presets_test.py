@@ -4,12 +4,14 @@ import pytest
 
 from jaxlm import presets
 from jaxlm.config import MeshConfig
+from jaxlm.run.fit import check_mesh
 from jaxlm.scaling.flops import parameter_count
-from jaxlm.train.loop import check_mesh
 from jaxlm.train.optimizer import learning_rate_schedule
 
 
-@pytest.mark.parametrize("preset, millions", [(presets.micro, 0.03), (presets.tiny, 1), (presets.small, 10)])
+@pytest.mark.parametrize(
+  "preset, millions", [(presets.micro, 0.03), (presets.tiny, 1), (presets.small, 10)]
+)
 def test_presets_have_the_size_they_say_and_can_run_on_one_device_or_eight(preset, millions):
   config = preset()
   assert parameter_count(config.model).total / 1e6 == pytest.approx(millions, rel=0.25)

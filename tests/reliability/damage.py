@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jaxlm.train.checkpoint_folder import checkpoint_path, finished_steps, newest_sound
-from jaxlm.train.manifest import verify
-from jaxlm.train.run_folder import RunFolder
+from jaxlm.checkpoint.folder import checkpoint_path, finished_steps, newest_sound
+from jaxlm.checkpoint.manifest import verify
+from jaxlm.run.run_folder import RunFolder
 from tests.reliability.processes import SMALL, run, same_end, write_corpus
 
 STEPS, SAVE_EVERY = 6, 3
@@ -71,11 +71,23 @@ def _case(whole: RunFolder, kind: str, file: Path) -> Case:
   with damaged(newest, kind, file):
     faults = verify(newest)
     before = _content(whole.checkpoints)
-    older = newest_sound(whole.checkpoints) == STEPS - SAVE_EVERY and _content(whole.checkpoints) == before
+    older = (
+      newest_sound(whole.checkpoints) == STEPS - SAVE_EVERY
+      and _content(whole.checkpoints) == before
+    )
   assert verify(newest) == []
-  says = SAYS[kind] if name != "manifest.json" or kind in ("missing", "a surplus file beside it") else "manifest.json: "
+  says = (
+    SAYS[kind]
+    if name != "manifest.json" or kind in ("missing", "a surplus file beside it")
+    else "manifest.json: "
+  )
   surplus = "2" if kind == "a surplus file beside it" else ""
-  return Case(kind, name, len(faults) == 1 and faults[0].startswith(f"{name}{surplus}: ") and says in faults[0], older)
+  return Case(
+    kind,
+    name,
+    len(faults) == 1 and faults[0].startswith(f"{name}{surplus}: ") and says in faults[0],
+    older,
+  )
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from jaxlm.checkpoint.folder import checkpoint_path, set_aside
 from jaxlm.cli import main
-from jaxlm.train.checkpoint_folder import checkpoint_path, set_aside
 from tests.reliability.damage import KINDS, SAVE_EVERY, STEPS, campaign, damaged, resumed, trained
 from tests.reliability.processes import run
 from tests.reliability.verify_cost import measure
@@ -36,7 +36,9 @@ def test_a_resumed_run_goes_on_from_before_the_damage_and_keeps_it(whole, kind):
 def test_verify_says_it_from_the_command_line_and_starts_nothing(whole, capsys):
   newest = checkpoint_path(whole.checkpoints, STEPS)
   assert main(["checkpoint", "verify", str(whole.path)]) == 0
-  assert re.fullmatch(r"step 3: sound, 0.\d+ MB\nstep 6: sound, 0.\d+ MB\n", capsys.readouterr().out)
+  assert re.fullmatch(
+    r"step 3: sound, 0.\d+ MB\nstep 6: sound, 0.\d+ MB\n", capsys.readouterr().out
+  )
   with damaged(newest, "emptied", newest / "params" / "_METADATA"):
     script = f"import sys, jaxlm.cli; status = jaxlm.cli.main(['checkpoint', 'verify', {str(whole.path)!r}]); "
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -46,7 +48,10 @@ def test_verify_says_it_from_the_command_line_and_starts_nothing(whole, capsys):
   assert "step 6: does not verify\n  params/_METADATA: size 0, the manifest says" in done.stdout
   assert "would go on from step 3" in done.stdout
   both = [checkpoint_path(whole.checkpoints, step) for step in (STEPS - SAVE_EVERY, STEPS)]
-  with damaged(both[0], "missing", both[0] / "manifest.json"), damaged(both[1], "missing", both[1] / "manifest.json"):
+  with (
+    damaged(both[0], "missing", both[0] / "manifest.json"),
+    damaged(both[1], "missing", both[1] / "manifest.json"),
+  ):
     assert main(["checkpoint", "verify", str(whole.path)]) == 1
   assert "no checkpoint verifies" in capsys.readouterr().out
 
@@ -68,7 +73,11 @@ def test_a_run_that_nobody_can_resume_says_so_and_stays_as_it_is(whole):
   with damaged(both[0], "emptied", both[0] / "_CHECKPOINT_METADATA"):
     with damaged(both[1], "emptied", both[1] / "_CHECKPOINT_METADATA"):
       status, printed = run(whole.path.parent, "resume", "whole", "--steps", "9")
-  assert status == 1 and "holds no checkpoint that verifies" in printed and "_CHECKPOINT_METADATA: size 0" in printed
+  assert (
+    status == 1
+    and "holds no checkpoint that verifies" in printed
+    and "_CHECKPOINT_METADATA: size 0" in printed
+  )
   assert set_aside(whole.checkpoints) == []
 
 

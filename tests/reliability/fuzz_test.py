@@ -16,15 +16,33 @@ import pytest
 from jaxlm import cli, presets
 from jaxlm.config import TrainConfig
 from jaxlm.config_json import from_dict, to_dict
-from jaxlm.train import loop
+from jaxlm.run import fit
 
 WHOLE = [0, 1, -1, 2, 3, 7, 16, 255, 2**31, -(2**63), 10**400]
 REAL = [0.0, -0.0, 0.5, 1.0, 1e-30, 1e308, -1e308, float("inf"), float("nan")]
-WORDS = ["", " ", "0", "-1", "1e9", "many", "bytes", "full", "adamw", "skip", "\0", "\ud800", "ü", "bpe:", "bpe:300"]
+WORDS = [
+  "",
+  " ",
+  "0",
+  "-1",
+  "1e9",
+  "many",
+  "bytes",
+  "full",
+  "adamw",
+  "skip",
+  "\0",
+  "\ud800",
+  "ü",
+  "bpe:",
+  "bpe:300",
+]
 ODD = ["bpe:٣", "3h", "h", "²s", "../../x", "-", "--", "=" * 99, True, False, None]
 NESTED = [[], [1], ["full"], ["full", 3], [[]], {}, {"D": 3}]
 VALUES = [*WHOLE, *REAL, *WORDS, *ODD, *NESTED]
-NAMED = re.compile(r"^[\w.]+=")  # a message begins with the field and its value, or with what it is about
+NAMED = re.compile(
+  r"^[\w.]+="
+)  # a message begins with the field and its value, or with what it is about
 ABOUT = ("mesh ", "preset ", "command ", "run=")
 
 
@@ -46,7 +64,9 @@ def tampered(draw: random.Random, whole: str, every: list[tuple]) -> dict:
   values = json.loads(whole)
   for _ in range(draw.randint(1, 4)):
     path = draw.choice(every)
-    with contextlib.suppress(KeyError, TypeError, AttributeError):  # a group that an earlier change took away
+    with contextlib.suppress(
+      KeyError, TypeError, AttributeError
+    ):  # a group that an earlier change took away
       group = group_of(values, path)
       action = draw.random()
       if action < 0.8:
@@ -82,7 +102,9 @@ def fuzz_configs(count: int, seed: int) -> tuple[int, int]:
 def command_line(draw: random.Random, flags: list[str]) -> list[str]:
   """A command with a few flags, of which some are misspelt, lack their value or have a wrong one."""
   command = draw.choice([*["train"] * 8, *cli.COMMANDS, "trian", "", "--help", "-h"])
-  first = draw.choice([*["micro"] * 6, "tiny", "mikro", "", "runs/none", "a:b", ":", "x.json", "--steps", "os:getcwd"])
+  first = draw.choice(
+    [*["micro"] * 6, "tiny", "mikro", "", "runs/none", "a:b", ":", "x.json", "--steps", "os:getcwd"]
+  )
   words = [command, first]
   for _ in range(draw.randint(0, 4)):
     flag = draw.choice(flags)
@@ -96,7 +118,7 @@ def command_line(draw: random.Random, flags: list[str]) -> list[str]:
 def fuzz_command_lines(count: int, seed: int, monkeypatch) -> dict[int, int]:
   """Exit status -> how many command lines ended with it; no training starts, and nothing but SystemExit escapes."""
   done = types.SimpleNamespace(finished=True, step=1, saved=1)
-  monkeypatch.setattr(loop, "train", lambda config: done)
+  monkeypatch.setattr(fit, "train", lambda config: done)
   draw, statuses = random.Random(seed), {}
   flags = ["--" + ".".join(path) for path in paths(to_dict(presets.micro())) if path != ("run",)]
   flags += [

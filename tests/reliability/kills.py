@@ -12,22 +12,36 @@ import threading
 import time
 from pathlib import Path
 
-from jaxlm.train.checkpoint_folder import checkpoint_path, finished_steps, set_aside
-from jaxlm.train.manifest import verify
-from jaxlm.train.run_folder import RunFolder
-from tests.reliability.processes import SMALL, finish, last_step, run, same_end, start, wait_until, write_corpus
+from jaxlm.checkpoint.folder import checkpoint_path, finished_steps, set_aside
+from jaxlm.checkpoint.manifest import verify
+from jaxlm.run.run_folder import RunFolder
+from tests.reliability.processes import (
+  SMALL,
+  finish,
+  last_step,
+  run,
+  same_end,
+  start,
+  wait_until,
+  write_corpus,
+)
 
 STEPS, SAVE_EVERY = 120, 3
 
 # Where a process is killed: at most so many seconds after it enters this function, at its first call or up to its n-th.
 AIMS = {
-  "writing the arrays": ("jaxlm.train.checkpoint", "Checkpoints.save", 0.15, 3),
-  "between arrays and manifest": ("jaxlm.train.checkpoint", "write_manifest", 0.0, 2),
-  "writing the manifest": ("jaxlm.train.checkpoint", "write_manifest", 0.004, 2),
-  "before a rename": ("os", "replace", 0.0, 5),  # of manifest.json, config.json or metrics.jsonl, or one of Orbax
-  "before pruning": ("jaxlm.train.checkpoint", "prune", 0.0, 2),
+  "writing the arrays": ("jaxlm.checkpoint.checkpoint", "Checkpoints.save", 0.15, 3),
+  "between arrays and manifest": ("jaxlm.checkpoint.checkpoint", "write_manifest", 0.0, 2),
+  "writing the manifest": ("jaxlm.checkpoint.checkpoint", "write_manifest", 0.004, 2),
+  "before a rename": (
+    "os",
+    "replace",
+    0.0,
+    5,
+  ),  # of manifest.json, config.json or metrics.jsonl, or one of Orbax
+  "before pruning": ("jaxlm.checkpoint.checkpoint", "prune", 0.0, 2),
   "while pruning": ("shutil", "rmtree", 0.002, 2),
-  "while setting aside": ("jaxlm.train.loop", "set_aside_after", 0.002, 1),
+  "while setting aside": ("jaxlm.run.fit", "set_aside_after", 0.002, 1),
 }
 ANY_MOMENT = "any moment"
 

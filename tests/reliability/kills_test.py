@@ -11,5 +11,7 @@ def test_a_run_killed_at_any_moment_loses_no_finished_checkpoint_and_ends_the_sa
   assert len(chain.kills) == 6
   for kill in chain.kills:
     assert kill.unsound == kill.lost == 0, kill
-    assert kill.repeated <= 2 * SAVE_EVERY, kill  # those since the last finished save, and of the save under way
+    assert kill.repeated <= 2 * SAVE_EVERY, (
+      kill
+    )  # those since the last finished save, and of the save under way
   assert chain.same

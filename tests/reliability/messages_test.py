@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.cli import main
-from jaxlm.train.run_folder import RunFolder
+from jaxlm.run.run_folder import RunFolder
 from tests.reliability.processes import SMALL, write_corpus
 
 GOLDEN = Path(__file__).with_name("messages.txt")
@@ -99,7 +99,16 @@ def place(tmp_path_factory) -> Path:
   before = Path.cwd()
   os.chdir(place)
   try:
-    flags = ["--steps", "2", "--save_every", "0", "--eval_every", "0", "--data.tokenizer", "bpe:270"]
+    flags = [
+      "--steps",
+      "2",
+      "--save_every",
+      "0",
+      "--eval_every",
+      "0",
+      "--data.tokenizer",
+      "bpe:270",
+    ]
     assert main(["train", "micro", "--run", "done", *SMALL, *flags]) == 0
   finally:
     os.chdir(before)
@@ -144,7 +153,9 @@ def test_every_message_is_the_one_in_the_file(place, capsys, monkeypatch):
   before = {path for path in place.rglob("*")}
   found = [said(command, capsys) for command in CASES.strip().splitlines()]
   assert all("[exit status 0]" not in case for case in found)
-  assert {path for path in place.rglob("*")} - before <= {run / "lock" for run in place.iterdir()}  # nothing was begun
+  assert {path for path in place.rglob("*")} - before <= {
+    run / "lock" for run in place.iterdir()
+  }  # nothing was begun
   if os.environ.get("WRITE_MESSAGES"):
     GOLDEN.write_text("\n".join(found))
   want = GOLDEN.read_text().split("\n$ ")
@@ -167,7 +178,15 @@ def test_a_refused_resume_changes_nothing(place, monkeypatch):
   monkeypatch.chdir(place)
   for name in ("wider", "newer", "other_tokenizer"):
     folder = RunFolder(place / name)
-    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file() and path.name != "lock"}
+    before = {
+      path: path.read_bytes()
+      for path in folder.path.rglob("*")
+      if path.is_file() and path.name != "lock"
+    }
     assert main(["resume", name, "--steps", "9"]) == 2
-    after = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file() and path.name != "lock"}
+    after = {
+      path: path.read_bytes()
+      for path in folder.path.rglob("*")
+      if path.is_file() and path.name != "lock"
+    }
     assert after == before

@@ -13,18 +13,18 @@ import pytest
 
 import jaxlm.models.transformer as transformer
 from jaxlm import presets
+from jaxlm.checkpoint.folder import all_steps, finished_steps
+from jaxlm.checkpoint.manifest import verify
 from jaxlm.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxlm.data.loader import load_text, train_loader
 from jaxlm.data.packing import Batch
 from jaxlm.objectives import Weighted
-from jaxlm.train import guard as guards
-from jaxlm.train import resume, train
+from jaxlm.run import guard as guards
+from jaxlm.run import resume, train
+from jaxlm.run.guard import Guard, load_batch
+from jaxlm.run.replay import diagnose, replay
+from jaxlm.run.run_folder import RunFolder, read_records
 from jaxlm.train import step as steps
-from jaxlm.train.checkpoint_folder import all_steps, finished_steps
-from jaxlm.train.guard import Guard, load_batch
-from jaxlm.train.manifest import verify
-from jaxlm.train.replay import diagnose, replay
-from jaxlm.train.run_folder import RunFolder, read_records
 from jaxlm.train.step import init_state, make_train_step
 from sharding import make_mesh
 from tests.reliability.processes import run, write_corpus
@@ -70,12 +70,17 @@ def records(folder: RunFolder) -> list[dict]:
 def nan_at_bells(monkeypatch) -> None:
   """The embedding of a bell is not a number."""
   whole = transformer._lookup
-  bell = lambda embed_VD, ids_BT: jnp.where((ids_BT == BELL)[..., None], jnp.nan, whole(embed_VD, ids_BT))  # noqa: E731
+
+  def bell(embed_VD, ids_BT):
+    return jnp.where((ids_BT == BELL)[..., None], jnp.nan, whole(embed_VD, ids_BT))
+
   monkeypatch.setattr(transformer, "_lookup", bell)
 
 
 @pytest.mark.slow
-def test_a_step_that_is_not_finite_stops_the_run_and_leaves_what_a_replay_needs(config, tmp_path, nan_at_bells, capsys):
+def test_a_step_that_is_not_finite_stops_the_run_and_leaves_what_a_replay_needs(
+  config, tmp_path, nan_at_bells, capsys
+):
   folder = RunFolder(tmp_path / "run")
   with pytest.raises(FloatingPointError) as error:
     train(dataclasses.replace(config, steps=40, nonfinite="stop", run=str(folder.path)))
@@ -87,7 +92,9 @@ def test_a_step_that_is_not_finite_stops_the_run_and_leaves_what_a_replay_needs(
   batch = load_batch(folder.bad_steps, step)
   assert (batch.inputs_BT == BELL).any() and batch.inputs_BT.shape == (8, 32)
   assert json.loads((folder.bad_steps / f"{step:08d}/step.json").read_text())["step"] == step
-  saved = all_steps(folder.checkpoints)  # what was being written is finished, and nothing came after it
+  saved = all_steps(
+    folder.checkpoints
+  )  # what was being written is finished, and nothing came after it
   assert saved == finished_steps(folder.checkpoints) == list(range(2, step, 2))
   assert all(not verify(folder.checkpoints / f"{at:08d}") for at in saved)
 
@@ -97,23 +104,34 @@ def test_a_step_that_is_not_finite_stops_the_run_and_leaves_what_a_replay_needs(
   assert f"step {step}: loss nan" in said
   assert "the first module whose output is not finite is block 0: attention_norm" in said
   assert "differ from" not in said and "the saved one is used" not in said
-  assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before  # it wrote nothing
+  assert {
+    path: path.stat().st_mtime_ns for path in folder.path.rglob("*")
+  } == before  # it wrote nothing
 
 
 @pytest.mark.slow
-def test_skipping_leaves_out_exactly_those_updates_and_a_resumed_run_repeats_it(config, tmp_path, nan_at_bells):
+def test_skipping_leaves_out_exactly_those_updates_and_a_resumed_run_repeats_it(
+  config, tmp_path, nan_at_bells
+):
   whole, halved = (RunFolder(tmp_path / name) for name in ("whole", "halved"))
   result = train(dataclasses.replace(config, steps=12, run=str(whole.path)))
-  assert result.finished and all(np.isfinite(w).all() for w in jax.tree.leaves(jax.device_get(result.params)))
+  assert result.finished and all(
+    np.isfinite(w).all() for w in jax.tree.leaves(jax.device_get(result.params))
+  )
   found = records(whole)
   skipped = [record["step"] for record in found if record["skipped"]]
-  assert 0 < len(skipped) < 12 and all(math.isnan(record["loss"]) == record["skipped"] for record in found)
+  assert 0 < len(skipped) < 12 and all(
+    math.isnan(record["loss"]) == record["skipped"] for record in found
+  )
   assert f"{len(skipped)} so far" in whole.log.read_text()
   train(dataclasses.replace(config, steps=12, run=str(halved.path)))
   for step in (8, 10, 12):
     (halved.checkpoints / f"{step:08d}/manifest.json").unlink()
   resume(halved.path)
-  without = lambda folder: [{k: v for k, v in r.items() if "seconds" not in k} for r in records(folder)]  # noqa: E731
+
+  def without(folder):
+    return [{k: v for k, v in r.items() if "seconds" not in k} for r in records(folder)]
+
   np.testing.assert_equal(without(halved), without(whole))
 
 
@@ -127,12 +145,17 @@ def test_a_skipped_step_leaves_the_weights_and_moments_and_counts(config):
   batch = Batch(ids_BT, ids_BT, np.ones((8, 32), np.float32))
   same, metrics = step(state, batch, -1.0)  # no loss is below this
   assert metrics.skipped == 1 and same.step == 1 and np.isfinite(metrics.loss)
-  for a, b in zip(jax.tree.leaves((same.params, same.ema)), jax.tree.leaves((state.params, state.ema))):
+  for a, b in zip(
+    jax.tree.leaves((same.params, same.ema)), jax.tree.leaves((state.params, state.ema))
+  ):
     np.testing.assert_array_equal(a, b)
   for a, b in zip(jax.tree.leaves(same.opt_state), jax.tree.leaves(state.opt_state)):
     np.testing.assert_array_equal(a, b + (b.dtype == jnp.int32))
   moved, metrics = step(state, batch, 100.0)
-  assert metrics.skipped == 0 and (moved.params["params"]["embed"] != state.params["params"]["embed"]).any()
+  assert (
+    metrics.skipped == 0
+    and (moved.params["params"]["embed"] != state.params["params"]["embed"]).any()
+  )
 
 
 LATE = dict(steps=36, save_every=0, batch=2)
@@ -204,7 +227,10 @@ def test_a_level_that_stays_is_a_spike_only_until_it_is_the_usual():
 def test_the_border_of_a_step_does_not_depend_on_when_the_run_was_resumed(tmp_path):
   folder = RunFolder(tmp_path)
   losses = np.random.default_rng(1).normal(2, 0.1, 90).tolist()
-  lines = (json.dumps({"step": step, "loss": loss, "skipped": 0}) for step, loss in enumerate(losses, start=1))
+  lines = (
+    json.dumps({"step": step, "loss": loss, "skipped": 0})
+    for step, loss in enumerate(losses, start=1)
+  )
   folder.metrics.write_text("\n".join(lines))
   config = dataclasses.replace(presets.micro(), spike="skip")
   whole = Guard(config, RunFolder(tmp_path / "none"), 0)
@@ -241,7 +267,13 @@ def test_the_module_named_is_the_one_that_was_broken(config, path, name):
     leaf = params["params"]
     for key in path:
       leaf = leaf[key]
-    leaf[(-1, *[0] * (leaf.ndim - 1)) if path[0] == "blocks" else ids_BT[0, 0] if path[0] == "embed" else 0] = np.inf
+    leaf[
+      (-1, *[0] * (leaf.ndim - 1))
+      if path[0] == "blocks"
+      else ids_BT[0, 0]
+      if path[0] == "embed"
+      else 0
+    ] = np.inf
     lines = diagnose(config, params, Batch(ids_BT, ids_BT, np.ones((8, 32), np.float32)))
   assert f"weights that are not finite: {'/'.join(path)}" in lines[0]
   assert lines[-1] == f"the first module whose output is not finite is {name}"
@@ -251,10 +283,14 @@ def test_the_module_named_is_the_one_that_was_broken(config, path, name):
 def test_as_a_user_sees_it(tmp_path):
   write_corpus(tmp_path)
   (tmp_path / "text/bell.py").write_text("\a" * 40)
-  flags = "--steps 60 --data.source text --data.length 32 --batch 8 --mesh.data 1 --eval_every 0".split()
+  flags = (
+    "--steps 60 --data.source text --data.length 32 --batch 8 --mesh.data 1 --eval_every 0".split()
+  )
   status, said = run(tmp_path, "train", "micro", "--run", "stop", *flags, setup=TAMPERED)
   assert status == 1 and "Traceback" not in said, said
   step = records(RunFolder(tmp_path / "stop"))[-1]["step"]
   assert f"jaxlm: step {step}: loss nan" in said and f"jaxlm replay stop --step {step}" in said
   status, said = run(tmp_path, "replay", "stop", "--step", str(step), setup=TAMPERED)
-  assert status == 0 and "the first module whose output is not finite is block 0: attention_norm" in said, said
+  assert (
+    status == 0 and "the first module whose output is not finite is block 0: attention_norm" in said
+  ), said

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.train.checkpoint import restore
-from jaxlm.train.checkpoint_folder import checkpoint_path
-from jaxlm.train.run_folder import RunFolder, read_records
+from jaxlm.checkpoint.checkpoint import restore
+from jaxlm.checkpoint.folder import checkpoint_path
+from jaxlm.run.run_folder import RunFolder, read_records
 from jaxlm.train.step import init_state
 from sharding import make_mesh
 
@@ -30,7 +30,9 @@ SMALL = (
 def write_corpus(folder: Path) -> None:
   (folder / "text").mkdir(parents=True)
   for index in range(40):
-    (folder / "text" / f"{index}.py").write_text(f"def f{index}(x):\n  return x + {index}\n" * (1 + index % 3))
+    (folder / "text" / f"{index}.py").write_text(
+      f"def f{index}(x):\n  return x + {index}\n" * (1 + index % 3)
+    )
 
 
 def start(folder: Path, *arguments: str, setup: str = "", **environment: str) -> subprocess.Popen:
@@ -89,7 +91,8 @@ def records(folder: RunFolder) -> list[dict[str, Any]]:
   if not folder.metrics.exists():
     return []
   return [
-    {name: value for name, value in record.items() if "seconds" not in name} for record in read_records(folder.metrics)
+    {name: value for name, value in record.items() if "seconds" not in name}
+    for record in read_records(folder.metrics)
   ]
 
 
@@ -108,4 +111,6 @@ def _final_state(folder: RunFolder) -> Any:
   with jax.set_mesh(make_mesh(config.mesh)):
     like = jax.eval_shape(lambda: init_state(config))
     state, position = restore(checkpoint_path(folder.checkpoints, config.steps), like)
-  return jax.device_get(state._replace(key=jax.random.key_data(state.key))), json.dumps(position, sort_keys=True)
+  return jax.device_get(state._replace(key=jax.random.key_data(state.key))), json.dumps(
+    position, sort_keys=True
+  )

@@ -9,13 +9,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import jaxlm.train.environment as environment
+import jaxlm.run.environment as environment
 from jaxlm.config import DataConfig, MeshConfig
 from jaxlm.data.loader import load_text, train_loader
-from jaxlm.train.run_folder import RunFolder, read_records
+from jaxlm.run.run_folder import RunFolder, read_records
 from tests.reliability.processes import SMALL, records, run, same_end, write_corpus
 
-FLAGS = ["--steps", "12", "--batch", "8", "--save_every", "6", "--eval_every", "6", "--model.K", "2", *SMALL]
+FLAGS = [
+  "--steps",
+  "12",
+  "--batch",
+  "8",
+  "--save_every",
+  "6",
+  "--eval_every",
+  "6",
+  "--model.K",
+  "2",
+  *SMALL,
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +69,9 @@ def test_data_order_depends_on_nothing_but_the_seed(text, data):
       loader = train_loader(again, batch=BATCH, seed=seed, rows=slice(start, start + size))
       if state is not None:
         loader.set_state(json.loads(json.dumps(state)))
-      mine += [next(loader) for _ in range(min(data.draw(st.integers(1, 12)), len(want) - len(mine)))]
+      mine += [
+        next(loader) for _ in range(min(data.draw(st.integers(1, 12)), len(want) - len(mine)))
+      ]
       state = loader.get_state()
     got.append(mine)
   for step, batch in enumerate(want):
@@ -93,13 +107,22 @@ def test_every_mesh_has_the_losses_of_one_device(place, first, mesh):
   assert status == 0, said
   want, got = (list(read_records(folder.metrics)) for folder in (first, RunFolder(place / name)))
   for key in ("loss", "grad_norm"):
-    np.testing.assert_allclose([r[key] for r in got], [r[key] for r in want], rtol=1e-6, err_msg=key)
+    np.testing.assert_allclose(
+      [r[key] for r in got], [r[key] for r in want], rtol=1e-6, err_msg=key
+    )
 
 
-def test_the_environment_of_each_start_is_kept_and_another_one_is_said(first_start, tmp_path, monkeypatch):
+def test_the_environment_of_each_start_is_kept_and_another_one_is_said(
+  first_start, tmp_path, monkeypatch
+):
   folder, config = first_start
   (start,) = environment.starts(folder)
-  assert start["packages"]["jax"] and start["python"] and start["processes"] == 1 and start["chip"] == "cpu"
+  assert (
+    start["packages"]["jax"]
+    and start["python"]
+    and start["processes"] == 1
+    and start["chip"] == "cpu"
+  )
   assert start["config"]["model"]["D"] == config.model.D and start["step"] == 0
   assert environment.record_start(folder, 3, config) == []
   monkeypatch.setattr(environment, "_version", (start["packages"] | {"flax": "0.0.1"}).get)
@@ -133,7 +156,9 @@ def test_the_commit_is_that_of_the_checkout_itself(tmp_path):
   (tmp_path / "file").write_text("2")
   assert environment.commit(tmp_path) == first + "+changes"
   (tmp_path / "below").mkdir()
-  assert environment.commit(tmp_path / "below") is None  # a package inside somebody else's repository
+  assert (
+    environment.commit(tmp_path / "below") is None
+  )  # a package inside somebody else's repository
 
 
 @pytest.mark.slow

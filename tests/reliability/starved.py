@@ -9,9 +9,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxlm.train.checkpoint_folder import checkpoint_path, finished_steps
-from jaxlm.train.manifest import verify
-from jaxlm.train.run_folder import RunFolder
+from jaxlm.checkpoint.folder import checkpoint_path, finished_steps
+from jaxlm.checkpoint.manifest import verify
+from jaxlm.run.run_folder import RunFolder
 from tests.reliability.processes import (
   SMALL,
   finish,
@@ -28,7 +28,7 @@ FLAGS = [*SMALL, "--steps", str(STEPS), "--save_every", "5", "--eval_every", "15
 # so that there is time to take its disk away: each step waits a little
 SLOWER = """
 import time
-import jaxlm.train.metrics as metrics
+import jaxlm.run.metrics as metrics
 step = metrics.Reporter.step
 metrics.Reporter.step = lambda self, *args, **kwargs: (time.sleep(0.05), step(self, *args, **kwargs))[1]
 """
@@ -38,7 +38,11 @@ metrics.Reporter.step = lambda self, *args, **kwargs: (time.sleep(0.05), step(se
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
   """A file system of its own; needs the rights to mount one."""
   folder.mkdir(exist_ok=True)
-  subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder], check=True, capture_output=True)
+  subprocess.run(
+    ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder],
+    check=True,
+    capture_output=True,
+  )
   try:
     yield folder
   finally:
@@ -88,7 +92,9 @@ def campaign(folder: Path) -> dict[str, Outcome]:
     "disk full from step 12 on": _full_disk(folder, whole, freed=False),
     "new run in a read-only folder": _read_only(folder, whole, "train", "micro", *FLAGS, "--run"),
     "resume in a read-only folder": _read_only(folder, whole, "resume"),
-    "new run in the folder of another": _outcome(folder, whole, whole, "train", "micro", *FLAGS, "--run", "whole"),
+    "new run in the folder of another": _outcome(
+      folder, whole, whole, "train", "micro", *FLAGS, "--run", "whole"
+    ),
     **_two_writers(folder, whole),
   }
 
@@ -98,8 +104,14 @@ def _outcome(folder: Path, ours: RunFolder, whole: RunFolder, *command: str) -> 
 
 
 def _judge(ours: RunFolder, whole: RunFolder, status: int, printed: str) -> Outcome:
-  lines = [line for line in printed.splitlines() if "not" in line or "lack" in line or "process" in line]
-  kept = [step for step in finished_steps(ours.checkpoints) if not verify(checkpoint_path(ours.checkpoints, step))]
+  lines = [
+    line for line in printed.splitlines() if "not" in line or "lack" in line or "process" in line
+  ]
+  kept = [
+    step
+    for step in finished_steps(ours.checkpoints)
+    if not verify(checkpoint_path(ours.checkpoints, step))
+  ]
   return Outcome(status, "\n".join(lines), kept, STEPS in kept and same_end(ours, whole))
 
 

@@ -16,7 +16,10 @@ def outcomes(tmp_path_factory):
 @pytest.mark.slow
 def test_a_full_disk_costs_checkpoints_until_there_is_room_again(outcomes):
   outcome = outcomes["disk full from step 12 to 20"]
-  assert "step 15 could not be saved, the newest checkpoint is of step 10: the disk lacks 1 MB for it" in outcome.said
+  assert (
+    "step 15 could not be saved, the newest checkpoint is of step 10: the disk lacks 1 MB for it"
+    in outcome.said
+  )
   assert outcome.status == 0 and outcome.same and outcome.kept == [STEPS - 5, STEPS]
 
 
@@ -24,7 +27,9 @@ def test_a_full_disk_costs_checkpoints_until_there_is_room_again(outcomes):
 def test_a_disk_that_stays_full_is_no_success(outcomes):
   outcome = outcomes["disk full from step 12 on"]
   assert outcome.status == 1 and outcome.kept == [5, 10]
-  assert f"step {STEPS} of {STEPS} is not saved, the newest checkpoint is of step 10" in outcome.said
+  assert (
+    f"step {STEPS} of {STEPS} is not saved, the newest checkpoint is of step 10" in outcome.said
+  )
 
 
 @pytest.mark.slow
@@ -45,6 +50,10 @@ def test_the_folder_of_another_run_is_left_alone(outcomes):
 
 @pytest.mark.slow
 def test_a_run_has_one_writer(outcomes):
-  refused, other = (outcomes[name] for name in ("resume of a run that another process writes", "that other process"))
-  assert refused.status == 2 and "run='shared': another process writes to it (process " in refused.said
+  refused, other = (
+    outcomes[name] for name in ("resume of a run that another process writes", "that other process")
+  )
+  assert (
+    refused.status == 2 and "run='shared': another process writes to it (process " in refused.said
+  )
   assert other.status == 0 and other.same

@@ -9,14 +9,14 @@ import subprocess
 import time
 from pathlib import Path
 
-from jaxlm.train.checkpoint_folder import finished_steps
-from jaxlm.train.run_folder import RunFolder
+from jaxlm.checkpoint.folder import finished_steps
+from jaxlm.run.run_folder import RunFolder
 from tests.reliability.processes import SMALL, finish, last_step, start, wait_until, write_corpus
 
 ENDLESS = ["train", "micro", *SMALL, "--steps", "100000", "--save_every", "0", "--eval_every", "0"]
 SLOW_WRITER = """
 import time
-import jaxlm.train.checkpoint as checkpoint
+import jaxlm.checkpoint.checkpoint as checkpoint
 checkpoint.write_manifest = lambda folder: time.sleep(100)
 """
 
@@ -60,7 +60,10 @@ def by_signals(folder: Path, *signals: str) -> Stop:
 
 
 def by_clock(folder: Path) -> Stop:
-  return _leave(RunFolder(folder / "clock"), (folder, start(folder, *ENDLESS, "--run", "clock", "--stop_after", "4s")))
+  return _leave(
+    RunFolder(folder / "clock"),
+    (folder, start(folder, *ENDLESS, "--run", "clock", "--stop_after", "4s")),
+  )
 
 
 def twice(folder: Path) -> Stop:
@@ -84,9 +87,24 @@ def second_of_two(folder: Path, how: str) -> Stop:
   processes = []
   for index, where in enumerate((folder, other)):
     limit = "6s" if index == 1 and how == "--stop_after" else ""
-    flags = ["--mesh.data", "2", "--data.source", str(folder / "text"), "--run", str(ours.path), "--stop_after", limit]
-    together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
-    processes.append((where, start(where, *ENDLESS, *flags, JAX_COMPILATION_CACHE_DIR="", **together)))
+    flags = [
+      "--mesh.data",
+      "2",
+      "--data.source",
+      str(folder / "text"),
+      "--run",
+      str(ours.path),
+      "--stop_after",
+      limit,
+    ]
+    together = {
+      "JAX_COORDINATOR_ADDRESS": address,
+      "JAX_NUM_PROCESSES": "2",
+      "JAX_PROCESS_ID": str(index),
+    }
+    processes.append(
+      (where, start(where, *ENDLESS, *flags, JAX_COMPILATION_CACHE_DIR="", **together))
+    )
   wait_until(lambda: last_step(ours) >= 3, processes[0][1])
   if how != "--stop_after":
     processes[1][1].send_signal(signal.Signals[how])

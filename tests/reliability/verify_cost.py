@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxlm.train.checkpoint import Checkpoints, restore
-from jaxlm.train.checkpoint_folder import checkpoint_path, newest_sound
+from jaxlm.checkpoint.checkpoint import Checkpoints, restore
+from jaxlm.checkpoint.folder import checkpoint_path, newest_sound
 from jaxlm.train.step import TrainState
 from sharding import MeshConfig, make_mesh
 
@@ -20,7 +20,9 @@ def measure(folder: Path, megabytes: int, repeats: int) -> tuple[float, float]:
   rows = megabytes * 10**6 // (3 * 8 * 4 * 1024)
 
   def init() -> TrainState:
-    weights = {f"w{index}": jax.random.normal(jax.random.key(index), (rows, 1024)) for index in range(8)}
+    weights = {
+      f"w{index}": jax.random.normal(jax.random.key(index), (rows, 1024)) for index in range(8)
+    }
     moments = jax.tree.map(lambda w: w**2, weights)
     return TrainState(jnp.int32(1), weights, (weights, moments), None, jax.random.key(0))
 
@@ -32,7 +34,9 @@ def measure(folder: Path, megabytes: int, repeats: int) -> tuple[float, float]:
     plain, verified = [], []
     for _ in range(repeats):  # in turns, so that a change of the machine's speed meets both
       plain.append(_seconds(lambda: restore(checkpoint_path(folder, 1), like)))
-      verified.append(_seconds(lambda: restore(checkpoint_path(folder, newest_sound(folder)), like)))
+      verified.append(
+        _seconds(lambda: restore(checkpoint_path(folder, newest_sound(folder)), like))
+      )
   return statistics.median(plain), statistics.median(verified)
 
 

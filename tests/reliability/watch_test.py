@@ -7,8 +7,8 @@ import time
 import pytest
 
 from jaxlm.cli import main
-from jaxlm.train.run_folder import RunFolder, read_records
-from jaxlm.train.watch import Watch
+from jaxlm.run.run_folder import RunFolder, read_records
+from jaxlm.run.watch import Watch
 from tests.reliability.processes import SMALL, run, write_corpus
 
 
@@ -41,13 +41,19 @@ def test_a_step_that_does_not_come_is_named_with_what_is_waited_for(watch, said)
     watch.step_done(0.001)
   watch.on("data")
   waits = []
-  for line in (heard(said, 1), heard(said, 2)):  # again when the wait has doubled, not at every look
-    waits.append(re.fullmatch(r"no step for (\d+\.\d) s \(median 0\.00 s\): waiting for the data loader", line))
+  for line in (
+    heard(said, 1),
+    heard(said, 2),
+  ):  # again when the wait has doubled, not at every look
+    waits.append(
+      re.fullmatch(r"no step for (\d+\.\d) s \(median 0\.00 s\): waiting for the data loader", line)
+    )
   assert float(waits[1][1]) >= 0.2
 
 
 @pytest.mark.parametrize(
-  "phase, words", [("device", "the devices"), ("checkpoint", "the checkpoint"), ("evaluation", "the evaluation")]
+  "phase, words",
+  [("device", "the devices"), ("checkpoint", "the checkpoint"), ("evaluation", "the evaluation")],
 )
 def test_other_waits_have_their_names(watch, said, phase, words):
   for _ in range(8):
@@ -85,7 +91,7 @@ def test_seconds_are_counted_by_phase(watch):
 STALLING = """
 import time
 from jaxlm.data import loader
-from jaxlm.train.watch import Watch
+from jaxlm.run.watch import Watch
 Watch.LEAST, Watch.EVERY, Watch.COMPILING = 1.0, 0.1, 0.5
 whole = loader._TrainBatches.__getitem__
 def late(self, index):
@@ -99,11 +105,27 @@ loader._TrainBatches.__getitem__ = late
 def test_as_a_user_sees_it(tmp_path):
   """A loader that stops for 3.5 seconds at batch 25, and a compilation that takes more than half a second."""
   write_corpus(tmp_path)
-  flags = ["--run", "run", "--steps", "40", "--eval_every", "0", "--save_every", "0", "--log_every", "10", *SMALL]
+  flags = [
+    "--run",
+    "run",
+    "--steps",
+    "40",
+    "--eval_every",
+    "0",
+    "--save_every",
+    "0",
+    "--log_every",
+    "10",
+    *SMALL,
+  ]
   status, said = run(tmp_path, "train", "micro", *flags, setup=STALLING)
   assert status == 0, said
   assert re.search(r"^compiling for \d+ s so far$", said, re.MULTILINE)
-  assert re.search(r"^no step for [1-3]\.\d s \(median 0\.\d\d s\): waiting for the data loader$", said, re.MULTILINE)
+  assert re.search(
+    r"^no step for [1-3]\.\d s \(median 0\.\d\d s\): waiting for the data loader$",
+    said,
+    re.MULTILINE,
+  )
   line = r"^step 10/40  loss [\d.]+  [\d,]+ tokens/s  MFU unknown  0:00:\d\d left  memory \d+\.\d GiB \(host\)  "
   assert re.search(line + r"data wait \d+%  lr [\d.e-]+  grad [\d.]+$", said, re.MULTILINE), said
   waits = [record["data_seconds"] for record in read_records(RunFolder(tmp_path / "run").metrics)]
@@ -114,9 +136,16 @@ def test_as_a_user_sees_it(tmp_path):
 def write_run(folder, name: str, losses) -> None:
   (folder / name).mkdir()
   keys = ("step", "loss", "grad_norm", "learning_rate")
-  lines = [json.dumps(dict(zip(keys, (step, loss, 1.0 / step, 1e-3)))) for step, loss in enumerate(losses, start=1)]
-  (folder / name / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 99, "lo')  # cut in its last line
-  (folder / name / "eval.jsonl").write_text(json.dumps({"step": len(losses), "heldout_loss": losses[-1]}) + "\n")
+  lines = [
+    json.dumps(dict(zip(keys, (step, loss, 1.0 / step, 1e-3))))
+    for step, loss in enumerate(losses, start=1)
+  ]
+  (folder / name / "metrics.jsonl").write_text(
+    "\n".join(lines) + '\n{"step": 99, "lo'
+  )  # cut in its last line
+  (folder / name / "eval.jsonl").write_text(
+    json.dumps({"step": len(losses), "heldout_loss": losses[-1]}) + "\n"
+  )
 
 
 def test_curves_of_runs_cut_in_the_middle_of_a_line_are_drawn(tmp_path, monkeypatch, capsys):

@@ -33,7 +33,9 @@ def test_known_kinds_are_found(kind, name):
   assert find_chip(kind) is CHIPS[name]
 
 
-@pytest.mark.parametrize("kind", ["cpu", "", "TPU", "TPU v5 ", "NVIDIA H100", "NVIDIA H100 NVL", "NVIDIA L40S"])
+@pytest.mark.parametrize(
+  "kind", ["cpu", "", "TPU", "TPU v5 ", "NVIDIA H100", "NVIDIA H100 NVL", "NVIDIA L40S"]
+)
 def test_other_kinds_are_not_guessed(kind):
   assert find_chip(kind) is None
 
@@ -53,7 +55,10 @@ def test_tpus_agree_with_the_figures_in_jax(name):
   assert chip.hbm_bytes_per_s == pytest.approx(
     info.mem_bw_bytes_per_second * cores, rel=0.13 if name == "v5p" else 0.03
   )
-  for ours, theirs in [(chip.int8_flops, info.int8_ops_per_second), (chip.fp8_flops, info.fp8_ops_per_second)]:
+  for ours, theirs in [
+    (chip.int8_flops, info.int8_ops_per_second),
+    (chip.fp8_flops, info.fp8_ops_per_second),
+  ]:
     if ours is not None and theirs:
       assert ours == pytest.approx(theirs * cores, rel=0.01)
 

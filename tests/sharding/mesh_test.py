@@ -53,7 +53,9 @@ def test_the_free_axis_takes_exactly_what_is_left(sizes, free, devices):
   config = MeshConfig(**({"data": 1} | written))
   fixed = math.prod(size for size in written.values() if size != -1)
   if devices % fixed:
-    with pytest.raises(ValueError, match=f"{devices} devices cannot be split into groups of {fixed}"):
+    with pytest.raises(
+      ValueError, match=f"{devices} devices cannot be split into groups of {fixed}"
+    ):
       config.resolve(devices)
   else:
     resolved = config.resolve(devices)

@@ -4,15 +4,34 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sharding import MeshConfig, make_mesh
-from sharding.rules import RULES, LogicalRules, defer_reduction, gather, is_sharded, place, reduce_gradients, spec
+from sharding.rules import (
+  RULES,
+  LogicalRules,
+  defer_reduction,
+  gather,
+  is_sharded,
+  place,
+  reduce_gradients,
+  spec,
+)
 
-SIZES = {"data": 2, "stage": 1, "fsdp": 2, "context_ring": 1, "context_ulysses": 1, "expert": 1, "tensor": 2}
+SIZES = {
+  "data": 2,
+  "stage": 1,
+  "fsdp": 2,
+  "context_ring": 1,
+  "context_ulysses": 1,
+  "expert": 1,
+  "tensor": 2,
+}
 
 
 def test_names_become_the_mesh_axes_of_the_table():
   assert RULES.spec(("batch", "length", None), (8, 6, 3), SIZES) == P(("data", "fsdp"), None, None)
   assert RULES.spec(("embed", "mlp"), (4, 6), SIZES) == P("fsdp", "tensor")
-  assert RULES.spec(("batch", "norm_length", None), (8, 6, 3), SIZES) == P(("data", "fsdp"), "tensor", None)
+  assert RULES.spec(("batch", "norm_length", None), (8, 6, 3), SIZES) == P(
+    ("data", "fsdp"), "tensor", None
+  )
 
 
 def test_axes_of_size_one_are_dropped_whatever_the_size_of_the_array():
@@ -63,7 +82,9 @@ def test_place_shards_on_the_mesh():
     assert w_DF.addressable_shards[0].data.shape == (2, 3)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=4)], ids=lambda mesh: mesh.describe())
+@pytest.mark.parametrize(
+  "mesh", [MeshConfig(), MeshConfig(data=2, fsdp=4)], ids=lambda mesh: mesh.describe()
+)
 def test_deferred_gradients_are_unsummed_until_they_are_reduced(mesh):
   with jax.set_mesh(make_mesh(mesh)):
     x_BD = place(jnp.arange(64.0).reshape(8, 8), "batch", None)
@@ -76,7 +97,11 @@ def test_deferred_gradients_are_unsummed_until_they_are_reduced(mesh):
       return jax.grad(objective)(defer_reduction(w_DF))
 
     unsummed = set(jax.typeof(jax.eval_shape(share, w_DF)).sharding.spec.unreduced)
-    assert unsummed == {"data"}  # fsdp's part is summed where the gathered weight's gradient is scattered
+    assert unsummed == {
+      "data"
+    }  # fsdp's part is summed where the gathered weight's gradient is scattered
     grad_DF = jax.jit(lambda w_DF: reduce_gradients(share(w_DF), w_DF))(w_DF)
     assert grad_DF.sharding.spec == w_DF.sharding.spec
-    assert jnp.array_equal(jax.device_get(grad_DF), jnp.tile(jnp.arange(64.0).reshape(8, 8).sum(0)[:, None], (1, 4)))
+    assert jnp.array_equal(
+      jax.device_get(grad_DF), jnp.tile(jnp.arange(64.0).reshape(8, 8).sum(0)[:, None], (1, 4))
+    )

@@ -17,6 +17,9 @@ def test_unigram_by_hand():
 
 def test_zlib_compresses_all_text_at_once():
   text = "".join(random.Random(0).choices("abcd", k=2000))
-  one, two = zlib_bits_per_byte([Document("1", text)]), zlib_bits_per_byte([Document("1", text), Document("2", text)])
+  one, two = (
+    zlib_bits_per_byte([Document("1", text)]),
+    zlib_bits_per_byte([Document("1", text), Document("2", text)]),
+  )
   assert one == 8 * len(zlib.compress(text.encode(), 9)) / 2000
   assert 2 < one and two < 0.6 * one

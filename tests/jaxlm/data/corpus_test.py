@@ -55,7 +55,11 @@ def test_documents_come_in_the_order_of_their_paths(tmp_path):
   names = [name for name, _ in corpus.train]
   assert names == sorted(names) and len(names) == 5
   # So the byte limit keeps the same documents everywhere.
-  assert [name for name, _ in everything(read(tmp_path, max_bytes=3))] == ["a/x.txt", "aa.txt", "b/x.txt"]
+  assert [name for name, _ in everything(read(tmp_path, max_bytes=3))] == [
+    "a/x.txt",
+    "aa.txt",
+    "b/x.txt",
+  ]
 
 
 def zst(data):
@@ -86,7 +90,9 @@ def test_json_lines_are_numbered_with_the_blank_ones(tmp_path):
 @pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.binary()])
 def test_parquet(tmp_path, kind):
   texts = [record["text"] for record in RECORDS]
-  table = pyarrow.table({"id": range(40), "body": pyarrow.array(texts, pyarrow.string()).cast(kind)})
+  table = pyarrow.table(
+    {"id": range(40), "body": pyarrow.array(texts, pyarrow.string()).cast(kind)}
+  )
   pyarrow.parquet.write_table(table, tmp_path / "r.parquet", row_group_size=7)
   corpus = read(tmp_path / "r.parquet", text_field="body")
   assert everything(corpus) == sorted((f"r.parquet:{i}", text) for i, text in enumerate(texts))
@@ -96,7 +102,9 @@ def test_standard_library_is_python_without_tests_and_installed_packages():
   corpus = read("stdlib", max_bytes=2**22)
   names = [name for name, _ in corpus.train + corpus.heldout]
   assert "argparse.py" in names and len(names) > 50
-  assert not any({"test", "tests", "site-packages", "encodings"} & set(name.split("/")) for name in names)
+  assert not any(
+    {"test", "tests", "site-packages", "encodings"} & set(name.split("/")) for name in names
+  )
   assert corpus == read("stdlib", max_bytes=2**22)
 
 
@@ -142,7 +150,9 @@ def test_a_single_document_is_split_at_a_line_break(tmp_path):
 
 @pytest.mark.parametrize("text", ["ab", "\n" + "a" * 99, "a" * 99 + "\n", "\n" * 100])
 @pytest.mark.parametrize("holdout", [0.01, 0.5, 0.99])
-def test_a_single_document_without_a_near_line_break_is_split_at_the_fraction(tmp_path, text, holdout):
+def test_a_single_document_without_a_near_line_break_is_split_at_the_fraction(
+  tmp_path, text, holdout
+):
   (tmp_path / "one.txt").write_text(text)
   (train,), (heldout,) = (corpus := read(tmp_path, holdout=holdout)).train, corpus.heldout
   assert train.text + heldout.text == text and train.text and heldout.text
@@ -153,7 +163,9 @@ def test_a_single_document_without_a_near_line_break_is_split_at_the_fraction(tm
 @pytest.mark.parametrize("limit", range(1, 12))
 def test_max_bytes_cuts_between_characters(tmp_path, name, limit):
   text = "aé€😀z" * 5
-  (tmp_path / name).write_text(text if name == "r.txt" else json.dumps({"text": text}), encoding="utf-8")
+  (tmp_path / name).write_text(
+    text if name == "r.txt" else json.dumps({"text": text}), encoding="utf-8"
+  )
   if limit < 3:
     with pytest.raises(ValueError, match="one character is too short"):
       read(tmp_path, max_bytes=limit)
@@ -167,7 +179,9 @@ def test_max_bytes_cuts_between_characters(tmp_path, name, limit):
 def test_max_bytes_stops_between_documents_and_says_so_only_when_text_was_left(tmp_path):
   write_many(tmp_path, 10)  # 6 bytes each
   assert len(everything(corpus := read(tmp_path, max_bytes=30))) == 5 and "stopped" in corpus.report
-  assert len(everything(corpus := read(tmp_path, max_bytes=60))) == 10 and "stopped" not in corpus.report
+  assert (
+    len(everything(corpus := read(tmp_path, max_bytes=60))) == 10 and "stopped" not in corpus.report
+  )
 
 
 def test_links_are_not_followed(tmp_path):
@@ -191,7 +205,9 @@ def test_replacing_invalid_utf8_is_counted(tmp_path):
 
 
 PARQUET = pyarrow.BufferOutputStream()
-pyarrow.parquet.write_table(pyarrow.table({"id": [1], "gap": pyarrow.array([None], pyarrow.string())}), PARQUET)
+pyarrow.parquet.write_table(
+  pyarrow.table({"id": [1], "gap": pyarrow.array([None], pyarrow.string())}), PARQUET
+)
 PARQUET = PARQUET.getvalue().to_pybytes()
 
 
@@ -200,7 +216,11 @@ PARQUET = PARQUET.getvalue().to_pybytes()
   [
     ("a.txt", b"", r"data.source='.*a.txt': holds no text \(1 files?; 1 empty"),
     ("a.jsonl", b"\n", "holds no text"),
-    ("a.bin", b"text", r"unknown ending, known are .txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet"),
+    (
+      "a.bin",
+      b"text",
+      r"unknown ending, known are .txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet",
+    ),
     ("a.txt", b"caf\xe9", "a.txt: byte 3 is not UTF-8.*invalid_utf8"),
     ("a.txt", "text".encode("utf-16-le"), "a.txt: NUL at byte 1: a binary file"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "a.jsonl:2: byte 10 is not UTF-8"),
@@ -209,13 +229,21 @@ PARQUET = PARQUET.getvalue().to_pybytes()
     ("a.jsonl", b'{"text": "a"}\n\n{"text": ', "a.jsonl:3: not JSON.*every line holds one object"),
     ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not JSON"),
     ("a.jsonl", b'["text"]', "a.jsonl:1: is a list; every line holds one object"),
-    ("a.jsonl", b'{"body": "a", "id": 1}', r"a.jsonl:1: no field 'text' \(data.text_field\); there are: body, id"),
+    (
+      "a.jsonl",
+      b'{"body": "a", "id": 1}',
+      r"a.jsonl:1: no field 'text' \(data.text_field\); there are: body, id",
+    ),
     ("a.jsonl", b"{}", "no field 'text'.*there are: none"),
     ("a.jsonl", b'{"text": null}', "a.jsonl:1: field 'text' .*is NoneType, must be text"),
     ("a.jsonl", b'{"text": 3}', "a.jsonl:1: field 'text' .*is int, must be text"),
     ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-20], "a.jsonl.gz: truncated or damaged gzip"),
     ("a.jsonl.gz", LINES, "a.jsonl.gz: truncated or damaged gzip"),
-    ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:12] + b"\xff" * 60, "a.jsonl.gz: truncated or damaged gzip"),
+    (
+      "a.jsonl.gz",
+      gzip.compress(LINES, mtime=0)[:12] + b"\xff" * 60,
+      "a.jsonl.gz: truncated or damaged gzip",
+    ),
     ("a.jsonl.zst", zst(LINES)[:-9], "a.jsonl.zst: truncated zstd"),
     ("a.jsonl.zst", zst(LINES) + zst(LINES)[:-9], "a.jsonl.zst: truncated zstd"),
     ("a.jsonl.zst", LINES, "a.jsonl.zst: damaged zstd"),
@@ -235,7 +263,8 @@ def test_bad_files(tmp_path, name, data, message, whole_folder):
 
 
 @pytest.mark.parametrize(
-  ("field", "message"), [("gap", "a.parquet:0: field 'gap' .*NoneType"), ("id", "column 'id' .*must be text")]
+  ("field", "message"),
+  [("gap", "a.parquet:0: field 'gap' .*NoneType"), ("id", "column 'id' .*must be text")],
 )
 def test_parquet_columns_that_hold_no_text(tmp_path, field, message):
   (tmp_path / "a.parquet").write_bytes(PARQUET)
@@ -257,7 +286,9 @@ def test_missing_and_unreadable_paths(tmp_path, monkeypatch):
     read(tmp_path)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads every folder")
+@pytest.mark.skipif(
+  not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads every folder"
+)
 def test_unreadable_folder(tmp_path):
   (tmp_path / "closed").mkdir(mode=0)
   with pytest.raises(ValueError, match="closed: cannot be read"):
@@ -266,7 +297,11 @@ def test_unreadable_folder(tmp_path):
 
 @pytest.mark.parametrize(
   ("name", "module", "extra"),
-  [("a.parquet", "pyarrow", "data"), ("a.jsonl.zst", "zstandard", "data"), ("hf:owner/set", "datasets", "hf")],
+  [
+    ("a.parquet", "pyarrow", "data"),
+    ("a.jsonl.zst", "zstandard", "data"),
+    ("hf:owner/set", "datasets", "hf"),
+  ],
 )
 def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, name, module, extra):
   monkeypatch.setitem(sys.modules, module, None)
@@ -292,7 +327,10 @@ def hub(monkeypatch):
 
 def test_hub_documents(hub):
   corpus = read("hf:owner/set:validation", text_field="body")
-  assert Document("owner/set:validation:7", "record 7") in everything(corpus) and len(everything(corpus)) == 20
+  assert (
+    Document("owner/set:validation:7", "record 7") in everything(corpus)
+    and len(everything(corpus)) == 20
+  )
   assert "revision abc123" in corpus.report
   assert len(everything(read("hf:owner/set:validation", text_field="body", max_bytes=20))) == 3
 
@@ -300,5 +338,7 @@ def test_hub_documents(hub):
 def test_hub_errors(hub):
   with pytest.raises(ValueError, match="data.source='hf:owner/set': Bad split: train"):
     read("hf:owner/set")
-  with pytest.raises(ValueError, match="hf:owner/set:validation:0: no field 'text' .*there are: body"):
+  with pytest.raises(
+    ValueError, match="hf:owner/set:validation:0: no field 'text' .*there are: body"
+  ):
     read("hf:owner/set:validation")

@@ -40,7 +40,11 @@ def assert_same(got, expected):
 
 
 def rows_of(batches):
-  return [row.tobytes() for batch in batches for row in np.concatenate([batch.inputs_BT, batch.targets_BT], axis=1)]
+  return [
+    row.tobytes()
+    for batch in batches
+    for row in np.concatenate([batch.inputs_BT, batch.targets_BT], axis=1)
+  ]
 
 
 def test_shapes_and_types(text):
@@ -54,7 +58,10 @@ def test_shapes_and_types(text):
 def test_slices_reassemble_to_the_whole(text, parts):
   whole = take(train_loader(text, batch=BATCH, seed=3), 5)
   size = BATCH // parts
-  slices = [take(train_loader(text, batch=BATCH, seed=3, rows=slice(i, i + size)), 5) for i in range(0, BATCH, size)]
+  slices = [
+    take(train_loader(text, batch=BATCH, seed=3, rows=slice(i, i + size)), 5)
+    for i in range(0, BATCH, size)
+  ]
   for step, batch in enumerate(whole):
     for field, array in enumerate(batch):
       if array is not None:
@@ -71,7 +78,9 @@ def test_only_the_slice_is_built(text):
       seen.append(len(index_B))
       return original(text.train, index_B)
 
-  take(train_loader(dataclasses.replace(text, train=Spy()), batch=BATCH, seed=0, rows=slice(2, 4)), 3)
+  take(
+    train_loader(dataclasses.replace(text, train=Spy()), batch=BATCH, seed=0, rows=slice(2, 4)), 3
+  )
   assert set(seen) == {2}
 
 
@@ -85,11 +94,15 @@ def test_epochs_hold_every_row_once_in_another_order(text):
 
 
 def test_seeds_differ_and_repeat(text):
-  first = [rows_of(take(train_loader(text, batch=BATCH, seed=seed), 3)) for seed in (0, 0, 1, 2**40)]
+  first = [
+    rows_of(take(train_loader(text, batch=BATCH, seed=seed), 3)) for seed in (0, 0, 1, 2**40)
+  ]
   assert first[0] == first[1] and first[0] != first[2] != first[3] != first[0]
   # The next seed is not this one an epoch later.
   count = len(text.train)
-  later = rows_of(take(train_loader(text, batch=BATCH, seed=0), -(-2 * count // BATCH)))[count : 2 * count]
+  later = rows_of(take(train_loader(text, batch=BATCH, seed=0), -(-2 * count // BATCH)))[
+    count : 2 * count
+  ]
   assert later[: 3 * BATCH] != first[2]
 
 
@@ -137,7 +150,9 @@ def test_a_limited_heldout_reads_rows_from_all_over_the_text(text):
 
 def test_heldout_slices_reassemble(text):
   whole = list(heldout_batches(text, batch=BATCH))
-  halves = [list(heldout_batches(text, batch=BATCH, rows=rows)) for rows in (slice(0, 4), slice(4, 8))]
+  halves = [
+    list(heldout_batches(text, batch=BATCH, rows=rows)) for rows in (slice(0, 4), slice(4, 8))
+  ]
   for batch, left, right in zip(whole, *halves, strict=True):
     assert_same([[np.concatenate(pair) for pair in zip(left[:3], right[:3])]], [batch[:3]])
 
@@ -158,7 +173,10 @@ def test_bits_per_byte_of_a_known_model(text):
 
 
 def test_layouts_score_the_same_heldout_tokens(folder):
-  both = [load_text(DataConfig(source=str(folder), length=LENGTH, layout=layout)) for layout in ("windows", "packed")]
+  both = [
+    load_text(DataConfig(source=str(folder), length=LENGTH, layout=layout))
+    for layout in ("windows", "packed")
+  ]
   assert both[0].heldout_tokens_per_byte == both[1].heldout_tokens_per_byte
 
 
@@ -166,9 +184,14 @@ def test_bpe_and_a_given_tokenizer(folder):
   config = DataConfig(source=str(folder), length=LENGTH, tokenizer="bpe:300")
   text = load_text(config)
   batch = text.train.take(np.arange(len(text.train)))
-  joined = text.tokenizer.decode(np.concatenate([batch.inputs_BT[0, :1], batch.targets_BT.reshape(-1)]))
+  joined = text.tokenizer.decode(
+    np.concatenate([batch.inputs_BT[0, :1], batch.targets_BT.reshape(-1)])
+  )
   documents = [document.text for document in text.corpus.train]
-  assert "".join(["<|endoftext|>" + document for document in documents]).startswith(joined) and len(joined) > 1000
+  assert (
+    "".join(["<|endoftext|>" + document for document in documents]).startswith(joined)
+    and len(joined) > 1000
+  )
   assert text.heldout_tokens_per_byte < 0.8
   given = load_text(config, ByteTokenizer())
   assert given.tokenizer.vocab_size == 256 and given.heldout_tokens_per_byte > 1
@@ -177,7 +200,9 @@ def test_bpe_and_a_given_tokenizer(folder):
 
 def test_text_shorter_than_a_row(tmp_path):
   (tmp_path / "a.txt").write_text("0123456789\n")
-  with pytest.raises(ValueError, match="data.length=256: the training text has 12 tokens, a row needs 257"):
+  with pytest.raises(
+    ValueError, match="data.length=256: the training text has 12 tokens, a row needs 257"
+  ):
     load_text(DataConfig(source=str(tmp_path)))
   for options in ({"length": 10}, {"layout": "packed"}):
     text = load_text(DataConfig(source=str(tmp_path), **options))

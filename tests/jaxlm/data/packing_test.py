@@ -18,7 +18,9 @@ def stream(sizes):
 
 
 def test_join_puts_eos_before_and_after_each_document():
-  tokens_S, borders_D = join([np.array([5, 6], np.uint8), np.array([], np.uint8), np.array([7], np.uint8)], 9, np.uint8)
+  tokens_S, borders_D = join(
+    [np.array([5, 6], np.uint8), np.array([], np.uint8), np.array([7], np.uint8)], 9, np.uint8
+  )
   assert tokens_S.tolist() == [9, 5, 6, 9, 9, 7, 9] and tokens_S.dtype == np.uint8
   assert borders_D.tolist() == [0, 3, 4, 6]
 
@@ -56,12 +58,21 @@ def test_packed_rows(sizes, length):
   assert sorted(targets_BT[used].tolist()) == tokens_S[1:].tolist()
   np.testing.assert_array_equal(inputs_BT[used], targets_BT[used] - 1)
   np.testing.assert_array_equal(weights_BT, used.astype(np.float32))
-  assert not (inputs_BT[~used].any() or targets_BT[~used].any() or positions_BT[~used].any() or weights_BT[-1].any())
+  assert not (
+    inputs_BT[~used].any()
+    or targets_BT[~used].any()
+    or positions_BT[~used].any()
+    or weights_BT[-1].any()
+  )
 
-  document_S = np.searchsorted(borders_D, tokens_S, side="right")  # an eos belongs to what follows it
+  document_S = np.searchsorted(
+    borders_D, tokens_S, side="right"
+  )  # an eos belongs to what follows it
   for row in range(len(rows)):
     ids = segment_ids_BT[row][used[row]]
-    assert used[row, : len(ids)].all() and len(ids) > 0  # padding only at the end, no row of padding
+    assert (
+      used[row, : len(ids)].all() and len(ids) > 0
+    )  # padding only at the end, no row of padding
     assert set(ids) == set(range(1, ids[-1] + 1)) and (np.diff(ids) >= 0).all()
     for segment in range(1, ids[-1] + 1):
       here = segment_ids_BT[row] == segment

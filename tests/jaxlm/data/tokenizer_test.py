@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from jaxlm.config import DataConfig
 from jaxlm.data import tokenizer as module
 from jaxlm.data.corpus import Document
-from jaxlm.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer, make_tokenizer, pieces, train_bpe
+from jaxlm.data.tokenizer import (
+  BPETokenizer,
+  ByteTokenizer,
+  load_tokenizer,
+  make_tokenizer,
+  pieces,
+  train_bpe,
+)
 
 SOURCE = Path(module.__file__).read_text()
 
@@ -108,7 +115,9 @@ def test_other_ends_of_text_and_gaps_in_the_ids(bpe, tmp_path, token):
 
 
 def test_errors_name_the_file_and_the_rule(bpe, tmp_path):
-  with pytest.raises(ValueError, match=r"data.tokenizer='gpt2': no such file \(or bytes, or bpe:SIZE\)"):
+  with pytest.raises(
+    ValueError, match=r"data.tokenizer='gpt2': no such file \(or bytes, or bpe:SIZE\)"
+  ):
     make_tokenizer(DataConfig(tokenizer="gpt2"), [])
   with pytest.raises(ValueError, match="run/tokenizer.json': no such file"):
     load_tokenizer(tmp_path / "run", DataConfig(tokenizer="bpe:300"))
@@ -117,7 +126,11 @@ def test_errors_name_the_file_and_the_rule(bpe, tmp_path):
   with pytest.raises(ValueError, match="t.json': not a tokenizer.json"):
     BPETokenizer.load(path)
   path.write_text(bpe.model.to_str().replace("<|endoftext|>", "<stop>"))
-  with pytest.raises(ValueError, match=r"t.json': no end-of-text token, it must have one of <\|endoftext\|>"):
+  with pytest.raises(
+    ValueError, match=r"t.json': no end-of-text token, it must have one of <\|endoftext\|>"
+  ):
     BPETokenizer.load(path)
-  with pytest.raises(ValueError, match=r"data.tokenizer='bpe:400': .* only 25[89] tokens, bpe:25[89] at most"):
+  with pytest.raises(
+    ValueError, match=r"data.tokenizer='bpe:400': .* only 25[89] tokens, bpe:25[89] at most"
+  ):
     train_bpe(["abab"], 400)

@@ -12,7 +12,9 @@ from jaxlm.decode import init_cache
 from jaxlm.models import Transformer
 
 T, B = 13, 2
-PLAIN = ModelConfig(V=32, D=16, F=24, N=4, K=2, H=4, layers=4, attention=("window", "full"), window=4, scan="always")
+PLAIN = ModelConfig(
+  V=32, D=16, F=24, N=4, K=2, H=4, layers=4, attention=("window", "full"), window=4, scan="always"
+)
 
 
 def rope(config, scaling, **options):
@@ -55,7 +57,9 @@ def run_in_pieces(config, pieces, room=T + 2):
   start, outs = 0, []
   for size in pieces:
     positions = np.broadcast_to(np.arange(start, start + size), (B, size))
-    logits_BTV, cache = cached(config, init(config), IDS_BT[:, start : start + size], positions, cache)
+    logits_BTV, cache = cached(
+      config, init(config), IDS_BT[:, start : start + size], positions, cache
+    )
     outs.append(np.asarray(logits_BTV))
     start += size
   return outs

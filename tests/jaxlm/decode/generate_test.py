@@ -8,7 +8,9 @@ from jaxlm.config import ModelConfig
 from jaxlm.decode import Sampler, generate
 from jaxlm.models import Transformer
 
-CONFIG = ModelConfig(V=16, D=16, F=24, N=2, K=1, H=8, layers=2, attention=("window", "full"), window=4)
+CONFIG = ModelConfig(
+  V=16, D=16, F=24, N=2, K=1, H=8, layers=2, attention=("window", "full"), window=4
+)
 PROMPTS = [[3, 1, 4, 1, 5], [2], [7, 7, 0]]
 GREEDY = Sampler(temperature=0)
 NEW, WIDTH = 6, 11
@@ -54,7 +56,9 @@ def test_after_the_end_only_the_end_follows(params, greedy):
 
 
 def test_draws_depend_on_the_key_and_on_nothing_else(params):
-  draw = functools.partial(generate, CONFIG, params, PROMPTS, sampler=Sampler(temperature=2.0), max_new=NEW)
+  draw = functools.partial(
+    generate, CONFIG, params, PROMPTS, sampler=Sampler(temperature=2.0), max_new=NEW
+  )
   first, again, other = (draw(key=jax.random.key(seed)) for seed in (0, 0, 1))
   np.testing.assert_array_equal(first, again)
   assert (first != other).any() and 0 <= first.min() and first.max() < CONFIG.V

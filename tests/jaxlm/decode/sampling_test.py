@@ -16,7 +16,9 @@ from jaxlm.decode.sampling import Sampler, apply_min_p, apply_top_k, apply_top_p
 
 inf = math.inf
 # A coarse grid makes ties common.
-rows = hypothesis.extra.numpy.arrays(np.float32, (1, 7), elements=st.integers(-24, 24).map(lambda i: i / 4))
+rows = hypothesis.extra.numpy.arrays(
+  np.float32, (1, 7), elements=st.integers(-24, 24).map(lambda i: i / 4)
+)
 quick = hypothesis.settings(max_examples=60)
 
 
@@ -32,16 +34,31 @@ def of_probs(*probs):
 def test_top_k_by_hand():
   logits_BV = jnp.array([[1.0, 4.0, 3.0, 2.0]])
   np.testing.assert_array_equal(apply_top_k(logits_BV, 2), [[-inf, 4.0, 3.0, -inf]])
-  assert kept(apply_top_k(jnp.array([[1.0, 3.0, 3.0, 3.0]]), 2)) == {1, 2, 3}  # a tie at the second place stays whole
+  assert kept(apply_top_k(jnp.array([[1.0, 3.0, 3.0, 3.0]]), 2)) == {
+    1,
+    2,
+    3,
+  }  # a tie at the second place stays whole
   np.testing.assert_array_equal(apply_top_k(logits_BV, 0), logits_BV)
   np.testing.assert_array_equal(apply_top_k(logits_BV, 9), logits_BV)
 
 
 def test_top_p_by_hand():
   logits_BV = of_probs(0.1, 0.5, 0.15, 0.25)
-  for p, want in [(0.01, {1}), (0.49, {1}), (0.51, {1, 3}), (0.74, {1, 3}), (0.76, {1, 2, 3}), (0.91, {0, 1, 2, 3})]:
+  for p, want in [
+    (0.01, {1}),
+    (0.49, {1}),
+    (0.51, {1, 3}),
+    (0.74, {1, 3}),
+    (0.76, {1, 2, 3}),
+    (0.91, {0, 1, 2, 3}),
+  ]:
     assert kept(apply_top_p(logits_BV, p)) == want, p
-  assert kept(apply_top_p(of_probs(0.25, 0.25, 0.4, 0.1), 0.5)) == {0, 1, 2}  # one of the tied two would do
+  assert kept(apply_top_p(of_probs(0.25, 0.25, 0.4, 0.1), 0.5)) == {
+    0,
+    1,
+    2,
+  }  # one of the tied two would do
   tail_BV = jnp.linspace(0, -30, 1000)[None]  # its mass is lost when float32 sums to 1
   np.testing.assert_array_equal(apply_top_p(tail_BV, 1.0), tail_BV)
 
@@ -66,7 +83,9 @@ def test_top_p_keeps_the_smallest_sufficient_set(logits_BV, p):
   probs = scipy.special.softmax(logits_BV[0].astype(np.float64))
   left = kept(apply_top_p(jnp.asarray(logits_BV), p))
   least = min(probs[i] for i in left)
-  assert left == {i for i in range(7) if probs[i] >= least * (1 - 1e-9)}  # an upper set, ties included
+  assert left == {
+    i for i in range(7) if probs[i] >= least * (1 - 1e-9)
+  }  # an upper set, ties included
   assert sum(probs[i] for i in left) >= p - 1e-6
   assert sum(probs[i] for i in left if probs[i] > least * (1 + 1e-9)) < p + 1e-6
 
@@ -80,13 +99,17 @@ def test_min_p_keeps_what_reaches_the_threshold(logits_BV, p):
 
 
 @quick
-@hypothesis.given(rows, st.integers(0, 8), st.floats(0.01, 1), st.floats(0, 1), st.permutations(range(7)))
+@hypothesis.given(
+  rows, st.integers(0, 8), st.floats(0.01, 1), st.floats(0, 1), st.permutations(range(7))
+)
 def test_filters_follow_permutations_and_keep_the_largest(logits_BV, k, top_p, min_p, order):
   def chain(logits_BV):
     return apply_min_p(apply_top_p(apply_top_k(logits_BV, k), top_p), min_p)
 
   left_BV = chain(jnp.asarray(logits_BV))
-  np.testing.assert_array_equal(chain(jnp.asarray(logits_BV[:, order])), np.asarray(left_BV)[:, order])
+  np.testing.assert_array_equal(
+    chain(jnp.asarray(logits_BV[:, order])), np.asarray(left_BV)[:, order]
+  )
   assert set(np.flatnonzero(logits_BV[0] == logits_BV.max())) <= kept(left_BV)
   removed = np.isneginf(left_BV)
   np.testing.assert_array_equal(np.where(removed, 0, left_BV), np.where(removed, 0, logits_BV))
@@ -143,7 +166,9 @@ def test_frequencies_follow_the_law(sampler, survivors):
   logits = [0.3, 2.0, -1.0, 1.1, 0.0, -2.5, 1.6, -0.4]
   law = expected_law(logits, sampler)
   assert np.count_nonzero(law) == survivors
-  ids_B = draw(jnp.broadcast_to(jnp.array(logits), (100_000, 8)), jax.random.key(7), sampler=sampler)
+  ids_B = draw(
+    jnp.broadcast_to(jnp.array(logits), (100_000, 8)), jax.random.key(7), sampler=sampler
+  )
   counts = np.bincount(ids_B, minlength=8)
   assert counts[law == 0].sum() == 0
   assert scipy.stats.chisquare(counts[law > 0], law[law > 0] * 100_000).pvalue > 1e-3
@@ -152,7 +177,9 @@ def test_frequencies_follow_the_law(sampler, survivors):
 EVERY = Sampler(temperature=0.5, top_k=3, top_p=0.95, min_p=0.01)
 
 
-@pytest.mark.parametrize("sampler", [Sampler(), EVERY, Sampler(temperature=0.0), Sampler(temperature=1e-6)])
+@pytest.mark.parametrize(
+  "sampler", [Sampler(), EVERY, Sampler(temperature=0.0), Sampler(temperature=1e-6)]
+)
 @pytest.mark.parametrize(
   "row, want",
   [
@@ -168,20 +195,30 @@ def test_extreme_logits_have_one_outcome(row, want, sampler):
 
 
 def test_several_infinite_logits_share_the_probability():
-  ids_B = draw(jnp.broadcast_to(jnp.array([0.0, inf, -inf, inf]), (1000, 4)), jax.random.key(0), sampler=EVERY)
+  ids_B = draw(
+    jnp.broadcast_to(jnp.array([0.0, inf, -inf, inf]), (1000, 4)), jax.random.key(0), sampler=EVERY
+  )
   counts = np.bincount(ids_B, minlength=4)
   assert counts[0] == counts[2] == 0 and min(counts[1], counts[3]) > 400
 
 
 def test_a_large_offset_changes_no_draw():
-  logits_BV = jax.random.randint(jax.random.key(1), (200, 16), -8, 8) / 4  # exact in float32 with the offset
-  plain, raised = (draw(logits_BV + offset, jax.random.key(2), sampler=EVERY) for offset in (0.0, 1e4))
+  logits_BV = (
+    jax.random.randint(jax.random.key(1), (200, 16), -8, 8) / 4
+  )  # exact in float32 with the offset
+  plain, raised = (
+    draw(logits_BV + offset, jax.random.key(2), sampler=EVERY) for offset in (0.0, 1e4)
+  )
   np.testing.assert_array_equal(plain, raised)
 
 
 def test_bfloat16_logits_are_filtered_in_float32():
   logits_BV = jnp.array([[1.0, 2.0, 3.0]], jnp.bfloat16)
-  for out_BV in (apply_top_k(logits_BV, 2), apply_top_p(logits_BV, 0.5), apply_min_p(logits_BV, 0.9)):
+  for out_BV in (
+    apply_top_k(logits_BV, 2),
+    apply_top_p(logits_BV, 0.5),
+    apply_min_p(logits_BV, 0.9),
+  ):
     assert out_BV.dtype == jnp.float32
   assert draw(logits_BV, jax.random.key(0), sampler=EVERY).dtype == jnp.int32
 

@@ -15,14 +15,56 @@ import pytest
 
 from jaxlm.interop import huggingface
 
-ODD = [None, True, False, 0, 1, -1, 2, 3, 7, 2**31 - 1, 2**31, 2**63, 2**64, 10**30, 0.0, 0.5, -2.5, 1e-300, 1e300]
-ODD += ["", "llama", "F32", "BF16", "I8", "yarn", "a" * 5000, [], [0], [1, 2], [[]], [-1, 4], ["x"], {}, {"a": 1}]
+ODD = [
+  None,
+  True,
+  False,
+  0,
+  1,
+  -1,
+  2,
+  3,
+  7,
+  2**31 - 1,
+  2**31,
+  2**63,
+  2**64,
+  10**30,
+  0.0,
+  0.5,
+  -2.5,
+  1e-300,
+  1e300,
+]
+ODD += [
+  "",
+  "llama",
+  "F32",
+  "BF16",
+  "I8",
+  "yarn",
+  "a" * 5000,
+  [],
+  [0],
+  [1, 2],
+  [[]],
+  [-1, 4],
+  ["x"],
+  {},
+  {"a": 1},
+]
 SECONDS = 5.0
 
 
 def nodes(value, found):
   """Every (container, key) below a JSON value."""
-  items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+  items = (
+    value.items()
+    if isinstance(value, dict)
+    else enumerate(value)
+    if isinstance(value, list)
+    else ()
+  )
   for key, child in items:
     found.append((value, key))
     nodes(child, found)
@@ -90,10 +132,21 @@ def damaged(config, header, data, draw):
     case 3:
       return config_text, with_header(scramble(header_text, draw), data)
     case 4:
-      return config_text, with_header(header_text, data)[: draw.randrange(8 + len(header_text) + len(data))]
+      return config_text, with_header(header_text, data)[
+        : draw.randrange(8 + len(header_text) + len(data))
+      ]
     case _:
       length = draw.choice(
-        (0, 1, len(header_text) - 1, len(header_text) + 1, 2**31, 2**63, 2**64 - 1, draw.getrandbits(20))
+        (
+          0,
+          1,
+          len(header_text) - 1,
+          len(header_text) + 1,
+          2**31,
+          2**63,
+          2**64 - 1,
+          draw.getrandbits(20),
+        )
       )
       return config_text, struct.pack("<Q", length) + header_text + data
 
@@ -105,7 +158,11 @@ def original(request, checkpoint):
   raw = (folder / "model.safetensors").read_bytes()
   (length,) = struct.unpack("<Q", raw[:8])
   layout = "config.json" if request.param == "qwen2" else "config_v5.json"
-  return json.loads((folder / layout).read_text()), json.loads(raw[8 : 8 + length]), raw[8 + length :]
+  return (
+    json.loads((folder / layout).read_text()),
+    json.loads(raw[8 : 8 + length]),
+    raw[8 + length :],
+  )
 
 
 def fuzz(original, folder, seed, count):
@@ -172,7 +229,9 @@ def test_damaged_index(checkpoint, tmp_path):
   whole, draw, accepted = json.loads(index.read_text()), random.Random(2), 0
   for _ in range(200):
     index.write_bytes(
-      json.dumps(edit(whole, draw)).encode() if draw.random() < 0.7 else scramble(index.read_bytes(), draw)
+      json.dumps(edit(whole, draw)).encode()
+      if draw.random() < 0.7
+      else scramble(index.read_bytes(), draw)
     )
     try:
       accepted += len(huggingface.inspect(tmp_path / "split")[1]) > 0

@@ -59,7 +59,12 @@ def test_missing_keys_take_the_defaults_of_the_classes():
 def test_defaults_are_those_of_transformers():
   """Where transformers is installed, its classes fill in what the tests above expect."""
   transformers = pytest.importorskip("transformers")
-  for values in (LLAMA, QWEN2 | {"num_attention_heads": 32}, QWEN3, GEMMA2 | {"num_attention_heads": 4}):
+  for values in (
+    LLAMA,
+    QWEN2 | {"num_attention_heads": 32},
+    QWEN3,
+    GEMMA2 | {"num_attention_heads": 4},
+  ):
     changes = {"num_attention_heads": 48} if values["model_type"] == "qwen3" else {}
     changes |= {"num_key_value_heads": 48} if changes else {}
     changes |= {"hidden_size": 96, "head_dim": 2} if changes else {}
@@ -71,9 +76,30 @@ def test_defaults_are_those_of_transformers():
 
 KNOWN = {
   *SIZES,
-  *("model_type", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation", "rms_norm_eps", "dtype"),
-  *("max_position_embeddings", "tie_word_embeddings", "attention_bias", "mlp_bias", "rope_parameters", "layer_types"),
-  *("use_sliding_window", "sliding_window", "max_window_layers", "query_pre_attn_scalar", "attn_logit_softcapping"),
+  *(
+    "model_type",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "rms_norm_eps",
+    "dtype",
+  ),
+  *(
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "rope_parameters",
+    "layer_types",
+  ),
+  *(
+    "use_sliding_window",
+    "sliding_window",
+    "max_window_layers",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+  ),
   *("final_logit_softcapping", "use_bidirectional_attention", "attention_dropout"),
 }
 
@@ -81,7 +107,11 @@ KNOWN = {
 @pytest.mark.parametrize(
   "values, changes, rule",
   [
-    (LLAMA, {"model_type": "mamba"}, "model_type='mamba': must be one of llama, qwen2, qwen3, gemma2"),
+    (
+      LLAMA,
+      {"model_type": "mamba"},
+      "model_type='mamba': must be one of llama, qwen2, qwen3, gemma2",
+    ),
     (LLAMA, {"model_type": "qwen2"}, "architectures=.*must be .'Qwen2ForCausalLM'"),
     (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "architectures="),
     (LLAMA, {"model_type": 3}, "model_type='3': must be of type str"),
@@ -95,39 +125,95 @@ KNOWN = {
     (LLAMA, {"hidden_size": True}, "hidden_size='True': must be of type int"),
     (LLAMA, {"hidden_size": 10**12}, "hidden_size=.*must lie in 1 .. 2147483647"),
     (LLAMA, {"num_hidden_layers": 10**9}, "num_hidden_layers='1000000000': must be at most"),
-    (LLAMA, {"num_key_value_heads": 4}, "config.json: model.N=6: query heads must be a multiple of K=4"),
+    (
+      LLAMA,
+      {"num_key_value_heads": 4},
+      "config.json: model.N=6: query heads must be a multiple of K=4",
+    ),
     (LLAMA, {"head_dim": 7}, "config.json: model.H=7: rotary embedding needs an even head width"),
     (LLAMA, {"tie_word_embeddings": None}, "tie_word_embeddings='None': must be of type bool"),
     (LLAMA, {"rms_norm_eps": 0.0}, "rms_norm_eps='0.0': must lie in 1e-12"),
     (LLAMA, {"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5': must be of type float"),
     (LLAMA, {"hidden_act": "relu"}, "hidden_act='relu': must be one of"),
     (LLAMA, {"attention_dropout": 0.1}, "attention_dropout='0.1': must be 0"),
-    (LLAMA, {"torch_dtype": "float32", "dtype": "bfloat16"}, "torch_dtype='float32': contradicts dtype='bfloat16'"),
-    (LLAMA, {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type='longrope': must be one of"),
+    (
+      LLAMA,
+      {"torch_dtype": "float32", "dtype": "bfloat16"},
+      "torch_dtype='float32': contradicts dtype='bfloat16'",
+    ),
+    (
+      LLAMA,
+      {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+      "rope_type='longrope': must be one of",
+    ),
     (LLAMA, {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor is missing"),
-    (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "model.rope.factor=0.5: must be at least 1"),
-    (LLAMA, {"rope_scaling": LLAMA3 | {"type": "yarn"}}, "type='yarn': contradicts rope_type='llama3'"),
-    (LLAMA, {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "model.rope.low_freq_factor=4.0: must be below"),
+    (
+      LLAMA,
+      {"rope_scaling": {"rope_type": "linear", "factor": 0.5}},
+      "model.rope.factor=0.5: must be at least 1",
+    ),
+    (
+      LLAMA,
+      {"rope_scaling": LLAMA3 | {"type": "yarn"}},
+      "type='yarn': contradicts rope_type='llama3'",
+    ),
+    (
+      LLAMA,
+      {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
+      "model.rope.low_freq_factor=4.0: must be below",
+    ),
     (LLAMA, {"rope_scaling": YARN | {"beta_fast": -1.0}}, "beta_fast='-1.0': must lie in 1e-12"),
-    (LLAMA, {"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor='0.5': must be 1"),
-    (LLAMA, {"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "rope_scaling: factor='2.0': unknown"),
+    (
+      LLAMA,
+      {"rope_scaling": YARN | {"partial_rotary_factor": 0.5}},
+      "partial_rotary_factor='0.5': must be 1",
+    ),
+    (
+      LLAMA,
+      {"rope_scaling": {"rope_type": "default", "factor": 2.0}},
+      "rope_scaling: factor='2.0': unknown",
+    ),
     (LLAMA, {"rope_scaling": "yarn"}, "rope_scaling='yarn': must be of type dict"),
-    (LLAMA, {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e5}}, "rope_theta='100000.0': contradicts"),
+    (
+      LLAMA,
+      {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e5}},
+      "rope_theta='100000.0': contradicts",
+    ),
     (LLAMA, {"rope_theta": 1.0}, "rope_theta='1.0': must be above 1"),
-    (LLAMA, {"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 2.0}}, "contradicts rope_parameters"),
+    (
+      LLAMA,
+      {"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 2.0}},
+      "contradicts rope_parameters",
+    ),
     (
       LLAMA,
       {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}},
       "must equal max_position_embeddings=2048",
     ),
     (QWEN2, {"attention_bias": False}, "attention_bias='False': unknown"),
-    (QWEN2, {"layer_types": ["full_attention"]}, "layer_types=.*must be 2 of full_attention, sliding_attention"),
+    (
+      QWEN2,
+      {"layer_types": ["full_attention"]},
+      "layer_types=.*must be 2 of full_attention, sliding_attention",
+    ),
     (QWEN2, {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types=.*must be 2 of"),
     (QWEN2, {"layer_types": ["sliding_attention"] * 2}, "layer_types=.*switches off"),
-    (GEMMA2, {"hidden_act": "gelu"}, "hidden_act='gelu': contradicts hidden_activation='gelu_pytorch_tanh'"),
-    (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention='True': must be false"),
+    (
+      GEMMA2,
+      {"hidden_act": "gelu"},
+      "hidden_act='gelu': contradicts hidden_activation='gelu_pytorch_tanh'",
+    ),
+    (
+      GEMMA2,
+      {"use_bidirectional_attention": True},
+      "use_bidirectional_attention='True': must be false",
+    ),
     (GEMMA2, {"sliding_window": None}, "layer_types=.*switches off"),
-    (GEMMA2, {"sliding_window_size": 7}, "sliding_window_size='7': contradicts sliding_window=4096"),
+    (
+      GEMMA2,
+      {"sliding_window_size": 7},
+      "sliding_window_size='7': contradicts sliding_window=4096",
+    ),
     (GEMMA2, {"attn_logit_softcapping": -5.0}, "attn_logit_softcapping='-5.0': must lie in 1e-12"),
   ],
 )
@@ -146,7 +232,13 @@ def test_required_keys(key):
 
 
 def test_book_keeping_and_null_are_let_through():
-  more = {"bos_token_id": 1, "eos_token_id": [2, 3], "use_cache": True, "_name_or_path": "x", "anything": None}
+  more = {
+    "bos_token_id": 1,
+    "eos_token_id": [2, 3],
+    "use_cache": True,
+    "_name_or_path": "x",
+    "anything": None,
+  }
   assert parse(LLAMA, **more) == parse(LLAMA)
 
 
@@ -157,7 +249,10 @@ def test_book_keeping_and_null_are_let_through():
     ({"use_sliding_window": True, "max_window_layers": 28}, ("full",)),
     ({"use_sliding_window": True, "max_window_layers": 2}, ("full", "full", "window", "window")),
     ({"use_sliding_window": True, "max_window_layers": 0}, ("window",)),
-    ({"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2}, ("window", "full")),
+    (
+      {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2},
+      ("window", "full"),
+    ),
   ],
 )
 def test_windows_of_qwen(changes, attention):
@@ -172,7 +267,12 @@ def test_an_odd_number_of_alternating_layers_is_one_long_pattern():
 
 
 BASE = ModelConfig(D=64, F=96, N=4, K=2, H=16, V=100, layers=4, max_length=512)
-GEMMA = {"norm_offset": 1, "post_norms": True, "embed_scale": "root_width", "activation": "gelu_tanh"}
+GEMMA = {
+  "norm_offset": 1,
+  "post_norms": True,
+  "embed_scale": "root_width",
+  "activation": "gelu_tanh",
+}
 WRITTEN = [
   {},
   {"tied": True, "H": 8, "mlp_bias": True},
@@ -185,9 +285,21 @@ WRITTEN = [
   GEMMA | {"query_width": 16.0, "logit_cap": 3.0},
   {"rope": RopeConfig(theta=5e5, scaling="linear", factor=2.0)},
   {"rope": RopeConfig(scaling="dynamic", factor=2.0, original_length=512)},
-  {"rope": RopeConfig(scaling="llama3", factor=8.0, original_length=64, low_freq_factor=2.0, high_freq_factor=3.0)},
-  {"rope": RopeConfig(scaling="yarn", factor=8.0, original_length=64, truncate=False, attention_factor=1.5)},
-  {"rope": RopeConfig(scaling="yarn", factor=8.0, original_length=64, mscale=0.7, mscale_all_dim=0.9, beta_fast=9.0)},
+  {
+    "rope": RopeConfig(
+      scaling="llama3", factor=8.0, original_length=64, low_freq_factor=2.0, high_freq_factor=3.0
+    )
+  },
+  {
+    "rope": RopeConfig(
+      scaling="yarn", factor=8.0, original_length=64, truncate=False, attention_factor=1.5
+    )
+  },
+  {
+    "rope": RopeConfig(
+      scaling="yarn", factor=8.0, original_length=64, mscale=0.7, mscale_all_dim=0.9, beta_fast=9.0
+    )
+  },
 ]
 
 
@@ -202,7 +314,10 @@ def test_what_is_written_reads_back(fields, tmp_path):
   "fields, named",
   [
     ({"rope": RopeConfig(scaling="ntk", factor=2.0)}, "model.rope="),
-    ({"rope": RopeConfig(scaling="dynamic", factor=2.0, original_length=64)}, "model.max_length=512"),
+    (
+      {"rope": RopeConfig(scaling="dynamic", factor=2.0, original_length=64)},
+      "model.max_length=512",
+    ),
     ({"logit_cap": 5.0}, "model.logit_cap=5.0"),
     ({"query_width": 5.0}, "model.query_width=5.0"),
     ({"out_bias": True}, "model.(qkv|out)_bias="),
@@ -211,13 +326,17 @@ def test_what_is_written_reads_back(fields, tmp_path):
   ],
 )
 def test_what_cannot_be_written_is_named(fields, named):
-  with pytest.raises(ValueError, match=named + ".*no llama or qwen2 or qwen3 or gemma2 model can have this"):
+  with pytest.raises(
+    ValueError, match=named + ".*no llama or qwen2 or qwen3 or gemma2 model can have this"
+  ):
     write_config(dataclasses.replace(BASE, **fields), "float32")
 
 
 def test_fields_that_have_no_effect_do_not_prevent_writing():
   idle = RopeConfig(factor=3.0, original_length=77, beta_fast=5.0)
-  config = dataclasses.replace(BASE, window=3, query_width=16.0, rope=idle, max_length=None, remat="full", scan="never")
+  config = dataclasses.replace(
+    BASE, window=3, query_width=16.0, rope=idle, max_length=None, remat="full", scan="never"
+  )
   back, _ = parse_config(write_config(config, "float32"), "config.json")
   assert back == dataclasses.replace(BASE, max_length=2048)
 

@@ -130,7 +130,9 @@ def test_cached_decoding_gives_the_logits_of_transformers(any_checkpoint, prefil
   np.testing.assert_allclose(np.concatenate(parts, axis=1), c.logits_BTV, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name, wrong", WRONG, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x)))
+@pytest.mark.parametrize(
+  "name, wrong", WRONG, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x))
+)
 def test_every_switch_counts(name, wrong, checkpoint):
   c = checkpoint(name)
   if "rope" in wrong:
@@ -177,11 +179,15 @@ def test_half_precision_survives_bit_for_bit(dtype, checkpoint, tmp_path):
   assert again == config
   huggingface.save(tmp_path / "again", again, back)
   assert_same_bits(tmp_path / "half", tmp_path / "again")
-  with pytest.raises(ValueError, match=r"tensor .* is float32, config.json states float16; say which by dtype="):
+  with pytest.raises(
+    ValueError, match=r"tensor .* is float32, config.json states float16; say which by dtype="
+  ):
     edited = tmp_path / "contradiction"
     shutil.copytree(c.folder, edited)
     text = (edited / "config.json").read_text()
-    (edited / "config.json").write_text(text.replace('"torch_dtype": "float32"', '"torch_dtype": "float16"'))
+    (edited / "config.json").write_text(
+      text.replace('"torch_dtype": "float32"', '"torch_dtype": "float16"')
+    )
     huggingface.load(edited)
   assert huggingface.load(edited, dtype="float32")[0] == c.config
 
@@ -235,7 +241,9 @@ def test_loaded_arrays_may_be_donated(checkpoint):
 @pytest.mark.parametrize("attention", [("window",), ("window", "full")], ids="-".join)
 def test_what_no_family_can_express_is_not_saved(attention, tmp_path):
   config = ModelConfig(attention=attention, layers=2)
-  with pytest.raises(ValueError, match=r"model.attention=.*no llama or qwen2 or qwen3 or gemma2 model can have this"):
+  with pytest.raises(
+    ValueError, match=r"model.attention=.*no llama or qwen2 or qwen3 or gemma2 model can have this"
+  ):
     shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), int))
     huggingface.save(tmp_path / "odd", config, shapes)
   assert not (tmp_path / "odd").exists()
@@ -243,7 +251,10 @@ def test_what_no_family_can_express_is_not_saved(attention, tmp_path):
 
 def test_saving_refuses_what_does_not_fit(checkpoint, tmp_path):
   c = checkpoint("qwen3")
-  with pytest.raises(ValueError, match=r"params: blocks.0.attention.w_q of shape=\(2, 48, 64\): must be \(2, 48, 32\)"):
+  with pytest.raises(
+    ValueError,
+    match=r"params: blocks.0.attention.w_q of shape=\(2, 48, 64\): must be \(2, 48, 32\)",
+  ):
     huggingface.save(tmp_path / "x", dataclasses.replace(c.config, H=8), c.params)
   with pytest.raises(ValueError, match="params: head is missing"):
     pruned = {name: leaf for name, leaf in c.params["params"].items() if name != "head"}
@@ -257,7 +268,11 @@ def test_saving_refuses_what_does_not_fit(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "path, rule", [("/no/such/folder", "no such folder, nor owner/name"), ("a b/c", "no such folder, nor owner/name")]
+  "path, rule",
+  [
+    ("/no/such/folder", "no such folder, nor owner/name"),
+    ("a b/c", "no such folder, nor owner/name"),
+  ],
 )
 def test_neither_folder_nor_name(path, rule):
   with pytest.raises(ValueError, match=rule):

@@ -24,7 +24,9 @@ def batch(c):
 def largest_error(got, want):
   """Of any leaf, relative to that leaf's largest entry."""
   errors = jax.tree.map(
-    lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max(), got, want
+    lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max(),
+    got,
+    want,
   )
   return max(jax.tree.leaves(errors))
 
@@ -55,7 +57,10 @@ def test_every_family_trains_sharded_as_on_one_device(family, mesh, train_pass):
 def test_loading_splits_the_weights_and_keeps_the_values(any_checkpoint, mesh):
   c = any_checkpoint
   if mesh == "tensor" and c.config.K % 2:
-    with pytest.raises(ValueError, match="not divisible by mesh axes"), jax.set_mesh(make_mesh(MESHES[mesh])):
+    with (
+      pytest.raises(ValueError, match="not divisible by mesh axes"),
+      jax.set_mesh(make_mesh(MESHES[mesh])),
+    ):
       huggingface.load(c.folder)
     return
   with jax.set_mesh(make_mesh(MESHES[mesh])):
@@ -74,7 +79,10 @@ def test_saving_from_a_mesh_gives_the_same_file(checkpoint, tmp_path):
     huggingface.save(tmp_path / "inside", config, params)
   huggingface.save(tmp_path / "outside", config, params)
   huggingface.save(tmp_path / "single", c.config, c.params)
-  written = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("inside", "outside", "single")}
+  written = {
+    name: (tmp_path / name / "model.safetensors").read_bytes()
+    for name in ("inside", "outside", "single")
+  }
   assert written["inside"] == written["outside"] == written["single"]
 
 

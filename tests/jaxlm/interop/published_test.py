@@ -47,8 +47,15 @@ def test_configurations_are_those_of_the_families(preset):
 
 def test_the_table_of_weights_is_the_parameter_tree(any_checkpoint):
   """Names and shapes that loading and saving go by, against what the model itself asks for."""
-  config = dataclasses.replace(any_checkpoint.config, mlp_bias=True, qkv_bias=True, out_bias=True, qk_norm=True)
-  shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-  found = {tuple(key.key for key in path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(shapes)}
+  config = dataclasses.replace(
+    any_checkpoint.config, mlp_bias=True, qkv_bias=True, out_bias=True, qk_norm=True
+  )
+  shapes = jax.eval_shape(
+    Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
+  )["params"]
+  found = {
+    tuple(key.key for key in path): x.shape
+    for path, x in jax.tree_util.tree_leaves_with_path(shapes)
+  }
   rows = config.layers // len(config.attention)
   assert found == {w.path: (rows, *w.shape) if w.stacked else w.shape for w in weights(config)}

@@ -38,7 +38,9 @@ def test_written_files_read_back_also_by_the_library(tmp_path):
     "brain": draw.normal(size=(2, 1, 2)).astype(ml_dtypes.bfloat16),
   }
   path = tmp_path / "model.safetensors"
-  safetensors.write(path, {name: (x.dtype, x.shape) for name, x in arrays.items()}, arrays.__getitem__)
+  safetensors.write(
+    path, {name: (x.dtype, x.shape) for name, x in arrays.items()}, arrays.__getitem__
+  )
   file = MappedFile(path)
   found = {name: file.view(entry) for name, entry in read_header(path).items()}
   for other in (found, library.load_file(path)):
@@ -52,7 +54,10 @@ def test_written_files_read_back_also_by_the_library(tmp_path):
 @pytest.mark.parametrize(
   "header, rule",
   [
-    (edited("a", data_offsets=[0, 20]), r"tensor 'a': data_offsets \[0, 20\] span 20 bytes, F32 \[2, 3\] takes 24"),
+    (
+      edited("a", data_offsets=[0, 20]),
+      r"tensor 'a': data_offsets \[0, 20\] span 20 bytes, F32 \[2, 3\] takes 24",
+    ),
     (edited("a", shape=[2, 2]), "tensor 'a'.*takes 16"),
     (edited("a", shape=[2, -3]), "tensor 'a': shape must be"),
     (edited("a", shape=[2, 3.0]), "tensor 'a': shape must be"),
@@ -62,21 +67,33 @@ def test_written_files_read_back_also_by_the_library(tmp_path):
     (edited("a", shape="23"), "tensor 'a': shape must be"),
     (edited("a", dtype="I64"), "tensor 'a': dtype 'I64' is not one of F32, F16, BF16"),
     (edited("a", dtype=["F32"]), "tensor 'a': dtype"),
-    (edited("b", data_offsets=[16, 24]), "tensor 'b': data_offsets begin at 16, which overlaps the tensor before it"),
-    (edited("b", data_offsets=[28, 36]), "tensor 'b': data_offsets begin at 28, which leaves 4 bytes unused"),
+    (
+      edited("b", data_offsets=[16, 24]),
+      "tensor 'b': data_offsets begin at 16, which overlaps the tensor before it",
+    ),
+    (
+      edited("b", data_offsets=[28, 36]),
+      "tensor 'b': data_offsets begin at 28, which leaves 4 bytes unused",
+    ),
     (edited("b", data_offsets=[32, 24]), "tensor 'b'.*span -8 bytes"),
     (edited("b", data_offsets=[24]), "tensor 'b': data_offsets must be two"),
     (edited("b", data_offsets=[24, 32, 32]), "tensor 'b': data_offsets must be two"),
     (edited("b", data_offsets=[-8, 0]), "tensor 'b': data_offsets must be two"),
     (edited("b", extra=1), "tensor 'b': must have dtype, shape and data_offsets, and nothing else"),
     (GOOD | {"c": 5}, "tensor 'c': must have dtype"),
-    (GOOD | {"c": {"dtype": "F32", "shape": [1], "data_offsets": [32, 36]}}, "tensor 'c': ends at byte"),
+    (
+      GOOD | {"c": {"dtype": "F32", "shape": [1], "data_offsets": [32, 36]}},
+      "tensor 'c': ends at byte",
+    ),
     ({"a": GOOD["a"]}, "8 bytes after the last tensor"),
     (GOOD | {"__metadata__": {"format": 5}}, "__metadata__ must map names to strings"),
     (GOOD | {"__metadata__": "pt"}, "__metadata__ must map names to strings"),
     ([GOOD], "must hold one JSON object"),
     (json.dumps(GOOD).replace('"b"', '"a"').encode(), "duplicate name 'a'"),
-    (b'{"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24], "shape": [3, 2]}}', "duplicate name 'shape'"),
+    (
+      b'{"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24], "shape": [3, 2]}}',
+      "duplicate name 'shape'",
+    ),
     (b"{" * 100_000, "nested too deeply|not valid JSON"),
     (b'{"a":' * 100_000, "nested too deeply|not valid JSON"),
     (b"[" * 100_000, "nested too deeply|not valid JSON"),
@@ -116,7 +133,9 @@ def test_header_of_gigabytes_is_not_read(length, tmp_path):
   path = write_raw(tmp_path / "bad.safetensors", GOOD, length=length)
   with path.open("ab") as file:
     file.truncate(1 << 26)  # sparse, and longer than one of the lengths
-  with pytest.raises(ValueError, match=r"header of [\d,]+ bytes, (but the file has|over 1,048,576 and 0.0625)"):
+  with pytest.raises(
+    ValueError, match=r"header of [\d,]+ bytes, (but the file has|over 1,048,576 and 0.0625)"
+  ):
     read_header(path)
 
 
@@ -127,7 +146,9 @@ def index_folder(folder, weight_map, files=("one", "two")):
     start, stop = entry["data_offsets"]
     shifted = entry | {"data_offsets": [0, stop - start]}
     write_raw(folder / f"{name}.safetensors", {tensor: shifted}, b"\0" * (stop - start))
-  (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+  (folder / "model.safetensors.index.json").write_text(
+    json.dumps({"metadata": {}, "weight_map": weight_map})
+  )
   return folder
 
 
@@ -142,16 +163,25 @@ def test_indexed_files(tmp_path):
 @pytest.mark.parametrize(
   "weight_map, rule",
   [
-    ({"a": "../one.safetensors", "b": "two.safetensors"}, "must be the plain name of a .safetensors file"),
+    (
+      {"a": "../one.safetensors", "b": "two.safetensors"},
+      "must be the plain name of a .safetensors file",
+    ),
     ({"a": "/tmp/one.safetensors", "b": "two.safetensors"}, "must be the plain name"),
     ({"a": "..\\one.safetensors", "b": "two.safetensors"}, "must be the plain name"),
     ({"a": "one.bin", "b": "two.safetensors"}, "must be the plain name"),
     ({"a": 5, "b": "two.safetensors"}, "must be the plain name"),
-    ({"a": "one.safetensors", "b": "three.safetensors"}, "names 'three.safetensors', which does not exist"),
+    (
+      {"a": "one.safetensors", "b": "three.safetensors"},
+      "names 'three.safetensors', which does not exist",
+    ),
     ({"a": "one.safetensors", "b": "one.safetensors"}, "tensor 'b' is not in 'one.safetensors'"),
     ({"a": "two.safetensors", "b": "two.safetensors"}, "tensor 'a' is not in 'two.safetensors'"),
     ({"b": "one.safetensors", "a": "two.safetensors"}, "tensor 'a' is not where"),
-    ({"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}, "tensor 'c' is not in"),
+    (
+      {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"},
+      "tensor 'c' is not in",
+    ),
     ({"a": "one.safetensors", "c": "two.safetensors"}, "tensor 'b' is not where"),
     ({}, "weight_map must map"),
     ([], "weight_map must map"),

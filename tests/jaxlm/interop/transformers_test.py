@@ -18,19 +18,45 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
 
 BASE = ModelConfig(D=48, F=64, N=6, K=2, H=8, V=96, layers=4, max_length=64)
-GEMMA = {"norm_offset": 1, "post_norms": True, "embed_scale": "root_width", "activation": "gelu_tanh", "tied": True}
-GEMMA |= {"attention": ("window", "full"), "window": 6, "attention_cap": 3.0, "logit_cap": 4.0, "query_width": 24.0}
+GEMMA = {
+  "norm_offset": 1,
+  "post_norms": True,
+  "embed_scale": "root_width",
+  "activation": "gelu_tanh",
+  "tied": True,
+}
+GEMMA |= {
+  "attention": ("window", "full"),
+  "window": 6,
+  "attention_cap": 3.0,
+  "logit_cap": 4.0,
+  "query_width": 24.0,
+}
 BIASES = {"qkv_bias": True, "out_bias": True}
 CONFIGS = {
   "llama biases": BIASES | {"mlp_bias": True, "activation": "gelu"},
   "llama linear": {"rope": RopeConfig(scaling="linear", factor=3.0), "H": 16},
-  "llama dynamic": {"rope": RopeConfig(scaling="dynamic", factor=2.0, original_length=16), "max_length": 16},
-  "llama3": {"rope": RopeConfig(theta=1e5, scaling="llama3", factor=4.0, original_length=16), "tied": True},
-  "llama yarn": {"rope": RopeConfig(scaling="yarn", factor=4.0, original_length=16, truncate=False)},
-  "llama yarn mscale": {
-    "rope": RopeConfig(scaling="yarn", factor=4.0, original_length=16, mscale=0.7, mscale_all_dim=1.2)
+  "llama dynamic": {
+    "rope": RopeConfig(scaling="dynamic", factor=2.0, original_length=16),
+    "max_length": 16,
   },
-  "qwen2 windows": {"qkv_bias": True, "attention": ("full", "full", "window", "window"), "window": 5},
+  "llama3": {
+    "rope": RopeConfig(theta=1e5, scaling="llama3", factor=4.0, original_length=16),
+    "tied": True,
+  },
+  "llama yarn": {
+    "rope": RopeConfig(scaling="yarn", factor=4.0, original_length=16, truncate=False)
+  },
+  "llama yarn mscale": {
+    "rope": RopeConfig(
+      scaling="yarn", factor=4.0, original_length=16, mscale=0.7, mscale_all_dim=1.2
+    )
+  },
+  "qwen2 windows": {
+    "qkv_bias": True,
+    "attention": ("full", "full", "window", "window"),
+    "window": 5,
+  },
   "qwen3 biases": BIASES | {"qk_norm": True, "H": 16, "attention": ("full", "window"), "window": 7},
   "gemma2": GEMMA | {"H": 16},
   "gemma2 biases": GEMMA | BIASES | {"logit_cap": None, "query_width": 8.0},
@@ -42,7 +68,13 @@ def random_params(config):
   draw = np.random.default_rng(0)
 
   def leaf(path, x):
-    scale = 0.5 if path[-1].key == "embed" else 0.2 if x.ndim - (path[1].key == "blocks") == 1 else x.shape[-2] ** -0.5
+    scale = (
+      0.5
+      if path[-1].key == "embed"
+      else 0.2
+      if x.ndim - (path[1].key == "blocks") == 1
+      else x.shape[-2] ** -0.5
+    )
     mean = 1 - config.norm_offset if path[-1].key == "w_D" else 0
     return jnp.asarray(mean + scale * draw.normal(size=x.shape), jnp.float32)
 
@@ -50,7 +82,9 @@ def random_params(config):
 
 
 def their_logits_and_gradients(folder, ids_BT):
-  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, attn_implementation="eager"
+  )
   logits_BTV = model(torch.tensor(ids_BT)).logits
   (logits_BTV.square().sum() / 2).backward()
   gradients = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
@@ -61,7 +95,9 @@ def assert_transformers_agrees(folder, config, params, ids_BT):
   logits_BTV, gradients = their_logits_and_gradients(folder, ids_BT)
   got_BTV = jax.jit(Transformer(config).apply)(params, ids_BT)
   np.testing.assert_allclose(got_BTV, logits_BTV, rtol=0, atol=1e-4)
-  grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(Transformer(config).apply(p, ids_BT))) / 2))(params)
+  grads = jax.jit(
+    jax.grad(lambda p: jnp.sum(jnp.square(Transformer(config).apply(p, ids_BT))) / 2)
+  )(params)
   huggingface.save(folder / "grads", config, grads)
   entries = find_tensors(folder / "grads")
   file = MappedFile(folder / "grads" / "model.safetensors")
@@ -76,7 +112,9 @@ def test_random_models(name, tmp_path):
   config = dataclasses.replace(BASE, **CONFIGS[name])
   params = random_params(config)
   huggingface.save(tmp_path / "saved", config, params)
-  ids_BT = np.random.default_rng(1).integers(1, config.V, (2, 32))  # 0 is Gemma's padding, without input gradient
+  ids_BT = np.random.default_rng(1).integers(
+    1, config.V, (2, 32)
+  )  # 0 is Gemma's padding, without input gradient
   assert_transformers_agrees(tmp_path / "saved", config, params, ids_BT)
 
 

@@ -31,7 +31,9 @@ def segments(T, B=2):
   """Rows cut at different places, the last part padding (segment 0)."""
   cuts = np.zeros((B, T), np.int32)
   for b in range(B):
-    for segment, (start, stop) in enumerate([(0, T // 3 + b), (T // 3 + b, 2 * T // 3), (2 * T // 3, T - 2)], start=1):
+    for segment, (start, stop) in enumerate(
+      [(0, T // 3 + b), (T // 3 + b, 2 * T // 3), (2 * T // 3, T - 2)], start=1
+    ):
       cuts[b, start:stop] = segment
   return cuts
 
@@ -41,18 +43,28 @@ def assert_close(got, want, tolerance=1e-6):
   assert len(got) == len(want)
   for name, got_x, want_x in zip("oqkv", got, want):
     limit = tolerance * np.abs(want_x).max()
-    np.testing.assert_allclose(got_x, want_x, rtol=0, atol=limit, err_msg=f"output or gradient to {name}")
+    np.testing.assert_allclose(
+      got_x, want_x, rtol=0, atol=limit, err_msg=f"output or gradient to {name}"
+    )
 
 
 def library(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=None, window=None):
-  same = None if segment_ids_BT is None else (segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :])
+  same = (
+    None
+    if segment_ids_BT is None
+    else (segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :])
+  )
   left = None if window is None else (window - 1, 0)
-  return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=same, is_causal=True, local_window_size=left)
+  return jax.nn.dot_product_attention(
+    q_BTNH, k_BTKH, v_BTKH, mask=same, is_causal=True, local_window_size=left
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), static_argnames="cap")
 def output_and_gradients(attend, q_BTNH, k_BTKH, v_BTKH, out_BTNH, segment_ids_BT, window, **cap):
-  o_BTNH, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segment_ids_BT, window, **cap), q_BTNH, k_BTKH, v_BTKH)
+  o_BTNH, pull = jax.vjp(
+    lambda q, k, v: attend(q, k, v, segment_ids_BT, window, **cap), q_BTNH, k_BTKH, v_BTKH
+  )
   return o_BTNH, *pull(out_BTNH)
 
 
@@ -99,7 +111,9 @@ def test_gradient_to_later_keys_and_values_is_exactly_zero(attend, window):
   T, t = 80, 66
   q_BTNH, k_BTKH, v_BTKH, out_BTNH = inputs(T, 2, 1)
   only_t = np.where((np.arange(T) == t)[None, :, None, None], out_BTNH, 0)
-  _, dq_BTNH, dk_BTKH, dv_BTKH = output_and_gradients(attend, q_BTNH, k_BTKH, v_BTKH, only_t, None, window)
+  _, dq_BTNH, dk_BTKH, dv_BTKH = output_and_gradients(
+    attend, q_BTNH, k_BTKH, v_BTKH, only_t, None, window
+  )
   first = 0 if window is None else t - window + 1
   for gradient in (dk_BTKH, dv_BTKH):
     reached_T = np.any(np.asarray(gradient) != 0, axis=(0, 2, 3))
@@ -119,7 +133,9 @@ def test_bfloat16_keeps_its_dtype_and_large_logits_stay_finite(attend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("N, K, window, packed", [(2, 2, None, False), (4, 2, None, True), (2, 1, 100, True)])
+@pytest.mark.parametrize(
+  "N, K, window, packed", [(2, 2, None, False), (4, 2, None, True), (2, 1, 100, True)]
+)
 def test_splash_interpreted_equals_reference(N, K, window, packed):
   T = 256
   arguments = (*inputs(T, N, K, H=16, B=2), segments(T) if packed else None, window)
@@ -142,5 +158,7 @@ def test_a_named_implementation_runs_or_raises():
   assert_close([attend("auto")], [attend("reference")])
   with pytest.raises(NotImplementedError, match="T=70"):
     attend("splash")
-  with pytest.raises((ValueError, RuntimeError), match="(?i)cudnn"):  # the library's words: there is no GPU
+  with pytest.raises(
+    (ValueError, RuntimeError), match="(?i)cudnn"
+  ):  # the library's words: there is no GPU
     attend("cudnn")

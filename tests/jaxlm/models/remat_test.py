@@ -18,7 +18,9 @@ def compiled():
   weights_BT = np.ones((8, 64), np.float32)
   programs, results, params = {}, {}, None
   for policy in POLICIES:
-    model = Transformer(ModelConfig(V=32, D=32, F=96, N=2, K=2, H=16, layers=6, scan="always", remat=policy))
+    model = Transformer(
+      ModelConfig(V=32, D=32, F=96, N=2, K=2, H=16, layers=6, scan="always", remat=policy)
+    )
     if params is None:
       params = jax.jit(model.init)(jax.random.key(0), ids_BT)
 
@@ -37,17 +39,27 @@ def test_loss_and_gradients_equal_those_without(compiled, policy):
   (want_loss, want_grads), (loss, grads) = results["none"], results[policy]
   assert loss == pytest.approx(want_loss, rel=1e-6)
   scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(want_grads))
-  jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * scale), grads, want_grads)
+  jax.tree.map(
+    lambda got, want: np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * scale),
+    grads,
+    want_grads,
+  )
 
 
 def test_memory_is_ordered(compiled):
   programs, _ = compiled
-  size = {policy: program.memory_analysis().temp_size_in_bytes for policy, program in programs.items()}
-  assert size["full"] < size["names"] < size["none"] and size["full"] < size["dots"] < size["none"], size
+  size = {
+    policy: program.memory_analysis().temp_size_in_bytes for policy, program in programs.items()
+  }
+  assert (
+    size["full"] < size["names"] < size["none"] and size["full"] < size["dots"] < size["none"]
+  ), size
 
 
 def test_full_recomputes_one_forward_pass(compiled):
   """Products in the program of `full` are those of `none` and one more forward pass of a block, at most."""
   programs, _ = compiled
   flops = {policy: program.cost_analysis()["flops"] for policy, program in programs.items()}
-  assert 1.1 < flops["full"] / flops["none"] < 1.4 and flops["none"] <= flops["dots"] < flops["full"], flops
+  assert (
+    1.1 < flops["full"] / flops["none"] < 1.4 and flops["none"] <= flops["dots"] < flops["full"]
+  ), flops

@@ -52,7 +52,9 @@ def expected_frequency(rope, j, width, length):
       return f
     if wavelength > original / rope.low_freq_factor:
       return f / s
-    smooth = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = (original / wavelength - rope.low_freq_factor) / (
+      rope.high_freq_factor - rope.low_freq_factor
+    )
     return (1 - smooth) * f / s + smooth * f
   return f
 
@@ -66,7 +68,9 @@ def test_frequencies_match_the_formula_in_float64(rope, width):
   np.testing.assert_allclose(f_R, want, rtol=2e-6)
 
 
-@pytest.mark.parametrize("factor, anchor", [(4.0, 1.13863), (16.0, 1.27726), (32.0, 1.34657), (1.0, 1.0)])
+@pytest.mark.parametrize(
+  "factor, anchor", [(4.0, 1.13863), (16.0, 1.27726), (32.0, 1.34657), (1.0, 1.0)]
+)
 def test_yarn_attention_factor(factor, anchor):
   rope = RopeConfig(scaling="yarn", factor=factor)
   assert frequencies(rope, 64, 1)[1] == pytest.approx(anchor, abs=5e-6)
@@ -79,13 +83,16 @@ def test_yarn_attention_factor_of_deepseek_and_by_hand():
   assert frequencies(both, 64, 1)[1] == 1.0
   differ = RopeConfig(scaling="yarn", factor=math.e, mscale=2.0, mscale_all_dim=1.0)
   assert frequencies(differ, 64, 1)[1] == pytest.approx(1.2 / 1.1)
-  given = RopeConfig(scaling="yarn", factor=4.0, mscale=2.0, mscale_all_dim=1.0, attention_factor=0.5)
+  given = RopeConfig(
+    scaling="yarn", factor=4.0, mscale=2.0, mscale_all_dim=1.0, attention_factor=0.5
+  )
   assert frequencies(given, 64, 1)[1] == 0.5
 
 
 def test_yarn_keeps_fast_pairs_and_divides_slow_ones():
   plain, scaled = (
-    np.asarray(frequencies(RopeConfig(scaling=kind, factor=16.0), 128, 1)[0]) for kind in ("none", "yarn")
+    np.asarray(frequencies(RopeConfig(scaling=kind, factor=16.0), 128, 1)[0])
+    for kind in ("none", "yarn")
   )
   # Llama 2's settings: borders at pairs 20.9 -> 20 and 45.03 -> 46.
   np.testing.assert_array_equal(scaled[:21], plain[:21])
@@ -94,7 +101,10 @@ def test_yarn_keeps_fast_pairs_and_divides_slow_ones():
 
 
 def test_ntk_keeps_the_fastest_pair_and_stretches_the_slowest_by_the_factor():
-  plain, scaled = (np.asarray(frequencies(RopeConfig(scaling=kind, factor=8.0), 64, 1)[0]) for kind in ("none", "ntk"))
+  plain, scaled = (
+    np.asarray(frequencies(RopeConfig(scaling=kind, factor=8.0), 64, 1)[0])
+    for kind in ("none", "ntk")
+  )
   assert scaled[0] == plain[0]
   np.testing.assert_allclose(scaled[-1], plain[-1] / 8, rtol=1e-6)
 
@@ -128,7 +138,9 @@ def test_products_depend_on_the_distance_alone(rotate):
   q_BTNH, k_BTNH = random_heads(0), random_heads(1)
   positions_BT = jnp.array([[0, 1, 5, 17, 40, 41], [3, 2, 9, 1, 0, 77]])
   products = [
-    jnp.einsum("btnh,bsnh->bnts", rotate(q_BTNH, positions_BT + shift), rotate(k_BTNH, positions_BT + shift))
+    jnp.einsum(
+      "btnh,bsnh->bnts", rotate(q_BTNH, positions_BT + shift), rotate(k_BTNH, positions_BT + shift)
+    )
     for shift in (0, 100)
   ]
   np.testing.assert_allclose(products[0], products[1], atol=1e-4)
@@ -141,19 +153,25 @@ def test_pairs_turn_as_complex_numbers(rotate):
   positions_BT = jnp.array([[0, 1, 2, 3, 4, 5], [7, 7, 0, 2, 9, 30]])
   turn = np.exp(1j * np.asarray(positions_BT)[..., None] * 10_000.0 ** (-2 * np.arange(8) / 16))
   z = (np.asarray(x_BTNH[..., :8]) + 1j * np.asarray(x_BTNH[..., 8:])) * turn[:, :, None]
-  np.testing.assert_allclose(rotate(x_BTNH, positions_BT), np.concatenate([z.real, z.imag], -1), atol=2e-6)
+  np.testing.assert_allclose(
+    rotate(x_BTNH, positions_BT), np.concatenate([z.real, z.imag], -1), atol=2e-6
+  )
 
 
 def test_norms_are_kept_and_position_zero_changes_nothing(rotate):
   x_BTNH = random_heads(3)
   y_BTNH = rotate(x_BTNH, jnp.array([[0, 1, 10, 100, 1000, 30_000]] * 2))
-  np.testing.assert_allclose(jnp.linalg.norm(y_BTNH, axis=-1), jnp.linalg.norm(x_BTNH, axis=-1), rtol=1e-5)
+  np.testing.assert_allclose(
+    jnp.linalg.norm(y_BTNH, axis=-1), jnp.linalg.norm(x_BTNH, axis=-1), rtol=1e-5
+  )
   np.testing.assert_array_equal(y_BTNH[:, 0], x_BTNH[:, 0])
 
 
 def test_shared_positions_and_bfloat16(rotate):
   x_BTNH = random_heads(4)
-  np.testing.assert_array_equal(rotate(x_BTNH, jnp.arange(6)[None]), rotate(x_BTNH, jnp.array([range(6)] * 2)))
+  np.testing.assert_array_equal(
+    rotate(x_BTNH, jnp.arange(6)[None]), rotate(x_BTNH, jnp.array([range(6)] * 2))
+  )
   low = x_BTNH.astype(jnp.bfloat16)
   y_BTNH = rotate(low, jnp.arange(6)[None])
   assert y_BTNH.dtype == jnp.bfloat16
@@ -169,7 +187,9 @@ def test_the_gradient_is_that_of_the_turning_matrix():
   _, transpose = jax.vjp(lambda x_BTNH: apply_rope(x_BTNH, *angles), x_BTNH)
   tangent_BTNH = random_heads(7)
   np.testing.assert_allclose(
-    jnp.vdot(transpose(dy_BTNH)[0], tangent_BTNH), jnp.vdot(dy_BTNH, apply_rope(tangent_BTNH, *angles)), rtol=1e-5
+    jnp.vdot(transpose(dy_BTNH)[0], tangent_BTNH),
+    jnp.vdot(dy_BTNH, apply_rope(tangent_BTNH, *angles)),
+    rtol=1e-5,
   )
 
 
@@ -179,7 +199,11 @@ def test_the_gradient_is_that_of_the_turning_matrix():
     (RopeConfig(), 15, "width=15: .*even"),
     (RopeConfig(), 0, "width=0"),
     (RopeConfig(scaling="ntk", factor=2.0), 2, "width=2: ntk .*above 2"),
-    (RopeConfig(scaling="yarn", factor=2.0, beta_fast=1.0, beta_slow=32.0), 64, "beta_fast=1.0: .*backwards"),
+    (
+      RopeConfig(scaling="yarn", factor=2.0, beta_fast=1.0, beta_slow=32.0),
+      64,
+      "beta_fast=1.0: .*backwards",
+    ),
     (RopeConfig(scaling="yarn", factor=2.0, original_length=2), 64, "original_length=2"),
   ],
 )

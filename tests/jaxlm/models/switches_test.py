@@ -21,8 +21,20 @@ from sharding import MeshConfig, make_mesh
 from sharding.rules import place
 
 BASE = ModelConfig(D=16, F=24, N=4, K=2, H=6, V=40, layers=2, attention_implementation="reference")
-GEMMA = {"attention": ("window", "full"), "window": 5, "attention_cap": 1.5, "logit_cap": 2.0, "query_width": 3.0}
-GEMMA |= {"norm_offset": 1, "post_norms": True, "embed_scale": "root_width", "activation": "gelu_tanh", "tied": True}
+GEMMA = {
+  "attention": ("window", "full"),
+  "window": 5,
+  "attention_cap": 1.5,
+  "logit_cap": 2.0,
+  "query_width": 3.0,
+}
+GEMMA |= {
+  "norm_offset": 1,
+  "post_norms": True,
+  "embed_scale": "root_width",
+  "activation": "gelu_tanh",
+  "tied": True,
+}
 BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "qk_norm": True}
 SWITCHES = [
   {},
@@ -75,7 +87,9 @@ def plain_decoder(c, params, ids_T):
     half = c.H // 2
     angles = [position * c.rope.theta ** (-2 * j / c.H) for j in range(half)]
     turned = [x[j] * math.cos(a) - x[j + half] * math.sin(a) for j, a in enumerate(angles)]
-    return np.array(turned + [x[j + half] * math.cos(a) + x[j] * math.sin(a) for j, a in enumerate(angles)])
+    return np.array(
+      turned + [x[j + half] * math.cos(a) + x[j] * math.sin(a) for j, a in enumerate(angles)]
+    )
 
   def project(x, w, name):
     y = x @ w[f"w_{name}"]
@@ -97,7 +111,9 @@ def plain_decoder(c, params, ids_T):
       mixed = []
       for n in range(c.N):
         h = n // (c.N // c.K)
-        scores = [cap(q[t][n] @ k[s][h] / math.sqrt(c.query_width or c.H), c.attention_cap) for s in seen]
+        scores = [
+          cap(q[t][n] @ k[s][h] / math.sqrt(c.query_width or c.H), c.attention_cap) for s in seen
+        ]
         shares = np.exp(scores) / np.sum(np.exp(scores))
         mixed.append(sum(share * v[s][h] for share, s in zip(shares, seen)))
       outs.append(project(np.concatenate(mixed), w, "o"))
@@ -107,11 +123,15 @@ def plain_decoder(c, params, ids_T):
   for layer in range(c.layers):
     stack, row = layer % len(c.attention), layer // len(c.attention)
     w = jax.tree.map(operator.itemgetter(row), p["blocks"][str(stack)])
-    mixed = attention([norm(x, w["attention_norm"]) for x in xs], w["attention"], c.attention[stack])
+    mixed = attention(
+      [norm(x, w["attention_norm"]) for x in xs], w["attention"], c.attention[stack]
+    )
     xs = [x + (norm(m, w["attention_post_norm"]) if c.post_norms else m) for x, m in zip(xs, mixed)]
     for t, x in enumerate(xs):
       u = norm(x, w["mlp_norm"])
-      fed = project(act(project(u, w["mlp"], "gate")) * project(u, w["mlp"], "up"), w["mlp"], "down")
+      fed = project(
+        act(project(u, w["mlp"], "gate")) * project(u, w["mlp"], "up"), w["mlp"], "down"
+      )
       xs[t] = x + (norm(fed, w["mlp_post_norm"]) if c.post_norms else fed)
   head = p["embed"].T if c.tied else p["head"]
   return np.array([[cap(logit, c.logit_cap) for logit in norm(x, p["norm"]) @ head] for x in xs])
@@ -122,7 +142,9 @@ def test_against_the_plain_decoder(fields):
   config = dataclasses.replace(BASE, **fields)
   params = random_params(config)
   want = np.stack([plain_decoder(config, params, row) for row in IDS])
-  np.testing.assert_allclose(Transformer(config).apply(params, IDS), want, rtol=0, atol=2e-5 * np.abs(want).max())
+  np.testing.assert_allclose(
+    Transformer(config).apply(params, IDS), want, rtol=0, atol=2e-5 * np.abs(want).max()
+  )
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -137,14 +159,20 @@ def test_fresh_norms_multiply_by_one_and_fresh_biases_add_nothing(offset):
 @pytest.mark.parametrize("implementation", ["blocked", "reference"])
 def test_soft_cap_with_window_and_segments_blocked_as_reference(implementation):
   draw = np.random.default_rng(2)
-  q_BTNH, k_BTKH, v_BTKH = (3 * draw.normal(size=(2, 70, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+  q_BTNH, k_BTKH, v_BTKH = (
+    3 * draw.normal(size=(2, 70, heads, 8)).astype(np.float32) for heads in (4, 2, 2)
+  )
   segments_BT = np.repeat([[1, 2], [1, 1]], 35, axis=1)
   for window in (None, 7):
     arguments = {"segment_ids_BT": segments_BT, "window": window, "cap": 2.0}
     got = dense(q_BTNH, k_BTKH, v_BTKH, implementation=implementation, **arguments)
     # by hand, one query at a time
     for b, t, n in ((0, 0, 0), (0, 34, 1), (0, 35, 2), (0, 69, 3), (1, 66, 0)):
-      seen = [s for s in range(t + 1) if segments_BT[b, s] == segments_BT[b, t] and (window is None or t - s < window)]
+      seen = [
+        s
+        for s in range(t + 1)
+        if segments_BT[b, s] == segments_BT[b, t] and (window is None or t - s < window)
+      ]
       logits = 2 * np.tanh(k_BTKH[b, seen, n // 2] @ q_BTNH[b, t, n] / np.sqrt(8) / 2)
       shares = np.exp(logits) / np.exp(logits).sum()
       np.testing.assert_allclose(got[b, t, n], shares @ v_BTKH[b, seen, n // 2], atol=1e-5)
@@ -153,10 +181,19 @@ def test_soft_cap_with_window_and_segments_blocked_as_reference(implementation):
 @pytest.mark.slow
 def test_splash_has_the_soft_cap():
   draw = np.random.default_rng(3)
-  q_BTNH, k_BTKH, v_BTKH = (2 * draw.normal(size=(1, 128, heads, 128)).astype(np.float32) for heads in (2, 1, 1))
+  q_BTNH, k_BTKH, v_BTKH = (
+    2 * draw.normal(size=(1, 128, heads, 128)).astype(np.float32) for heads in (2, 1, 1)
+  )
   want = dense(q_BTNH, k_BTKH, v_BTKH, cap=2.0, window=20, implementation="reference")
   k_BTNH, v_BTNH = (np.repeat(x, 2, axis=2) for x in (k_BTKH, v_BTKH))
-  got = splash(jnp.asarray(q_BTNH), jnp.asarray(k_BTNH), jnp.asarray(v_BTNH), window=20, cap=2.0, interpret=True)
+  got = splash(
+    jnp.asarray(q_BTNH),
+    jnp.asarray(k_BTNH),
+    jnp.asarray(v_BTNH),
+    window=20,
+    cap=2.0,
+    interpret=True,
+  )
   np.testing.assert_allclose(got, want, atol=2e-2)
   assert np.abs(splash(q_BTNH, k_BTNH, v_BTNH, window=20, interpret=True) - want).max() > 0.1
 
@@ -164,7 +201,8 @@ def test_splash_has_the_soft_cap():
 def test_cudnn_says_that_it_has_no_soft_cap():
   x_BTNH = jnp.zeros((1, 4, 2, 8), jnp.bfloat16)
   with pytest.raises(
-    NotImplementedError, match=r"cudnn attention: has no soft cap of the logits \(attention_cap=50.0\)"
+    NotImplementedError,
+    match=r"cudnn attention: has no soft cap of the logits \(attention_cap=50.0\)",
   ):
     dense(x_BTNH, x_BTNH, x_BTNH, cap=50.0, implementation="cudnn")
 
@@ -181,7 +219,9 @@ def test_cached_decoding_equals_the_full_pass(prefilled):
   def positions(start, stop):
     return jnp.broadcast_to(jnp.arange(start, stop)[None], (len(IDS), stop - start))
 
-  part_BTV, cache = cached(params, IDS[:, :prefilled], positions=positions(0, prefilled), cache=cache)
+  part_BTV, cache = cached(
+    params, IDS[:, :prefilled], positions=positions(0, prefilled), cache=cache
+  )
   parts = [part_BTV]
   for t in range(prefilled, IDS.shape[1]):
     part_BTV, cache = cached(params, IDS[:, t : t + 1], positions=positions(t, t + 1), cache=cache)
@@ -215,12 +255,18 @@ def test_gradients_of_every_switch_on_a_mesh(mesh):
 
   want, want_loss = jax.jit(gradients)(params, ids_BT)
   with jax.set_mesh(make_mesh(mesh)):
-    shardings = jax.eval_shape(lambda: Transformer(config).init(jax.random.key(0), jnp.zeros((8, 8), jnp.int32)))
-    placed = jax.tree.map(lambda w, like: jax.device_put(w, jax.typeof(like).sharding.spec), params, shardings)
+    shardings = jax.eval_shape(
+      lambda: Transformer(config).init(jax.random.key(0), jnp.zeros((8, 8), jnp.int32))
+    )
+    placed = jax.tree.map(
+      lambda w, like: jax.device_put(w, jax.typeof(like).sharding.spec), params, shardings
+    )
     got, got_loss = jax.jit(gradients)(placed, ids_BT)
   assert float(got_loss) == pytest.approx(float(want_loss), rel=1e-5)
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want)):
-    np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
+    np.testing.assert_allclose(
+      a, b, rtol=0, atol=2e-5 * np.abs(b).max(), err_msg=jax.tree_util.keystr(path)
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,20 @@ from jaxlm.models import Transformer
 
 # 80 positions: two query blocks of the blocked attention; every id once, so that a row of the embedding is a position
 T = 80
-SMALL = ModelConfig(V=T, D=16, F=24, N=4, K=2, H=4, layers=2, attention=("window", "full"), window=5)
+SMALL = ModelConfig(
+  V=T, D=16, F=24, N=4, K=2, H=4, layers=2, attention=("window", "full"), window=5
+)
 
 
 @functools.cache
 def init(config: ModelConfig):
   params = jax.jit(Transformer(config).init)(jax.random.key(0), np.zeros((1, 2), np.int32))
-  draw = np.random.default_rng(0)  # norm weights away from one, so that tests notice which one is used
-  return jax.tree.map(lambda w: (w * draw.uniform(0.5, 1.5, w.shape)).astype(np.float32), jax.device_get(params))
+  draw = np.random.default_rng(
+    0
+  )  # norm weights away from one, so that tests notice which one is used
+  return jax.tree.map(
+    lambda w: (w * draw.uniform(0.5, 1.5, w.shape)).astype(np.float32), jax.device_get(params)
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -29,7 +35,8 @@ def logits(config: ModelConfig, params, ids_BT, positions=None, segment_ids=None
 
 
 @pytest.mark.parametrize(
-  "attention, implementation", [(("full",), "blocked"), (("window",), "blocked"), (("window", "full"), "reference")]
+  "attention, implementation",
+  [(("full",), "blocked"), (("window",), "blocked"), (("window", "full"), "reference")],
 )
 def test_no_gradient_reaches_a_later_position(attention, implementation):
   config = dataclasses.replace(SMALL, attention=attention, attention_implementation=implementation)
@@ -42,12 +49,16 @@ def test_no_gradient_reaches_a_later_position(attention, implementation):
     """Which positions' inputs each chosen position's logits depend on, bool [t, T]."""
 
     def chosen(embed_VD):
-      logits_BTV = Transformer(config).apply({"params": params["params"] | {"embed": embed_VD}}, ids_BT)
+      logits_BTV = Transformer(config).apply(
+        {"params": params["params"] | {"embed": embed_VD}}, ids_BT
+      )
       return (logits_BTV[0, ts] * jnp.linspace(1, 2, config.V)[None]).sum(-1)
 
     return jnp.any(jax.jacrev(chosen)(embed_VD) != 0, axis=-1)
 
-  far = 2 * (config.window - 1) if attention == ("window",) else T  # two layers of window 5 see 8 back
+  far = (
+    2 * (config.window - 1) if attention == ("window",) else T
+  )  # two layers of window 5 see 8 back
   want = (ts[:, None] >= np.arange(T)) & (ts[:, None] - np.arange(T) <= far)
   np.testing.assert_array_equal(reached(params["params"]["embed"]), want)
 
@@ -61,7 +72,9 @@ def test_packed_rows_equal_the_separate_sequences(implementation):
   rows = pack(tokens_S, borders_D, T)
   batch = rows.take(np.arange(len(rows)))
   assert batch.segment_ids_BT.max() >= 3 and (batch.weights_BT == 0).any()
-  packed_BTV = logits(config, init(config), batch.inputs_BT, batch.positions_BT, batch.segment_ids_BT)
+  packed_BTV = logits(
+    config, init(config), batch.inputs_BT, batch.positions_BT, batch.segment_ids_BT
+  )
 
   apart_DT = np.zeros((len(documents), T), np.int32)  # each document alone, after its eos
   for d, document in enumerate(documents):
@@ -71,7 +84,11 @@ def test_packed_rows_equal_the_separate_sequences(implementation):
   for b in range(len(rows)):
     for segment in range(1, batch.segment_ids_BT[b].max() + 1):
       at = np.flatnonzero(batch.segment_ids_BT[b] == segment)
-      document = next(d for d, ids in enumerate(apart_DT) if np.array_equal(ids[: len(at)], batch.inputs_BT[b, at]))
+      document = next(
+        d
+        for d, ids in enumerate(apart_DT)
+        if np.array_equal(ids[: len(at)], batch.inputs_BT[b, at])
+      )
       np.testing.assert_allclose(packed_BTV[b, at], apart_DTV[document, : len(at)], atol=1e-4)
       seen.add(document)
   assert seen == set(range(len(documents)))
@@ -91,7 +108,9 @@ def test_scan_equals_the_python_loop_and_layer_order_is_that_of_the_pattern():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), looped, scanned)
   # swapping two layers of a stack changes the result, so the order that both agree on is not arbitrary
   swapped = jax.tree.map(lambda w: w, init(config))
-  swapped["params"]["blocks"]["0"] = jax.tree.map(lambda w: w[::-1], swapped["params"]["blocks"]["0"])
+  swapped["params"]["blocks"]["0"] = jax.tree.map(
+    lambda w: w[::-1], swapped["params"]["blocks"]["0"]
+  )
   assert np.abs(np.asarray(value_and_gradients("never", swapped)[0] - looped[0])).max() > 1e-3
 
 
@@ -100,7 +119,9 @@ def test_positions_shift_nothing_but_rotary_phase():
   ids_BT, places_BT = np.arange(12)[None], np.arange(12)[None]
   config = SMALL
   plain = logits(config, init(config), ids_BT, places_BT)
-  np.testing.assert_allclose(logits(config, init(config), ids_BT, places_BT + 1000), plain, atol=1e-4)
+  np.testing.assert_allclose(
+    logits(config, init(config), ids_BT, places_BT + 1000), plain, atol=1e-4
+  )
   assert np.abs(logits(config, init(config), ids_BT, 2 * places_BT) - plain).max() > 1e-3
 
 
@@ -113,7 +134,9 @@ def test_grouped_heads_equal_repeated_key_heads(K):
   for stack in repeated["params"]["blocks"].values():
     for name in ("w_k", "w_v"):
       w = stack["attention"][name].reshape(-1, grouped.D, K, grouped.H)
-      stack["attention"][name] = np.repeat(w, grouped.N // K, axis=2).reshape(-1, grouped.D, grouped.N * grouped.H)
+      stack["attention"][name] = np.repeat(w, grouped.N // K, axis=2).reshape(
+        -1, grouped.D, grouped.N * grouped.H
+      )
   ids_BT = np.arange(12)[None]
   want = logits(dataclasses.replace(grouped, K=grouped.N), repeated, ids_BT)
   np.testing.assert_allclose(logits(grouped, params, ids_BT), want, atol=1e-5)
@@ -137,14 +160,18 @@ def test_bfloat16_computes_beside_float32_weights_and_logits():
   half, single = (logits(c, params, ids_BT) for c in (config, SMALL))
   assert half.dtype == single.dtype == jnp.float32
   error = np.abs(np.asarray(half - single)).max()
-  assert 1e-4 < error < 0.1 * np.abs(single).max()  # bfloat16 was used, and no worse than its rounding
+  assert (
+    1e-4 < error < 0.1 * np.abs(single).max()
+  )  # bfloat16 was used, and no worse than its rounding
   # the products are in bfloat16, norms and softmax in float32
   program = jax.jit(Transformer(config).apply).lower(params, ids_BT).as_text()
   dots = [line for line in program.splitlines() if "dot_general" in line]
   assert dots and all("bf16" in line.split("->")[0] for line in dots)
   assert not any("f32" in line.split("->")[0] for line in dots)
   for name, shape in (("rsqrt", ""), ("exponential", "x24x12x")):  # 12 queries of 2 heads, 12 keys
-    lines = [line for line in program.splitlines() if f"stablehlo.{name} " in line and shape in line]
+    lines = [
+      line for line in program.splitlines() if f"stablehlo.{name} " in line and shape in line
+    ]
     assert lines and not any("bf16" in line for line in lines)
 
 
@@ -152,16 +179,22 @@ def test_rounded_weights_in_bfloat16_give_the_same_logits():
   """Weights are cast once, to the compute type: rounding them beforehand changes nothing but the norms."""
   config = dataclasses.replace(SMALL, dtype="bfloat16")
   rounded = jax.tree.map(lambda w: w.astype(ml_dtypes.bfloat16).astype(np.float32), init(config))
-  for stack, other in zip(rounded["params"]["blocks"].values(), init(config)["params"]["blocks"].values()):
+  for stack, other in zip(
+    rounded["params"]["blocks"].values(), init(config)["params"]["blocks"].values()
+  ):
     stack |= {name: other[name] for name in ("attention_norm", "mlp_norm")}
   rounded["params"]["norm"] = init(config)["params"]["norm"]
   ids_BT = np.arange(12)[None]
-  np.testing.assert_array_equal(logits(config, rounded, ids_BT), logits(config, init(config), ids_BT))
+  np.testing.assert_array_equal(
+    logits(config, rounded, ids_BT), logits(config, init(config), ids_BT)
+  )
 
 
 def test_fresh_weights_predict_every_id_alike():
   config = ModelConfig(V=64, D=64, F=96, N=4, K=4, H=16, layers=4, scan="always")
-  params = jax.device_get(jax.jit(Transformer(config).init)(jax.random.key(0), np.zeros((1, 2), np.int32)))
+  params = jax.device_get(
+    jax.jit(Transformer(config).init)(jax.random.key(0), np.zeros((1, 2), np.int32))
+  )
   ids_BT = np.random.default_rng(0).integers(0, 64, (4, 32))
   logits_BTV = logits(config, params, ids_BT)
   loss = -jax.nn.log_softmax(logits_BTV)[:, :-1].mean()

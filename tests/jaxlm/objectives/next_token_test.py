@@ -45,7 +45,11 @@ def test_logprobs_on_a_mesh_are_spread_like_the_tokens():
   targets_BT = draw.integers(0, 8, (4, 3)).astype(np.int32)
   want = token_logprobs(states_BTD, Head(jnp.asarray(w_VD), "vd", None), targets_BT)
   with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-    placed = place(states_BTD, "batch", None, None), place(w_VD, "vocab", None), place(targets_BT, "batch", None)
+    placed = (
+      place(states_BTD, "batch", None, None),
+      place(w_VD, "vocab", None),
+      place(targets_BT, "batch", None),
+    )
     got = jax.jit(lambda x, w, targets: token_logprobs(x, Head(w, "vd", None), targets))(*placed)
     assert {x.sharding.spec for x in got} == {P(("data", "fsdp"), None)}
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
@@ -71,13 +75,19 @@ def test_masked_positions_have_no_gradient_whatever_they_hold_and_others_that_of
   weights_BT = np.array([[1.0, 0.0]], np.float32)
   states_BTD, targets_BT = STATES.copy(), np.array([[1, -7]], np.int32)
   states_BTD[0, 1] = np.nan
-  gradient = jax.grad(lambda x: next_token_loss(x, HEAD, targets_BT, weights_BT, z_loss)[0].num)(states_BTD)
-  np.testing.assert_allclose(gradient, [[[0.5, -0.75, 0.25], [0, 0, 0]]], atol=1e-6)  # lse is 0: z adds nothing
+  gradient = jax.grad(lambda x: next_token_loss(x, HEAD, targets_BT, weights_BT, z_loss)[0].num)(
+    states_BTD
+  )
+  np.testing.assert_allclose(
+    gradient, [[[0.5, -0.75, 0.25], [0, 0, 0]]], atol=1e-6
+  )  # lse is 0: z adds nothing
 
 
 def test_half_precision_products_are_reduced_in_float32():
   draw = np.random.default_rng(0)
-  states_BTD, w_DV = (jnp.asarray(draw.normal(size=shape), jnp.bfloat16) for shape in ((1, 4, 8), (8, 5000)))
+  states_BTD, w_DV = (
+    jnp.asarray(draw.normal(size=shape), jnp.bfloat16) for shape in ((1, 4, 8), (8, 5000))
+  )
   lp_BT, lse_BT = token_logprobs(states_BTD, Head(w_DV, "dv", None), np.zeros((1, 4), np.int32))
   assert lp_BT.dtype == lse_BT.dtype == jnp.float32
   exact = np.asarray(states_BTD, np.float64) @ np.asarray(w_DV, np.float64)

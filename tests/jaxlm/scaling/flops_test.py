@@ -10,7 +10,9 @@ import pytest
 from jaxlm.config import ModelConfig
 from jaxlm.scaling.flops import parameter_count, train_flops_per_token
 
-SMALL = ModelConfig(D=16, F=48, N=4, K=2, H=12, V=40, layers=2, attention=("window", "full"), window=5)
+SMALL = ModelConfig(
+  D=16, F=48, N=4, K=2, H=12, V=40, layers=2, attention=("window", "full"), window=5
+)
 
 
 def test_parameters_by_hand():
@@ -26,8 +28,14 @@ def test_parameters_by_hand():
 @pytest.mark.parametrize(
   "config, total",
   [
-    (ModelConfig(D=4096, F=11008, N=32, K=32, H=128, V=32000, layers=32), 6_738_415_616),  # Llama 2 7B
-    (ModelConfig(D=4096, F=14336, N=32, K=8, H=128, V=128256, layers=32), 8_030_261_248),  # Llama 3 8B
+    (
+      ModelConfig(D=4096, F=11008, N=32, K=32, H=128, V=32000, layers=32),
+      6_738_415_616,
+    ),  # Llama 2 7B
+    (
+      ModelConfig(D=4096, F=14336, N=32, K=8, H=128, V=128256, layers=32),
+      8_030_261_248,
+    ),  # Llama 3 8B
   ],
 )
 def test_parameters_of_published_models(config, total):
@@ -39,15 +47,21 @@ def test_flops_by_hand():
   body, head = 145_920, 16_384
   assert train_flops_per_token(config, 128) == 6 * (body + head) + 3 * 6 * 64 * 129
   assert train_flops_per_token(config, 1) == 6 * (body + head) + 3 * 12 * 64
-  assert train_flops_per_token(dataclasses.replace(config, tied=True), 128) == train_flops_per_token(config, 128)
+  assert train_flops_per_token(
+    dataclasses.replace(config, tied=True), 128
+  ) == train_flops_per_token(config, 128)
 
 
 def test_a_window_limits_the_keys_per_query():
   full = ModelConfig(layers=1)
-  one_layer = {w: dataclasses.replace(full, attention=("window",), window=w) for w in (1, 3, 10, 11)}
+  one_layer = {
+    w: dataclasses.replace(full, attention=("window",), window=w) for w in (1, 3, 10, 11)
+  }
   base = train_flops_per_token(full, 10) - 12 * 128 * 5.5
   assert train_flops_per_token(one_layer[1], 10) == pytest.approx(base + 12 * 128)
-  assert train_flops_per_token(one_layer[3], 10) == pytest.approx(base + 12 * 128 * (1 + 2 + 8 * 3) / 10)
+  assert train_flops_per_token(one_layer[3], 10) == pytest.approx(
+    base + 12 * 128 * (1 + 2 + 8 * 3) / 10
+  )
   assert train_flops_per_token(one_layer[10], 10) == train_flops_per_token(full, 10)
   assert train_flops_per_token(one_layer[11], 10) == train_flops_per_token(full, 10)
 
@@ -55,12 +69,23 @@ def test_a_window_limits_the_keys_per_query():
 def linear_decoder(config, T):
   """The decoder's matmuls alone, each query meeting only the keys it sees; and arguments for it."""
   D, F, N, K, H = config.D, config.F, config.N, config.K, config.H
-  shapes = {"q": (D, N, H), "k": (D, K, H), "v": (D, K, H), "o": (N, H, D), "g": (D, F), "u": (D, F), "d": (F, D)}
+  shapes = {
+    "q": (D, N, H),
+    "k": (D, K, H),
+    "v": (D, K, H),
+    "o": (N, H, D),
+    "g": (D, F),
+    "u": (D, F),
+    "d": (F, D),
+  }
 
   def loss(x_TD, blocks, head_DV):
     for kind, w in zip(config.attention, blocks):
       q_TKGH = jnp.einsum("td,dnh->tnh", x_TD, w["q"]).reshape(T, K, N // K, H)
-      k_TKH, v_TKH = jnp.einsum("td,dkh->tkh", x_TD, w["k"]), jnp.einsum("td,dkh->tkh", x_TD, w["v"])
+      k_TKH, v_TKH = (
+        jnp.einsum("td,dkh->tkh", x_TD, w["k"]),
+        jnp.einsum("td,dkh->tkh", x_TD, w["v"]),
+      )
       rows = []
       for t in range(T):
         seen = slice(max(0, t + 1 - config.window) if kind == "window" else 0, t + 1)

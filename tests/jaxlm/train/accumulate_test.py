@@ -12,7 +12,10 @@ from jaxlm.train.accumulate import accumulated_gradients, split_batch
 from jaxlm.train.step import batch_loss, init_state
 
 CONFIG = TrainConfig(
-  batch=12, z_loss=1e-2, model=ModelConfig(V=16, D=8, F=12, N=2, K=1, H=4, layers=1), data=DataConfig(length=8)
+  batch=12,
+  z_loss=1e-2,
+  model=ModelConfig(V=16, D=8, F=12, N=2, K=1, H=4, layers=1),
+  data=DataConfig(length=8),
 )
 
 

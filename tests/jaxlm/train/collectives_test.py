@@ -20,8 +20,12 @@ DATA, FSDP, TENSOR = MeshConfig(), MeshConfig(data=1, fsdp=8), MeshConfig(data=1
 
 
 def config_on(mesh: MeshConfig, model: ModelConfig = MODEL) -> TrainConfig:
-  batch = 8 * mesh.resolve(8)["data"] * mesh.resolve(8)["fsdp"]  # 4 micro-batches of 2 rows per device
-  return TrainConfig(batch=batch, accumulate=4, model=model, data=DataConfig(length=LENGTH), mesh=mesh)
+  batch = (
+    8 * mesh.resolve(8)["data"] * mesh.resolve(8)["fsdp"]
+  )  # 4 micro-batches of 2 rows per device
+  return TrainConfig(
+    batch=batch, accumulate=4, model=model, data=DataConfig(length=LENGTH), mesh=mesh
+  )
 
 
 class Collective(NamedTuple):
@@ -30,8 +34,12 @@ class Collective(NamedTuple):
   shape: tuple[int, ...]  # of one result, on one device
 
 
-_LINE = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-_SCATTER = re.compile(r" = (.*?) fusion\(.*calls=%all-reduce-scatter")  # how the TPU compiler writes reduce-scatter
+_LINE = re.compile(
+  r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+_SCATTER = re.compile(
+  r" = (.*?) fusion\(.*calls=%all-reduce-scatter"
+)  # how the TPU compiler writes reduce-scatter
 
 
 def collectives(text: str) -> list[Collective]:
@@ -64,14 +72,21 @@ def _group_size(line: str) -> int | None:
 
 def local_shapes(config: TrainConfig) -> list[tuple[int, ...]]:
   """Each parameter's shape on one device."""
-  with jax.set_mesh(jax.make_mesh(*zip(*[(size, name) for name, size in config.mesh.resolve(8).items()]))):
+  with jax.set_mesh(
+    jax.make_mesh(*zip(*[(size, name) for name, size in config.mesh.resolve(8).items()]))
+  ):
     params = jax.eval_shape(lambda: init_state(config)).params
     return [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(params)]
 
 
 def gathered_matrices(tensor: int) -> list[tuple[int, ...]]:
   """The seven matrices of a block as one device uses them, gathered over fsdp and still split over `tensor`."""
-  D, F, NH, KH = MODEL.D, MODEL.F // tensor, MODEL.N * MODEL.H // tensor, MODEL.K * MODEL.H // tensor
+  D, F, NH, KH = (
+    MODEL.D,
+    MODEL.F // tensor,
+    MODEL.N * MODEL.H // tensor,
+    MODEL.K * MODEL.H // tensor,
+  )
   return sorted([(D, NH), (D, KH), (D, KH), (NH, D), (D, F), (D, F), (F, D)])
 
 
@@ -85,10 +100,14 @@ def test_each_gradient_crosses_the_data_axis_once_and_in_no_loop(lower_step):
   assert crossing == collections.Counter(local_shapes(config))
 
 
-def test_the_count_notices_gradients_reduced_in_every_layer_of_every_micro_batch(lower_step, monkeypatch):
+def test_the_count_notices_gradients_reduced_in_every_layer_of_every_micro_batch(
+  lower_step, monkeypatch
+):
   monkeypatch.setattr(accumulate, "defer_reduction", lambda params: params)
   found = collectives(lower_step(config_on(DATA)).compile().as_text())
-  sizes = collections.Counter(math.prod(c.shape) for c in found if c.depth == 2)  # the compiler may transpose them
+  sizes = collections.Counter(
+    math.prod(c.shape) for c in found if c.depth == 2
+  )  # the compiler may transpose them
   assert sizes >= collections.Counter(math.prod(shape) for shape in gathered_matrices(tensor=1))
 
 
@@ -99,15 +118,17 @@ def test_fsdp_gathers_weights_in_the_layer_loop(lower_step):
   gathers = collections.Counter((c.shape, c.depth) for c in found if c.kind == "all-gather")
   # inner loops: one micro-batch stands before the loop over the others, so each depth has the layers once
   for depth in (1, 2):
-    assert sorted(shape for shape, d in gathers.elements() if d == depth and shape in gathered_matrices(1)) == (
-      gathered_matrices(1)
-    )
+    assert sorted(
+      shape for shape, d in gathers.elements() if d == depth and shape in gathered_matrices(1)
+    ) == (gathered_matrices(1))
   activations = [c for c in found if len(c.shape) == 3 and c.shape[0] == 2]
   assert not activations  # FSDP sends weights and their gradients, never activations
 
 
 @pytest.mark.slow
-def test_tensor_with_sequence_parallel_norms_sends_two_gathers_and_two_reductions_per_block_and_direction(lower_step):
+def test_tensor_with_sequence_parallel_norms_sends_two_gathers_and_two_reductions_per_block_and_direction(
+  lower_step,
+):
   """Norms and residuals hold T / tensor positions: a block gathers T before attention and before the feed-forward, and
   sums each output into its part of T (reduce-scatter; on CPU an all-reduce). Backward does the same the other way."""
   config = config_on(TENSOR)
@@ -118,7 +139,9 @@ def test_tensor_with_sequence_parallel_norms_sends_two_gathers_and_two_reduction
     outside = 1 if depth == 1 else 0  # before the head: once per micro-batch, in the outer loop
     assert kinds == {"all-gather": 4 + outside, "all-reduce": 4 + outside}
   weights = sorted(
-    c.shape for c in found if c.kind == "all-gather" and c.depth == 2 and c.shape in gathered_matrices(2)
+    c.shape
+    for c in found
+    if c.kind == "all-gather" and c.depth == 2 and c.shape in gathered_matrices(2)
   )
   assert weights == gathered_matrices(2)
 
@@ -128,16 +151,22 @@ def test_on_tpu_each_gradient_crosses_the_data_axis_once_and_in_no_loop(lower_st
   config = config_on(DATA)
   found = collectives(lower_step(config, tpu_devices).compile().as_text())
   assert not [c for c in found if c.depth > 0 and c.shape]
-  assert collections.Counter(c.shape for c in found if c.shape) == collections.Counter(local_shapes(config))
+  assert collections.Counter(c.shape for c in found if c.shape) == collections.Counter(
+    local_shapes(config)
+  )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [FSDP, TENSOR], ids=lambda mesh: mesh.describe())
-def test_on_tpu_the_gradients_of_a_block_are_reduce_scattered_where_it_makes_them(lower_step, tpu_devices, mesh):
+def test_on_tpu_the_gradients_of_a_block_are_reduce_scattered_where_it_makes_them(
+  lower_step, tpu_devices, mesh
+):
   # smaller arrays than these the compiler does not scatter
   config = config_on(mesh, dataclasses.replace(MODEL, D=128, F=256, H=32, V=384))
   found = collectives(lower_step(config, tpu_devices).compile().as_text())
-  blocks = collections.Counter(math.prod(shape[1:]) for shape in local_shapes(config) if len(shape) == 3)
+  blocks = collections.Counter(
+    math.prod(shape[1:]) for shape in local_shapes(config) if len(shape) == 3
+  )
   for depth in (1, 2):  # the first micro-batch, and the loop over the others
     scattered = collections.Counter(
       math.prod(c.shape) for c in found if c.kind == "reduce-scatter" and c.depth == depth

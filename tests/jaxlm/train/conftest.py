@@ -18,7 +18,9 @@ def tpu_devices():
   """Eight TPU v5e chips of libtpu's compiler; nothing runs on them."""
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed")
-  from pallas_kernels.schedule.compiler import chip_mesh  # libtpu is loaded once, with the flags that it needs there
+  from pallas_kernels.schedule.compiler import (
+    chip_mesh,  # libtpu is loaded once, with the flags that it needs there
+  )
 
   return chip_mesh("v5e", (8,)).devices.tolist()
 
@@ -29,7 +31,9 @@ def lower_step():
 
   def lower(config, devices=None):
     sizes = config.mesh.resolve(8 if devices is None else len(devices))
-    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Explicit,) * len(sizes), devices=devices)
+    mesh = jax.make_mesh(
+      tuple(sizes.values()), tuple(sizes), (AxisType.Explicit,) * len(sizes), devices=devices
+    )
 
     def on_mesh(x):
       partitions = P() if x.sharding is None else x.sharding.spec
@@ -39,7 +43,9 @@ def lower_step():
       state = jax.tree.map(on_mesh, jax.eval_shape(lambda: init_state(config)))
       shape = (config.batch, config.data.length)
       rows = NamedSharding(mesh, spec(shape, "batch", None))
-      ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (np.int32, np.float32))
+      ids, weights = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (np.int32, np.float32)
+      )
       batch = Batch(ids, ids, weights, ids, ids)
       return jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
 

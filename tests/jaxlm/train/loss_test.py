@@ -8,8 +8,8 @@ import pytest
 
 from jaxlm import presets
 from jaxlm.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
-from jaxlm.train import train
-from jaxlm.train.run_folder import RunFolder, read_records
+from jaxlm.run import train
+from jaxlm.run.run_folder import RunFolder, read_records
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +39,18 @@ def curve(text, tmp_path):
       optimizer=dataclasses.replace(config.optimizer, warmup=2),
     )
     result = train(config)
-    losses = [record["loss"] for record in read_records(RunFolder(tmp_path / implementation).metrics)]
+    losses = [
+      record["loss"] for record in read_records(RunFolder(tmp_path / implementation).metrics)
+    ]
     return losses + [result.heldout_loss]
 
   return run
 
 
 BYTES = pytest.param(0.0, {}, id="bytes", marks=pytest.mark.slow)
-LARGE = pytest.param(1e-2, {"V": 5000, "tied": True, "logit_cap": 5.0}, id="large vocabulary, tied, capped, z-loss")
+LARGE = pytest.param(
+  1e-2, {"V": 5000, "tied": True, "logit_cap": 5.0}, id="large vocabulary, tied, capped, z-loss"
+)
 
 
 @pytest.mark.parametrize("z_loss, model", [BYTES, LARGE])
@@ -62,14 +66,20 @@ def test_memory_of_a_step_has_no_logits(lower_step):
   config = TrainConfig(batch=4, model=model, data=DataConfig(length=128), mesh=MeshConfig(data=1))
   sizes = {}
   for implementation in ("auto", "reference"):
-    lowered = lower_step(dataclasses.replace(config, loss_implementation=implementation), jax.devices()[:1])
+    lowered = lower_step(
+      dataclasses.replace(config, loss_implementation=implementation), jax.devices()[:1]
+    )
     sizes[implementation] = lowered.compile().memory_analysis().temp_size_in_bytes
   assert sizes["reference"] > 2 * 2**26 > 4 * sizes["auto"], sizes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=1, tensor=2, fsdp=4)], ids=MeshConfig.describe)
-def test_on_tpu_a_large_vocabulary_takes_the_kernel_and_reduces_the_heads_gradient_once(lower_step, tpu_devices, mesh):
+@pytest.mark.parametrize(
+  "mesh", [MeshConfig(), MeshConfig(data=1, tensor=2, fsdp=4)], ids=MeshConfig.describe
+)
+def test_on_tpu_a_large_vocabulary_takes_the_kernel_and_reduces_the_heads_gradient_once(
+  lower_step, tpu_devices, mesh
+):
   model = ModelConfig(V=16_384, D=128, F=128, N=2, K=2, H=64, layers=1, dtype="bfloat16")
   model = dataclasses.replace(model, attention_implementation="reference")
   config = TrainConfig(batch=16, accumulate=2, model=model, data=DataConfig(length=256), mesh=mesh)

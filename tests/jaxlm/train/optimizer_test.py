@@ -26,7 +26,9 @@ def test_warmup_is_linear_and_its_first_step_moves(schedule):
 
 def test_schedules_at_points_computed_by_hand():
   # 90 steps after the warm-up: half-way is step 55; cosine there is (1 + 0.1) / 2; a third is cos(60 degrees) = 1/2
-  assert rate("cosine", 40, 55, 100, 150) == pytest.approx([0.1 + 0.9 * 0.75, 0.55, 0.1, 0.1], abs=1e-6)
+  assert rate("cosine", 40, 55, 100, 150) == pytest.approx(
+    [0.1 + 0.9 * 0.75, 0.55, 0.1, 0.1], abs=1e-6
+  )
   assert rate("linear", 55, 100, 150) == pytest.approx([0.55, 0.1, 0.1], abs=1e-6)
   assert rate("constant", 55, 99, 1000) == [1, 1, 1]
   # stable until the last 20 steps, then linear from 1 to 0.1
@@ -49,11 +51,15 @@ def test_a_warmup_that_leaves_no_step_is_refused():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_decay_hits_the_matrices_of_blocks_and_head_alone(tied):
-  config = ModelConfig(V=8, D=8, F=12, N=2, K=1, H=4, layers=2, attention=("window", "full"), tied=tied)
+  config = ModelConfig(
+    V=8, D=8, F=12, N=2, K=1, H=4, layers=2, attention=("window", "full"), tied=tied
+  )
   params = jax.eval_shape(Transformer(config).init, jax.random.key(0), np.zeros((1, 2), np.int32))
   mask = decay_mask(params)
   decayed = {
-    jax.tree_util.keystr(path, simple=True, separator="/") for path, on in jax.tree.leaves_with_path(mask) if on
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, on in jax.tree.leaves_with_path(mask)
+    if on
   }
   attention = {f"attention/{name}" for name in ("w_q", "w_k", "w_v", "w_o")}
   matrices = attention | {f"mlp/{name}" for name in ("w_gate", "w_up", "w_down")}
@@ -64,9 +70,15 @@ def test_decay_hits_the_matrices_of_blocks_and_head_alone(tied):
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_decay_is_decoupled_and_times_the_learning_rate(name):
   """With gradients of zero only decay moves a weight: w - rate * decay * w."""
-  config = dataclasses.replace(BASE, name=name, schedule="constant", warmup=0, learning_rate=0.1, weight_decay=0.5)
-  params = {"params": {"head": np.ones((4, 6), np.float32), "norm": {"w_D": np.ones(4, np.float32)}}}
-  params["params"]["blocks"] = {"0": {"w": np.ones((2, 4, 4), np.float32), "w_D": np.ones((2, 4), np.float32)}}
+  config = dataclasses.replace(
+    BASE, name=name, schedule="constant", warmup=0, learning_rate=0.1, weight_decay=0.5
+  )
+  params = {
+    "params": {"head": np.ones((4, 6), np.float32), "norm": {"w_D": np.ones(4, np.float32)}}
+  }
+  params["params"]["blocks"] = {
+    "0": {"w": np.ones((2, 4, 4), np.float32), "w_D": np.ones((2, 4), np.float32)}
+  }
   optimizer = make_optimizer(config, STEPS)
   updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
   after = optax.apply_updates(params, updates)["params"]
@@ -79,10 +91,21 @@ def test_decay_is_decoupled_and_times_the_learning_rate(name):
 def test_muon_orthogonalises_each_layers_matrix_to_its_root_mean_square():
   """Block matrices move by muon_scale * rate in root mean square, all singular values alike; the head as adam does."""
   config = dataclasses.replace(
-    BASE, name="muon", schedule="constant", warmup=0, learning_rate=0.1, weight_decay=0.0, muon_scale=0.2
+    BASE,
+    name="muon",
+    schedule="constant",
+    warmup=0,
+    learning_rate=0.1,
+    weight_decay=0.0,
+    muon_scale=0.2,
   )
   draw = np.random.default_rng(0)
-  params = {"params": {"head": np.zeros((8, 16), np.float32), "blocks": {"0": {"w": np.zeros((3, 8, 16), np.float32)}}}}
+  params = {
+    "params": {
+      "head": np.zeros((8, 16), np.float32),
+      "blocks": {"0": {"w": np.zeros((3, 8, 16), np.float32)}},
+    }
+  }
   grads = jax.tree.map(lambda w: draw.normal(size=w.shape).astype(np.float32), params)
   optimizer = make_optimizer(config, STEPS)
   updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
@@ -90,7 +113,9 @@ def test_muon_orthogonalises_each_layers_matrix_to_its_root_mean_square():
     assert np.sqrt(np.mean(layer**2)) == pytest.approx(0.02, rel=0.3)
     singular = np.linalg.svd(layer, compute_uv=False)
     assert singular.max() / singular.min() < 2.5  # Newton-Schulz iterations leave 0.7 to 1.2
-  head_DV = np.asarray(updates["params"]["head"])  # adam's first step has one size, and Nesterov's factor below 2
+  head_DV = np.asarray(
+    updates["params"]["head"]
+  )  # adam's first step has one size, and Nesterov's factor below 2
   np.testing.assert_array_equal(np.sign(head_DV), -np.sign(grads["params"]["head"]))
   np.testing.assert_allclose(np.abs(head_DV), np.abs(head_DV[0, 0]), rtol=1e-3)
   assert 0.1 < np.abs(head_DV[0, 0]) < 0.2

@@ -25,7 +25,17 @@ SCANNED = TrainConfig(
   accumulate=2,
   z_loss=1e-2,
   model=ModelConfig(
-    V=32, D=16, F=24, N=4, K=2, H=4, layers=4, attention=("window", "full"), window=4, scan="always", remat="full"
+    V=32,
+    D=16,
+    F=24,
+    N=4,
+    K=2,
+    H=4,
+    layers=4,
+    attention=("window", "full"),
+    window=4,
+    scan="always",
+    remat="full",
   ),
   data=DataConfig(length=16, layout="packed"),
 )
@@ -50,7 +60,9 @@ def packed_batch() -> Batch:
 
 
 def loss_and_gradients(config, params, batch):
-  grads, loss = accumulated_gradients(functools.partial(batch_loss, config), params, batch, config.accumulate)
+  grads, loss = accumulated_gradients(
+    functools.partial(batch_loss, config), params, batch, config.accumulate
+  )
   return loss.mean(), loss.den, grads
 
 
@@ -59,7 +71,9 @@ def run(config: TrainConfig, mesh: MeshConfig):
   """(parameters, (loss, tokens, gradients)) on a mesh, as numpy, and whether gradients lie like their parameters."""
   with jax.set_mesh(make_mesh(mesh)):
     params = jax.jit(init_state, static_argnums=0)(config).params
-    results = jax.jit(loss_and_gradients, static_argnums=0)(config, params, globalize(packed_batch(), config.batch))
+    results = jax.jit(loss_and_gradients, static_argnums=0)(
+      config, params, globalize(packed_batch(), config.batch)
+    )
     alike = jax.tree.map(lambda g, w: g.sharding.spec == w.sharding.spec, results[2], params)
     return jax.device_get((params, results)), alike
 
@@ -69,16 +83,22 @@ QUICK = (MESHES[0], MESHES[3])
 
 def cases(name: str, config: TrainConfig, quick) -> list:
   return [
-    pytest.param(config, mesh, id=f"{name}, {mesh.describe()}", marks=() if mesh in quick else pytest.mark.slow)
+    pytest.param(
+      config, mesh, id=f"{name}, {mesh.describe()}", marks=() if mesh in quick else pytest.mark.slow
+    )
     for mesh in MESHES
   ]
 
 
-@pytest.mark.parametrize("config, mesh", cases("scanned", SCANNED, QUICK) + cases("unrolled, tied", UNROLLED, ()))
+@pytest.mark.parametrize(
+  "config, mesh", cases("scanned", SCANNED, QUICK) + cases("unrolled, tied", UNROLLED, ())
+)
 def test_loss_and_every_gradient_equal_one_devices(config, mesh):
   (want_params, (want_loss, want_tokens, want_grads)), _ = run(config, MeshConfig(data=1))
   (params, (loss, tokens, grads)), alike = run(config, mesh)
-  jax.tree.map(np.testing.assert_array_equal, params, want_params)  # the same seed gives the same weights everywhere
+  jax.tree.map(
+    np.testing.assert_array_equal, params, want_params
+  )  # the same seed gives the same weights everywhere
   assert all(jax.tree.leaves(alike))
   assert tokens == want_tokens == packed_batch().weights_BT.sum()
   assert loss == pytest.approx(want_loss, rel=1e-6)
@@ -86,6 +106,8 @@ def test_loss_and_every_gradient_equal_one_devices(config, mesh):
   def compare(path, got, want):
     name = jax.tree_util.keystr(path)
     assert np.abs(want).max() > 0, name
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(1, np.abs(want).max()), err_msg=name)
+    np.testing.assert_allclose(
+      got, want, rtol=0, atol=1e-5 * max(1, np.abs(want).max()), err_msg=name
+    )
 
   jax.tree_util.tree_map_with_path(compare, grads, want_grads)

@@ -5,12 +5,18 @@ import pytest
 from jaxlm.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 
 MESHES = {"data": MeshConfig(), "sharded": MeshConfig(data=1, tensor=2, fsdp=4)}
-CASES = [(128, 4, ("full",), "data"), (128, 2, ("window", "full"), "sharded"), (64, 2, ("full",), "sharded")]
+CASES = [
+  (128, 4, ("full",), "data"),
+  (128, 2, ("window", "full"), "sharded"),
+  (64, 2, ("full",), "sharded"),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("H, K, attention, mesh", CASES)
-def test_train_step_with_splash_attention_compiles_for_tpu(lower_step, tpu_devices, H, K, attention, mesh):
+def test_train_step_with_splash_attention_compiles_for_tpu(
+  lower_step, tpu_devices, H, K, attention, mesh
+):
   model = ModelConfig(
     V=256,
     D=256,

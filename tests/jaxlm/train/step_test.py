@@ -31,41 +31,58 @@ def with_optimizer(config: TrainConfig = BASE, **changes) -> TrainConfig:
 def make_batch(config: TrainConfig) -> Batch:
   draw = np.random.default_rng(0)
   ids_BT = draw.integers(0, config.model.V, (config.batch, config.data.length + 1)).astype(np.int32)
-  return Batch(ids_BT[:, :-1], ids_BT[:, 1:], np.ones((config.batch, config.data.length), np.float32))
+  return Batch(
+    ids_BT[:, :-1], ids_BT[:, 1:], np.ones((config.batch, config.data.length), np.float32)
+  )
 
 
 class Run(NamedTuple):
   states: list[Any]  # as numpy, before the first step and after each
   metrics: list[Any]
-  specs: tuple[dict, dict]  # path -> PartitionSpec, of the matrices in parameters and in optimizer state
+  specs: tuple[
+    dict, dict
+  ]  # path -> PartitionSpec, of the matrices in parameters and in optimizer state
 
 
 @functools.cache
 def run(config: TrainConfig, mesh: MeshConfig = ONE) -> Run:
   with jax.set_mesh(make_mesh(mesh)):
     step = jax.jit(make_train_step(config))
-    state, batch = jax.jit(init_state, static_argnums=0)(config), globalize(make_batch(config), config.batch)
+    state, batch = (
+      jax.jit(init_state, static_argnums=0)(config),
+      globalize(make_batch(config), config.batch),
+    )
     states, metrics = [jax.device_get(state._replace(key=None))], []
     for _ in range(STEPS):
       state, values = step(state, batch)
       states.append(jax.device_get(state._replace(key=None)))
       metrics.append(jax.device_get(values))
     specs = tuple(
-      {jax.tree_util.keystr(path): x.sharding.spec for path, x in jax.tree.leaves_with_path(tree) if x.ndim >= 2}
+      {
+        jax.tree_util.keystr(path): x.sharding.spec
+        for path, x in jax.tree.leaves_with_path(tree)
+        if x.ndim >= 2
+      }
       for tree in (state.params, state.opt_state)
     )
   return Run(states, metrics, specs)
 
 
 def global_norm(tree) -> float:
-  return float(np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree))))
+  return float(
+    np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree)))
+  )
 
 
-WIDE = dataclasses.replace(BASE.model, D=128, F=128, N=4, K=4, H=32, layers=1)  # adafactor factors from 128 on
+WIDE = dataclasses.replace(
+  BASE.model, D=128, F=128, N=4, K=4, H=32, layers=1
+)  # adafactor factors from 128 on
 RULES = {
   "adamw": BASE,
   "muon": with_optimizer(name="muon"),
-  "adafactor": with_optimizer(dataclasses.replace(BASE, model=WIDE), name="adafactor", learning_rate=3e-3),
+  "adafactor": with_optimizer(
+    dataclasses.replace(BASE, model=WIDE), name="adafactor", learning_rate=3e-3
+  ),
 }
 
 
@@ -115,7 +132,9 @@ def test_clipping_scales_the_whole_gradient_and_reports_its_norm_before():
   first_moment = [r.states[1].opt_state[0].mu for r in (plain, clipped)]
   assert global_norm(first_moment[1]) / (1 - BASE.optimizer.b1) == pytest.approx(0.1, rel=1e-5)
   ratio = 0.1 / plain.metrics[0].grad_norm
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a * ratio, rtol=1e-4, atol=1e-9), *first_moment)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(b, a * ratio, rtol=1e-4, atol=1e-9), *first_moment
+  )
 
 
 def test_the_moving_average_starts_at_the_weights_and_follows_its_formula():
@@ -124,8 +143,12 @@ def test_the_moving_average_starts_at_the_weights_and_follows_its_formula():
   jax.tree.map(np.testing.assert_array_equal, states[0].ema, states[0].params)
   for state in states[1:]:
     average = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, average, state.params)
-    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-6), state.ema, average)
-  jax.tree.map(np.testing.assert_array_equal, states[-1].params, run(BASE).states[-1].params)  # training ignores it
+    jax.tree.map(
+      lambda got, want: np.testing.assert_allclose(got, want, atol=1e-6), state.ema, average
+    )
+  jax.tree.map(
+    np.testing.assert_array_equal, states[-1].params, run(BASE).states[-1].params
+  )  # training ignores it
 
 
 def test_without_a_moving_average_none_is_kept():
@@ -139,6 +162,8 @@ def test_z_loss_enters_the_gradient_but_not_the_reported_loss():
 
 
 def test_another_seed_is_another_model():
-  other = jax.jit(init_state, static_argnums=0)(dataclasses.replace(BASE, seed=1)).params["params"]["embed"]
+  other = jax.jit(init_state, static_argnums=0)(dataclasses.replace(BASE, seed=1)).params["params"][
+    "embed"
+  ]
   first = run(BASE).states[0].params["params"]["embed"]
   assert np.abs(first - other).max() > 0.1

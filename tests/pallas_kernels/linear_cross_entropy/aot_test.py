@@ -24,14 +24,18 @@ def problem(N, D, V, dtype, layout="vd"):
 
 
 def loss(e_ND, c, labels_N, bias_V=None, **options):
-  return linear_cross_entropy(e_ND, c, labels_N, bias_V=bias_V, implementation="pallas_tpu", **options)
+  return linear_cross_entropy(
+    e_ND, c, labels_N, bias_V=bias_V, implementation="pallas_tpu", **options
+  )
 
 
 @pytest.mark.parametrize("layout", ["vd", "dv"])
 @pytest.mark.parametrize("chip", CHIPS)
 def test_memory_at_the_shape_of_gemma(chip, layout):
   args = problem(**GEMMA, layout=layout)[:3]
-  forward = compile_for(lambda *args: loss(*args, classifier_layout=layout), args, chip).memory_analysis()
+  forward = compile_for(
+    lambda *args: loss(*args, classifier_layout=layout), args, chip
+  ).memory_analysis()
   assert forward.temp_size_in_bytes <= 10 * MEBI
   gradients = jax.grad(lambda *args: loss(*args, classifier_layout=layout), (0, 1))
   backward = compile_for(gradients, args, chip).memory_analysis()
@@ -42,13 +46,19 @@ def test_memory_at_the_shape_of_gemma(chip, layout):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_odd_sizes_and_every_option_compile(chip):
   options = dict(softcap=30.0, temperature=0.7, label_smoothing=0.1, z_loss=1e-4)
-  compile_for(jax.grad(lambda *args: loss(*args, **options), (0, 1, 3)), problem(1000, 100, 5025, jnp.float32), chip)
+  compile_for(
+    jax.grad(lambda *args: loss(*args, **options), (0, 1, 3)),
+    problem(1000, 100, 5025, jnp.float32),
+    chip,
+  )
 
 
 def test_filters_and_sorting_compile():
   options = dict(filter_e="auto", filter_c="auto", sort_vocabulary=True)
   compile_for(
-    jax.grad(lambda *args: loss(*args, **options), (0, 1, 3)), problem(2000, 256, 50_257, jnp.bfloat16), "v5e"
+    jax.grad(lambda *args: loss(*args, **options), (0, 1, 3)),
+    problem(2000, 256, 50_257, jnp.bfloat16),
+    "v5e",
   )
 
 

@@ -10,14 +10,19 @@ from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.linear_cross_entropy.api import choose
 from pallas_kernels.linear_cross_entropy.terms import Options
 
-GOOD = dict(embeddings_ND=jnp.ones((4, 3)), classifier_VD=jnp.ones((5, 3)), labels_N=jnp.zeros(4, jnp.int32))
+GOOD = dict(
+  embeddings_ND=jnp.ones((4, 3)), classifier_VD=jnp.ones((5, 3)), labels_N=jnp.zeros(4, jnp.int32)
+)
 
 
 @pytest.mark.parametrize(
   ("change", "message"),
   [
     (dict(embeddings_ND=jnp.ones((2, 2, 3))), r"embeddings_ND.shape=\(2, 2, 3\): must have rank 2"),
-    (dict(classifier_VD=jnp.ones((5, 4))), r"classifier.shape=\(5, 4\): in layout 'vd' its D must be 3"),
+    (
+      dict(classifier_VD=jnp.ones((5, 4))),
+      r"classifier.shape=\(5, 4\): in layout 'vd' its D must be 3",
+    ),
     (dict(classifier_layout="dv"), "in layout 'dv' its D must be 3"),
     (dict(classifier_VD=jnp.ones((0, 3))), "V and D must be at least 1"),
     (dict(labels_N=jnp.zeros(3, jnp.int32)), r"labels_N.shape=\(3,\): must be \(4,\)"),
@@ -26,8 +31,14 @@ GOOD = dict(embeddings_ND=jnp.ones((4, 3)), classifier_VD=jnp.ones((5, 3)), labe
     (dict(bias_V=jnp.ones(5, jnp.int32)), "bias_V.dtype=int32"),
     (dict(weights_N=jnp.ones(5)), r"weights_N.shape=\(5,\): must be \(4,\)"),
     (dict(weights_N=jnp.ones(4, bool)), "weights_N.dtype=bool: must be a floating type"),
-    (dict(embeddings_ND=jnp.ones((4, 3), jnp.int32)), "embeddings_ND.dtype=int32: must be a floating type"),
-    (dict(classifier_VD=jnp.ones((5, 3), jnp.bfloat16)), "classifier.dtype=bfloat16: must be float32"),
+    (
+      dict(embeddings_ND=jnp.ones((4, 3), jnp.int32)),
+      "embeddings_ND.dtype=int32: must be a floating type",
+    ),
+    (
+      dict(classifier_VD=jnp.ones((5, 3), jnp.bfloat16)),
+      "classifier.dtype=bfloat16: must be float32",
+    ),
     (dict(softcap=0.0), "softcap=0.0"),
     (dict(softcap=-1), "softcap=-1"),
     (dict(temperature=0), "temperature=0: must be above 0"),
@@ -37,7 +48,10 @@ GOOD = dict(embeddings_ND=jnp.ones((4, 3)), classifier_VD=jnp.ones((5, 3)), labe
     (dict(z_loss=-1.0), "z_loss=-1.0: must be at least 0"),
     (dict(reduction="avg"), "reduction='avg': must be one of 'mean', 'sum', 'none'"),
     (dict(classifier_layout="VD"), "classifier_layout='VD'"),
-    (dict(implementation="cuda"), "implementation='cuda': must be one of None, 'reference', 'xla', 'pallas_tpu'"),
+    (
+      dict(implementation="cuda"),
+      "implementation='cuda': must be one of None, 'reference', 'xla', 'pallas_tpu'",
+    ),
     (dict(filter_e="Auto"), "filter_e='Auto'"),
     (dict(interpret=True), "interpret=True: names one of"),
     (dict(labels_N=jnp.full(4, 5, jnp.int32)), r"labels lie in \[0, 5\)"),
@@ -65,18 +79,27 @@ def test_a_named_implementation_that_cannot_run_says_why(implementation, message
 def test_tpu_refuses_float16():
   half = {name: a.astype(jnp.float16) for name, a in GOOD.items() if name != "labels_N"}
   with pytest.raises(NotImplementedError, match="float16"):
-    linear_cross_entropy(**half, labels_N=GOOD["labels_N"], implementation="pallas_tpu", interpret=True)
+    linear_cross_entropy(
+      **half, labels_N=GOOD["labels_N"], implementation="pallas_tpu", interpret=True
+    )
 
 
 @pytest.mark.parametrize(
   ("device", "V", "chosen"),
-  [("TPU v5 lite", 32_000, "pallas_tpu"), ("TPU v5 lite", 256, "xla"), ("NVIDIA H200", 32_000, "xla")],
+  [
+    ("TPU v5 lite", 32_000, "pallas_tpu"),
+    ("TPU v5 lite", 256, "xla"),
+    ("NVIDIA H200", 32_000, "xla"),
+  ],
 )
 def test_default_by_platform_and_size(device, V, chosen):
   platform = "tpu" if "TPU" in device else "gpu"
   abstract = AbstractDevice(device_kind=device, num_cores=1, platform=platform)
   with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract)):
-    shapes = jax.ShapeDtypeStruct((64, 128), jnp.bfloat16), jax.ShapeDtypeStruct((V, 128), jnp.bfloat16)
+    shapes = (
+      jax.ShapeDtypeStruct((64, 128), jnp.bfloat16),
+      jax.ShapeDtypeStruct((V, 128), jnp.bfloat16),
+    )
     assert choose(None, *shapes, Options(vocabulary=V)) == chosen
 
 
@@ -98,11 +121,16 @@ def test_memory_on_cpu():
 def test_lse_that_is_not_differentiated_costs_no_second_pass():
   """xla makes the gradients of a scalar loss in its forward pass: 6NVD FLOPs; with a gradient of lse it needs more."""
   N, D, V = 256, 64, 8192
-  arrays = [jax.ShapeDtypeStruct(*a) for a in (((N, D), jnp.float32), ((V, D), jnp.float32), ((N,), jnp.int32))]
+  arrays = [
+    jax.ShapeDtypeStruct(*a)
+    for a in (((N, D), jnp.float32), ((V, D), jnp.float32), ((N,), jnp.int32))
+  ]
 
   def flops(use):
     def loss(*args):
-      return use(*linear_cross_entropy(*args, reduction="sum", return_lse=True, implementation="xla"))
+      return use(
+        *linear_cross_entropy(*args, reduction="sum", return_lse=True, implementation="xla")
+      )
 
     text = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).as_text()
     return text.count("dot_general")
@@ -122,7 +150,9 @@ def test_lowers_for_hopper(biased):
 
   def loss(e_ND, c_VD, labels_N, bias_V):
     bias_V = bias_V if biased else None
-    return linear_cross_entropy(e_ND, c_VD, labels_N, bias_V=bias_V, softcap=30.0, implementation="pallas_gpu")
+    return linear_cross_entropy(
+      e_ND, c_VD, labels_N, bias_V=bias_V, softcap=30.0, implementation="pallas_gpu"
+    )
 
   with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
     lowered = jax.jit(jax.grad(loss, (0, 1))).trace(*arrays).lower(lowering_platforms=("cuda",))

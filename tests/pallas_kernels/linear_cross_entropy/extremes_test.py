@@ -11,7 +11,10 @@ import pytest
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
-EXACT = ("xla", "pallas_tpu")  # JAX's own gradient of the reference loses digits, and multiplies 0 by NaN
+EXACT = (
+  "xla",
+  "pallas_tpu",
+)  # JAX's own gradient of the reference loses digits, and multiplies 0 by NaN
 N, D, V = 8, 4, 150
 
 
@@ -40,7 +43,9 @@ def inputs(scale=1.0):
 
 
 def run(implementation, e_ND, c_VD, bias_V, labels_N, reduction="none", **options):
-  (_, loss), gradients = differentiated(implementation, reduction, **options)(e_ND, c_VD, bias_V, labels_N)
+  (_, loss), gradients = differentiated(implementation, reduction, **options)(
+    e_ND, c_VD, bias_V, labels_N
+  )
   return np.asarray(loss), [np.asarray(g) for g in gradients]
 
 
@@ -73,7 +78,9 @@ def test_gradient_of_a_confident_row_keeps_its_digits(implementation, dtype, mis
   rest = (V - 1) * np.exp(t)
   labels_N = jnp.full(N, 5, jnp.int32)
   for reduction in ("none", "sum"):
-    _, (_, _, db_V) = run(implementation, jnp.ones((N, D), dtype), c_VD, jnp.zeros(V), labels_N, reduction)
+    _, (_, _, db_V) = run(
+      implementation, jnp.ones((N, D), dtype), c_VD, jnp.zeros(V), labels_N, reduction
+    )
     assert abs(db_V[5] / N + rest / (1 + rest)) < 1e-6
     np.testing.assert_allclose(db_V[6] / N, rest / (1 + rest) / (V - 1), rtol=2e-5)
 
@@ -101,7 +108,9 @@ def test_all_ignored(implementation, reduction):
 def test_nan_in_an_ignored_row_reaches_nothing(implementation, reduction):
   e_ND, c_VD, bias_V, labels_N = inputs()
   clean = run(implementation, e_ND.at[2].set(0), c_VD, bias_V, labels_N.at[2].set(-100), reduction)
-  dirty = run(implementation, e_ND.at[2].set(jnp.nan), c_VD, bias_V, labels_N.at[2].set(-100), reduction)
+  dirty = run(
+    implementation, e_ND.at[2].set(jnp.nan), c_VD, bias_V, labels_N.at[2].set(-100), reduction
+  )
   assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty)))
 
 
@@ -120,7 +129,9 @@ def test_nan_in_a_row_reaches_its_loss_its_gradient_and_the_classifier(implement
 @pytest.mark.parametrize("implementation", EXACT)
 def test_filters_do_not_hide_nan(implementation):
   e_ND, c_VD, bias_V, labels_N = inputs()
-  _, (_, dc_VD, _) = run(implementation, e_ND.at[2].set(jnp.nan), c_VD, bias_V, labels_N, filter_e=10.0, filter_c=10.0)
+  _, (_, dc_VD, _) = run(
+    implementation, e_ND.at[2].set(jnp.nan), c_VD, bias_V, labels_N, filter_e=10.0, filter_c=10.0
+  )
   assert np.isnan(dc_VD).all()
 
 
@@ -129,7 +140,12 @@ def test_masked_entries_and_fully_masked_rows(implementation):
   e_ND, c_VD, bias_V, _ = inputs()
   labels_N = jnp.full(N, 149, jnp.int32)
   _, (_, dc_VD, db_V) = run(implementation, e_ND, c_VD, bias_V.at[:140].set(-jnp.inf), labels_N)
-  assert not dc_VD[:140].any() and not db_V[:140].any() and np.isfinite(dc_VD).all() and dc_VD[140:].any()
+  assert (
+    not dc_VD[:140].any()
+    and not db_V[:140].any()
+    and np.isfinite(dc_VD).all()
+    and dc_VD[140:].any()
+  )
   if implementation != "reference":  # the gradient of logsumexp at -inf is NaN in JAX itself
     loss_N, gradients = run(implementation, e_ND, c_VD, bias_V - jnp.inf, labels_N)
     assert not loss_N.any() and all(not g.any() for g in gradients)
@@ -153,10 +169,14 @@ def test_wrong_label(implementation, label):
 def test_no_tokens(reduction):
   _, c_VD, _, _ = inputs()
   loss, dc_VD = jax.value_and_grad(
-    lambda c_VD: jnp.sum(linear_cross_entropy(jnp.zeros((0, D)), c_VD, jnp.zeros(0, jnp.int32), reduction=reduction))
+    lambda c_VD: jnp.sum(
+      linear_cross_entropy(jnp.zeros((0, D)), c_VD, jnp.zeros(0, jnp.int32), reduction=reduction)
+    )
   )(c_VD)
   assert loss == 0 and not dc_VD.any()
-  shape = linear_cross_entropy(jnp.zeros((0, D)), c_VD, jnp.zeros(0, jnp.int32), reduction=reduction).shape
+  shape = linear_cross_entropy(
+    jnp.zeros((0, D)), c_VD, jnp.zeros(0, jnp.int32), reduction=reduction
+  ).shape
   assert shape == ((0,) if reduction == "none" else ())
 
 
@@ -166,7 +186,9 @@ def test_float16_gradients_of_a_mean_do_not_underflow():
   labels_N = jnp.asarray(rng.integers(0, 300, 600), jnp.int32)
 
   def loss(e_ND, c_VD, **options):
-    loss_N, _ = linear_cross_entropy(e_ND, c_VD, labels_N, reduction="none", return_lse=True, **options)
+    loss_N, _ = linear_cross_entropy(
+      e_ND, c_VD, labels_N, reduction="none", return_lse=True, **options
+    )
     return jnp.mean(loss_N) / 64
 
   got = jax.grad(loss, (0, 1))(e_ND, c_VD, implementation="xla")
@@ -178,5 +200,7 @@ def test_float16_gradients_of_a_mean_do_not_underflow():
 def test_float16_logits_beyond_its_range_stay_finite():
   e_ND, c_VD = jnp.full((4, 4), 300, jnp.float16), jnp.full((150, 4), 300, jnp.float16)
   loss, gradient = jax.value_and_grad(linear_cross_entropy)(e_ND, c_VD, jnp.zeros(4, jnp.int32))
-  np.testing.assert_allclose(loss, np.log(150), atol=0.04)  # float32 numbers near 360000 are 0.03 apart
+  np.testing.assert_allclose(
+    loss, np.log(150), atol=0.04
+  )  # float32 numbers near 360000 are 0.03 apart
   assert np.isfinite(gradient).all()

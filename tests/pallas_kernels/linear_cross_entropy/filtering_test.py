@@ -38,12 +38,20 @@ def gradients(implementation, reduction="none", arrays=None, **options):
   def total(e_ND, c_VD):
     interpret = "pallas" in implementation
     returned = linear_cross_entropy(
-      e_ND, c_VD, labels_N, reduction=reduction, implementation=implementation, interpret=interpret, **options
+      e_ND,
+      c_VD,
+      labels_N,
+      reduction=reduction,
+      implementation=implementation,
+      interpret=interpret,
+      **options,
     )
     loss, *rest = returned if isinstance(returned, tuple) else (returned,)
     return jnp.sum(loss), (loss, *rest)
 
-  (_, returned), (de_ND, dc_VD) = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(e_ND, c_VD)
+  (_, returned), (de_ND, dc_VD) = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(
+    e_ND, c_VD
+  )
   return returned, np.float64(de_ND), np.float64(dc_VD)
 
 
@@ -57,7 +65,9 @@ def test_filtered_gradients_are_close_and_skip_tiles(implementation, sort):
   _, exact_e, exact_c = gradients("reference")
   options = dict(filter_e="auto", filter_c="auto", sort_vocabulary=sort, return_aux=True)
   (loss_N, aux), de_ND, dc_VD = gradients(implementation, **options)
-  assert error(de_ND, exact_e) < 5e-3 and error(dc_VD, exact_c) < 2.5e-3  # the last rounding alone is 1.7e-3
+  assert (
+    error(de_ND, exact_e) < 5e-3 and error(dc_VD, exact_c) < 2.5e-3
+  )  # the last rounding alone is 1.7e-3
   assert loss_N.shape == (N,)
   assert 0 < aux.kept_e <= 1 and aux.kept_e == aux.kept_c
   if sort:
@@ -100,7 +110,9 @@ def test_sorting_alone_changes_only_the_order_of_sums(implementation, reduction)
 def test_aux_shows_that_equal_logits_are_dropped():
   """All logits alike: 1 / V is below the threshold, and every tile without a target goes, small gradient or not."""
   arrays = jnp.zeros((128, 4)), jnp.ones((5120, 4)), jnp.zeros(128, jnp.int32)
-  (_, aux), _, dc_VD = gradients("pallas_tpu", arrays=(arrays[0] + 1, *arrays[1:]), filter_c=1e-3, return_aux=True)
+  (_, aux), _, dc_VD = gradients(
+    "pallas_tpu", arrays=(arrays[0] + 1, *arrays[1:]), filter_c=1e-3, return_aux=True
+  )
   assert aux.kept_c == 1 / 40 and aux.kept_e == 1
   assert not dc_VD[128:].any()
   _, _, exact_VD = gradients("pallas_tpu", arrays=(arrays[0] + 1, *arrays[1:]))

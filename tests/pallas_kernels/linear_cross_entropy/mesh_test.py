@@ -21,7 +21,10 @@ def numbers():
   rng = np.random.default_rng(0)
   labels_N = rng.integers(0, 40, 16).astype(np.int32)
   labels_N[3] = -100
-  return (*(rng.normal(size=shape).astype(np.float32) for shape in ((16, 6), (40, 6), (40,))), labels_N)
+  return (
+    *(rng.normal(size=shape).astype(np.float32) for shape in ((16, 6), (40, 6), (40,))),
+    labels_N,
+  )
 
 
 def inputs():
@@ -34,7 +37,9 @@ def loss(e_ND, c_VD, bias_V, labels_N, **options):
 
 
 def spread(mesh, arrays):
-  return tuple(jax.reshard(array, jax.NamedSharding(mesh, spec)) for array, spec in zip(arrays, SPECS))
+  return tuple(
+    jax.reshard(array, jax.NamedSharding(mesh, spec)) for array, spec in zip(arrays, SPECS)
+  )
 
 
 def assert_same(got, want):
@@ -42,7 +47,9 @@ def assert_same(got, want):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(reduction="none", return_lse=True)], ids=["scalar", "per token"])
+@pytest.mark.parametrize(
+  "options", [dict(), dict(reduction="none", return_lse=True)], ids=["scalar", "per token"]
+)
 @pytest.mark.parametrize("shape", [(8, 1), (1, 8), (2, 4)], ids=str)
 def test_explicit_mesh(shape, options):
   mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
@@ -74,7 +81,9 @@ def test_gradient_inside_shard_map():
     return jax.grad(functools.partial(loss, axis_name="tensor"), (0, 1, 2))(*arrays)
 
   with jax.set_mesh(mesh):
-    got = jax.jit(jax.shard_map(local, in_specs=SPECS, out_specs=SPECS[:3]))(*spread(mesh, inputs()))
+    got = jax.jit(jax.shard_map(local, in_specs=SPECS, out_specs=SPECS[:3]))(
+      *spread(mesh, inputs())
+    )
   assert_same(got, jax.grad(loss, (0, 1, 2))(*inputs()))
 
 
@@ -115,4 +124,6 @@ def test_wrong_splits():
     with pytest.raises(ValueError, match="both spread over"):
       linear_cross_entropy(jax.reshard(e_ND, P("data")), jax.reshard(c_VD, P("data")), labels_N)
     with pytest.raises(ValueError, match=r"nothing here is summed over \['tensor'\]"):
-      jax.jit(lambda c_VD: linear_cross_entropy(e_ND, jax.reshard(c_VD, P(reduced={"tensor"})), labels_N))(c_VD)
+      jax.jit(
+        lambda c_VD: linear_cross_entropy(e_ND, jax.reshard(c_VD, P(reduced={"tensor"})), labels_N)
+      )(c_VD)

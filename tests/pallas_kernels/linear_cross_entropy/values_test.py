@@ -16,7 +16,9 @@ IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 
 
 def call(implementation, *args, **options):
-  return linear_cross_entropy(*args, implementation=implementation, interpret="pallas" in implementation, **options)
+  return linear_cross_entropy(
+    *args, implementation=implementation, interpret="pallas" in implementation, **options
+  )
 
 
 def problem(N, D, V, dtype=jnp.float32, scale=1.0, seed=None):
@@ -24,10 +26,27 @@ def problem(N, D, V, dtype=jnp.float32, scale=1.0, seed=None):
   rng = np.random.default_rng(SEED if seed is None else seed)
   e_ND = jnp.asarray(scale * rng.normal(size=(N, D)), dtype)
   c_VD = jnp.asarray(rng.normal(size=(V, D)) / np.sqrt(D), dtype)
-  return e_ND, c_VD, jnp.asarray(rng.integers(0, V, N), jnp.int32), jnp.asarray(rng.normal(size=V), jnp.float32)
+  return (
+    e_ND,
+    c_VD,
+    jnp.asarray(rng.integers(0, V, N), jnp.int32),
+    jnp.asarray(rng.normal(size=V), jnp.float32),
+  )
 
 
-def oracle(e_ND, c_VD, labels_N, bias_V, ct_loss_N, ct_lse_N, *, softcap, temperature, label_smoothing, z_loss):
+def oracle(
+  e_ND,
+  c_VD,
+  labels_N,
+  bias_V,
+  ct_loss_N,
+  ct_lse_N,
+  *,
+  softcap,
+  temperature,
+  label_smoothing,
+  z_loss,
+):
   """Loss, lse and gradients of sum(ct_loss * loss + ct_lse * lse) in float64, from the formulas of the gradient."""
   e_ND, c_VD, bias_V = (np.asarray(a, np.float64) for a in (e_ND, c_VD, bias_V))
   labels_N = np.asarray(labels_N)
@@ -39,9 +58,18 @@ def oracle(e_ND, c_VD, labels_N, bias_V, ct_loss_N, ct_lse_N, *, softcap, temper
   counted_N = labels_N >= 0
   onehot_NV = np.eye(V)[np.where(counted_N, labels_N, 0)]
   target_N = (x_NV * onehot_NV).sum(axis=1)
-  loss_N = lse_N - (1 - label_smoothing) * target_N - label_smoothing / V * x_NV.sum(axis=1) + z_loss * lse_N**2
+  loss_N = (
+    lse_N
+    - (1 - label_smoothing) * target_N
+    - label_smoothing / V * x_NV.sum(axis=1)
+    + z_loss * lse_N**2
+  )
   p_NV = np.exp(x_NV - lse_N[:, None])
-  g_NV = p_NV * (1 + 2 * z_loss * lse_N)[:, None] - label_smoothing / V - (1 - label_smoothing) * onehot_NV
+  g_NV = (
+    p_NV * (1 + 2 * z_loss * lse_N)[:, None]
+    - label_smoothing / V
+    - (1 - label_smoothing) * onehot_NV
+  )
   g_NV = (ct_loss_N * counted_N)[:, None] * g_NV + ct_lse_N[:, None] * p_NV
   g_NV *= (1 if softcap is None else 1 - (x_NV / softcap) ** 2) / temperature
   return np.where(counted_N, loss_N, 0), lse_N, (g_NV @ c_VD, g_NV.T @ e_ND, g_NV.sum(axis=0))
@@ -88,7 +116,9 @@ def test_every_option_matches_float64(implementation, layout, options):
   loss_N, lse_N, gradients = oracle(e_ND, c_VD, labels_N, bias_V, ct_loss_N, ct_lse_N, **options)
   c = c_VD if layout == "vd" else c_VD.T
   function = differentiated(implementation, layout, **options)
-  (_, (got_loss_N, got_lse_N)), (de, dc, db) = function(e_ND, c, bias_V, labels_N, ct_loss_N, ct_lse_N)
+  (_, (got_loss_N, got_lse_N)), (de, dc, db) = function(
+    e_ND, c, bias_V, labels_N, ct_loss_N, ct_lse_N
+  )
   assert relative(got_loss_N, loss_N) < 1e-6, SEED
   assert relative(got_lse_N, lse_N) < 1e-6, SEED
   for got, want in zip((de, dc if layout == "vd" else dc.T, db), gradients):
@@ -102,7 +132,9 @@ def test_bfloat16(implementation):
   ones_N, zeros_N = np.ones(150), np.zeros(150)
   loss_N, _, gradients = oracle(e_ND, c_VD, labels_N, bias_V, ones_N, zeros_N, **PLAIN)
   function = differentiated(implementation, "vd", **PLAIN)
-  (_, (got_N, _)), got = function(e_ND, c_VD, bias_V, labels_N, jnp.float32(ones_N), jnp.float32(zeros_N))
+  (_, (got_N, _)), got = function(
+    e_ND, c_VD, bias_V, labels_N, jnp.float32(ones_N), jnp.float32(zeros_N)
+  )
   assert got[0].dtype == got[1].dtype == jnp.bfloat16 and got_N.dtype == got[2].dtype == jnp.float32
   assert abs(np.mean(got_N) / np.mean(loss_N) - 1) < 1e-6, SEED
   assert all(relative(g, want) < 2.5e-3 for g, want in zip(got, gradients)), SEED
@@ -118,7 +150,9 @@ def test_gradients_of_bfloat16_before_their_last_rounding(implementation):
   stats = backend.statistics(e_ND, c_VD, labels_N, bias_V, options)
   one_N = jnp.ones(150)
   rows = terms.backward_rows(stats, terms.Statistics(one_N, -one_N, 0 * one_N))
-  de_ND, dc_VD, _ = jax.jit(backend.gradients, static_argnums=5)(e_ND, c_VD, labels_N, bias_V, rows, options)
+  de_ND, dc_VD, _ = jax.jit(backend.gradients, static_argnums=5)(
+    e_ND, c_VD, labels_N, bias_V, rows, options
+  )
   assert de_ND.dtype == dc_VD.dtype == jnp.float32
   assert relative(de_ND, want[0]) < 5e-4 and relative(dc_VD, want[1]) < 5e-4, SEED
 
@@ -146,15 +180,21 @@ def test_scalar_reductions(implementation, reduction, options):
   e_ND, c_VD, labels_N, bias_V = problem(150, 8, V)
   labels_N = labels_N.at[3].set(-100)
   share = 3.0 / (149 if reduction == "mean" else 1)
-  loss_N, _, want = oracle(e_ND, c_VD, labels_N, bias_V, share * np.ones(150), np.zeros(150), **options)
+  loss_N, _, want = oracle(
+    e_ND, c_VD, labels_N, bias_V, share * np.ones(150), np.zeros(150), **options
+  )
 
   def scaled(e_ND, c_VD, bias_V):
-    return 3.0 * call(implementation, e_ND, c_VD, labels_N, bias_V=bias_V, reduction=reduction, **options)
+    return 3.0 * call(
+      implementation, e_ND, c_VD, labels_N, bias_V=bias_V, reduction=reduction, **options
+    )
 
   loss, got = jax.jit(jax.value_and_grad(scaled, (0, 1, 2)))(e_ND, c_VD, bias_V)
   assert relative(loss, share * loss_N.sum()) < 1e-6
   assert all(relative(g, w) < 1e-5 for g, w in zip(got, want)), SEED
-  assert relative(scaled(e_ND, c_VD, bias_V), loss) < 1e-6  # without differentiation and without jit
+  assert (
+    relative(scaled(e_ND, c_VD, bias_V), loss) < 1e-6
+  )  # without differentiation and without jit
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -164,7 +204,9 @@ def test_small_and_odd_sizes(implementation, shape):
   ones_N, zeros_N = np.ones(shape[0]), np.zeros(shape[0])
   loss_N, _, want = oracle(e_ND, c_VD, labels_N, bias_V, ones_N, zeros_N, **PLAIN)
   function = differentiated(implementation, "vd", **PLAIN)
-  (_, (got_N, _)), got = function(e_ND, c_VD, bias_V, labels_N, jnp.float32(ones_N), jnp.float32(zeros_N))
+  (_, (got_N, _)), got = function(
+    e_ND, c_VD, bias_V, labels_N, jnp.float32(ones_N), jnp.float32(zeros_N)
+  )
   np.testing.assert_allclose(got_N, loss_N, rtol=1e-6, atol=1e-6)
   for g, w in zip(got, want):
     np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
@@ -182,7 +224,9 @@ def test_same_bits_twice_and_with_permuted_vocabulary(implementation):
   assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again)))
   order_V = np.random.default_rng(SEED).permutation(301)
   place_V = jnp.asarray(np.argsort(order_V), jnp.int32)
-  (moved, _), (de, dc, _) = function(e_ND, c_VD[order_V], bias_V[order_V], place_V[labels_N], ones_N, zeros_N)
+  (moved, _), (de, dc, _) = function(
+    e_ND, c_VD[order_V], bias_V[order_V], place_V[labels_N], ones_N, zeros_N
+  )
   assert relative(moved, first[0][0]) < 1e-6
   assert relative(de, first[1][0]) < 1e-5 and relative(dc, first[1][1][order_V]) < 1e-5
 
@@ -192,7 +236,9 @@ def test_duplicate_rows_have_the_same_loss_and_gradient(implementation):
   e_ND, c_VD, labels_N, bias_V = problem(150, 24, 301)
   e_ND, labels_N = e_ND.at[100].set(e_ND[2]), labels_N.at[100].set(labels_N[2])
   function = differentiated(implementation, "vd", **PLAIN)
-  (_, (loss_N, _)), (de_ND, _, _) = function(e_ND, c_VD, bias_V, labels_N, jnp.ones(150), jnp.zeros(150))
+  (_, (loss_N, _)), (de_ND, _, _) = function(
+    e_ND, c_VD, bias_V, labels_N, jnp.ones(150), jnp.zeros(150)
+  )
   np.testing.assert_allclose(loss_N[100], loss_N[2], rtol=1e-6)
   np.testing.assert_allclose(de_ND[100], de_ND[2], rtol=1e-5, atol=1e-6)
 
@@ -210,7 +256,9 @@ def test_vmap():
 def test_weights_of_tokens_and_a_gradient_through_lse(implementation, reduction):
   e_ND, c_VD, labels_N, bias_V = problem(150, 8, 301)
   weights_N = np.random.default_rng(SEED).uniform(-0.5, 2, 150).astype(np.float32)
-  weights_N[5] = 0  # like an ignored token: its NaN reaches nothing but its lse, which is left alone here
+  weights_N[5] = (
+    0  # like an ignored token: its NaN reaches nothing but its lse, which is left alone here
+  )
   labels_N = labels_N.at[3].set(-100)
   counted_N = weights_N * (np.arange(150) != 3)
   share_N = counted_N / (counted_N.sum() if reduction == "mean" else 1)
@@ -220,7 +268,9 @@ def test_weights_of_tokens_and_a_gradient_through_lse(implementation, reduction)
     e_ND = e_ND.at[5].set(jnp.nan)
 
   def total(e_ND, c_VD, bias_V):
-    options = dict(bias_V=bias_V, weights_N=jnp.asarray(weights_N), reduction=reduction, return_lse=True)
+    options = dict(
+      bias_V=bias_V, weights_N=jnp.asarray(weights_N), reduction=reduction, return_lse=True
+    )
     loss, lse_N = call(implementation, e_ND, c_VD, labels_N, **options, **ALL)
     return jnp.sum(loss) + 0.3 * jnp.sum(jnp.where(shown_N > 0, lse_N, 0)), jnp.sum(loss)
 

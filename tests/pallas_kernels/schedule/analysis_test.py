@@ -26,7 +26,10 @@ def product(a_MK, b_KN, tile=512):
   return pl.pallas_call(
     matmul_kernel,
     grid=(M // tile, N // tile),
-    in_specs=[pl.BlockSpec((tile, K), lambda i, j: (i, 0)), pl.BlockSpec((K, tile), lambda i, j: (0, j))],
+    in_specs=[
+      pl.BlockSpec((tile, K), lambda i, j: (i, 0)),
+      pl.BlockSpec((K, tile), lambda i, j: (0, j)),
+    ],
     out_specs=pl.BlockSpec((tile, tile), lambda i, j: (i, j)),
     out_shape=jax.ShapeDtypeStruct((M, N), jnp.float32),
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
@@ -34,7 +37,10 @@ def product(a_MK, b_KN, tile=512):
   )(a_MK, b_KN)
 
 
-SHAPES = (jax.ShapeDtypeStruct((4096, 2048), jnp.bfloat16), jax.ShapeDtypeStruct((2048, 4096), jnp.bfloat16))
+SHAPES = (
+  jax.ShapeDtypeStruct((4096, 2048), jnp.bfloat16),
+  jax.ShapeDtypeStruct((2048, 4096), jnp.bfloat16),
+)
 
 
 @pytest.mark.slow
@@ -102,7 +108,9 @@ def test_index_read_from_a_prefetched_scalar():
       in_specs=[pl.BlockSpec((8, 128), lambda i, chosen: (chosen[at(i)], 0))],
       out_specs=pl.BlockSpec((8, 128), lambda i, chosen: (0, 0)),
     )
-    return pl.pallas_call(kernel, grid_spec=spec, out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32))(chosen, x)
+    return pl.pallas_call(
+      kernel, grid_spec=spec, out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    )(chosen, x)
 
   chosen, x = jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((64, 128), jnp.float32)
   block = 8 * 128 * 4
@@ -122,9 +130,24 @@ def test_unknown_chip_and_case():
 
 
 def test_table_and_chart_show_errors_and_numbers():
-  good = dict(name="a", shape="s", chip="v5e", cycles=2e6, mxu_use=0.9, of_peak=0.8, of_roofline=0.85, us=1700.0)
+  good = dict(
+    name="a",
+    shape="s",
+    chip="v5e",
+    cycles=2e6,
+    mxu_use=0.9,
+    of_peak=0.8,
+    of_roofline=0.85,
+    us=1700.0,
+  )
   good |= dict(
-    flops=4.0, counted_flops=6.0, notes=("stays in hbm",), hbm_us=500.0, hbm_bytes=3e9, spills=4, vmem_bytes=2**20
+    flops=4.0,
+    counted_flops=6.0,
+    notes=("stays in hbm",),
+    hbm_us=500.0,
+    hbm_bytes=3e9,
+    spills=4,
+    vmem_bytes=2**20,
   )
   bad = dict(name="b", shape="s", chip="v6e", error="ValueError: too large")
   lines = table([good, bad]).splitlines()

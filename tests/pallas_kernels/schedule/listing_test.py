@@ -39,9 +39,17 @@ def test_loop_cycles_and_matmuls():
 
 
 def test_a_region_without_matmuls_counts_as_often_as_it_runs():
-  skipping = BUNDLES.replace("0x1   :  { %5 = vsyncpa", "0x1   :  { %3 = sbr.rel (%p9_p1) target bundleno = 9 (0x9) }")
-  schedule = Schedule(skipping.replace("bundleno = 3 (0x3)", "bundleno = 8 (0x8)").replace("vmatmul", "vadd"), USE, V5E)
-  assert schedule.total(schedule.root, rare=0).cycles == 13  # nothing multiplies anywhere: every region counts
+  skipping = BUNDLES.replace(
+    "0x1   :  { %5 = vsyncpa", "0x1   :  { %3 = sbr.rel (%p9_p1) target bundleno = 9 (0x9) }"
+  )
+  schedule = Schedule(
+    skipping.replace("bundleno = 3 (0x3)", "bundleno = 8 (0x8)").replace("vmatmul", "vadd"),
+    USE,
+    V5E,
+  )
+  assert (
+    schedule.total(schedule.root, rare=0).cycles == 13
+  )  # nothing multiplies anywhere: every region counts
 
 
 def test_dynamic_bound():
@@ -51,7 +59,12 @@ def test_dynamic_bound():
 
 @pytest.mark.parametrize(
   ("suffixes", "operands", "rows"),
-  [(".bf16", "bf16", 16), (".f32", "f32 as bf16", 8), (".s8.s32", "s8", 32), (".f8e4m3fn.bf16", "f8 as bf16", 32)],
+  [
+    (".bf16", "bf16", 16),
+    (".f32", "f32 as bf16", 8),
+    (".s8.s32", "s8", 32),
+    (".f8e4m3fn.bf16", "f8 as bf16", 32),
+  ],
 )
 def test_kinds_of_matmul(suffixes, operands, rows):
   kind = matmul_kind(suffixes)

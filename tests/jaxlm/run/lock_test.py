@@ -6,12 +6,14 @@ import sys
 
 import pytest
 
-from jaxlm.train.lock import only_writer
+from jaxlm.run.lock import only_writer
 
 
 def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
   with only_writer(tmp_path / "run"):
-    with pytest.raises(ValueError, match=rf"run='.*run': another process writes to it \(process {os.getpid()} on "):
+    with pytest.raises(
+      ValueError, match=rf"run='.*run': another process writes to it \(process {os.getpid()} on "
+    ):
       with only_writer(tmp_path / "run"):
         pass
   assert list((tmp_path / "run").iterdir()) == []
@@ -20,7 +22,7 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
 
 
 def test_the_lock_of_a_process_that_was_killed_holds_nobody_up(tmp_path):
-  script = "import os, sys; from pathlib import Path; from jaxlm.train.lock import _take; _take(Path(sys.argv[1])); "
+  script = "import os, sys; from pathlib import Path; from jaxlm.run.lock import _take; _take(Path(sys.argv[1])); "
   environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
   command = [sys.executable, "-c", script + "os.kill(os.getpid(), 9)", str(tmp_path)]
   assert subprocess.run(command, env=environment).returncode == -9

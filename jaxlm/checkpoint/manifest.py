@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from jaxlm.train.atomic import TEMPORARY, write_text
+from jaxlm.checkpoint.atomic import TEMPORARY, write_text
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -39,9 +39,15 @@ def write_manifest(folder: Path) -> None:
   paths = _files(folder)
   sizes = {name: path.stat().st_size for name, path in paths.items()}
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    sums = {name: pool.map(functools.partial(_checksum, paths[name]), _pieces(sizes[name])) for name in paths}
+    sums = {
+      name: pool.map(functools.partial(_checksum, paths[name]), _pieces(sizes[name]))
+      for name in paths
+    }
     files = {name: [sizes[name], list(sums[name])] for name in paths}
-  write_text(folder / NAME, json.dumps({"format": FORMAT, "digest": _digest_of(files), "files": files}, indent=1))
+  write_text(
+    folder / NAME,
+    json.dumps({"format": FORMAT, "digest": _digest_of(files), "files": files}, indent=1),
+  )
 
 
 def verify(folder: Path) -> list[str]:
@@ -57,15 +63,21 @@ def verify(folder: Path) -> list[str]:
     return [f"{NAME}: {error}"]
   paths = _files(folder)
   faults = [f"{name}: missing" for name in sorted(files.keys() - paths.keys())]
-  faults += [f"{name}: surplus, not in the manifest" for name in sorted(paths.keys() - files.keys())]
+  faults += [
+    f"{name}: surplus, not in the manifest" for name in sorted(paths.keys() - files.keys())
+  ]
   common = sorted(paths.keys() & files.keys())
   sizes = [(name, paths[name].stat().st_size, files[name][0]) for name in common]
-  faults += [f"{name}: size {size}, the manifest says {want}" for name, size, want in sizes if size != want]
+  faults += [
+    f"{name}: size {size}, the manifest says {want}" for name, size, want in sizes if size != want
+  ]
   if faults:
     return faults
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     found = {
-      name: pool.map(functools.partial(_piece_fault, paths[name]), _pieces(files[name][0]), files[name][1])
+      name: pool.map(
+        functools.partial(_piece_fault, paths[name]), _pieces(files[name][0]), files[name][1]
+      )
       for name in common
     }
     return [f"{name}: {fault}" for name in common for fault in found[name] if fault]
@@ -76,14 +88,20 @@ def refuse_newer(folder: Path) -> None:
   try:
     _read(folder)
   except NewerFormat as error:
-    raise NewerFormat(f"{folder / NAME}: {error}; a newer jaxlm wrote this checkpoint, use that one") from None
+    raise NewerFormat(
+      f"{folder / NAME}: {error}; a newer jaxlm wrote this checkpoint, use that one"
+    ) from None
   except (OSError, ValueError):
     return
 
 
 def _files(folder: Path) -> dict[str, Path]:
   """Relative name -> path of every file below `folder` except the manifest itself."""
-  paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+  paths = {
+    path.relative_to(folder).as_posix(): path
+    for path in sorted(folder.rglob("*"))
+    if path.is_file()
+  }
   return {name: path for name, path in paths.items() if name not in (NAME, NAME + TEMPORARY)}
 
 
@@ -109,7 +127,11 @@ def _piece_fault(path: Path, start: int, want: str) -> str | None:
   except OSError as error:
     return f"cannot be read ({error})"
   end = min(start + PIECE, path.stat().st_size) - 1
-  return None if checksum == want else f"bytes {start}-{end} have checksum {checksum}, the manifest says {want}"
+  return (
+    None
+    if checksum == want
+    else f"bytes {start}-{end} have checksum {checksum}, the manifest says {want}"
+  )
 
 
 def _digest_of(files: dict[str, Any]) -> str:
@@ -128,6 +150,8 @@ def _read(folder: Path) -> dict[str, Any]:
     raise ValueError("unreadable (it has no format number)")
   if version > FORMAT:
     raise NewerFormat(f"of format {version}, this version reads format {FORMAT}")
-  if not isinstance(manifest.get("files"), dict) or manifest.get("digest") != _digest_of(manifest["files"]):
+  if not isinstance(manifest.get("files"), dict) or manifest.get("digest") != _digest_of(
+    manifest["files"]
+  ):
     raise ValueError("damaged (its entries do not match its own digest)")
   return manifest["files"]

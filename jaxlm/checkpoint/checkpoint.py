@@ -20,8 +20,8 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
-from jaxlm.train.checkpoint_folder import checkpoint_path, prune, remove, remove_leftovers, size_of
-from jaxlm.train.manifest import write_manifest
+from jaxlm.checkpoint.folder import checkpoint_path, prune, remove, remove_leftovers, size_of
+from jaxlm.checkpoint.manifest import write_manifest
 from jaxlm.train.step import TrainState
 from sharding.multihost import decide, is_main
 
@@ -80,7 +80,9 @@ class Checkpoints:
       self._finisher.join()
       self._finisher = None
     if is_main():
-      remove_leftovers(self.folder)  # a failed save goes on writing for a while after it has said so
+      remove_leftovers(
+        self.folder
+      )  # a failed save goes on writing for a while after it has said so
     return self.saved
 
   def close(self) -> int:
@@ -91,7 +93,11 @@ class Checkpoints:
   @property
   def newest(self) -> str:
     """`saved` in words."""
-    return f"the newest checkpoint is of step {self.saved}" if self.saved >= 0 else "there is no checkpoint yet"
+    return (
+      f"the newest checkpoint is of step {self.saved}"
+      if self.saved >= 0
+      else "there is no checkpoint yet"
+    )
 
   def _missing_megabytes(self, state: TrainState) -> int:
     """What the disk lacks for one more checkpoint: as large as the newest one, or else as the state in memory.
@@ -119,7 +125,9 @@ class Checkpoints:
         prune(self.folder, self.keep, self.keep_every)
 
   def _give_up(self, step: int, failure: Exception) -> None:
-    reason = (str(failure).splitlines() or [""])[0].partition(" [tensorstore_spec")[0] or type(failure).__name__
+    reason = (str(failure).splitlines() or [""])[0].partition(" [tensorstore_spec")[0] or type(
+      failure
+    ).__name__
     reason = reason if len(reason) < 300 else f"{reason[:100]} ... {reason[-150:]}"
     _log.error("step %d could not be saved, %s: %s", step, self.newest, reason)
     if is_main():
@@ -155,7 +163,9 @@ def restore_params(path: Path, like: Any) -> Any:
 
 
 def _load(path: Path, items: dict[str, Any], json_items: Iterable[str]) -> Any:
-  arguments: dict[str, Any] = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in items.items()}
+  arguments: dict[str, Any] = {
+    name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in items.items()
+  }
   arguments |= {name: ocp.args.JsonRestore() for name in json_items}
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*_ITEMS)) as reader:
     return reader.restore(path.absolute(), ocp.args.Composite(**arguments))

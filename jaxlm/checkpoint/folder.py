@@ -13,7 +13,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from jaxlm.train.manifest import NAME, refuse_newer, verify
+from jaxlm.checkpoint.manifest import NAME, refuse_newer, verify
 
 _log = logging.getLogger("jaxlm")
 _UNSOUND, _DELETING, _WRITING = ".unsound", ".deleting", ".orbax-checkpoint-tmp"

@@ -14,8 +14,8 @@ from jaxlm.config import DataConfig
 from jaxlm.data.loader import load_text, train_loader
 from jaxlm.decode import Sampler, generate
 from jaxlm.interop import huggingface
-from jaxlm.interop.convert import FIRST_POSITION
-from jaxlm.train.saved_run import SavedRun
+from jaxlm.run.convert import FIRST_POSITION
+from jaxlm.run.saved_run import SavedRun
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,9 @@ def tokenizer():
   model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
   model.decoder = tokenizers.decoders.Fuse()
   model.add_special_tokens(["<s>", "</s>"])
-  model.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+  model.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", 0)]
+  )
   return model
 
 
@@ -53,12 +55,19 @@ def read(path):
 
 def test_sampling_from_a_checkpoint_continues_after_its_first_token(folder, checkpoint, capsys):
   c = checkpoint("qwen2")
-  assert main(["sample", str(folder), "--prompt", "abc", "--max-new", "12", "--temperature", "0"]) == 0
+  assert (
+    main(["sample", str(folder), "--prompt", "abc", "--max-new", "12", "--temperature", "0"]) == 0
+  )
   prompt_ids = [0, *(2 + string.printable.index(letter) for letter in "abc")]
-  ids = list(generate(c.config, c.params, [prompt_ids], max_new=12, sampler=Sampler(temperature=0.0), eos=1)[0])
+  ids = list(
+    generate(c.config, c.params, [prompt_ids], max_new=12, sampler=Sampler(temperature=0.0), eos=1)[
+      0
+    ]
+  )
   kept = ids[: ids.index(1)] if 1 in ids else ids
   assert (
-    capsys.readouterr().out == "abc" + "".join(["<s>", "</s>", *string.printable, *[""] * 26][i] for i in kept) + "\n"
+    capsys.readouterr().out
+    == "abc" + "".join(["<s>", "</s>", *string.printable, *[""] * 26][i] for i in kept) + "\n"
   )
 
 
@@ -66,13 +75,17 @@ def test_checkpoint_to_run_and_back_is_bit_for_bit(folder, tmp_path, capsys):
   assert main(["convert", str(folder), str(tmp_path / "run")]) == 0
   assert "a run of" in capsys.readouterr().out
   assert main(["convert", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
-  before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "back"))
+  before, after = (
+    json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "back")
+  )
   assert huggingface.load(tmp_path / "back")[0] == huggingface.load(folder)[0]
   assert before["model_type"] == after["model_type"]
   assert (tmp_path / "back" / "tokenizer.json").is_file()
   left, right = (huggingface.load(path)[1] for path in (folder, tmp_path / "back"))
   jax.tree.map(np.testing.assert_array_equal, left, right)
-  assert main(["convert", str(tmp_path / "run"), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+  assert (
+    main(["convert", str(tmp_path / "run"), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+  )
   assert huggingface.load(tmp_path / "half")[0].dtype == "bfloat16"
   assert len(read(tmp_path / "half")) < 0.6 * len(read(tmp_path / "back"))
 
@@ -98,14 +111,26 @@ def test_a_run_begins_where_its_loader_does(text):
 @pytest.mark.slow
 def test_training_goes_on_from_the_weights(folder, text, tmp_path, capsys):
   """A learning rate of almost nothing leaves the weights; the first loss is that of the checkpoint on the batch."""
-  flags = ["--run", str(tmp_path / "run"), "--steps", "2", "--data.source", str(text), "--data.length", "32"]
+  flags = [
+    "--run",
+    str(tmp_path / "run"),
+    "--steps",
+    "2",
+    "--data.source",
+    str(text),
+    "--data.length",
+    "32",
+  ]
   flags += ["--data.holdout", "0.3", "--optimizer.learning-rate", "1e-9", "--optimizer.warmup", "0"]
   assert main(["train", "micro", "--init", str(folder), *flags]) == 0
   run = SavedRun.open(tmp_path / "run")
   config, params = huggingface.load(folder)
   assert run.config.model == config and run.step == 2
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run.params, params)
-  losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  losses = [
+    json.loads(line)["loss"]
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  ]
   assert losses[0] == pytest.approx(losses[1], rel=0.1) and losses[0] > 4
   assert main(["resume", str(tmp_path / "run"), "--steps", "3"]) == 0
   assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
@@ -120,12 +145,19 @@ def test_a_converted_run_goes_on_and_learns(folder, text, tmp_path):
   config["data"] |= {"source": str(text), "length": 32, "holdout": 0.3}
   written.write_text(json.dumps(config | {"eval_every": 0}))
   assert main(["resume", str(tmp_path / "run"), "--steps", "120"]) == 0
-  losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  losses = [
+    json.loads(line)["loss"]
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  ]
   assert losses[-1] < 0.5 * losses[0]
 
 
-def test_a_tokenizer_with_more_ids_than_the_checkpoint_is_refused(checkpoint, text, tmp_path, capsys):
+def test_a_tokenizer_with_more_ids_than_the_checkpoint_is_refused(
+  checkpoint, text, tmp_path, capsys
+):
   """Without a tokenizer.json the tokens are bytes, 256 of them."""
   flags = ["--run", str(tmp_path / "run"), "--data.source", str(text), "--data.holdout", "0.3"]
   assert main(["train", "micro", "--init", str(checkpoint("qwen2").folder), *flags]) == 2
-  assert "data.tokenizer='bytes': has 256 ids, more than the V=128 of init=" in capsys.readouterr().err
+  assert (
+    "data.tokenizer='bytes': has 256 ids, more than the V=128 of init=" in capsys.readouterr().err
+  )

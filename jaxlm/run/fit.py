@@ -10,33 +10,33 @@ from typing import Any
 
 import jax
 
-from jaxlm.config import TrainConfig, check
-from jaxlm.data.baselines import baselines
-from jaxlm.data.loader import Batch, TextData, heldout_batches, load_text, train_loader
-from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.interop import huggingface
-from jaxlm.scaling.flops import parameter_count, train_flops_per_token
-from jaxlm.train.checkpoint import Checkpoints, restore
-from jaxlm.train.checkpoint_folder import (
+from jaxlm.checkpoint.checkpoint import Checkpoints, restore
+from jaxlm.checkpoint.folder import (
   checkpoint_path,
   finished_steps,
   newest_sound,
   remove_leftovers,
   set_aside_after,
 )
-from jaxlm.train.environment import check_fits, record_start
+from jaxlm.config import TrainConfig, check
+from jaxlm.data.baselines import baselines
+from jaxlm.data.loader import Batch, TextData, heldout_batches, load_text, train_loader
+from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.interop import huggingface
+from jaxlm.run.environment import check_fits, record_start
+from jaxlm.run.guard import Guard
+from jaxlm.run.interrupt import StopRequest
+from jaxlm.run.lock import only_writer
+from jaxlm.run.memory import keep_freed_memory
+from jaxlm.run.metrics import Reporter, say
+from jaxlm.run.plot import draw_loss
+from jaxlm.run.resolve import check_mesh, with_initial_model, with_vocabulary
+from jaxlm.run.run_folder import RunFolder, log_to
+from jaxlm.run.watch import Watch
+from jaxlm.scaling.flops import parameter_count, train_flops_per_token
 from jaxlm.train.evaluate import make_evaluator
-from jaxlm.train.guard import Guard
-from jaxlm.train.interrupt import StopRequest
-from jaxlm.train.lock import only_writer
-from jaxlm.train.memory import keep_freed_memory
-from jaxlm.train.metrics import Reporter, say
 from jaxlm.train.optimizer import learning_rate_schedule
-from jaxlm.train.plot import draw_loss
-from jaxlm.train.resolve import check_mesh, with_initial_model, with_vocabulary
-from jaxlm.train.run_folder import RunFolder, log_to
 from jaxlm.train.step import Metrics, TrainState, init_state, make_train_step
-from jaxlm.train.watch import Watch
 from sharding import make_mesh
 from sharding.batches import globalize, local_rows
 from sharding.hardware import find_chip
@@ -72,7 +72,9 @@ def train(config: TrainConfig) -> TrainResult:
   folder = RunFolder(Path(config.run))
   config = with_initial_model(config)
   check_mesh(config)
-  learning_rate_schedule(config.optimizer, config.steps)  # refuses a warm-up that the run is too short for
+  learning_rate_schedule(
+    config.optimizer, config.steps
+  )  # refuses a warm-up that the run is too short for
   text = load_text(config.data)
   config = with_vocabulary(config, text.tokenizer.vocab_size)
 
@@ -98,8 +100,12 @@ def resume(run: str | Path, steps: int | None = None) -> TrainResult:
   check_mesh(config)
   with only_writer(folder.path):
     # -1: killed before its first checkpoint was finished
-    newest = decide(lambda: newest_sound(folder.checkpoints) if finished_steps(folder.checkpoints) else -1)
-    check(newest < config.steps, "steps", config.steps, f"the run is at step {newest}; raise --steps")
+    newest = decide(
+      lambda: newest_sound(folder.checkpoints) if finished_steps(folder.checkpoints) else -1
+    )
+    check(
+      newest < config.steps, "steps", config.steps, f"the run is at step {newest}; raise --steps"
+    )
     if newest >= 0:
       check_fits(folder, config)
     tokenizer = load_tokenizer(folder.path, config.data, config.model.V) if newest >= 0 else None
@@ -112,10 +118,14 @@ def resume(run: str | Path, steps: int | None = None) -> TrainResult:
       if newest < 0:
         _log.warning("%s ended before its first checkpoint: it begins again at step 0", folder.path)
         text.tokenizer.save(folder.path)
-    return _run(config, folder, text, None if newest < 0 else checkpoint_path(folder.checkpoints, newest))
+    return _run(
+      config, folder, text, None if newest < 0 else checkpoint_path(folder.checkpoints, newest)
+    )
 
 
-def _run(config: TrainConfig, folder: RunFolder, text: TextData, resume_from: Path | None) -> TrainResult:
+def _run(
+  config: TrainConfig, folder: RunFolder, text: TextData, resume_from: Path | None
+) -> TrainResult:
   if config.keep_freed_memory and jax.default_backend() == "cpu":
     keep_freed_memory()
   with (
@@ -141,7 +151,12 @@ def begin(config: TrainConfig, text: TextData, resume_from: Path | None) -> tupl
 
 
 def _loop(
-  config: TrainConfig, folder: RunFolder, text: TextData, resume_from: Path | None, stop: StopRequest, watch: Watch
+  config: TrainConfig,
+  folder: RunFolder,
+  text: TextData,
+  resume_from: Path | None,
+  stop: StopRequest,
+  watch: Watch,
 ) -> TrainResult:
   watch.on("compile" if resume_from is None else "checkpoint")
   state, batches = begin(config, text, resume_from)
@@ -151,7 +166,9 @@ def _loop(
   train_step = jax.jit(make_train_step(config), donate_argnums=0)
   evaluate = make_evaluator(config)
   saved = -1 if resume_from is None else start
-  checkpoints = Checkpoints(folder.checkpoints, keep=config.keep, keep_every=config.keep_every, saved=saved)
+  checkpoints = Checkpoints(
+    folder.checkpoints, keep=config.keep, keep_every=config.keep_every, saved=saved
+  )
 
   step, loss, heldout, waiting = start, float("nan"), (None, None), None
   flops = train_flops_per_token(config.model, config.data.length)
@@ -170,7 +187,9 @@ def _loop(
       if waiting is not None:  # read step n - 1 while the device works on step n
         loss = _report(report, guard, *waiting)
       waiting = step, metrics, batch
-      saving, evaluating = (_due(step, every, config.steps) for every in (config.save_every, config.eval_every))
+      saving, evaluating = (
+        _due(step, every, config.steps) for every in (config.save_every, config.eval_every)
+      )
       if not (saving or evaluating):
         continue
       loss, waiting = _report(report, guard, *waiting), None
@@ -190,12 +209,16 @@ def _loop(
     if saved < step:
       _log.error("step %d of %d is not saved, %s", step, config.steps, checkpoints.newest)
     elif step < config.steps:
-      say(f"stopped and saved at step {step} of {config.steps} ({stop.reason or 'another process'})")
+      say(
+        f"stopped and saved at step {step} of {config.steps} ({stop.reason or 'another process'})"
+      )
       say(f"go on with: jaxlm resume {folder.path}")
     elif is_main():
       say(_plot(folder, text))
   params = state.params if state.ema is None else state.ema
-  return TrainResult(config, params, step, loss, *heldout, finished=step == config.steps, saved=saved)
+  return TrainResult(
+    config, params, step, loss, *heldout, finished=step == config.steps, saved=saved
+  )
 
 
 def _due(step: int, every: int, steps: int) -> bool:
@@ -211,10 +234,14 @@ def _report(report: Reporter, guard: Guard, step: int, metrics: Metrics, batch: 
   return values["loss"]
 
 
-def _evaluate(config: TrainConfig, text: TextData, evaluate, state: TrainState, report: Reporter, step: int):
+def _evaluate(
+  config: TrainConfig, text: TextData, evaluate, state: TrainState, report: Reporter, step: int
+):
   params = state.params if state.ema is None else state.ema
   rows = local_rows(config.batch)
-  loss, tokens = evaluate(params, heldout_batches(text, batch=config.batch, rows=rows, limit=config.eval_batches))
+  loss, tokens = evaluate(
+    params, heldout_batches(text, batch=config.batch, rows=rows, limit=config.eval_batches)
+  )
   bits = text.bits_per_byte(loss)
   report.evaluation(step, loss, bits, tokens)
   return loss, bits
@@ -238,7 +265,9 @@ def _peak_flops() -> float | None:
 
 
 def _headline(config: TrainConfig, text: TextData, folder: RunFolder, start: int) -> str:
-  devices = ", ".join(f"{axis} {size}" for axis, size in mesh_shape().items() if size > 1) or "1 device"
+  devices = (
+    ", ".join(f"{axis} {size}" for axis, size in mesh_shape().items() if size > 1) or "1 device"
+  )
   begin = f"resuming at step {start}" if start else "training"
   return (
     f"{begin}: {parameter_count(config.model).total:,} parameters, {text.report.splitlines()[-1]}\n"

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from jaxlm.train.atomic import write_text
-from jaxlm.train.run_folder import RecordFile, RunFolder, log_to, read_records
+from jaxlm.checkpoint.atomic import write_text
+from jaxlm.run.run_folder import RecordFile, RunFolder, log_to, read_records
 
 
 class Moody:
@@ -60,7 +60,9 @@ def test_forgetting_later_records_keeps_the_file_whole_when_it_fails(tmp_path, m
   lines = "".join(f'{{"step": {step}}}\n' for step in range(1, 6))
   folder.metrics.write_text(lines + '{"st')
   with monkeypatch.context() as patch:
-    patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    patch.setattr(
+      os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError):
       folder.forget_after(3)
   assert folder.metrics.read_text() == lines + '{"st'
@@ -71,4 +73,6 @@ def test_forgetting_later_records_keeps_the_file_whole_when_it_fails(tmp_path, m
 def test_atomic_text_replaces_what_was_there(tmp_path):
   write_text(tmp_path / "a", "first")
   write_text(tmp_path / "a", "second")
-  assert (tmp_path / "a").read_text() == "second" and [path.name for path in tmp_path.iterdir()] == ["a"]
+  assert (tmp_path / "a").read_text() == "second" and [
+    path.name for path in tmp_path.iterdir()
+  ] == ["a"]

@@ -28,7 +28,10 @@ def with_initial_model(config: TrainConfig) -> TrainConfig:
     return config
   folder = huggingface.local_folder(config.init)
   model, _, _ = huggingface.inspect(folder, "float32")
-  computing = {name: getattr(config.model, name) for name in ("dtype", "attention_implementation", "remat", "scan")}
+  computing = {
+    name: getattr(config.model, name)
+    for name in ("dtype", "attention_implementation", "remat", "scan")
+  }
   data = config.data
   if data.tokenizer == "bytes" and (folder / TOKENIZER_FILE).is_file():
     data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER_FILE))
@@ -39,12 +42,27 @@ def check_mesh(config: TrainConfig) -> None:
   """ValueError where the batch or the model does not divide over the mesh, or the model cannot use one of its axes."""
   sizes = config.mesh.resolve(jax.device_count())
   for axis in ("stage", "context_ring", "context_ulysses", "expert"):
-    check(sizes[axis] == 1, f"mesh.{axis}", sizes[axis], "the model does not use this axis; it must be 1")
+    check(
+      sizes[axis] == 1,
+      f"mesh.{axis}",
+      sizes[axis],
+      "the model does not use this axis; it must be 1",
+    )
   shards, model, tensor = sizes["data"] * sizes["fsdp"], config.model, sizes["tensor"]
   rule = f"must be a multiple of {shards} batch shards x accumulate={config.accumulate}"
   check(config.batch % (shards * config.accumulate) == 0, "batch", config.batch, rule)
-  check(config.data.length % tensor == 0, "data.length", config.data.length, f"must be a multiple of {tensor=}")
-  check(model.D % sizes["fsdp"] == 0, "model.D", model.D, f"must be a multiple of mesh.fsdp={sizes['fsdp']}")
+  check(
+    config.data.length % tensor == 0,
+    "data.length",
+    config.data.length,
+    f"must be a multiple of {tensor=}",
+  )
+  check(
+    model.D % sizes["fsdp"] == 0,
+    "model.D",
+    model.D,
+    f"must be a multiple of mesh.fsdp={sizes['fsdp']}",
+  )
   for name in ("N", "K", "F", "V"):
     size = getattr(model, name)
     check(size % tensor == 0, f"model.{name}", size, f"must be a multiple of mesh.tensor={tensor}")

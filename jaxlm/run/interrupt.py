@@ -28,7 +28,9 @@ class StopRequest:
   def __enter__(self) -> Self:
     # of several processes, SIGTERM reaches the runtime's own handler, which tells the others
     numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is threading.main_thread():  # elsewhere, a notebook's thread say, Python forbids it
+    if (
+      threading.current_thread() is threading.main_thread()
+    ):  # elsewhere, a notebook's thread say, Python forbids it
       for number in numbers:
         self._before[number] = signal.signal(number, self._handle)
     return self

@@ -23,7 +23,9 @@ def keep_freed_memory() -> bool:
     return False
   settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1))
   done = all([libc.mallopt(option, value) for option, value in settings])
-  logging.getLogger("jaxlm").info("malloc keeps freed memory (keep_freed_memory)" if done else "mallopt had no effect")
+  logging.getLogger("jaxlm").info(
+    "malloc keeps freed memory (keep_freed_memory)" if done else "mallopt had no effect"
+  )
   return done
 
 

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from jaxlm.train.interrupt import StopRequest
+from jaxlm.run.interrupt import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -8,16 +8,16 @@ from typing import Any
 
 import jax
 
+from jaxlm.checkpoint.checkpoint import restore_params
+from jaxlm.checkpoint.folder import checkpoint_path, newest_sound
 from jaxlm.config import DataConfig, MeshConfig, TrainConfig
 from jaxlm.data.loader import TextData, heldout_batches, load_text
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, check_vocabulary, load_tokenizer
 from jaxlm.decode import Sampler, generate
 from jaxlm.interop import huggingface
-from jaxlm.train.checkpoint import restore_params
-from jaxlm.train.checkpoint_folder import checkpoint_path, newest_sound
+from jaxlm.run.run_folder import RunFolder
 from jaxlm.train.evaluate import make_evaluator
-from jaxlm.train.run_folder import RunFolder
 from jaxlm.train.step import init_state
 from sharding import make_mesh
 
@@ -46,7 +46,8 @@ class SavedRun:
     newest = newest_sound(folder.checkpoints)
     with jax.set_mesh(make_mesh(config.mesh)):
       params = restore_params(
-        checkpoint_path(folder.checkpoints, newest), jax.eval_shape(lambda: init_state(config)).params
+        checkpoint_path(folder.checkpoints, newest),
+        jax.eval_shape(lambda: init_state(config)).params,
       )
     tokenizer = load_tokenizer(folder.path, config.data, config.model.V)
     return cls(config, tokenizer, params, newest, (tokenizer.eos,))
@@ -56,7 +57,9 @@ class SavedRun:
     tokenizer = BPETokenizer.load(folder / TOKENIZER_FILE)
     model, params = huggingface.load(folder)
     check_vocabulary(tokenizer, model.V, folder / TOKENIZER_FILE)
-    config = TrainConfig(model=model, data=DataConfig(tokenizer=str(folder / TOKENIZER_FILE)), mesh=MeshConfig(data=1))
+    config = TrainConfig(
+      model=model, data=DataConfig(tokenizer=str(folder / TOKENIZER_FILE)), mesh=MeshConfig(data=1)
+    )
     return cls(config, tokenizer, params, 0, tuple(tokenizer.model.encode("").ids))
 
   def sample(self, prompt: str, *, sampler: Sampler, max_new: int, seed: int = 0) -> str:
@@ -64,7 +67,9 @@ class SavedRun:
     eos = self.tokenizer.eos
     prompt_ids = [[*self.start_ids, *self.tokenizer.encode(prompt)]]
     key = jax.random.key(seed)
-    ids_M = generate(self.config.model, self.params, prompt_ids, sampler=sampler, max_new=max_new, key=key, eos=eos)[0]
+    ids_M = generate(
+      self.config.model, self.params, prompt_ids, sampler=sampler, max_new=max_new, key=key, eos=eos
+    )[0]
     ends = (ids_M == eos).nonzero()[0]
     return self.tokenizer.decode(ids_M[: ends[0]] if len(ends) else ids_M)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from jaxlm.train.run_folder import LOCK
+from jaxlm.run.run_folder import LOCK
 from sharding.multihost import decide
 
 _log = logging.getLogger("jaxlm")
@@ -52,7 +52,9 @@ def _take(folder: Path) -> IO[str]:
     file.flush()
   except BlockingIOError:
     file.seek(0)
-    raise ValueError(f"run={str(folder)!r}: another process writes to it ({file.read().strip()})") from None
+    raise ValueError(
+      f"run={str(folder)!r}: another process writes to it ({file.read().strip()})"
+    ) from None
   except OSError as error:
     raise ValueError(f"run={str(folder)!r}: cannot be written to ({error.strerror})") from error
   try:
@@ -71,4 +73,6 @@ def _lock(file: IO[str]) -> None:
   except OSError as error:
     if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
       raise
-    _log.warning("%s: the file system has no locks, so nothing keeps a second process from this run", file.name)
+    _log.warning(
+      "%s: the file system has no locks, so nothing keeps a second process from this run", file.name
+    )

@@ -6,11 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxlm.checkpoint import manifest
+from jaxlm.checkpoint.folder import (
+  all_steps,
+  checkpoint_path,
+  finished_steps,
+  newest_sound,
+  set_aside,
+  size_of,
+)
 from jaxlm.config import TrainConfig
 from jaxlm.config_json import to_dict
-from jaxlm.train import manifest
-from jaxlm.train.checkpoint_folder import all_steps, checkpoint_path, finished_steps, newest_sound, set_aside, size_of
-from jaxlm.train.run_folder import RunFolder
+from jaxlm.run.run_folder import RunFolder
 
 
 def verify(run: Path) -> int:
@@ -33,7 +40,9 @@ def verify(run: Path) -> int:
     print("no checkpoint verifies")
     return 1
   if not all(sound.values()):
-    print(f"`jaxlm resume {run}` would go on from step {max(step for step, good in sound.items() if good)}")
+    print(
+      f"`jaxlm resume {run}` would go on from step {max(step for step, good in sound.items() if good)}"
+    )
   return 0 if all(sound.values()) else 1
 
 
@@ -66,7 +75,9 @@ def _size(path: Path) -> str:
   return f"{size_of(path) / 1e6:,.2f} MB"
 
 
-def _differences(values: dict[str, Any], others: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def _differences(
+  values: dict[str, Any], others: dict[str, Any], path: str = ""
+) -> Iterator[tuple[str, Any]]:
   for name, value in values.items():
     if isinstance(value, dict):
       yield from _differences(value, others[name], f"{path}{name}.")

@@ -19,19 +19,40 @@ from typing import Any
 import jax
 
 import jaxlm
+from jaxlm.checkpoint.atomic import write_text
 from jaxlm.config import TrainConfig
 from jaxlm.config_json import to_dict
-from jaxlm.train.atomic import write_text
-from jaxlm.train.run_folder import RunFolder
+from jaxlm.run.run_folder import RunFolder
 
-PACKAGES = ("jaxlm", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+PACKAGES = (
+  "jaxlm",
+  "jax",
+  "jaxlib",
+  "libtpu",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "numpy",
+  "tokenizers",
+)
 _ADDRESSES = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_PROCESS_ID")
-COMPUTING = ("dtype", "attention_implementation", "remat", "scan", "max_length")  # of the model: change no weight
+COMPUTING = (
+  "dtype",
+  "attention_implementation",
+  "remat",
+  "scan",
+  "max_length",
+)  # of the model: change no weight
 
 
 def environment() -> dict[str, Any]:
   """Versions, flags, commit, chips and processes of this one."""
-  flags = {name: os.environ[name] for name in sorted(os.environ) if name.startswith(("XLA_", "JAX_", "LIBTPU_"))}
+  flags = {
+    name: os.environ[name]
+    for name in sorted(os.environ)
+    if name.startswith(("XLA_", "JAX_", "LIBTPU_"))
+  }
   return {
     "python": platform.python_version(),
     "packages": {name: _version(name) for name in PACKAGES},
@@ -61,7 +82,9 @@ def commit(checkout: Path) -> str | None:
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True)
   except OSError:  # no git
     return None
-  return head.stdout.strip() + "+changes" * (changed.returncode == 1) if head.returncode == 0 else None
+  return (
+    head.stdout.strip() + "+changes" * (changed.returncode == 1) if head.returncode == 0 else None
+  )
 
 
 def starts(folder: RunFolder) -> list[dict[str, Any]]:
@@ -78,7 +101,9 @@ def record_start(folder: RunFolder, step: int, config: TrainConfig) -> list[str]
   before = starts(folder)
   date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
   now = {**environment(), "config": json.loads(json.dumps(to_dict(config)))}
-  write_text(folder.environment, json.dumps([*before, {"date": date, "step": step, **now}], indent=1) + "\n")
+  write_text(
+    folder.environment, json.dumps([*before, {"date": date, "step": step, **now}], indent=1) + "\n"
+  )
   return differences({name: before[-1].get(name) for name in now}, now) if before else []
 
 
@@ -86,13 +111,19 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
   """ "a.b: 1 -> 2" for each value that differs; what only one side has is none on the other."""
   old, new = _flat(before), _flat(now)
   names = [*new, *(name for name in old if name not in new)]
-  return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+  return [
+    f"{name}: {old.get(name)} -> {new.get(name)}"
+    for name in names
+    if old.get(name) != new.get(name)
+  ]
 
 
 def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
   found: dict[str, Any] = {}
   for name, value in values.items():
-    found |= _flat(value, f"{path}{name}.") if isinstance(value, Mapping) else {f"{path}{name}": value}
+    found |= (
+      _flat(value, f"{path}{name}.") if isinstance(value, Mapping) else {f"{path}{name}": value}
+    )
   return found
 
 
@@ -101,7 +132,9 @@ def check_fits(folder: RunFolder, config: TrainConfig) -> None:
   before = starts(folder)
   if not before or not isinstance(before[-1].get("config"), dict):
     return
-  saved, now = (_shaping(values) for values in (before[-1]["config"], json.loads(json.dumps(to_dict(config)))))
+  saved, now = (
+    _shaping(values) for values in (before[-1]["config"], json.loads(json.dumps(to_dict(config))))
+  )
   wrong = differences(saved, {name: value for name, value in now.items() if name in saved})
   if wrong:
     rule = "contradicts the checkpoints, which were written with other values (saved -> now)"
@@ -112,4 +145,6 @@ def _shaping(config: Mapping[str, Any]) -> dict[str, Any]:
   """The values of a configuration that decide what is in a checkpoint, by their paths."""
   model = {name: value for name, value in config.get("model", {}).items() if name not in COMPUTING}
   rule, average = config.get("optimizer", {}).get("name"), bool(config.get("ema"))
-  return _flat({"model": model, "optimizer": {"name": rule}, "ema": "kept" if average else "not kept"})
+  return _flat(
+    {"model": model, "optimizer": {"name": rule}, "ema": "kept" if average else "not kept"}
+  )

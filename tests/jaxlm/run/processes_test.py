@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlm.train.checkpoint_folder import finished_steps
-from jaxlm.train.run_folder import RunFolder, read_records
+from jaxlm.checkpoint.folder import finished_steps
+from jaxlm.run.run_folder import RunFolder, read_records
 
 FLAGS = (
   "--steps 6 --save_every 3 --eval_every 3 --eval_batches 2 --batch 8 --accumulate 2 --keep 5 --optimizer.warmup 1 "
@@ -23,7 +23,9 @@ def folder(tmp_path_factory) -> Path:
   folder = tmp_path_factory.mktemp("processes")
   (folder / "text").mkdir()
   for index in range(40):
-    (folder / "text" / f"{index}.py").write_text(f"def f{index}(x):\n  return x + {index}\n" * (1 + index % 3))
+    (folder / "text" / f"{index}.py").write_text(
+      f"def f{index}(x):\n  return x + {index}\n" * (1 + index % 3)
+    )
   return folder
 
 
@@ -41,7 +43,10 @@ def run(folder: Path, *arguments: str, processes: int, status: int = 0) -> list[
   started = []
   for index in range(processes):
     if processes > 1:
-      environment |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes)}
+      environment |= {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+      }
       environment |= {"JAX_PROCESS_ID": str(index)}
     command = [sys.executable, "-m", "jaxlm", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -79,7 +84,9 @@ def test_four_processes_too(runs, folder):
   run(folder, "train", "micro", "--data.source", "text", *FLAGS, "--run", "four", processes=4)
   want, got = (list(read_records(run.metrics)) for run in (one, RunFolder(folder / "four")))
   for name in ("loss", "tokens", "grad_norm"):
-    np.testing.assert_allclose(*([r[name] for r in side] for side in (got, want)), rtol=1e-6, err_msg=name)
+    np.testing.assert_allclose(
+      *([r[name] for r in side] for side in (got, want)), rtol=1e-6, err_msg=name
+    )
 
 
 @pytest.mark.slow

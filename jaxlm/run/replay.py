@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxlm.checkpoint.folder import checkpoint_path, finished_steps
+from jaxlm.checkpoint.manifest import verify
 from jaxlm.config import MeshConfig, TrainConfig, check
 from jaxlm.data.loader import Batch, load_text
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.models.transformer import Block, Transformer
+from jaxlm.run.fit import begin
+from jaxlm.run.guard import Guard, load_batch
+from jaxlm.run.resolve import check_mesh
+from jaxlm.run.run_folder import RunFolder, read_records
 from jaxlm.train.accumulate import accumulated_gradients
-from jaxlm.train.checkpoint_folder import checkpoint_path, finished_steps
-from jaxlm.train.guard import Guard, load_batch
-from jaxlm.train.loop import begin
-from jaxlm.train.manifest import verify
-from jaxlm.train.resolve import check_mesh
-from jaxlm.train.run_folder import RunFolder, read_records
 from jaxlm.train.step import TrainState, batch_loss, make_train_step
 from sharding import make_mesh
 from sharding.batches import globalize
@@ -54,14 +54,18 @@ def replay(run: str | Path, step: int, say: Callable[[str], Any] = print) -> Non
       say(line)
 
 
-def _before(config: TrainConfig, folder: RunFolder, step: int, say: Callable[[str], Any]) -> tuple[TrainState, Batch]:
+def _before(
+  config: TrainConfig, folder: RunFolder, step: int, say: Callable[[str], Any]
+) -> tuple[TrainState, Batch]:
   """The state before a step and the step's batch."""
   text = load_text(config.data, load_tokenizer(folder.path, config.data, config.model.V))
   older = [at for at in finished_steps(folder.checkpoints) if at < step]
   sound = [at for at in older if not verify(checkpoint_path(folder.checkpoints, at))]
   start = sound[-1] if sound else 0
   say(f"replaying from {f'the checkpoint of step {start}' if sound else 'the initial weights'}")
-  state, batches = begin(config, text, checkpoint_path(folder.checkpoints, start) if sound else None)
+  state, batches = begin(
+    config, text, checkpoint_path(folder.checkpoints, start) if sound else None
+  )
   train_step = jax.jit(make_train_step(config), donate_argnums=0)
   guard = Guard(config, folder, start)
   recorded = {record["step"]: record["loss"] for record in read_records(folder.metrics)}
@@ -72,10 +76,16 @@ def _before(config: TrainConfig, folder: RunFolder, step: int, say: Callable[[st
     if at in recorded and not _same(recorded[at], float(metrics.loss)):
       different.append(at)
   if step > start + 1:
-    repeated = f"differ from the record from step {different[0]} on" if different else "repeat the record bit for bit"
+    repeated = (
+      f"differ from the record from step {different[0]} on"
+      if different
+      else "repeat the record bit for bit"
+    )
     say(f"steps {start + 1} to {step - 1} {repeated}")
   expected, saved = next(batches), load_batch(folder.bad_steps, step)
-  if saved is not None and not all(map(np.array_equal, jax.tree.leaves(saved), jax.tree.leaves(expected))):
+  if saved is not None and not all(
+    map(np.array_equal, jax.tree.leaves(saved), jax.tree.leaves(expected))
+  ):
     say("the saved batch is not the one that the data gives now; the saved one is used")
   return state, expected if saved is None else saved
 
@@ -88,7 +98,9 @@ def diagnose(config: TrainConfig, params: Any, batch: Batch) -> list[str]:
   """Which weights, module output, loss or gradient of a step is the first that is not finite; on one device."""
   named = jax.tree_util.tree_leaves_with_path(params)
   wrong = [_name(path) for path, w in named if not _finite(w)]
-  lines = [f"weights that are not finite: {', '.join(wrong)}"] if wrong else ["the weights are finite"]
+  lines = (
+    [f"weights that are not finite: {', '.join(wrong)}"] if wrong else ["the weights are finite"]
+  )
   model = dataclasses.replace(config.model, scan="never", remat="none")
   eager = dataclasses.replace(config, model=model)
   for part in range(config.accumulate):
@@ -100,10 +112,17 @@ def diagnose(config: TrainConfig, params: Any, batch: Batch) -> list[str]:
     if not _finite(loss):
       return [*lines, f"every module's output is finite, the loss is {loss}{where}"]
   lines.append("every module's output and the loss are finite")
-  gradient = jax.jit(lambda w, b: accumulated_gradients(lambda w, b: batch_loss(config, w, b), w, b, config.accumulate))
+  gradient = jax.jit(
+    lambda w, b: accumulated_gradients(
+      lambda w, b: batch_loss(config, w, b), w, b, config.accumulate
+    )
+  )
   grads, _ = gradient(params, jax.tree.map(jnp.asarray, batch))
   wrong = [_name(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if not _finite(g)]
-  return [*lines, f"gradients that are not finite: {', '.join(wrong)}" if wrong else "every gradient is finite"]
+  return [
+    *lines,
+    f"gradients that are not finite: {', '.join(wrong)}" if wrong else "every gradient is finite",
+  ]
 
 
 def first_not_finite(config: TrainConfig, params: Any, batch: Batch) -> tuple[str, float]:
@@ -113,7 +132,9 @@ def first_not_finite(config: TrainConfig, params: Any, batch: Batch) -> tuple[st
 
   def watch(run: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
     module = context.module
-    if context.method_name != "__call__" or module.is_initializing():  # for the shapes of parameters alone
+    if (
+      context.method_name != "__call__" or module.is_initializing()
+    ):  # for the shapes of parameters alone
       return run(*args, **kwargs)
     if isinstance(module, Block):
       blocks.append(module)
@@ -121,7 +142,13 @@ def first_not_finite(config: TrainConfig, params: Any, batch: Batch) -> tuple[st
     if not all(map(_finite, jax.tree.leaves(result))):
       path = ".".join(module.path)
       top = not isinstance(module, Block) and not path
-      found.append("the head" if top else path if path == "norm" else f"block {len(blocks) - 1}: {path or 'its sum'}")
+      found.append(
+        "the head"
+        if top
+        else path
+        if path == "norm"
+        else f"block {len(blocks) - 1}: {path or 'its sum'}"
+      )
     return result
 
   with nn.intercept_methods(watch):  # to the logits, which the loss itself does without

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm.data.formats import require
-from jaxlm.train.run_folder import RunFolder, read_records
+from jaxlm.run.run_folder import RunFolder, read_records
 
 
 def draw_loss(folder: RunFolder, baselines: Mapping[str, float]) -> None:
@@ -18,7 +18,9 @@ def draw_loss(folder: RunFolder, baselines: Mapping[str, float]) -> None:
   """
   from matplotlib.figure import Figure
 
-  steps, losses = (np.array([record[key] for record in read_records(folder.metrics)]) for key in ("step", "loss"))
+  steps, losses = (
+    np.array([record[key] for record in read_records(folder.metrics)]) for key in ("step", "loss")
+  )
   evals = list(read_records(folder.evals))
   bits = np.array([record["bits_per_byte"] for record in evals])
   scale = bits[-1] / evals[-1]["heldout_loss"]
@@ -27,14 +29,28 @@ def draw_loss(folder: RunFolder, baselines: Mapping[str, float]) -> None:
   axes = figure.subplots()
   axes.plot(steps, scale * losses, color="tab:blue", alpha=0.25, linewidth=0.8)
   axes.plot(steps, scale * _smooth(losses), color="tab:blue", label="training, running mean")
-  axes.plot([record["step"] for record in evals], bits, "o-", color="tab:red", markersize=4, label="held-out")
+  axes.plot(
+    [record["step"] for record in evals],
+    bits,
+    "o-",
+    color="tab:red",
+    markersize=4,
+    label="held-out",
+  )
   for name, value in baselines.items():
     axes.axhline(value, color="gray", linestyle="--", linewidth=1)
     axes.annotate(
-      f"{name} {value:.2f}", (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray"
+      f"{name} {value:.2f}",
+      (1, value),
+      xycoords=("axes fraction", "data"),
+      ha="right",
+      va="bottom",
+      color="gray",
     )
   axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, None), xlim=(0, steps[-1]))
-  axes.set_title(f"{folder.path.name}: held-out {bits[-1]:.3f} bits per byte after {steps[-1]} steps", loc="left")
+  axes.set_title(
+    f"{folder.path.name}: held-out {bits[-1]:.3f} bits per byte after {steps[-1]} steps", loc="left"
+  )
   axes.legend(frameon=False)
   figure.savefig(folder.plot, dpi=150)
 
@@ -45,7 +61,9 @@ def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
   Reads metrics up to a line that is cut. ValueError for a folder without metrics or a picture whose ending matplotlib
   does not know, ImportError without matplotlib (extra `plot`).
   """
-  figure = require("matplotlib.figure", "plot", "drawing curves").Figure(figsize=(12, 4.2), layout="constrained")
+  figure = require("matplotlib.figure", "plot", "drawing curves").Figure(
+    figsize=(12, 4.2), layout="constrained"
+  )
   losses, norms, rates = figure.subplots(1, 3)
   names = [folder.path.name for folder in folders]
   for index, folder in enumerate(folders):
@@ -54,7 +72,8 @@ def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
       raise ValueError(f"run={str(folder.path)!r}: holds no metrics.jsonl with a whole line")
     color = f"C{index % 10}"
     steps, loss, norm, rate = (
-      np.array([record[key] for record in records]) for key in ("step", "loss", "grad_norm", "learning_rate")
+      np.array([record[key] for record in records])
+      for key in ("step", "loss", "grad_norm", "learning_rate")
     )
     name = names[index] if names.count(names[index]) == 1 else str(folder.path)
     for axes, values in ((losses, loss), (norms, norm)):
@@ -62,7 +81,9 @@ def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
       axes.plot(steps, _smooth(values), color=color, label=name)
     rates.plot(steps, rate, color=color)
     evals = list(read_records(folder.evals)) if folder.evals.is_file() else []
-    losses.plot([e["step"] for e in evals], [e["heldout_loss"] for e in evals], "o", color=color, markersize=4)
+    losses.plot(
+      [e["step"] for e in evals], [e["heldout_loss"] for e in evals], "o", color=color, markersize=4
+    )
   losses.set(title="loss, nats per token (dots: held-out)", xlabel="step")
   norms.set(title="gradient norm before clipping", xlabel="step", yscale="log")
   rates.set(title="learning rate", xlabel="step", ylim=(0, None))
@@ -74,7 +95,9 @@ def _smooth(losses: np.ndarray, share: float = 0.04) -> np.ndarray:
   """Mean over the latest few percent of the curve at each step; what is not finite is left out of it."""
   width = max(1, int(share * len(losses)))
   finite = np.isfinite(losses)
-  sums, counts = (np.concatenate([[0.0], np.cumsum(x)]) for x in (np.where(finite, losses, 0.0), finite))
+  sums, counts = (
+    np.concatenate([[0.0], np.cumsum(x)]) for x in (np.where(finite, losses, 0.0), finite)
+  )
   first = np.maximum(np.arange(1, len(losses) + 1) - width, 0)
   with np.errstate(invalid="ignore"):
     return (sums[1:] - sums[first]) / (counts[1:] - counts[first])

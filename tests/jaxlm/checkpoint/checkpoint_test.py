@@ -6,9 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.train.checkpoint import Checkpoints, restore, restore_params
-from jaxlm.train.checkpoint_folder import checkpoint_path, finished_steps, newest_sound, prune, set_aside_after
-from jaxlm.train.manifest import write_manifest
+from jaxlm.checkpoint.checkpoint import Checkpoints, restore, restore_params
+from jaxlm.checkpoint.folder import (
+  checkpoint_path,
+  finished_steps,
+  newest_sound,
+  prune,
+  set_aside_after,
+)
+from jaxlm.checkpoint.manifest import write_manifest
 from jaxlm.train.step import TrainState
 from sharding import MeshConfig, make_mesh
 
@@ -22,7 +28,9 @@ def mesh():
 def state_at(step: int, ema: bool = False) -> TrainState:
   weights = {"w": np.full((4, 3), step, np.float32)}
   average = {"w": np.full((4, 3), -step, np.float32)} if ema else None
-  on_mesh = jax.jit(lambda: (jnp.int32(step), weights, (jnp.float32(0.5),), average, jax.random.key(step)))()
+  on_mesh = jax.jit(
+    lambda: (jnp.int32(step), weights, (jnp.float32(0.5),), average, jax.random.key(step))
+  )()
   return TrainState(*on_mesh)
 
 
@@ -45,7 +53,9 @@ def test_without_keep_every_only_the_newest_are_kept(tmp_path):
 
 def test_everything_comes_back(tmp_path):
   save(tmp_path, [3], keep=1, ema=True)
-  state, position = restore(checkpoint_path(tmp_path, 3), jax.eval_shape(lambda: state_at(0, ema=True)))
+  state, position = restore(
+    checkpoint_path(tmp_path, 3), jax.eval_shape(lambda: state_at(0, ema=True))
+  )
   assert int(state.step) == 3 and position == {"next_index": 30}
   np.testing.assert_array_equal(state.params["w"], 3)
   np.testing.assert_array_equal(state.ema["w"], -3)
@@ -63,19 +73,27 @@ def test_weights_for_use_are_the_moving_average_where_there_is_one(tmp_path, ema
 def test_unsound_checkpoints_are_passed_over_and_set_aside_only_by_a_resumed_run(tmp_path):
   save(tmp_path, [1, 2, 3], keep=3)
   (checkpoint_path(tmp_path, 3) / "manifest.json").unlink()
-  array = max(checkpoint_path(tmp_path, 2).rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+  array = max(
+    checkpoint_path(tmp_path, 2).rglob("*"), key=lambda path: path.stat().st_size * path.is_file()
+  )
   array.write_bytes(bytes([array.read_bytes()[0] ^ 64]) + array.read_bytes()[1:])
   assert newest_sound(tmp_path) == 1
   assert {path.name for path in tmp_path.iterdir()} == {"00000001", "00000002", "00000003"}
   set_aside_after(tmp_path, 1)
-  assert {path.name for path in tmp_path.iterdir()} == {"00000001", "00000002.unsound", "00000003.unsound"}
+  assert {path.name for path in tmp_path.iterdir()} == {
+    "00000001",
+    "00000002.unsound",
+    "00000003.unsound",
+  }
   save(tmp_path, [2], keep=3)
   (checkpoint_path(tmp_path, 2) / "manifest.json").unlink()
   set_aside_after(tmp_path, 1)
   assert (tmp_path / "00000002.unsound1").is_dir()  # an earlier one is not overwritten
 
 
-def test_what_was_set_aside_is_never_pruned_and_what_a_killed_process_left_is_cleared_away(tmp_path):
+def test_what_was_set_aside_is_never_pruned_and_what_a_killed_process_left_is_cleared_away(
+  tmp_path,
+):
   save(tmp_path, [1, 2], keep=2)
   (checkpoint_path(tmp_path, 2) / "manifest.json").unlink()
   set_aside_after(tmp_path, 1)
@@ -95,14 +113,16 @@ def test_a_removal_that_is_cut_short_leaves_no_half_checkpoint(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("failure, want", [(FloatingPointError, [1]), (KeyboardInterrupt, [])])
-def test_a_failing_run_finishes_what_it_was_writing_unless_it_is_to_leave_at_once(tmp_path, failure, want, monkeypatch):
+def test_a_failing_run_finishes_what_it_was_writing_unless_it_is_to_leave_at_once(
+  tmp_path, failure, want, monkeypatch
+):
   release = threading.Event()
 
   def slowly(folder):
     release.wait(0.5)
     write_manifest(folder)
 
-  monkeypatch.setattr("jaxlm.train.checkpoint.write_manifest", slowly)
+  monkeypatch.setattr("jaxlm.checkpoint.checkpoint.write_manifest", slowly)
   checkpoints = Checkpoints(tmp_path, keep=1)
   with pytest.raises(failure):
     with checkpoints:
@@ -119,20 +139,25 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, mon
   with monkeypatch.context() as patch:
     patch.setattr("shutil.disk_usage", lambda _: full)
     checkpoints.save(state_at(1), {})
-  assert "step 1 could not be saved, there is no checkpoint yet: the disk lacks 1 MB for it" in caplog.text
+  assert (
+    "step 1 could not be saved, there is no checkpoint yet: the disk lacks 1 MB for it"
+    in caplog.text
+  )
   assert list(tmp_path.iterdir()) == []
   checkpoints.save(state_at(2), {})
   assert checkpoints.close() == 2
 
 
-def test_a_failed_save_is_logged_cleared_away_and_tried_anew_by_the_next(tmp_path, monkeypatch, caplog):
+def test_a_failed_save_is_logged_cleared_away_and_tried_anew_by_the_next(
+  tmp_path, monkeypatch, caplog
+):
   def full_disk(folder):
     raise OSError("disk full")
 
   save(tmp_path, [1], keep=9)
   checkpoints = Checkpoints(tmp_path, keep=9, saved=1)
   with monkeypatch.context() as patch:
-    patch.setattr("jaxlm.train.checkpoint.write_manifest", full_disk)
+    patch.setattr("jaxlm.checkpoint.checkpoint.write_manifest", full_disk)
     checkpoints.save(state_at(2), {})
     assert checkpoints.wait() == 1
     assert "step 2 could not be saved, the newest checkpoint is of step 1: disk full" in caplog.text

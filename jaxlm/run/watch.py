@@ -82,8 +82,14 @@ class Watch:
     """The line to say at this time, or nothing."""
     if self._phase == "compile":
       waited = now - self._since
-      return f"compiling for {waited:.0f} s so far" if waited > self._patience * self.COMPILING else ""
+      return (
+        f"compiling for {waited:.0f} s so far" if waited > self._patience * self.COMPILING else ""
+      )
     waited = now - self._last_step
-    if len(self._steps) < 3 or waited <= self._patience * max(self.LEAST, self.FACTOR * self.median()):
+    if len(self._steps) < 3 or waited <= self._patience * max(
+      self.LEAST, self.FACTOR * self.median()
+    ):
       return ""
-    return f"no step for {waited:.1f} s (median {self.median():.2f} s): waiting for {WAITS[self._phase]}"
+    return (
+      f"no step for {waited:.1f} s (median {self.median():.2f} s): waiting for {WAITS[self._phase]}"
+    )

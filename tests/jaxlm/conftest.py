@@ -13,7 +13,7 @@ from jaxlm.models import Transformer, head
 from jaxlm.objectives import next_token_loss
 from sharding.rules import defer_reduction, place, reduce_gradients
 
-DATA = Path(__file__).parents[2] / "data" / "hf_tiny"
+DATA = Path(__file__).parents[1] / "data" / "hf_tiny"
 ALL = ("llama", "llama_rope_llama3", "llama_rope_yarn", "qwen2", "qwen3", "gemma2")
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2")
 
@@ -38,7 +38,9 @@ def train_pass(config, params, ids_BT):
 
   def loss(params):
     states_BTD = Transformer(config).apply(params, ids_BT, logits=False)
-    summed = next_token_loss(states_BTD, head(config, params), targets_BT, place(weights_BT, "batch", None))[0]
+    summed = next_token_loss(
+      states_BTD, head(config, params), targets_BT, place(weights_BT, "batch", None)
+    )[0]
     return summed.num / weights_BT[:, 1:].size
 
   value, grads = jax.value_and_grad(loss)(defer_reduction(params))

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxlm.checkpoint.atomic import write_text
 from jaxlm.config import TrainConfig
 from jaxlm.data.packing import Batch
-from jaxlm.train.atomic import write_text
-from jaxlm.train.metrics import say
-from jaxlm.train.run_folder import RunFolder, read_records
+from jaxlm.run.metrics import say
+from jaxlm.run.run_folder import RunFolder, read_records
 from sharding.multihost import is_main
 
 _log = logging.getLogger("jaxlm")
@@ -59,7 +59,11 @@ class Guard:
     if finite and not spike:
       return
     what = f"step {step}: loss {loss}, gradient norm {norm}"
-    what += f"; the losses before allow {border:.4f} (spike_size={self.config.spike_size})" if spike else ""
+    what += (
+      f"; the losses before allow {border:.4f} (spike_size={self.config.spike_size})"
+      if spike
+      else ""
+    )
     if values["skipped"]:
       what += f"; its update was left out, {self.skipped:.0f} so far"
     if (self.config.spike if finite else self.config.nonfinite) != "stop":
@@ -73,7 +77,11 @@ class Guard:
 
   def _border(self, step: int) -> float:
     """Median + spike_size median absolute deviations of the losses up to two steps before: the last ones read."""
-    known = [loss for at, loss in self.losses.items() if step - 1 - WINDOW <= at < step - 1 and math.isfinite(loss)]
+    known = [
+      loss
+      for at, loss in self.losses.items()
+      if step - 1 - WINDOW <= at < step - 1 and math.isfinite(loss)
+    ]
     if len(known) < FEWEST:
       return math.inf
     middle = statistics.median(known)
@@ -81,7 +89,9 @@ class Guard:
     return middle + self.config.spike_size * max(deviation, LEAST_DEVIATION * abs(middle))
 
 
-def save_step(folder: Path, step: int, values: Mapping[str, float], batch: Batch, rows: slice) -> Path:
+def save_step(
+  folder: Path, step: int, values: Mapping[str, float], batch: Batch, rows: slice
+) -> Path:
   """Writes the batch of a step and its numbers into `folder`/STEP; of several processes, each its own rows."""
   place = folder / f"{step:08d}"
   place.mkdir(parents=True, exist_ok=True)
@@ -94,7 +104,9 @@ def save_step(folder: Path, step: int, values: Mapping[str, float], batch: Batch
 
 def load_batch(folder: Path, step: int) -> Batch | None:
   """The whole batch that `save_step` wrote, or None; ValueError where some of its rows are missing."""
-  parts = sorted((folder / f"{step:08d}").glob("rows_*_*.npz"), key=lambda path: int(path.stem.split("_")[1]))
+  parts = sorted(
+    (folder / f"{step:08d}").glob("rows_*_*.npz"), key=lambda path: int(path.stem.split("_")[1])
+  )
   if not parts:
     return None
   rows = [tuple(map(int, path.stem.split("_")[1:])) for path in parts]
@@ -102,4 +114,6 @@ def load_batch(folder: Path, step: int) -> Batch | None:
     if start != end:
       raise ValueError(f"{parts[0].parent}: rows {end} to {start} of the batch are missing")
   loaded = [np.load(path, allow_pickle=False) for path in parts]
-  return Batch(**{name: np.concatenate([part[name] for part in loaded]) for name in loaded[0].files})
+  return Batch(
+    **{name: np.concatenate([part[name] for part in loaded]) for name in loaded[0].files}
+  )

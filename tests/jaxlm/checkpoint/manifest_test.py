@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from jaxlm.train.manifest import verify, write_manifest
+from jaxlm.checkpoint.manifest import verify, write_manifest
 
 FILES = ("state/a.bin", "state/deep/b.bin", "state/manifest.json", "empty", "meta.json")
 
@@ -56,7 +56,9 @@ def shared():
 
 
 @hypothesis.settings(max_examples=60)
-@hypothesis.given(st.sampled_from([name for name in FILES if name != "empty"]), st.floats(0, 1, exclude_max=True))
+@hypothesis.given(
+  st.sampled_from([name for name in FILES if name != "empty"]), st.floats(0, 1, exclude_max=True)
+)
 def test_any_single_flipped_bit_is_found(shared, name, place):
   bit = int(place * 8 * (shared / name).stat().st_size)
   flip(shared / name, bit)
@@ -77,7 +79,9 @@ def test_every_flipped_bit_of_the_manifest_is_harmless_or_blamed_on_the_manifest
     faults = verify(tmp_path)
     assert all(fault.startswith("manifest.json: ") for fault in faults)
     # Blanks between the entries carry nothing; any other change must show.
-    assert len(faults) == (0 if json_or_none(path.read_bytes()) == json.loads(intact) else 1), path.read_bytes()
+    assert len(faults) == (0 if json_or_none(path.read_bytes()) == json.loads(intact) else 1), (
+      path.read_bytes()
+    )
     flip(path, bit)
 
 
@@ -121,8 +125,8 @@ def test_missing_and_surplus_files_are_named(folder):
 
 
 def test_the_piece_that_differs_is_named(folder, monkeypatch):
-  monkeypatch.setattr("jaxlm.train.manifest.PIECE", 1000)
-  monkeypatch.setattr("jaxlm.train.manifest._BUFFER", 300)  # a piece is no multiple of it
+  monkeypatch.setattr("jaxlm.checkpoint.manifest.PIECE", 1000)
+  monkeypatch.setattr("jaxlm.checkpoint.manifest._BUFFER", 300)  # a piece is no multiple of it
   write_manifest(folder)
   assert verify(folder) == []
   for place in (0, 999, 1000, 699_999):
@@ -148,7 +152,9 @@ def test_an_unreadable_file_is_a_fault_not_a_crash(folder, monkeypatch):
 
   monkeypatch.setattr("zlib.crc32", fail)
   faults = verify(folder)
-  assert len(faults) == len(FILES) - 1 and all("cannot be read ([Errno 5]" in fault for fault in faults)
+  assert len(faults) == len(FILES) - 1 and all(
+    "cannot be read ([Errno 5]" in fault for fault in faults
+  )
 
 
 def test_a_folder_without_manifest_is_incomplete(folder):

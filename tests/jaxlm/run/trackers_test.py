@@ -6,14 +6,16 @@ import pytest
 
 from jaxlm import presets
 from jaxlm.config import MeshConfig
-from jaxlm.train import train
+from jaxlm.run import train
 
 
 def short_run(tmp_path, tracker: str):
   micro = presets.micro()
   data = dataclasses.replace(micro.data, length=16)
   optimizer = dataclasses.replace(micro.optimizer, warmup=1)
-  config = dataclasses.replace(micro, steps=3, data=data, optimizer=optimizer, eval_every=0, mesh=MeshConfig(data=1))
+  config = dataclasses.replace(
+    micro, steps=3, data=data, optimizer=optimizer, eval_every=0, mesh=MeshConfig(data=1)
+  )
   return train(dataclasses.replace(config, run=str(tmp_path / "run"), trackers=(tracker,)))
 
 
@@ -41,5 +43,7 @@ def test_wandb_writes_an_offline_run(tmp_path, monkeypatch):
   (record,) = (tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb")
   content, block = record.read_bytes(), 2**15
   # each block but the first begins with a header of 7 bytes, which may cut a name in two
-  joined = content[:block] + b"".join(content[at + 7 : at + block] for at in range(block, len(content), block))
+  joined = content[:block] + b"".join(
+    content[at + 7 : at + block] for at in range(block, len(content), block)
+  )
   assert b"train/loss" in joined and b"heldout/bits_per_byte" in joined

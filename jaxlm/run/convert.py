@@ -9,13 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxlm.checkpoint.checkpoint import Checkpoints
 from jaxlm.config import DataConfig, TrainConfig
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer
 from jaxlm.interop import huggingface
-from jaxlm.train.checkpoint import Checkpoints
-from jaxlm.train.run_folder import RunFolder
-from jaxlm.train.saved_run import SavedRun
+from jaxlm.run.run_folder import RunFolder
+from jaxlm.run.saved_run import SavedRun
 from jaxlm.train.step import init_state
 from sharding import make_mesh
 
@@ -53,7 +53,9 @@ def _to_run(folder: Path, target: Path) -> str:
   tokenizer = folder / TOKENIZER_FILE
   BPETokenizer.load(tokenizer)
   model, _, _ = huggingface.inspect(folder, "float32")
-  config = TrainConfig(run=str(target), init=str(folder), model=model, data=DataConfig(tokenizer=str(tokenizer)))
+  config = TrainConfig(
+    run=str(target), init=str(folder), model=model, data=DataConfig(tokenizer=str(tokenizer))
+  )
   run = RunFolder(target)
   with jax.set_mesh(make_mesh(config.mesh)):
     params = huggingface.load(folder, dtype="float32")[1]

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxlm.checkpoint.atomic import write_text
 from jaxlm.config import TrainConfig
 from jaxlm.config_json import from_dict, to_dict
 from jaxlm.interop.strict_json import read_object
-from jaxlm.train.atomic import write_text
 
 _log = logging.getLogger("jaxlm")
 _LONGEST_CONFIG = 2**20  # bytes
-LOCK = "lock"  # names the process that writes to the run (`jaxlm.train.lock`)
+LOCK = "lock"  # names the process that writes to the run (`jaxlm.run.lock`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,17 @@ class RunFolder:
 
   def create(self, config: TrainConfig) -> None:
     """Makes the folder and writes the resolved configuration; ValueError where something is there already."""
-    if self.path.exists() and (not self.path.is_dir() or any(path.name != LOCK for path in self.path.iterdir())):
-      what = f"`jaxlm resume {self.path}` goes on with it" if self.config.exists() else "and is not a run"
-      raise ValueError(f"run={str(self.path)!r}: must be a new or empty folder; this one is not empty, {what}")
+    if self.path.exists() and (
+      not self.path.is_dir() or any(path.name != LOCK for path in self.path.iterdir())
+    ):
+      what = (
+        f"`jaxlm resume {self.path}` goes on with it"
+        if self.config.exists()
+        else "and is not a run"
+      )
+      raise ValueError(
+        f"run={str(self.path)!r}: must be a new or empty folder; this one is not empty, {what}"
+      )
     self.path.mkdir(parents=True, exist_ok=True)
     self.write_config(config)
 
@@ -50,14 +58,18 @@ class RunFolder:
   def read_config(self) -> TrainConfig:
     """ValueError where the folder is no run or its configuration does not parse."""
     if not self.config.is_file():
-      raise ValueError(f"run={str(self.path)!r}: holds no config.json, so it is not the folder of a run")
+      raise ValueError(
+        f"run={str(self.path)!r}: holds no config.json, so it is not the folder of a run"
+      )
     return read_config(self.config)
 
   def forget_after(self, step: int) -> None:
     """Drops records of later steps, which a resumed run writes again, and any line cut short by a crash."""
     for path in (self.metrics, self.evals):
       if path.exists():
-        kept = [json.dumps(record) + "\n" for record in read_records(path) if record["step"] <= step]
+        kept = [
+          json.dumps(record) + "\n" for record in read_records(path) if record["step"] <= step
+        ]
         write_text(path, "".join(kept))
 
 

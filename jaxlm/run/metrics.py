@@ -14,9 +14,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from jaxlm.config import TrainConfig
 from jaxlm.config_json import to_dict
-from jaxlm.train.memory import memory_in_use
-from jaxlm.train.run_folder import RecordFile, RunFolder
-from jaxlm.train.watch import Watch
+from jaxlm.run.memory import memory_in_use
+from jaxlm.run.run_folder import RecordFile, RunFolder
+from jaxlm.run.watch import Watch
 from sharding.multihost import is_main
 
 _log = logging.getLogger("jaxlm")
@@ -60,7 +60,9 @@ class WeightsAndBiases:
     import wandb
 
     name = Path(config.run).name
-    self.run = wandb.init(project="jaxlm", name=name, dir=config.run, config=to_dict(config), resume="allow")
+    self.run = wandb.init(
+      project="jaxlm", name=name, dir=config.run, config=to_dict(config), resume="allow"
+    )
 
   def log(self, values: dict[str, float], step: int) -> None:
     self.run.log(values, step=step)
@@ -86,9 +88,15 @@ class Reporter:
     self.peak_flops, self.flops_per_token = peak_flops, flops_per_token
     self.console = Console(highlight=False, quiet=not is_main())
     self.live = self.console.is_terminal
-    columns = ("step {task.completed}/{task.total}", BarColumn(None), TextColumn("{task.fields[line]}"))
+    columns = (
+      "step {task.completed}/{task.total}",
+      BarColumn(None),
+      TextColumn("{task.fields[line]}"),
+    )
     self.progress = Progress(*columns, console=self.console, disable=not self.live)
-    self.task = self.progress.add_task("train", total=config.steps, completed=start, line="compiling")
+    self.task = self.progress.add_task(
+      "train", total=config.steps, completed=start, line="compiling"
+    )
     kinds: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
     self.trackers = [kinds[name](config) for name in config.trackers if is_main()]
     self.last = time.perf_counter()
@@ -127,22 +135,34 @@ class Reporter:
     waited = self.watch.spent("data")
     self.watch.step_done(seconds)
     record = {"step": step, "loss": loss, "tokens": int(tokens), "seconds": round(seconds, 6)}
-    record |= {"learning_rate": learning_rate, "grad_norm": grad_norm, "data_seconds": round(waited, 6)}
+    record |= {
+      "learning_rate": learning_rate,
+      "grad_norm": grad_norm,
+      "data_seconds": round(waited, 6),
+    }
     record |= {"skipped": int(skipped), "spike": int(spike)}
     self.metrics_file.append(record)
     for tracker in self.trackers:
-      tracker.log({f"train/{name}": value for name, value in record.items() if name != "step"}, step)
+      tracker.log(
+        {f"train/{name}": value for name, value in record.items() if name != "step"}, step
+      )
     left = str(datetime.timedelta(seconds=round(self.watch.median() * (self.config.steps - step))))
     line = f"loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s  MFU {self._mfu(tokens / seconds)}  {left} left"
     line += f"  memory {memory_in_use()}  data wait {waited / seconds:.0%}"
     self.progress.update(self.task, completed=step, line=line)
     if not self.live and (step % self.config.log_every == 0 or step == self.config.steps):
       self.console.print(
-        f"step {step}/{self.config.steps}  {line}  lr {learning_rate:.2e}  grad {grad_norm:.2f}", soft_wrap=True
+        f"step {step}/{self.config.steps}  {line}  lr {learning_rate:.2e}  grad {grad_norm:.2f}",
+        soft_wrap=True,
       )
 
   def evaluation(self, step: int, loss: float, bits_per_byte: float, tokens: float) -> None:
-    record = {"step": step, "heldout_loss": loss, "bits_per_byte": bits_per_byte, "tokens": int(tokens)}
+    record = {
+      "step": step,
+      "heldout_loss": loss,
+      "bits_per_byte": bits_per_byte,
+      "tokens": int(tokens),
+    }
     self.evals_file.append(record)
     for tracker in self.trackers:
       tracker.log({"heldout/loss": loss, "heldout/bits_per_byte": bits_per_byte}, step)

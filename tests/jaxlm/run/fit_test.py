@@ -10,13 +10,13 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm.checkpoint.checkpoint import restore
+from jaxlm.checkpoint.folder import checkpoint_path, finished_steps
 from jaxlm.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxlm.config_json import to_dict
-from jaxlm.train import resume, train
-from jaxlm.train.checkpoint import restore
-from jaxlm.train.checkpoint_folder import checkpoint_path, finished_steps
-from jaxlm.train.resolve import check_mesh
-from jaxlm.train.run_folder import RunFolder, read_records
+from jaxlm.run import resume, train
+from jaxlm.run.resolve import check_mesh
+from jaxlm.run.run_folder import RunFolder, read_records
 from jaxlm.train.step import init_state
 from sharding import make_mesh
 
@@ -76,13 +76,21 @@ def state_and_position(folder: RunFolder, step: int):
 
 def test_a_run_leaves_what_it_promises(whole, config):
   folder, result = whole
-  assert {path.name for path in folder.path.iterdir()} >= {"config.json", "metrics.jsonl", "eval.jsonl", "log.txt"}
+  assert {path.name for path in folder.path.iterdir()} >= {
+    "config.json",
+    "metrics.jsonl",
+    "eval.jsonl",
+    "log.txt",
+  }
   assert folder.read_config() == result.config
   assert result.finished and result.step == 10
   assert finished_steps(folder.checkpoints) == [5, 10]
   evals = list(read_records(folder.evals))
   assert [record["step"] for record in evals] == [5, 10]
-  assert evals[-1]["heldout_loss"] == result.heldout_loss and evals[-1]["bits_per_byte"] == result.bits_per_byte
+  assert (
+    evals[-1]["heldout_loss"] == result.heldout_loss
+    and evals[-1]["bits_per_byte"] == result.bits_per_byte
+  )
   assert "training:" in folder.log.read_text() and "held-out" in folder.log.read_text()
 
 
@@ -90,11 +98,22 @@ def test_metrics_have_one_object_per_step(whole):
   folder, result = whole
   records = [json.loads(line) for line in folder.metrics.open()]
   assert [record["step"] for record in records] == list(range(1, 11))
-  kinds = {"step": int, "loss": float, "tokens": int, "seconds": float, "learning_rate": float, "grad_norm": float}
+  kinds = {
+    "step": int,
+    "loss": float,
+    "tokens": int,
+    "seconds": float,
+    "learning_rate": float,
+    "grad_norm": float,
+  }
   kinds |= {"data_seconds": float, "skipped": int, "spike": int}
   for record in records:
     assert {name: type(value) for name, value in record.items()} == kinds
-    assert record["seconds"] > 0 and 0 < record["tokens"] <= 8 * 32 and math.isfinite(record["grad_norm"])
+    assert (
+      record["seconds"] > 0
+      and 0 < record["tokens"] <= 8 * 32
+      and math.isfinite(record["grad_norm"])
+    )
   assert records[-1]["loss"] == result.loss < records[0]["loss"] - 0.3
   rates = [record["learning_rate"] for record in records]
   assert rates[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2]) and rates[-1] < 3e-3
@@ -104,7 +123,9 @@ def test_the_result_holds_the_moving_average_where_there_is_one(whole):
   folder, result = whole
   state, _, _ = state_and_position(folder, 10)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(result.params), state.ema)
-  assert any((a != b).any() for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.params)))
+  assert any(
+    (a != b).any() for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.params))
+  )
 
 
 def test_damage_is_noticed_and_the_run_repeated_from_the_older_checkpoint_bit_for_bit(whole, copy):
@@ -129,18 +150,23 @@ def test_damage_is_noticed_and_the_run_repeated_from_the_older_checkpoint_bit_fo
 
 def without_seconds(folder: RunFolder) -> list[dict]:
   return [
-    {name: value for name, value in record.items() if "seconds" not in name} for record in read_records(folder.metrics)
+    {name: value for name, value in record.items() if "seconds" not in name}
+    for record in read_records(folder.metrics)
   ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=4)], ids=lambda m: m.describe())
+@pytest.mark.parametrize(
+  "mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=4)], ids=lambda m: m.describe()
+)
 def test_the_second_half_on_another_mesh_is_the_same_run(whole, copy, mesh):
   shutil.rmtree(checkpoint_path(copy.checkpoints, 10))
   copy.write_config(dataclasses.replace(copy.read_config(), mesh=mesh))
   resume(copy.path)
   want_folder, _ = whole
-  (state, _, position), (want_state, _, want_position) = (state_and_position(f, 10) for f in (copy, want_folder))
+  (state, _, position), (want_state, _, want_position) = (
+    state_and_position(f, 10) for f in (copy, want_folder)
+  )
   assert position == want_position
 
   def compare(path, got, want):
@@ -149,7 +175,9 @@ def test_the_second_half_on_another_mesh_is_the_same_run(whole, copy, mesh):
     )
 
   jax.tree_util.tree_map_with_path(compare, state, want_state)
-  losses, want_losses = ([record["loss"] for record in read_records(f.metrics)] for f in (copy, want_folder))
+  losses, want_losses = (
+    [record["loss"] for record in read_records(f.metrics)] for f in (copy, want_folder)
+  )
   np.testing.assert_allclose(losses, want_losses, rtol=1e-6)
 
 
@@ -170,11 +198,16 @@ def test_a_run_without_a_sound_checkpoint_cannot_be_resumed(copy):
   flip_a_bit(copy, 10)
   with pytest.raises(FileNotFoundError, match="no checkpoint that verifies"):
     resume(copy.path)
-  assert {path.name for path in copy.checkpoints.iterdir()} == {"00000005", "00000010"}  # nothing moved, nothing lost
+  assert {path.name for path in copy.checkpoints.iterdir()} == {
+    "00000005",
+    "00000010",
+  }  # nothing moved, nothing lost
 
 
 def test_a_used_folder_is_refused(whole, config, tmp_path):
-  with pytest.raises(ValueError, match=r"run='.*whole': must be a new or empty folder.*jaxlm resume"):
+  with pytest.raises(
+    ValueError, match=r"run='.*whole': must be a new or empty folder.*jaxlm resume"
+  ):
     train(dataclasses.replace(config, run=str(whole[0].path)))
   (tmp_path / "notes.txt").write_text("mine")
   with pytest.raises(ValueError, match="not a run"):
@@ -192,7 +225,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, tmp_
   records = list(read_records(RunFolder(run).metrics))
   assert [record["step"] for record in records] == [1, 2] and math.isnan(records[1]["grad_norm"])
   assert finished_steps(RunFolder(run).checkpoints) == []
-  ours = [handler for handler in logging.getLogger("jaxlm").handlers if isinstance(handler, logging.FileHandler)]
+  ours = [
+    handler
+    for handler in logging.getLogger("jaxlm").handlers
+    if isinstance(handler, logging.FileHandler)
+  ]
   assert not ours  # the log file is closed whatever happens
 
 
@@ -201,13 +238,20 @@ WRONG_MESHES = [
   (dict(mesh=MeshConfig(data=1, context_ring=2)), r"mesh\.context_ring=2"),
   (dict(mesh=MeshConfig(data=8)), r"batch=8: must be a multiple of 8 batch shards x accumulate=2"),
   (dict(mesh=MeshConfig(data=1, tensor=4)), r"model\.K=2: must be a multiple of mesh\.tensor=4"),
-  (dict(mesh=MeshConfig(data=1, fsdp=3), batch=6), r"model\.D=16: must be a multiple of mesh\.fsdp=3"),
+  (
+    dict(mesh=MeshConfig(data=1, fsdp=3), batch=6),
+    r"model\.D=16: must be a multiple of mesh\.fsdp=3",
+  ),
   (dict(mesh=MeshConfig(data=3, tensor=4)), "needs 12 devices, there are 8"),
 ]
 
 
-@pytest.mark.parametrize("changes, message", WRONG_MESHES, ids=lambda value: value if isinstance(value, str) else "")
-def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(config, tmp_path, changes, message):
+@pytest.mark.parametrize(
+  "changes, message", WRONG_MESHES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(
+  config, tmp_path, changes, message
+):
   config = dataclasses.replace(config, run=str(tmp_path / "run"), **changes)
   with pytest.raises(ValueError, match=message):
     check_mesh(config)
@@ -219,7 +263,9 @@ def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(config, 
 def test_a_length_that_the_tensor_axis_does_not_divide_is_refused(config):
   with pytest.raises(ValueError, match=r"data\.length=31: must be a multiple of tensor=2"):
     check_mesh(
-      dataclasses.replace(config, mesh=MeshConfig(data=1, tensor=2), data=dataclasses.replace(config.data, length=31))
+      dataclasses.replace(
+        config, mesh=MeshConfig(data=1, tensor=2), data=dataclasses.replace(config.data, length=31)
+      )
     )
 
 
