@@ -1,0 +1,57 @@
+"""Update rule, learning-rate schedule and clipping."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from jaxlm.config.checks import check, check_finite
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """Update rule, learning-rate schedule, clipping."""
+
+  name: Literal["adamw", "muon", "adafactor"] = "adamw"
+  """adamw; muon (orthogonalised momentum for the matrices of the blocks, adamw for the rest); adafactor"""
+  learning_rate: float = 1e-3
+  """peak"""
+  schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+  """after the warm-up: cosine, warm-up-stable-decay, linear, constant"""
+  warmup: int = 100
+  """steps of linear warm-up from 0"""
+  decay: float = 0.2
+  """wsd: fraction of all steps spent in the final linear decay"""
+  final: float = 0.1
+  """learning rate at the last step / peak (cosine, wsd, linear)"""
+  b1: float = 0.9
+  """decay of the first moment (adamw)"""
+  b2: float = 0.95
+  """decay of the second moment (adamw)"""
+  eps: float = 1e-8
+  """added to the root of the second moment (adamw)"""
+  momentum: float = 0.95
+  """decay of the momentum (muon)"""
+  muon_scale: float = 0.2
+  """muon's update has this root mean square, so that one learning rate serves both groups"""
+  weight_decay: float = 0.1
+  """decoupled, times the learning rate; matrices only, never norms, biases or the embedding"""
+  clip: float = 1.0
+  """largest global gradient norm; 0 switches clipping off"""
+
+  def __post_init__(self) -> None:
+    check_finite(self, "optimizer.")
+    check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be above 0")
+    check(self.warmup >= 0, "optimizer.warmup", self.warmup, "must be at least 0")
+    check(0 < self.decay <= 1, "optimizer.decay", self.decay, "must lie in (0, 1]")
+    check(0 <= self.final <= 1, "optimizer.final", self.final, "must lie in [0, 1]")
+    for name in ("b1", "b2", "momentum"):
+      check(
+        0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must lie in [0, 1)"
+      )
+    for name in ("eps", "muon_scale"):
+      check(getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "must be above 0")
+    for name in ("weight_decay", "clip"):
+      check(
+        getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must be at least 0"
+      )
