@@ -39,7 +39,7 @@ def is_main() -> bool:
   return jax.process_index() == 0
 
 
-def decide(compute: Callable[[], int]) -> int:
+def run_on_main_process(compute: Callable[[], int]) -> int:
   """Runs `compute` in the main process and returns its result in all; if it raises there, all others RuntimeError."""
   if jax.process_count() == 1:
     return compute()

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jaxlm.checkpoint.folder import checkpoint_path, prune, remove, remove_leftovers, size_of
 from jaxlm.checkpoint.manifest import write_manifest
 from jaxlm.train.step import TrainState
-from sharding.multihost import decide, is_main
+from sharding.multihost import is_main, run_on_main_process
 
 _log = logging.getLogger("jaxlm")
 _ITEMS = ("params", "ema", "optimizer", "data")
@@ -56,7 +56,7 @@ class Checkpoints:
     """Starts writing; waits only for the checkpoint before."""
     self.wait()
     step = int(state.step)
-    if missing := decide(lambda: self._missing_megabytes(state)):
+    if missing := run_on_main_process(lambda: self._missing_megabytes(state)):
       self._give_up(step, OSError(f"the disk lacks {missing:,} MB for it"))
       return
     items = {

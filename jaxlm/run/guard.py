@@ -17,7 +17,7 @@ import numpy as np
 from jaxlm.checkpoint.atomic import write_text
 from jaxlm.config import TrainConfig
 from jaxlm.data.packing import Batch
-from jaxlm.run.metrics import say
+from jaxlm.run.metrics import print_status
 from jaxlm.run.run_folder import RunFolder, read_records
 from sharding.multihost import is_main
 
@@ -67,7 +67,7 @@ class Guard:
     if values["skipped"]:
       what += f"; its update was left out, {self.skipped:.0f} so far"
     if (self.config.spike if finite else self.config.nonfinite) != "stop":
-      say(what)
+      print_status(what)
       return
     place = save_step(self.folder.bad_steps, step, values, batch, rows)
     again = f"jaxlm replay {self.folder.path} --step {step}"

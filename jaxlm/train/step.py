@@ -17,7 +17,7 @@ from jaxlm.models import Transformer, head
 from jaxlm.objectives import Weighted, next_token_loss
 from jaxlm.train.accumulate import accumulated_gradients
 from jaxlm.train.optimizer import learning_rate_schedule, make_optimizer, update
-from sharding.rules import place
+from sharding.rules import shard
 
 
 class TrainState(NamedTuple):
@@ -44,7 +44,7 @@ def init_state(config: TrainConfig, params: Any = None) -> TrainState:
   """The state before the first step, of these parameters or fresh ones, which under `jax.jit` are born sharded."""
   key = jax.random.key(config.seed)
   if params is None:
-    ids_BT = place(jnp.zeros((config.batch, config.data.length), jnp.int32), "batch", None)
+    ids_BT = shard(jnp.zeros((config.batch, config.data.length), jnp.int32), "batch", None)
     params = Transformer(config.model).init(jax.random.fold_in(key, 0), ids_BT)
   opt_state = make_optimizer(config.optimizer, config.steps).init(params)
   return TrainState(
