@@ -70,9 +70,9 @@ def run_on_main_process(compute: Callable[[], int | None]) -> int:
 def stop_together(step: int, wanted: bool) -> bool:
   """Returns whether the run stops before `step`, soon after any process `wanted` it.
 
-  All ask before each step, and all stop at the same one. The request travels as jax's notice of preemption does, which costs the
-  steps nothing: the runtime of a process that gets SIGTERM (here sent to itself) tells the others,
-  and they settle on a step.
+  All ask before each step, and all stop at the same one. The request travels as jax's notice of
+  preemption does, which costs the steps nothing: the runtime of a process that gets SIGTERM (here
+  sent to itself) tells the others, and they settle on a step.
   """
   if jax.process_count() == 1:
     return wanted
