@@ -58,7 +58,9 @@ def run_on_main_process(compute: Callable[[], int | None]) -> int:
     except Exception as error:
       failure = error
   outcome = [value or 0, failure is not None, isinstance(failure, UserError)]
-  value, failed, by_user = multihost_utils.broadcast_one_to_all(np.array(outcome, np.int32)).tolist()
+  value, failed, by_user = multihost_utils.broadcast_one_to_all(
+    np.array(outcome, np.int32)
+  ).tolist()
   if failure is not None:
     raise failure
   if failed:

@@ -94,7 +94,9 @@ class _TrainBatches:
 
   def __getitem__(self, index: int) -> Batch:
     first = index * self.batch
-    return self.source.take(np.array([self.order[first + b] for b in np.arange(self.batch)[self.rows]]))
+    return self.source.take(
+      np.array([self.order[first + b] for b in np.arange(self.batch)[self.rows]])
+    )
 
 
 def train_loader(
