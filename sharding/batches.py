@@ -28,9 +28,9 @@ def rows_of_process(mesh: Mesh, batch: int, process: int) -> np.ndarray:
   partitions = RULES.spec(("batch",), (batch,), mesh.shape)
   positions = NamedSharding(mesh, partitions).devices_indices_map((batch,))
   held = np.zeros(batch, bool)
-  for device, (rows,) in positions.items():
+  for device in mesh.devices.flat:
     if device.process_index == process:
-      held[rows] = True
+      held[positions[device]] = True
   return np.flatnonzero(held)
 
 
@@ -43,7 +43,7 @@ def globalize(tree: Any, batch: int) -> Any:
     names = ("batch", *[None] * (local.ndim - 1))
     sharding = NamedSharding(jax.sharding.get_mesh(), spec(shape, *names))
 
-    def rows_of_device(index: tuple[slice, ...]) -> np.ndarray:
+    def rows_of_device(index: Any) -> np.ndarray:
       start, stop, _ = index[0].indices(batch)  # contiguous in the batch, so among `rows`, too
       first = int(np.searchsorted(rows, start))
       return local[first : first + stop - start]
