@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from jaxlm.interop import huggingface
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.saved_run import SavedRun
 from jaxlm.train.step import init_state
+from pallas_kernels.common.errors import UserError
 from sharding import make_mesh
 
 FIRST_POSITION = {"next_index": 0}  # of the training loader before its first batch
@@ -30,7 +32,7 @@ def convert(source: str | Path, target: str | Path, dtype: huggingface.DType | N
   """
   if huggingface.is_checkpoint(source):
     if dtype not in (None, "float32"):
-      raise ValueError(f"dtype={dtype!r}: the weights of a run are float32")
+      raise UserError(f"dtype={dtype!r}: the weights of a run are float32")
     return _to_run(huggingface.local_folder(source), Path(target))
   return _to_checkpoint(SavedRun.open(source), Path(target), dtype or "float32")
 
@@ -65,6 +67,6 @@ def _to_run(folder: Path, target: Path) -> str:
     checkpoints = Checkpoints(run.checkpoints, keep=config.keep)
     checkpoints.save(state, FIRST_POSITION)
     if checkpoints.close() != 0:
-      raise OSError(f"{target}: the checkpoint could not be written")
+      raise OSError(errno.EIO, "the checkpoint could not be written", str(target))
   count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))
   return f"{target}: a run of {count:,} parameters at step 0; go on with: jaxlm resume {target}"
