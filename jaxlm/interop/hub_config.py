@@ -17,7 +17,6 @@ from jaxlm.interop.strict_json import read_object
 from pallas_kernels.common.errors import UserError
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Family:
   """What a family fixes, and the defaults of the fields that it reads."""
