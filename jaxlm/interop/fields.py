@@ -41,7 +41,8 @@ class Fields:
       return None
     if kind is float and type(value) is int:
       value = float(value) if abs(value) <= LARGEST_INT else math.inf
-    if type(value) is not kind:  # not isinstance: true and false are no integers
+    right_type = type(value) is kind  # not isinstance: true and false are no integers
+    if not right_type:
       raise self.error(key, value, f"must be of type {kind.__name__}")
     if kind is int and not least <= value <= LARGEST_INT:
       raise self.error(key, value, f"must lie in {least} .. {LARGEST_INT}")
