@@ -20,14 +20,15 @@ USAGE = """\
 usage: jaxlm COMMAND ...
 
   train PRESET [flags]   train a model; `jaxlm train PRESET --help` lists every flag
-  resume DIR [flags]     go on with a run from its newest checkpoint (--steps raises the number of steps)
+  resume DIR             go on with a run from its newest checkpoint (--steps: to so many steps)
   sample DIR             continue a prompt with the weights of a run or of a Hugging Face checkpoint
   eval DIR               loss on all held-out text, beside what compression reaches
   plot RUN [RUN...]      draw the curves of runs side by side into a picture
   replay RUN --step N    run a step again and name the first module whose numbers are not finite
   convert FROM TO        a run to a Hugging Face checkpoint, or a checkpoint to a run to be tuned
-  checkpoint verify DIR  whether every file of a run's checkpoints is as it was written; show lists what they hold
-  kernels report         what the TPU compiler made of the kernels: cycles, MXU use, bytes; no TPU needed
+  checkpoint verify DIR  whether the files of a run's checkpoints are as they were written; show
+                         lists what they hold
+  kernels report         what the TPU compiler made of the kernels: cycles, MXU use, bytes
 
 presets, or your own function as module:function, or the config.json of a run to repeat it
 {presets}

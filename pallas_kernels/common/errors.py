@@ -30,5 +30,5 @@ def import_extra(module: str, extra: str, purpose: str) -> Any:
   except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != package:
       raise
-    message = f'{purpose} needs {package}, which is not installed: pip install "jaxlm[{extra}]"'
+    message = f"{purpose} needs {package}, which is not installed: pip install 'jaxlm[{extra}]'"
     raise MissingExtraError(message) from error
