@@ -60,7 +60,7 @@ def start(folder: Path, *arguments: str, setup: str = "", **options: str) -> sub
 
 
 def finish(
-  folder: Path, process: subprocess.Popen, seconds: float = 600, printed: str = "printed.txt"
+  folder: Path, process: subprocess.Popen, printed: str = "printed.txt", seconds: float = 600
 ) -> tuple[int, str]:
   """Waits for the end of a process, or kills it; returns its exit status and what it printed."""
   try:

@@ -23,16 +23,29 @@ def folder(tmp_path_factory, corpus) -> Path:
   return folder
 
 
-def run(folder: Path, *arguments: str, processes: int, status: int = 0) -> list[str]:
-  """Runs the command in so many processes with 4 devices together; returns what each printed."""
-  devices = str(4 // processes)
+INTERLEAVED = """
+import jax
+in_order = jax.make_mesh
+def interleaved(sizes, names, axis_types, devices):
+  return in_order(sizes, names, axis_types, devices=devices[::2] + devices[1::2])
+jax.make_mesh = interleaved
+"""
+
+
+def run(
+  folder: Path, *arguments: str, processes: int, status: int = 0, setup: str = ""
+) -> list[str]:
+  """Runs the command in so many processes with 4 devices together, after the lines `setup`.
+
+  Returns what each printed; the first has to end with this status.
+  """
+  devices = {"JAX_NUM_CPU_DEVICES": str(4 // processes)}
+  files = [f"printed{index}.txt" for index in range(processes)]
   started = [
-    start(folder, *arguments, printed=f"printed{index}.txt", JAX_NUM_CPU_DEVICES=devices, **shared)
-    for index, shared in enumerate(cluster(processes))
+    start(folder, *arguments, setup=setup, printed=file, **devices, **shared)
+    for file, shared in zip(files, cluster(processes))
   ]
-  ended = [
-    finish(folder, process, 280, f"printed{index}.txt") for index, process in enumerate(started)
-  ]
+  ended = [finish(folder, *one, seconds=280) for one in zip(started, files)]
   assert ended[0][0] == status, ended[0][1]
   assert all((one[0] == 0) == (status == 0) for one in ended), ended[-1][1]
   return [printed for _, printed in ended]
@@ -64,6 +77,19 @@ def test_four_processes_too(runs, folder):
   one, _, _ = runs
   run(folder, "train", "micro", "--data.source", "text", *FLAGS, "--run", "four", processes=4)
   want, got = (list(read_records(run.metrics)) for run in (one, RunFolder(folder / "four")))
+  for name in ("loss", "tokens", "grad_norm"):
+    np.testing.assert_allclose(
+      *([r[name] for r in side] for side in (got, want)), rtol=1e-6, err_msg=name
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_whose_devices_alternate_too(runs, folder):
+  """As on a torus that the order of devices visits host by host, and back: rows are not contiguous."""
+  one, _, _ = runs
+  arguments = ["train", "micro", "--data.source", "text", *FLAGS, "--run", "alternate"]
+  run(folder, *arguments, processes=2, setup=INTERLEAVED)
+  want, got = (list(read_records(run.metrics)) for run in (one, RunFolder(folder / "alternate")))
   for name in ("loss", "tokens", "grad_norm"):
     np.testing.assert_allclose(
       *([r[name] for r in side] for side in (got, want)), rtol=1e-6, err_msg=name
