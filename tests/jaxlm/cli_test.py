@@ -75,7 +75,7 @@ WRONG = [
   (["train", "no_such_module:preset"], "preset 'no_such_module:preset'"),
   (["train", "jaxlm.presets:nothing"], "module jaxlm.presets has no function nothing"),
   (["resume", "missing"], "run='missing': holds no config.json"),
-  (["eval", "missing"], "run='missing': holds no config.json"),
+  (["eval", "missing"], "missing: no such folder; a model on the Hub is named hf:owner/name"),
   (["sample", "missing", "--temperature", "-1"], "temperature"),
   (["checkpoint", "verify", "missing"], "run='missing': holds no config.json"),
   (["train", "micro", "--stop_after", "2"], "stop_after='2': must be a number with its unit"),
