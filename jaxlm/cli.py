@@ -178,7 +178,7 @@ def _eval(arguments: list[str]) -> int:
     text, loss, tokens = saved.evaluate(batches)
     print(f"step {saved.step}: held-out loss {loss:.4f} nats per token over {tokens:,.0f} tokens")
     print("bits per byte on the same text")
-    for name, bits in {"this model": text.bits_per_byte(loss), **baselines(text.corpus)}.items():
+    for name, bits in {"this model": text.bits_per_byte(loss), **baselines(text.store)}.items():
       print(f"  {name:<18}{bits:.3f}")
     return 0
 

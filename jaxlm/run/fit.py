@@ -251,7 +251,7 @@ def _plot(folder: RunFolder, text: TextData) -> str:
   if importlib.util.find_spec("matplotlib") is None:
     return f"{folder.plot.name} is not drawn: matplotlib is missing (pip install 'jaxlm[plot]')"
   try:
-    draw_loss(folder, baselines(text.corpus))
+    draw_loss(folder, baselines(text.store))
   except OSError as error:
     return f"{folder.plot.name} is not drawn: {error}"
   return f"drew {folder.plot}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxlm.data.formats import require
+from jaxlm.data.formats import import_extra
 from jaxlm.run.run_folder import RunFolder, read_records
 
 
@@ -61,7 +61,7 @@ def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
   Reads metrics up to a line that is cut. ValueError for a folder without metrics or a picture whose ending matplotlib
   does not know, ImportError without matplotlib (extra `plot`).
   """
-  figure = require("matplotlib.figure", "plot", "drawing curves").Figure(
+  figure = import_extra("matplotlib.figure", "plot", "drawing curves").Figure(
     figsize=(12, 4.2), layout="constrained"
   )
   losses, norms, rates = figure.subplots(1, 3)
