@@ -74,8 +74,13 @@ def checkpoint(
     run: folder of the run
   """
   from jaxlm.checkpoint.report import show, verify
+  from jaxlm.run.run_folder import RunFolder
 
-  return (verify if action == "verify" else show)(run)
+  folder = RunFolder(run)
+  config = folder.read_config()
+  if action == "verify":
+    return verify(folder.checkpoints)
+  return show(folder.checkpoints, config)
 
 
 def kernels(arguments: list[str]) -> int:
