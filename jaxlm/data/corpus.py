@@ -16,15 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxlm.config import DataConfig
-from jaxlm.data.formats import (
-  ENDINGS,
-  TEXT,
-  Piece,
-  Reader,
-  import_extra,
-  missing_field,
-)
-from pallas_kernels.common.errors import UserError
+from jaxlm.data.formats import ENDINGS, TEXT, Piece, Reader, missing_field
+from pallas_kernels.common.errors import UserError, import_extra
 
 INSTALLED = frozenset(("site-packages", "dist-packages", "__pycache__"))
 TESTS = frozenset(("test", "tests", "idle_test"))

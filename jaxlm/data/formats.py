@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import importlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig
-from pallas_kernels.common.errors import MissingExtraError, UserError
+from pallas_kernels.common.errors import UserError, import_extra
 
 TEXT = (".txt", ".md", ".py")
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -61,16 +60,6 @@ class Piece(NamedTuple):
   """Whether the document ends with this piece."""
   after: Position | None
   """Where reading goes on after this piece; None where it goes on with the rest of what was read."""
-
-
-def import_extra(module: str, extra: str, purpose: str) -> Any:
-  """Imports an optional dependency; raises MissingExtraError that names the extra that brings it."""
-  try:
-    return importlib.import_module(module)
-  except ImportError as error:
-    package = module.partition(".")[0]
-    rule = f'needs {package}, which is not installed: pip install "jaxlm[{extra}]"'
-    raise MissingExtraError(f"{purpose} {rule}") from error
 
 
 @dataclasses.dataclass

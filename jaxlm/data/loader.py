@@ -88,18 +88,19 @@ class _TrainBatches:
   source: Rows
   order: grain.MapDataset
   batch: int
-  rows: slice
+  rows: slice | np.ndarray
 
   def __len__(self) -> int:
     return sys.maxsize // self.batch
 
   def __getitem__(self, index: int) -> Batch:
     first = index * self.batch
-    return self.source.take(np.array([self.order[first + b] for b in range(self.batch)[self.rows]]))
+    rows_B = first + np.arange(self.batch)[self.rows]
+    return self.source.take(np.array([self.order[row] for row in rows_B]))
 
 
 def train_loader(
-  text: TextData, *, batch: int, seed: int, rows: slice = slice(None)
+  text: TextData, *, batch: int, seed: int, rows: slice | np.ndarray = slice(None)
 ) -> grain.DatasetIterator[Batch]:
   """Iterates without end over training batches, of which it builds the `rows`.
 
@@ -120,7 +121,7 @@ def train_loader(
 
 
 def heldout_batches(
-  text: TextData, *, batch: int, rows: slice = slice(None), limit: int | None = None
+  text: TextData, *, batch: int, rows: slice | np.ndarray = slice(None), limit: int | None = None
 ) -> Iterator[Batch]:
   """Yields the held-out rows in order; the last batch is filled up with rows of weight 0.
 
