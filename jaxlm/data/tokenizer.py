@@ -95,7 +95,7 @@ class BPETokenizer:
   def parse(cls, content: bytes, name: str) -> BPETokenizer:
     """Reads the content of a tokenizer.json; UserError begins with `name`."""
     try:
-      model = tokenizers.Tokenizer.from_buffer(content)
+      model = tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises Exception itself
       raise UserError(f"{name}: not a tokenizer.json: {error}") from error
     return cls(model, name)
