@@ -183,9 +183,7 @@ class HubSource:
       where = f"{source}:{index}"
       if self.text_field not in record:
         raise missing_field(where, self.text_field, list(record))
-      yield from reader.record(
-        f"{self.name}:{self.split}:{index}", record[self.text_field], where
-      )
+      yield from reader.record(f"{self.name}:{self.split}:{index}", record[self.text_field], where)
       if reader.position.full:
         return
 

@@ -1,11 +1,11 @@
 """A token store: the tokens of a corpus on both sides of its split, with what identifies them.
 
-    store.json        counts, digests, tokenizer, split, source; written last, so that a store without it is unfinished
-    progress.json     where to go on, while the store is written
-    tokenizer.json    the tokenizer, unless tokens are bytes
-    train/tokens      the stream eos, document, eos, document, ..., eos
-    train/borders     int64, the places of the documents' ends: where the stream has its eos
-    heldout/...       likewise, and heldout/text, the UTF-8 bytes of its documents one after another
+store.json        counts, digests, tokenizer, split, source; written last, so that a store without it is unfinished
+progress.json     where to go on, while the store is written
+tokenizer.json    the tokenizer, unless tokens are bytes
+train/tokens      the stream eos, document, eos, document, ..., eos
+train/borders     int64, the places of the documents' ends: where the stream has its eos
+heldout/...       likewise, and heldout/text, the UTF-8 bytes of its documents one after another
 """
 
 from __future__ import annotations

@@ -110,7 +110,9 @@ def _check_plan(place: Place, stored: dict[str, Any], asked: dict[str, Any]) -> 
     if stored.get(name) == value:
       continue
     if name == "identity":
-      raise UserError(f"{place}: was made from another source, or from files that have changed since")
+      raise UserError(
+        f"{place}: was made from another source, or from files that have changed since"
+      )
     rule = f"the store was made with {stored.get(name)!r}; name a new store"
     raise UserError(f"{place}: data.{name}={value!r}: {rule}")
 

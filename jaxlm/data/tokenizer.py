@@ -16,7 +16,9 @@ from pallas_kernels.common.errors import UserError
 
 FILE = "tokenizer.json"
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>")
-BATCH = 128  # texts that the library encodes in parallel; it needs some 100 bytes per token while it does
+BATCH = (
+  128  # texts that the library encodes in parallel; it needs some 100 bytes per token while it does
+)
 
 
 class Tokenizer(Protocol):
@@ -167,5 +169,7 @@ def load_tokenizer(folder: Path, config: DataConfig, vocabulary: int | None = No
 def check_vocabulary(tokenizer: Tokenizer, vocabulary: int, path: Path) -> None:
   """Raises UserError where a tokenizer gives ids that a model does not have: no embedding checks them."""
   if tokenizer.vocab_size > vocabulary:
-    rule = f"has {tokenizer.vocab_size} ids, more than model.V={vocabulary}; it is another tokenizer"
+    rule = (
+      f"has {tokenizer.vocab_size} ids, more than model.V={vocabulary}; it is another tokenizer"
+    )
     raise UserError(f"{path}: {rule}")
