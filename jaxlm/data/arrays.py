@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class Place:
 
 
 def read_spans(
-  array: ts.TensorStore, starts: Sequence[int], sizes: Sequence[int]
+  array: ts.TensorStore, starts: Iterable[int], sizes: Iterable[int]
 ) -> list[np.ndarray]:
   """Returns the elements from each start on, read at the same time.
 
@@ -114,12 +114,12 @@ class ArrayWriter:
       self.array = place.open_array(name, open=True)
     else:
       self.array = place.create_array(name, dtype, shard)
-    self.buffer = np.empty(self.array.chunk_layout.write_chunk.shape, dtype)
+    self.buffer = np.empty(_shard_and_chunk(self.array)[0], dtype)
     filled = self.size % len(self.buffer)
     if filled:
       self.buffer[:filled] = read_spans(self.array, [self.size - filled], [filled])[0]
     block = self.size // DIGEST_BLOCK * DIGEST_BLOCK
-    self.digest = ChainDigest(state.get("chain", ""))
+    self.digest = ChainDigest(self.buffer.dtype, state.get("chain", ""))
     if block < self.size:
       self.digest.update(read_spans(self.array, [block], [self.size - block])[0])
 
@@ -153,14 +153,14 @@ class ArrayWriter:
 class ChainDigest:
   """Digests whole numbers in a chain of blocks, so that it can go on from the state of a few bytes.
 
-  The digest depends on the numbers alone, not on their type or on how they come in parts: link n is
-  BLAKE2b of link n - 1 and block n, as little-endian int64.
+  The digest depends on the numbers alone, not on how they come in parts: link n is SHA-256 of link
+  n - 1 and block n, as little-endian int64, or uint32 for numbers of an unsigned type up to that.
   """
 
-  def __init__(self, chain: str = "") -> None:
+  def __init__(self, dtype: np.dtype, chain: str = "") -> None:
     self.chain = chain
     """The link of all whole blocks so far, in hexadecimal."""
-    self.block = np.empty(DIGEST_BLOCK, "<i8")
+    self.block = np.empty(DIGEST_BLOCK, "<u4" if np.can_cast(dtype, np.uint32) else "<i8")
     self.filled = 0
 
   def update(self, values: np.ndarray) -> None:
@@ -173,13 +173,14 @@ class ChainDigest:
         self.chain, self.filled = self.hexdigest(), 0
 
   def hexdigest(self) -> str:
-    block = self.block[: self.filled].tobytes()
-    return hashlib.blake2b(bytes.fromhex(self.chain) + block, digest_size=16).hexdigest()
+    link = hashlib.sha256(bytes.fromhex(self.chain))
+    link.update(self.block[: self.filled])
+    return link.hexdigest()
 
 
 def digest_array(array: ts.TensorStore) -> str:
   """Returns the digest of all elements, read block by block."""
-  digest = ChainDigest()
+  digest = ChainDigest(array.dtype.numpy_dtype)
   for block in read_blocks(array):
     digest.update(block)
   return digest.hexdigest()
@@ -187,7 +188,7 @@ def digest_array(array: ts.TensorStore) -> str:
 
 def missing_shards(place: Place, name: str, array: ts.TensorStore) -> list[str]:
   """Returns the names of shards that are missing or shorter than they were written."""
-  shard, chunk = array.chunk_layout.write_chunk.shape[0], array.chunk_layout.read_chunk.shape[0]
+  shard, chunk = _shard_and_chunk(array)
   size, width = array.shape[0], array.dtype.numpy_dtype.itemsize
   reads = []
   for index, start in enumerate(range(0, size, shard)):
@@ -196,6 +197,12 @@ def missing_shards(place: Place, name: str, array: ts.TensorStore) -> list[str]:
     file = f"{name}/c/{index}"
     reads.append((file, place.files.read(file, byte_range=slice(length - 1, length))))
   return [file for file, read in reads if not _has_value(read)]
+
+
+def _shard_and_chunk(array: ts.TensorStore) -> tuple[int, int]:
+  shard, chunk = array.chunk_layout.write_chunk.shape, array.chunk_layout.read_chunk.shape
+  assert shard and chunk and shard[0] and chunk[0]
+  return shard[0], chunk[0]
 
 
 def _has_value(read: ts.Future) -> bool:

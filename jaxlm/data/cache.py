@@ -16,14 +16,9 @@ from jaxlm.config import DataConfig
 from jaxlm.data.arrays import Place
 from jaxlm.data.corpus import digest, open_source
 from jaxlm.data.store import FINISHED, TokenStore, is_store
-from jaxlm.data.tokenize import (
-  TextTooLarge,
-  fixed_tokenizer,
-  make_plan,
-  tokenize,
-  tokenize_in_memory,
-)
+from jaxlm.data.tokenize import fixed_tokenizer, make_plan, tokenize, tokenize_in_memory
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.writing import TextTooLarge
 from pallas_kernels.common.errors import UserError
 
 IN_MEMORY = 1 << 26  # bytes of the largest text whose tokens are held in memory
@@ -74,14 +69,14 @@ def _has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
 
 
 def _check_given_store(store: TokenStore, config: DataConfig, tokenizer: Tokenizer | None) -> None:
-  made_with = store.meta["plan"]["tokenizer"]
-  if tokenizer is None and config.tokenizer.startswith("bpe:"):
-    asked, got = config.tokenizer, made_with
+  tokenizer = tokenizer or fixed_tokenizer(config)
+  if tokenizer is None:  # bpe:SIZE
+    asked, got = config.tokenizer, store.meta["plan"]["tokenizer"]
   else:
-    asked, got = (tokenizer or fixed_tokenizer(config)).digest, store.tokenizer.digest
+    asked, got = tokenizer.digest, store.tokenizer.digest
   if asked != got:
     rule = f"the store {store.place} was made with another tokenizer"
-    flag = "bytes" if got == "bytes" else f"{store.place}/tokenizer.json"
+    flag = "bytes" if store.tokenizer.digest == "bytes" else f"{store.place}/tokenizer.json"
     raise UserError(f"data.tokenizer={config.tokenizer!r}: {rule}; use --data.tokenizer {flag}")
   defaults = {field.name: field.default for field in dataclasses.fields(DataConfig)}
   for name in ("holdout", "text_field", "max_bytes", "invalid_utf8"):

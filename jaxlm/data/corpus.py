@@ -174,6 +174,8 @@ class HubSource:
     return (f"revision {self.revision}",)
 
   def pieces(self, reader: Reader) -> Iterator[Piece]:
+    if reader.position.full:
+      return
     source = f"hf:{self.name}:{self.split}"
     first = reader.position.record
     records = self._records()

@@ -96,10 +96,10 @@ class Reader:
     """Yields the pieces of the document that goes on with these blocks, and moves to the next record."""
     for raw, last in cut(blocks):
       start, size = self.position.offset, self.position.size
-      limit = self.config.max_bytes
-      full = limit is not None and len(raw) > limit - size
+      limit = len(raw) if self.config.max_bytes is None else self.config.max_bytes - size
+      full = len(raw) > limit
       if full:
-        raw, last = raw[: character_border(raw, limit - size)], True
+        raw, last = raw[: character_border(raw, limit)], True
       text, replaced = self.decode(raw, where)
       self.position = self.position._replace(
         offset=start + len(raw),
