@@ -98,7 +98,7 @@ def spec(shape: tuple[int, ...], *names: str | None) -> P:
   return RULES.spec(names, shape, mesh_shape())
 
 
-def place(x: jax.Array, *names: str | None) -> jax.Array:
+def shard(x: jax.Array, *names: str | None) -> jax.Array:
   """Reshards `x` to where `RULES` wants it."""
   return jax.reshard(x, spec(x.shape, *names)) if is_sharded() else x
 
@@ -130,7 +130,7 @@ def defer_reduction(params: Any) -> Any:
   return jax.tree.map(defer, params)
 
 
-def gather(x: jax.Array, *names: str | None) -> jax.Array:
+def all_gather(x: jax.Array, *names: str | None) -> jax.Array:
   """All-gathers over the mesh axes that `names` no longer has; the gradient returns by reduce-scatter.
 
   The result is typed `reduced` over them: only contractions may use it.

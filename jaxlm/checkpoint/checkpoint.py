@@ -31,7 +31,7 @@ from jaxlm.checkpoint.folder import (
 )
 from jaxlm.checkpoint.manifest import write_manifest
 from jaxlm.train.state import TrainState, merge
-from sharding.multihost import decide, is_main
+from sharding.multihost import is_main, run_on_main_process
 
 _log = logging.getLogger("jaxlm")
 _ITEMS = (*TrainState._fields, "data")
@@ -64,7 +64,7 @@ class Checkpoints:
     """Starts writing; waits only for the checkpoint before."""
     self.wait()
     step = int(state.step)
-    if missing := decide(lambda: self._missing_megabytes(state)):
+    if missing := run_on_main_process(lambda: self._missing_megabytes(state)):
       self._give_up(step, OSError(f"the disk lacks {missing:,} MB for it"))
       return
     items = {name: ocp.args.StandardSave(_wrap(tree)) for name, tree in _filled(state).items()}

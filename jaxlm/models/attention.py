@@ -16,7 +16,7 @@ from jaxlm.models.blocked_attention import blocked
 from jaxlm.models.linear import linear, sharded_normal, sharded_zeros
 from jaxlm.models.norms import RMSNorm
 from jaxlm.models.rope import apply_rope, rope_tables
-from sharding.rules import gather, is_sharded, spec
+from sharding.rules import all_gather, is_sharded, spec
 
 _DENSE = {
   "reference": dense_attention.reference,
@@ -97,7 +97,7 @@ class Attention(nn.Module):
     """x [B, T, D] -> (the layer's output [B, T, D], the cache with these T positions written, or None)."""
     c = self.config
     B, T, D = x_BTD.shape
-    x_BTD = gather(x_BTD, "batch", "length", None)
+    x_BTD = all_gather(x_BTD, "batch", "length", None)
     w_q = self.param("w_q", sharded_normal, (D, c.N * c.H), D**-0.5, "embed", "heads")
     w_k = self.param("w_k", sharded_normal, (D, c.K * c.H), D**-0.5, "embed", "kv_heads")
     w_v = self.param("w_v", sharded_normal, (D, c.K * c.H), D**-0.5, "embed", "kv_heads")

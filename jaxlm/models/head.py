@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
-from sharding.rules import gather
+from sharding.rules import all_gather
 
 
 class Head(NamedTuple):
@@ -27,5 +27,5 @@ def head(config: ModelConfig, params: Any) -> Head:
   """The head of `Transformer(config)` with these parameters."""
   weights, dtype = params["params"], jnp.dtype(config.dtype)
   if config.tied:
-    return Head(gather(weights["embed"].astype(dtype), "vocab", None), "vd", config.logit_cap)
-  return Head(gather(weights["head"].astype(dtype), None, "vocab"), "dv", config.logit_cap)
+    return Head(all_gather(weights["embed"].astype(dtype), "vocab", None), "vd", config.logit_cap)
+  return Head(all_gather(weights["head"].astype(dtype), None, "vocab"), "dv", config.logit_cap)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.models.linear import linear, sharded_normal, sharded_zeros
-from sharding.rules import gather
+from sharding.rules import all_gather
 
 
 @jax.custom_vjp
@@ -54,7 +54,7 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     c = self.config
-    x_BTD = gather(x_BTD, "batch", "length", None)
+    x_BTD = all_gather(x_BTD, "batch", "length", None)
     w_gate = self.param("w_gate", sharded_normal, (c.D, c.F), c.D**-0.5, "embed", "mlp")
     w_up = self.param("w_up", sharded_normal, (c.D, c.F), c.D**-0.5, "embed", "mlp")
     w_down = self.param(

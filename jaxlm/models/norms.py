@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
-from sharding.rules import gather, is_sharded
+from sharding.rules import all_gather, is_sharded
 
 
 def rms_norm(x_ZD: jax.Array, w_D: jax.Array, eps: float, offset: int = 0) -> jax.Array:
@@ -38,4 +38,4 @@ class RMSNorm(nn.Module):
     c = self.config
     start = nn.initializers.constant(1 - c.norm_offset)
     w_D = self.param("w_D", start, x_ZD.shape[-1:], jnp.float32)
-    return rms_norm(x_ZD, gather(w_D, None), c.norm_eps, c.norm_offset)
+    return rms_norm(x_ZD, all_gather(w_D, None), c.norm_eps, c.norm_offset)

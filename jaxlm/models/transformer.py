@@ -17,7 +17,7 @@ from jaxlm.models.dense_attention import soft_cap
 from jaxlm.models.linear import linear, sharded_normal
 from jaxlm.models.mlp import Mlp
 from jaxlm.models.norms import RMSNorm
-from sharding.rules import gather, is_sharded, out_sharding, place
+from sharding.rules import all_gather, is_sharded, out_sharding, shard
 
 _REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -82,7 +82,7 @@ class Transformer(nn.Module):
     blocks = [Block(c, kind, parent=None) for kind in c.attention]
     stacks = self.param("blocks", _init_stacks, blocks, c.layers // len(blocks), x_BTD, context)
     x_BTD, cache = _run(blocks, stacks, x_BTD, context, cache, c)
-    x_BTD = gather(RMSNorm(c, name="norm")(x_BTD), "batch", "length", None)
+    x_BTD = all_gather(RMSNorm(c, name="norm")(x_BTD), "batch", "length", None)
     if c.tied:
       head_DV = embed_VD.T
     else:
@@ -100,9 +100,9 @@ def _lookup(embed_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
   """Rows of the embedding; on a mesh each device looks up its own part of T in the gathered table."""
   if not is_sharded():
     return embed_VD[ids_BT]
-  ids_BT = place(ids_BT, "batch", "norm_length")
+  ids_BT = shard(ids_BT, "batch", "norm_length")
   shape = (*ids_BT.shape, embed_VD.shape[1])
-  table_VD = gather(embed_VD, None, None)
+  table_VD = all_gather(embed_VD, None, None)
   return table_VD.at[ids_BT].get(out_sharding=out_sharding(shape, "batch", "norm_length", None))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from jaxlm.run.run_folder import LOCK
-from sharding.multihost import decide
+from sharding.multihost import run_on_main_process
 
 _log = logging.getLogger("jaxlm")
 
@@ -32,7 +32,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     held.append(_take(folder))
     return 0
 
-  decide(take)
+  run_on_main_process(take)
   try:
     yield
   finally:

@@ -28,7 +28,7 @@ from jaxlm.run.guard import Guard
 from jaxlm.run.interrupt import StopRequest
 from jaxlm.run.lock import only_writer
 from jaxlm.run.memory import keep_freed_memory
-from jaxlm.run.metrics import Reporter, say
+from jaxlm.run.metrics import Reporter, print_status
 from jaxlm.run.plot import draw_loss
 from jaxlm.run.resolve import check_mesh, with_initial_model, with_vocabulary
 from jaxlm.run.run_folder import RunFolder, log_to
@@ -40,7 +40,7 @@ from jaxlm.train.step import Metrics, TrainState, init_state, make_train_step
 from sharding import make_mesh
 from sharding.batches import globalize, local_rows
 from sharding.hardware import find_chip
-from sharding.multihost import decide, is_main
+from sharding.multihost import is_main, run_on_main_process
 from sharding.rules import mesh_shape
 
 _log = logging.getLogger("jaxlm")
@@ -84,7 +84,7 @@ def train(config: TrainConfig) -> TrainResult:
     return 0
 
   with only_writer(folder.path):
-    decide(start)
+    run_on_main_process(start)
     return _run(config, folder, text, resume_from=None)
 
 
@@ -100,7 +100,7 @@ def resume(run: str | Path, steps: int | None = None) -> TrainResult:
   check_mesh(config)
   with only_writer(folder.path):
     # -1: killed before its first checkpoint was finished
-    newest = decide(
+    newest = run_on_main_process(
       lambda: newest_sound(folder.checkpoints) if finished_steps(folder.checkpoints) else -1
     )
     check(
@@ -131,7 +131,7 @@ def _run(
   with (
     log_to(folder.log if is_main() else None),
     StopRequest(config.stop_seconds) as stop,
-    Watch(say) as watch,
+    Watch(print_status) as watch,
     jax.set_mesh(make_mesh(config.mesh)),
   ):
     return _loop(config, folder, text, resume_from, stop, watch)
@@ -175,9 +175,9 @@ def _loop(
   reporter = Reporter(config, folder, start, watch, peak_flops=_peak_flops(), flops_per_token=flops)
   guard = Guard(config, folder, start)
   with reporter as report, checkpoints:
-    say(_headline(config, text, folder, start))
+    print_status(_headline(config, text, folder, start))
     if is_main() and (changes := record_start(folder, start, config)):
-      say(f"differs from the start before: {'; '.join(changes)}")
+      print_status(f"differs from the start before: {'; '.join(changes)}")
     while step < config.steps and not stop.reached(step + 1):
       watch.on("data")
       batch = next(batches)
@@ -203,18 +203,18 @@ def _loop(
     if waiting is not None:
       loss = _report(report, guard, *waiting)
     watch.on("checkpoint")
-    if decide(checkpoints.wait) < step:  # none was due, or it failed
+    if run_on_main_process(checkpoints.wait) < step:  # none was due, or it failed
       checkpoints.save(state, batches.get_state())
-    saved = decide(checkpoints.wait)
+    saved = run_on_main_process(checkpoints.wait)
     if saved < step:
       _log.error("step %d of %d is not saved, %s", step, config.steps, checkpoints.newest)
     elif step < config.steps:
-      say(
+      print_status(
         f"stopped and saved at step {step} of {config.steps} ({stop.reason or 'another process'})"
       )
-      say(f"go on with: jaxlm resume {folder.path}")
+      print_status(f"go on with: jaxlm resume {folder.path}")
     elif is_main():
-      say(_plot(folder, text))
+      print_status(_plot(folder, text))
   params = state.params if state.ema is None else state.ema
   return TrainResult(
     config, params, step, loss, *heldout, finished=step == config.steps, saved=saved
@@ -230,7 +230,7 @@ def _report(report: Reporter, guard: Guard, step: int, metrics: Metrics, batch: 
   report.watch.on("device")
   values = {name: float(value) for name, value in metrics._asdict().items()}
   report.step(step, **values, spike=guard.is_spike(step, values["loss"]))
-  guard.judge(step, values, batch, local_rows(report.config.batch))
+  guard.check_step(step, values, batch, local_rows(report.config.batch))
   return values["loss"]
 
 

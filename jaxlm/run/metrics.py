@@ -22,7 +22,7 @@ from sharding.multihost import is_main
 _log = logging.getLogger("jaxlm")
 
 
-def say(line: str) -> None:
+def print_status(line: str) -> None:
   """To the log, and from the main process to the terminal."""
   if is_main():
     print(line, flush=True)
@@ -166,7 +166,9 @@ class Reporter:
     self.evals_file.append(record)
     for tracker in self.trackers:
       tracker.log({"heldout/loss": loss, "heldout/bits_per_byte": bits_per_byte}, step)
-    say(f"step {step}: held-out loss {loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte")
+    print_status(
+      f"step {step}: held-out loss {loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte"
+    )
 
   def _mfu(self, tokens_per_second: float) -> str:
     """Share of the chips' peak spent on the model's own FLOPs; an unknown chip has none."""

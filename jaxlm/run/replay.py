@@ -33,7 +33,7 @@ from sharding import make_mesh
 from sharding.batches import globalize
 
 
-def replay(run: str | Path, step: int, say: Callable[[str], Any] = print) -> None:
+def replay(run: str | Path, step: int, print_status: Callable[[str], Any] = print) -> None:
   """Says what the numbers of this step (1-based) are and which module's output is the first that is not finite.
 
   Uses the batch that a stopped run saved, else the one that the data order gives. One process, the run's own mesh.
@@ -44,25 +44,29 @@ def replay(run: str | Path, step: int, say: Callable[[str], Any] = print) -> Non
   check_mesh(config)
   logging.getLogger("jaxlm").addHandler(logging.NullHandler())
   with jax.set_mesh(make_mesh(config.mesh)):
-    state, batch = _before(config, folder, step, say)
+    state, batch = _before(config, folder, step, print_status)
     params = jax.device_get(state.params)
-    say(f"norm of the weights before step {step}: {float(optax.tree.norm(state.params)):.6g}")
+    print_status(
+      f"norm of the weights before step {step}: {float(optax.tree.norm(state.params)):.6g}"
+    )
     _, values = jax.jit(make_train_step(config))(state, globalize(batch, config.batch))
-    say(f"step {step}: loss {float(values.loss)}, gradient norm {float(values.grad_norm)}")
+    print_status(f"step {step}: loss {float(values.loss)}, gradient norm {float(values.grad_norm)}")
   with jax.set_mesh(make_mesh(MeshConfig(data=1))):
     for line in diagnose(config, jax.tree.map(jnp.asarray, params), batch):
-      say(line)
+      print_status(line)
 
 
 def _before(
-  config: TrainConfig, folder: RunFolder, step: int, say: Callable[[str], Any]
+  config: TrainConfig, folder: RunFolder, step: int, print_status: Callable[[str], Any]
 ) -> tuple[TrainState, Batch]:
   """The state before a step and the step's batch."""
   text = load_text(config.data, load_tokenizer(folder.path, config.data, config.model.V))
   older = [at for at in finished_steps(folder.checkpoints) if at < step]
   sound = [at for at in older if not verify(checkpoint_path(folder.checkpoints, at))]
   start = sound[-1] if sound else 0
-  say(f"replaying from {f'the checkpoint of step {start}' if sound else 'the initial weights'}")
+  print_status(
+    f"replaying from {f'the checkpoint of step {start}' if sound else 'the initial weights'}"
+  )
   state, batches = begin(
     config, text, checkpoint_path(folder.checkpoints, start) if sound else None
   )
@@ -81,12 +85,12 @@ def _before(
       if different
       else "repeat the record bit for bit"
     )
-    say(f"steps {start + 1} to {step - 1} {repeated}")
+    print_status(f"steps {start + 1} to {step - 1} {repeated}")
   expected, saved = next(batches), load_batch(folder.bad_steps, step)
   if saved is not None and not all(
     map(np.array_equal, jax.tree.leaves(saved), jax.tree.leaves(expected))
   ):
-    say("the saved batch is not the one that the data gives now; the saved one is used")
+    print_status("the saved batch is not the one that the data gives now; the saved one is used")
   return state, expected if saved is None else saved
 
 

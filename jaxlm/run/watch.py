@@ -20,10 +20,12 @@ WAITS = {
 
 
 class Watch:
-  """A context manager. `on(phase)` says what the main thread does from now on; `step_done` that a step ended.
+  """Reports a run that has stopped moving. A context manager around the training loop.
 
-  A line goes to `say` when no step ends for `FACTOR` times the median of the last ones and at least `LEAST` seconds,
-  and when a compilation takes `COMPILING` seconds; again each time that the wait has doubled.
+  `on(phase)` states what the main thread does from now on, `step_done` that a step has ended.
+  Calls `print_status` with a line when no step ends for `FACTOR` times the median of the last
+  steps (at least `LEAST` seconds), when a compilation takes `COMPILING` seconds, and again
+  whenever the wait has doubled.
   """
 
   FACTOR = 10.0
@@ -31,8 +33,8 @@ class Watch:
   COMPILING = 20.0
   EVERY = 0.5  # seconds between looks
 
-  def __init__(self, say: Callable[[str], None]):
-    self.say = say
+  def __init__(self, print_status: Callable[[str], None]):
+    self.print_status = print_status
     self._phase, self._since = "start", time.perf_counter()
     self._last_step = self._since
     self._steps = collections.deque[float](maxlen=32)  # seconds of the last steps
@@ -76,7 +78,7 @@ class Watch:
     while not self._ended.wait(self.EVERY):
       if line := self._look(time.perf_counter()):
         self._patience *= 2
-        self.say(line)
+        self.print_status(line)
 
   def _look(self, now: float) -> str:
     """The line to say at this time, or nothing."""

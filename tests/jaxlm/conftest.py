@@ -11,7 +11,7 @@ import pytest
 from jaxlm.interop import huggingface
 from jaxlm.models import Transformer, head
 from jaxlm.objectives import next_token_loss
-from sharding.rules import defer_reduction, place, reduce_gradients
+from sharding.rules import defer_reduction, reduce_gradients, shard
 
 DATA = Path(__file__).parents[1] / "data" / "hf_tiny"
 ALL = ("llama", "llama_rope_llama3", "llama_rope_yarn", "qwen2", "qwen3", "gemma2")
@@ -32,14 +32,14 @@ def checkpoint(name):
 @functools.partial(jax.jit, static_argnums=0)
 def train_pass(config, params, ids_BT):
   """(logits, mean next-token loss, gradients) as training computes them."""
-  ids_BT = place(jnp.asarray(ids_BT), "batch", None)
+  ids_BT = shard(jnp.asarray(ids_BT), "batch", None)
   targets_BT = jnp.roll(ids_BT, -1, axis=1)
   weights_BT = jnp.ones(ids_BT.shape).at[:, -1].set(0)
 
   def loss(params):
     states_BTD = Transformer(config).apply(params, ids_BT, logits=False)
     summed = next_token_loss(
-      states_BTD, head(config, params), targets_BT, place(weights_BT, "batch", None)
+      states_BTD, head(config, params), targets_BT, shard(weights_BT, "batch", None)
     )[0]
     return summed.num / weights_BT[:, 1:].size
 

@@ -7,11 +7,11 @@ from sharding import MeshConfig, make_mesh
 from sharding.rules import (
   RULES,
   LogicalRules,
+  all_gather,
   defer_reduction,
-  gather,
   is_sharded,
-  place,
   reduce_gradients,
+  shard,
   spec,
 )
 
@@ -70,14 +70,14 @@ def test_a_table_is_data():
 def test_without_a_mesh_arrays_stay_as_they_are():
   x_DF = jnp.ones((3, 5))
   assert not is_sharded()
-  assert place(x_DF, "embed", "mlp") is x_DF and gather(x_DF, None, "mlp") is x_DF
+  assert shard(x_DF, "embed", "mlp") is x_DF and all_gather(x_DF, None, "mlp") is x_DF
   assert defer_reduction({"w": x_DF})["w"] is x_DF
 
 
 def test_place_shards_on_the_mesh():
   with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
     assert is_sharded()
-    w_DF = place(jnp.arange(24.0).reshape(4, 6), "embed", "mlp")
+    w_DF = shard(jnp.arange(24.0).reshape(4, 6), "embed", "mlp")
     assert w_DF.sharding.spec == P("fsdp", "tensor") == spec((4, 6), "embed", "mlp")
     assert w_DF.addressable_shards[0].data.shape == (2, 3)
 
@@ -87,12 +87,12 @@ def test_place_shards_on_the_mesh():
 )
 def test_deferred_gradients_are_unsummed_until_they_are_reduced(mesh):
   with jax.set_mesh(make_mesh(mesh)):
-    x_BD = place(jnp.arange(64.0).reshape(8, 8), "batch", None)
-    w_DF = place(jnp.ones((8, 4)), "embed", None)
+    x_BD = shard(jnp.arange(64.0).reshape(8, 8), "batch", None)
+    w_DF = shard(jnp.ones((8, 4)), "embed", None)
 
     def share(w_DF):
       def objective(w_DF):
-        return jnp.einsum("bd,df->bf", x_BD, gather(w_DF, None, None)).sum()
+        return jnp.einsum("bd,df->bf", x_BD, all_gather(w_DF, None, None)).sum()
 
       return jax.grad(objective)(defer_reduction(w_DF))
 

@@ -18,7 +18,7 @@ from jaxlm.models.dense_attention import splash
 from jaxlm.objectives import next_token_loss
 from jaxlm.train.accumulate import accumulated_gradients
 from sharding import MeshConfig, make_mesh
-from sharding.rules import place
+from sharding.rules import shard
 
 BASE = ModelConfig(D=16, F=24, N=4, K=2, H=6, V=40, layers=2, attention_implementation="reference")
 GEMMA = {
@@ -249,7 +249,7 @@ def test_gradients_of_every_switch_on_a_mesh(mesh):
       states_BTD = Transformer(config).apply(params, ids_BT, logits=False)
       return next_token_loss(states_BTD, head(config, params), ids_BT, weights_BT)
 
-    ids_BT = place(jnp.asarray(ids_BT), "batch", None)
+    ids_BT = shard(jnp.asarray(ids_BT), "batch", None)
     grads, loss = accumulated_gradients(objective, params, ids_BT, 2)
     return grads, loss.mean()
 

@@ -8,7 +8,7 @@ from jaxlm.config import MeshConfig
 from jaxlm.models import Head
 from jaxlm.objectives import next_token_loss, token_logprobs
 from sharding import make_mesh
-from sharding.rules import place
+from sharding.rules import shard
 
 # an identity as head makes the states the logits
 STATES = np.log(np.array([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]], np.float32))
@@ -46,9 +46,9 @@ def test_logprobs_on_a_mesh_are_spread_like_the_tokens():
   want = token_logprobs(states_BTD, Head(jnp.asarray(w_VD), "vd", None), targets_BT)
   with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
     placed = (
-      place(states_BTD, "batch", None, None),
-      place(w_VD, "vocab", None),
-      place(targets_BT, "batch", None),
+      shard(states_BTD, "batch", None, None),
+      shard(w_VD, "vocab", None),
+      shard(targets_BT, "batch", None),
     )
     got = jax.jit(lambda x, w, targets: token_logprobs(x, Head(w, "vd", None), targets))(*placed)
     assert {x.sharding.spec for x in got} == {P(("data", "fsdp"), None)}
