@@ -17,7 +17,8 @@ from train_step import versions
 from jaxlm import presets
 from jaxlm.data.loader import load_text, train_loader
 from jaxlm.run.memory import keep_freed_memory
-from jaxlm.train.step import init_state, make_train_step
+from jaxlm.run.text import TextTask
+from jaxlm.train import init_state, make_train_step
 
 
 def loader_rates(config, turns: int, batches: int) -> list[float]:
@@ -36,13 +37,13 @@ def loader_rates(config, turns: int, batches: int) -> list[float]:
 def step_rates(config, steps: int) -> list[float]:
   keep_freed_memory()
   batch = next(train_loader(load_text(config.data), batch=config.batch, seed=0))
-  state = jax.jit(init_state, static_argnums=0)(config)
-  step = jax.jit(make_train_step(config), donate_argnums=0)
+  state = jax.jit(init_state, static_argnums=(0, 1))(config, TextTask(config))
+  step = jax.jit(make_train_step(config, TextTask(config)), donate_argnums=0)
   rates = []
   for _ in range(steps + 2):
     start = time.perf_counter()
     state, metrics = step(state, batch)
-    metrics.loss.block_until_ready()
+    metrics["loss"].block_until_ready()
     rates.append(config.batch * config.data.length / (time.perf_counter() - start))
   return rates[2:]
 

@@ -1,10 +1,12 @@
-"""The whole run in one function: mesh, data, state, step, evaluation, loop."""
+"""The loop of a run: state, steps, evaluations, checkpoints and records, for any task."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 import logging
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,6 @@ from jaxlm.checkpoint.folder import (
   set_aside_after,
 )
 from jaxlm.config import TrainConfig, check
-from jaxlm.data.baselines import baselines
-from jaxlm.data.loader import Batch, TextData, heldout_batches, load_text, train_loader
-from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.interop import huggingface
 from jaxlm.run.environment import check_fits, record_start
 from jaxlm.run.guard import Guard
 from jaxlm.run.interrupt import StopRequest
@@ -30,16 +28,14 @@ from jaxlm.run.lock import only_writer
 from jaxlm.run.memory import keep_freed_memory
 from jaxlm.run.metrics import Reporter, print_status
 from jaxlm.run.plot import draw_loss
-from jaxlm.run.resolve import check_mesh, with_initial_model, with_vocabulary
 from jaxlm.run.run_folder import RunFolder, log_to
 from jaxlm.run.watch import Watch
-from jaxlm.scaling.flops import parameter_count, train_flops_per_token
-from jaxlm.train.evaluate import make_evaluator
-from jaxlm.train.optimizer import learning_rate_schedule
-from jaxlm.train.step import Metrics, TrainState, init_state, make_train_step
+from jaxlm.train.optimizer import check_schedule
+from jaxlm.train.state import Hyper, TrainState, init_state
+from jaxlm.train.step import make_train_step
+from jaxlm.train.task import Batches, Task
 from sharding import make_mesh
 from sharding.batches import globalize, local_rows
-from sharding.hardware import find_chip
 from sharding.multihost import is_main, run_on_main_process
 from sharding.rules import mesh_shape
 
@@ -48,84 +44,101 @@ _log = logging.getLogger("jaxlm")
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-  """What a run ends with; losses in nats per token."""
+  """What a run ends with."""
 
   config: TrainConfig
   params: Any
-  """the weights, or their moving average where the run keeps one"""
+  """the weights for use: trained (their average, if one is kept) and frozen ones in one tree"""
+  model_state: Any
   step: int
-  loss: float
-  heldout_loss: float | None
-  bits_per_byte: float | None
+  metrics: dict[str, float]
+  """of the last step, as in metrics.jsonl"""
+  evaluation: dict[str, float]
+  """the last one, as in eval.jsonl; empty where there was none"""
   finished: bool
   """False when it was asked to stop before the last step"""
   saved: int
-  """step of the newest checkpoint, -1 for none; below `step` where the last one could not be written"""
+  """step of the newest checkpoint, -1 for none; below `step` where the last could not be written"""
 
 
-def train(config: TrainConfig) -> TrainResult:
-  """Trains from scratch or from `config.init` into the new folder `config.run`.
+def fit(config: TrainConfig, task: Task, *, resume: bool = False) -> TrainResult:
+  """Trains `task` into the folder `config.run`, which must be new, or goes on there with `resume`.
 
-  Raises ValueError for what cannot work, before it starts.
+  A resumed run starts from the newest checkpoint that verifies, or again at step 0 where it ended
+  before its first one; `config` replaces the one in the folder. `config.model`, `data` and `init`
+  belong to text (`jaxlm.run.train`); here they are written to config.json and otherwise unused.
+  Raises UserError for what cannot work, before it starts; FileNotFoundError where all checkpoints
+  are damaged; FloatingPointError for numbers that the configuration wants to stop at.
   """
-  check(bool(config.run), "run", config.run, "names the folder of the run")
+  check_run(config)
   folder = RunFolder(Path(config.run))
-  config = with_initial_model(config)
-  check_mesh(config)
-  learning_rate_schedule(
-    config.optimizer, config.steps
-  )  # refuses a warm-up that the run is too short for
-  text = load_text(config.data)
-  config = with_vocabulary(config, text.tokenizer.vocab_size)
+  with only_writer(folder.path):
+    if resume:
+      newest = find_newest(config, folder)
+      clear_after(config, folder, newest)
+    else:
+      newest = prepare_start(config, task, folder)
+    return run_from(config, task, folder, newest)
 
-  def start() -> int:
+
+def check_run(config: TrainConfig) -> None:
+  """Raises UserError for a run without a name, a schedule or a batch that does not divide."""
+  check(bool(config.run), "run", config.run, "names the folder of the run")
+  check_schedule(config.optimizer, config.steps)
+  sizes = config.mesh.resolve(jax.device_count())
+  shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+  rule = f"must be a multiple of {shards} batch shards x accumulate={config.accumulate}"
+  check(config.batch % (shards * config.accumulate) == 0, "batch", config.batch, rule)
+
+
+def prepare_start(config: TrainConfig, task: Task, folder: RunFolder) -> int:
+  """Makes the folder of a new run, whose lock is held; returns -1, the step of no checkpoint."""
+
+  def create() -> int:
     folder.create(config)
-    text.tokenizer.save(folder.path)
+    task.save(folder.path)
+    return -1
+
+  return run_on_main_process(create)
+
+
+def find_newest(config: TrainConfig, folder: RunFolder) -> int:
+  """Returns the step of the checkpoint that a run goes on from, -1 where it ended before any.
+
+  Changes nothing. Raises UserError where the run is done or `config` contradicts its checkpoints.
+  """
+
+  def newest() -> int:
+    folder.read_config()
+    step = newest_sound(folder.checkpoints) if finished_steps(folder.checkpoints) else -1
+    check(step < config.steps, "steps", config.steps, f"the run is at step {step}; raise --steps")
+    if step >= 0:
+      check_fits(folder, config)
+    return step
+
+  return run_on_main_process(newest)
+
+
+def clear_after(config: TrainConfig, folder: RunFolder, newest: int) -> None:
+  """Writes the configuration of a resumed run and drops what it will write again.
+
+  Those are records after step `newest` and checkpoints that are later, damaged or unfinished.
+  """
+
+  def clear() -> int:
+    folder.write_config(config)
+    folder.forget_after(newest)
+    set_aside_after(folder.checkpoints, newest)
+    remove_leftovers(folder.checkpoints)
+    if newest < 0:
+      _log.warning("%s ended before its first checkpoint: it begins again at step 0", folder.path)
     return 0
 
-  with only_writer(folder.path):
-    run_on_main_process(start)
-    return _run(config, folder, text, resume_from=None)
+  run_on_main_process(clear)
 
 
-def resume(run: str | Path, steps: int | None = None) -> TrainResult:
-  """Goes on from the newest checkpoint that verifies, or begins again where the run had none when it ended.
-
-  `steps` replaces the configured number of steps. Raises FileNotFoundError where there are checkpoints, all damaged.
-  """
-  folder = RunFolder(Path(run))
-  config = dataclasses.replace(folder.read_config(), run=str(folder.path))
-  if steps is not None:
-    config = dataclasses.replace(config, steps=steps)
-  check_mesh(config)
-  with only_writer(folder.path):
-    # -1: killed before its first checkpoint was finished
-    newest = run_on_main_process(
-      lambda: newest_sound(folder.checkpoints) if finished_steps(folder.checkpoints) else -1
-    )
-    check(
-      newest < config.steps, "steps", config.steps, f"the run is at step {newest}; raise --steps"
-    )
-    if newest >= 0:
-      check_fits(folder, config)
-    tokenizer = load_tokenizer(folder.path, config.data, config.model.V) if newest >= 0 else None
-    text = load_text(config.data, tokenizer)
-    if is_main():
-      folder.write_config(config)
-      folder.forget_after(newest)
-      set_aside_after(folder.checkpoints, newest)
-      remove_leftovers(folder.checkpoints)
-      if newest < 0:
-        _log.warning("%s ended before its first checkpoint: it begins again at step 0", folder.path)
-        text.tokenizer.save(folder.path)
-    return _run(
-      config, folder, text, None if newest < 0 else checkpoint_path(folder.checkpoints, newest)
-    )
-
-
-def _run(
-  config: TrainConfig, folder: RunFolder, text: TextData, resume_from: Path | None
-) -> TrainResult:
+def run_from(config: TrainConfig, task: Task, folder: RunFolder, newest: int) -> TrainResult:
+  """Trains from the checkpoint of step `newest`, or from the start where it is -1."""
   if config.keep_freed_memory and jax.default_backend() == "cpu":
     keep_freed_memory()
   with (
@@ -134,142 +147,160 @@ def _run(
     Watch(print_status) as watch,
     jax.set_mesh(make_mesh(config.mesh)),
   ):
-    return _loop(config, folder, text, resume_from, stop, watch)
+    return _Run(config, task, folder, stop, watch).train(newest)
 
 
-def begin(config: TrainConfig, text: TextData, resume_from: Path | None) -> tuple[TrainState, Any]:
-  """(state, iterator over this process's rows of each batch), from a checkpoint or from the start."""
-  # data: the order depends on the seed alone; the iterator's position is part of every checkpoint
-  batches = train_loader(text, batch=config.batch, seed=config.seed, rows=local_rows(config.batch))
-  # state: from the checkpoint, from other weights, or born sharded
-  if resume_from is None:
-    params = huggingface.load(config.init, dtype="float32")[1] if config.init else None
-    return jax.jit(init_state, static_argnums=0, donate_argnums=1)(config, params), batches
-  state, position = restore(resume_from, jax.eval_shape(lambda: init_state(config)))
+def restore_or_init(
+  config: TrainConfig, task: Task, checkpoint: Path | None
+) -> tuple[TrainState, Batches]:
+  """Returns (state, iterator over this process's rows of each batch), from a checkpoint or anew.
+
+  Hyperparameters are the configuration's, not the checkpoint's, so that a resumed run can change
+  them.
+  """
+  batches = task.batches(local_rows(config.batch))
+  if checkpoint is None:
+    start = task.pretrained()
+    initialize = jax.jit(lambda start: init_state(config, task, start), donate_argnums=0)
+    return initialize(start), batches
+  state, position = restore(checkpoint, jax.eval_shape(lambda: init_state(config, task)))
   batches.set_state(position)
-  return state, batches
+  return state._replace(hyper=jax.jit(lambda: Hyper.of(config))()), batches
 
 
-def _loop(
-  config: TrainConfig,
-  folder: RunFolder,
-  text: TextData,
-  resume_from: Path | None,
-  stop: StopRequest,
-  watch: Watch,
-) -> TrainResult:
-  watch.on("compile" if resume_from is None else "checkpoint")
-  state, batches = begin(config, text, resume_from)
-  start = int(state.step)
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+  """A step that the devices may still be working on."""
 
-  # step and evaluation
-  train_step = jax.jit(make_train_step(config), donate_argnums=0)
-  evaluate = make_evaluator(config)
-  saved = -1 if resume_from is None else start
-  checkpoints = Checkpoints(
-    folder.checkpoints, keep=config.keep, keep_every=config.keep_every, saved=saved
-  )
+  step: int
+  metrics: Mapping[str, jax.Array]
+  batch: Any
 
-  step, loss, heldout, waiting = start, float("nan"), (None, None), None
-  flops = train_flops_per_token(config.model, config.data.length)
-  reporter = Reporter(config, folder, start, watch, peak_flops=_peak_flops(), flops_per_token=flops)
-  guard = Guard(config, folder, start)
-  with reporter as report, checkpoints:
-    print_status(_headline(config, text, folder, start))
-    if is_main() and (changes := record_start(folder, start, config)):
-      print_status(f"differs from the start before: {'; '.join(changes)}")
-    while step < config.steps and not stop.reached(step + 1):
-      watch.on("data")
-      batch = next(batches)
-      watch.on("compile" if step == start else "device")
-      state, metrics = train_step(state, globalize(batch, config.batch), guard.limit(step + 1))
-      step += 1
-      if waiting is not None:  # read step n - 1 while the device works on step n
-        loss = _report(report, guard, *waiting)
-      waiting = step, metrics, batch
-      saving, evaluating = (
-        _due(step, every, config.steps) for every in (config.save_every, config.eval_every)
-      )
-      if not (saving or evaluating):
-        continue
-      loss, waiting = _report(report, guard, *waiting), None
-      if evaluating:
-        watch.on("evaluation")
-        heldout = _evaluate(config, text, evaluate, state, report, step)
-      watch.on("checkpoint")
-      if saving:  # last, so that a run resumed from here lacks no record of what came before
-        checkpoints.save(state, batches.get_state())
-      report.restart_clock()
-    if waiting is not None:
-      loss = _report(report, guard, *waiting)
-    watch.on("checkpoint")
-    if run_on_main_process(checkpoints.wait) < step:  # none was due, or it failed
-      checkpoints.save(state, batches.get_state())
-    saved = run_on_main_process(checkpoints.wait)
+  def read(self) -> dict[str, float]:
+    """Waits for the step and returns its metrics; those that are arrays are left out."""
+    scalars = {name: value for name, value in self.metrics.items() if not value.shape}
+    return {name: float(value) for name, value in jax.device_get(scalars).items()}
+
+
+class _Run:
+  """One run under its lock, its mesh and its signal handlers."""
+
+  def __init__(
+    self, config: TrainConfig, task: Task, folder: RunFolder, stop: StopRequest, watch: Watch
+  ):
+    self.config, self.task, self.folder, self.stop, self.watch = config, task, folder, stop, watch
+    self.rows = local_rows(config.batch)
+    self.metrics: dict[str, float] = {"loss": math.nan}
+    self.evaluation: dict[str, float] = {}
+
+  def train(self, newest: int) -> TrainResult:
+    config, watch = self.config, self.watch
+    resume_from = None if newest < 0 else checkpoint_path(self.folder.checkpoints, newest)
+    watch.on("compile" if resume_from is None else "checkpoint")
+    state, batches = restore_or_init(config, self.task, resume_from)
+    start = step = int(state.step)
+    train_step = jax.jit(make_train_step(config, self.task), donate_argnums=0)
+    self.guard = Guard(config, self.folder, start)
+    self.reporter = Reporter(config, self.folder, start, watch, unit=self.task.unit)
+    self.checkpoints = Checkpoints(
+      self.folder.checkpoints, keep=config.keep, keep_every=config.keep_every, saved=newest
+    )
+    pending: _Pending | None = None
+    with self.reporter, self.checkpoints:
+      self._print_start(state, start)
+      while step < config.steps and not self.stop.reached(step + 1):
+        watch.on("data")
+        batch = next(batches)
+        watch.on("compile" if step == start else "device")
+        limit = self.guard.limit(step + 1)
+        state, metrics = train_step(state, globalize(batch, config.batch), limit)
+        step += 1
+        self._report(pending)  # reads step n - 1 while the devices work on step n
+        pending = _Pending(step, metrics, batch)
+        saving = _is_due(step, config.save_every, config.steps)
+        evaluating = _is_due(step, config.eval_every, config.steps)
+        if not (saving or evaluating):
+          continue
+        self._report(pending)
+        pending = None
+        if evaluating:
+          self._evaluate(state, step)
+        watch.on("checkpoint")
+        if saving:  # last, so that a run resumed from here lacks no record of what came before
+          self.checkpoints.save(state, batches.get_state())
+        self.reporter.restart_clock()
+      self._report(pending)
+      saved = self._finish(state, batches, step)
+    return TrainResult(
+      config=config,
+      params=state.weights(),
+      model_state=state.model_state,
+      step=step,
+      metrics=self.metrics,
+      evaluation=self.evaluation,
+      finished=step == config.steps,
+      saved=saved,
+    )
+
+  def _report(self, pending: _Pending | None) -> None:
+    """Waits for a step's metrics, records and checks them."""
+    if pending is None:
+      return
+    self.watch.on("device")
+    self.metrics = pending.read()
+    flops = self.task.flops(pending.batch) * jax.process_count()
+    spike = self.guard.is_spike(pending.step, self.metrics["loss"])
+    self.reporter.step(pending.step, self.metrics, spike=spike, flops=flops)
+    self.guard.check_step(pending.step, self.metrics, pending.batch, self.rows)
+
+  def _evaluate(self, state: TrainState, step: int) -> None:
+    self.watch.on("evaluation")
+    self.evaluation = self.task.evaluate(state.weights(), state.model_state, self.rows)
+    if self.evaluation:
+      self.reporter.evaluation(step, self.evaluation)
+
+  def _finish(self, state: TrainState, batches: Batches, step: int) -> int:
+    """Saves the last step, unless it is saved already, and says how the run ended."""
+    self.watch.on("checkpoint")
+    if run_on_main_process(self.checkpoints.wait) < step:  # none was due, or it failed
+      self.checkpoints.save(state, batches.get_state())
+    saved, steps = run_on_main_process(self.checkpoints.wait), self.config.steps
     if saved < step:
-      _log.error("step %d of %d is not saved, %s", step, config.steps, checkpoints.newest)
-    elif step < config.steps:
-      print_status(
-        f"stopped and saved at step {step} of {config.steps} ({stop.reason or 'another process'})"
-      )
-      print_status(f"go on with: jaxlm resume {folder.path}")
+      _log.error("step %d of %d is not saved, %s", step, steps, self.checkpoints.newest)
+    elif step < steps:
+      reason = self.stop.reason or "another process"
+      print_status(f"stopped and saved at step {step} of {steps} ({reason})")
+      print_status(f"go on with: jaxlm resume {self.folder.path}")
     elif is_main():
-      print_status(_plot(folder, text))
-  params = state.params if state.ema is None else state.ema
-  return TrainResult(
-    config, params, step, loss, *heldout, finished=step == config.steps, saved=saved
-  )
+      print_status(_draw(self.folder, self.task))
+    return saved
+
+  def _print_start(self, state: TrainState, start: int) -> None:
+    trained, frozen = _count(state.params), _count(state.frozen)
+    parameters = f"{trained:,} parameters" + (f", {frozen:,} frozen" if frozen else "")
+    axes = [f"{axis} {size}" for axis, size in mesh_shape().items() if size > 1]
+    devices = f"{jax.devices()[0].device_kind} ({', '.join(axes) or '1 device'})"
+    verb = f"resuming at step {start}" if start else "training"
+    print_status(f"{verb}: {parameters}, {self.task.describe()}")
+    print_status(f"on {devices}, into {self.folder.path}")
+    if is_main() and (changes := record_start(self.folder, start, self.config)):
+      print_status(f"differs from the start before: {'; '.join(changes)}")
 
 
-def _due(step: int, every: int, steps: int) -> bool:
+def _is_due(step: int, every: int, steps: int) -> bool:
   return step == steps or (every > 0 and step % every == 0)
 
 
-def _report(report: Reporter, guard: Guard, step: int, metrics: Metrics, batch: Batch) -> float:
-  """Waits for a step's metrics, records and judges them; returns its loss."""
-  report.watch.on("device")
-  values = {name: float(value) for name, value in metrics._asdict().items()}
-  report.step(step, **values, spike=guard.is_spike(step, values["loss"]))
-  guard.check_step(step, values, batch, local_rows(report.config.batch))
-  return values["loss"]
+def _count(tree: Any) -> int:
+  return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def _evaluate(
-  config: TrainConfig, text: TextData, evaluate, state: TrainState, report: Reporter, step: int
-):
-  params = state.params if state.ema is None else state.ema
-  rows = local_rows(config.batch)
-  loss, tokens = evaluate(
-    params, heldout_batches(text, batch=config.batch, rows=rows, limit=config.eval_batches)
-  )
-  bits = text.bits_per_byte(loss)
-  report.evaluation(step, loss, bits, tokens)
-  return loss, bits
-
-
-def _plot(folder: RunFolder, text: TextData) -> str:
+def _draw(folder: RunFolder, task: Task) -> str:
+  """Draws loss.png where it can; returns a line that says whether it could."""
   if importlib.util.find_spec("matplotlib") is None:
     return f"{folder.plot.name} is not drawn: matplotlib is missing (pip install 'jaxlm[plot]')"
   try:
-    draw_loss(folder, baselines(text.corpus))
+    draw_loss(folder, task.references())
   except OSError as error:
     return f"{folder.plot.name} is not drawn: {error}"
   return f"drew {folder.plot}"
-
-
-def _peak_flops() -> float | None:
-  """Of all devices of the mesh, dense bfloat16; None for a chip that the table does not know."""
-  chip = find_chip(jax.devices()[0].device_kind)
-  devices = jax.sharding.get_mesh().size
-  return None if chip is None or chip.bf16_flops is None else chip.bf16_flops * devices
-
-
-def _headline(config: TrainConfig, text: TextData, folder: RunFolder, start: int) -> str:
-  devices = (
-    ", ".join(f"{axis} {size}" for axis, size in mesh_shape().items() if size > 1) or "1 device"
-  )
-  begin = f"resuming at step {start}" if start else "training"
-  return (
-    f"{begin}: {parameter_count(config.model).total:,} parameters, {text.report.splitlines()[-1]}\n"
-    f"on {jax.devices()[0].device_kind} ({devices}), into {folder.path}"
-  )

@@ -78,16 +78,16 @@ def make_optimizer(config: OptimizerConfig, roles: Any) -> optax.GradientTransfo
       eps=config.eps,
       adam_b1=config.b1,
       adam_b2=config.b2,
-      muon_weight_dimension_numbers=lambda params: jax.tree.map(_muon_axes, params, roles),
+      muon_weight_dimension_numbers=jax.tree.map(_muon_axes, roles),
       consistent_rms=config.muon_scale,
     ),
     optax.scale(-1.0),  # optax's muon includes the learning rate, and with it the sign
   )
 
 
-def _muon_axes(w: jax.Array, role: str) -> MuonDimensionNumbers | None:
-  """Returns which axes of a matrix are orthogonalised together; None leaves it to adam."""
-  return MuonDimensionNumbers(w.ndim - 2, w.ndim - 1) if role == "matrix" else None
+def _muon_axes(role: str) -> MuonDimensionNumbers | None:
+  """Returns which axes of a parameter are orthogonalised together; None leaves it to adam."""
+  return MuonDimensionNumbers(-2, -1) if role == "matrix" else None
 
 
 def _for_each_parameter(rule: optax.GradientTransformation, roles: Any) -> Any:

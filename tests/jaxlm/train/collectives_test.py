@@ -11,7 +11,8 @@ import pytest
 
 from jaxlm.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from jaxlm.train import accumulate
-from jaxlm.train.step import init_state
+from jaxlm.run.text import TextTask
+from jaxlm.train import init_state
 
 # Every weight matrix has a shape of its own, and none that of an activation [2, 8, 16].
 LENGTH = 8
@@ -75,7 +76,7 @@ def local_shapes(config: TrainConfig) -> list[tuple[int, ...]]:
   with jax.set_mesh(
     jax.make_mesh(*zip(*[(size, name) for name, size in config.mesh.resolve(8).items()]))
   ):
-    params = jax.eval_shape(lambda: init_state(config)).params
+    params = jax.eval_shape(lambda: init_state(config, TextTask(config))).params
     return [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(params)]
 
 
