@@ -21,9 +21,9 @@ from jaxlm import presets
 from jaxlm.data.packing import Batch
 from jaxlm.run.guard import Guard
 from jaxlm.run.run_folder import RunFolder, read_records
-from jaxlm.train import step as steps
 from jaxlm.run.text import TextTask
 from jaxlm.train import init_state, make_train_step
+from jaxlm.train import step as steps
 from tests.reliability import fuzz_test, messages_test
 from tests.reliability.processes import SMALL, run, same_end, write_corpus
 from tests.reliability.repeat_test import MESHES
@@ -79,7 +79,10 @@ def overhead(turns: int = 12, each: int = 4) -> str:
   ids_BT = np.random.default_rng(0).integers(0, 256, (config.batch, config.data.length), np.int32)
   batch = Batch(ids_BT, ids_BT, np.ones(ids_BT.shape, np.float32))
   choose, arms = steps._choose, {}
-  for name, rule in {"leaves out": choose, "always takes": lambda taken, path, new, old: new}.items():
+  for name, rule in {
+    "leaves out": choose,
+    "always takes": lambda taken, path, new, old: new,
+  }.items():
     steps._choose = rule
     step, state = (
       jax.jit(make_train_step(config, TextTask(config)), donate_argnums=0),

@@ -52,9 +52,9 @@ def jaxlm_worker(config, folder: Path):
   import jax
 
   from jaxlm.data.loader import Batch
-  from jaxlm.train.accumulate import accumulated_gradients
   from jaxlm.run.text import TextTask
   from jaxlm.train import init_state, make_train_step
+  from jaxlm.train.accumulate import accumulated_gradients
 
   ids = tokens_of(config)
   batch = Batch(ids[:, :-1], ids[:, 1:], np.ones_like(ids[:, 1:], np.float32))

@@ -113,7 +113,8 @@ def save_step(
     jax.tree_util.keystr(path, simple=True, separator="/") or "batch": array
     for path, array in jax.tree_util.tree_leaves_with_path(batch)
   }
-  np.savez(target / f"rows_of_process_{jax.process_index()}.npz", **{_ROWS: rows}, **arrays)
+  named: dict[str, Any] = {_ROWS: rows, **arrays}
+  np.savez(target / f"rows_of_process_{jax.process_index()}.npz", **named)
   if is_main():
     record = {"step": step, "batch": batch_size, **values}
     write_text(target / "step.json", json.dumps(record) + "\n")
@@ -123,7 +124,8 @@ def save_step(
 def load_batch(folder: Path, step: int) -> dict[str, np.ndarray] | None:
   """Returns the arrays of the whole batch that `save_step` wrote, or None where it wrote none.
 
-  Their names are their paths in the batch, such as "inputs_BT". Raises UserError where rows are missing, because the file of some process is.
+  Their names are their paths in the batch, such as "inputs_BT". Raises UserError where rows are
+  missing, because the file of some process is.
   """
   source = folder / f"{step:08d}"
   if not (source / "step.json").is_file():

@@ -123,7 +123,6 @@ def diagnose(config: TrainConfig, params: Any, batch: Batch) -> list[str]:
       return [*lines, f"every module's output is finite, the loss is {loss}{where}"]
   lines.append("every module's output and the loss are finite")
 
-
   def objective(params: Any, batch: Batch, key: jax.Array) -> dict[str, Weighted]:
     return TextTask(config).objective(params, {}, batch, key)
 

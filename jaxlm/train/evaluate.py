@@ -11,7 +11,9 @@ from jaxlm.objectives.weighted import Weighted
 from pallas_kernels.common.errors import UserError
 
 
-def make_evaluator(objective: Callable[..., dict[str, Weighted]]) -> Callable[..., dict[str, Weighted]]:
+def make_evaluator(
+  objective: Callable[..., dict[str, Weighted]],
+) -> Callable[..., dict[str, Weighted]]:
   """Returns evaluate(params, model_state, batches) -> terms summed over all batches.
 
   `objective` is that of a `Task`. Batches are global arrays of one shape, for which it is compiled

@@ -25,15 +25,15 @@ _OWN_AXES = {"embedding": 2, "matrix": 2, "head": 2, "norm": 1, "bias": 1}
 
 def check_schedule(config: OptimizerConfig, steps: int) -> None:
   """Raises UserError where the warm-up leaves no step of `steps`."""
-  check(
-    config.warmup < steps, "optimizer.warmup", config.warmup, f"must be below steps={steps}"
-  )
+  check(config.warmup < steps, "optimizer.warmup", config.warmup, f"must be below steps={steps}")
 
 
 def learning_rate(
   config: OptimizerConfig, peak: jax.Array | float, steps: jax.Array | int, step: jax.Array | int
 ) -> jax.Array:
-  """Returns the learning rate of a step (0-based), a float32 scalar; all but `config` may be traced.
+  """Returns the learning rate of a step (0-based), a float32 scalar.
+
+  All arguments but `config` may be traced.
 
   Linear warm-up to `peak`, whose first step uses 1 / (warmup + 1) of it, then the named shape until
   step `steps`. wsd is warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395), its decay linear.
@@ -105,7 +105,8 @@ def _for_each_parameter(rule: optax.GradientTransformation, roles: Any) -> Any:
     both = jax.tree.map(
       lambda role, g, s, w: stacked(rule.update, role, g)(g, s, w), roles, grads, state, params
     )
-    return tuple(jax.tree.map(lambda _, pair: pair[i], roles, both) for i in (0, 1))
+    directions = jax.tree.map(lambda _, pair: pair[0], roles, both)
+    return directions, jax.tree.map(lambda _, pair: pair[1], roles, both)
 
   return optax.GradientTransformation(init, update)
 

@@ -75,7 +75,9 @@ def merge(params: Any, frozen: Any, path: str = "") -> Any:
   if not jax.tree.leaves(frozen):
     return params
   if not (isinstance(params, Mapping) and isinstance(frozen, Mapping)):
-    raise UserError(f"frozen{path}: is also trained, or not in a nested dict; a weight has one home")
+    raise UserError(
+      f"frozen{path}: is also trained, or not in a nested dict; a weight has one home"
+    )
   both = {
     name: merge(params[name], frozen[name], f"{path}/{name}") for name in params if name in frozen
   }

@@ -24,9 +24,7 @@ Metrics = dict[str, jax.Array]
 _OWN_METRICS = ("grad_norm", "learning_rate", "skipped")
 
 
-def make_train_step(
-  config: TrainConfig, task: Task
-) -> Callable[..., tuple[TrainState, Metrics]]:
+def make_train_step(config: TrainConfig, task: Task) -> Callable[..., tuple[TrainState, Metrics]]:
   """Returns train_step(state, batch, limit=inf) -> (state, metrics), not yet jitted.
 
   metrics: the mean of each term of the objective, the denominator of "loss" under the name

@@ -98,11 +98,11 @@ class Task(abc.ABC):
     """Returns the model's FLOPs of a training step on these rows; 0 where they are not known."""
     return 0.0
 
-  def save(self, folder: Path) -> None:
-    """Writes what else is needed to use the weights into a new run's folder, such as a tokenizer."""
+  def save(self, folder: Path) -> None:  # noqa: B027  most tasks have nothing to write
+    """Writes what else is needed to use the weights into a new run's folder: a tokenizer, say."""
 
   def references(self) -> dict[str, float]:
-    """Returns named values that the plot shows beside the evaluation, such as what chance reaches."""
+    """Returns named values that the plot shows beside the loss, such as what chance reaches."""
     return {}
 
   def describe(self) -> str:

@@ -89,7 +89,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_leaves_what_a_replay_needs(
   step = bad["step"]
   assert f"step {step}: loss nan, gradient norm nan" in str(error.value)
   assert f"jaxlm replay {folder.path} --step {step}" in str(error.value)
-  batch = load_batch(folder.bad_steps, step)
+  batch = Batch(**load_batch(folder.bad_steps, step))
   assert (batch.inputs_BT == BELL).any() and batch.inputs_BT.shape == (8, 32)
   assert json.loads((folder.bad_steps / f"{step:08d}/step.json").read_text())["step"] == step
   saved = all_steps(
@@ -263,7 +263,9 @@ def test_the_module_named_is_the_one_that_was_broken(config, path, name):
   """One weight of the last layer, or of what has no layers, is infinite."""
   ids_BT = np.random.default_rng(0).integers(0, 256, (8, 32)).astype(np.int32)
   with jax.set_mesh(make_mesh(MeshConfig(data=1))):
-    params = jax.tree.map(np.array, jax.jit(init_state, static_argnums=(0, 1))(config, TextTask(config)).params)
+    params = jax.tree.map(
+      np.array, jax.jit(init_state, static_argnums=(0, 1))(config, TextTask(config)).params
+    )
     leaf = params["params"]
     for key in path:
       leaf = leaf[key]

@@ -8,9 +8,9 @@ import pytest
 from jaxlm.config import DataConfig, ModelConfig, TrainConfig
 from jaxlm.data.packing import Batch
 from jaxlm.objectives import Weighted
-from jaxlm.train.accumulate import accumulated_gradients, split_batch
 from jaxlm.run.text import TextTask
 from jaxlm.train import init_state
+from jaxlm.train.accumulate import accumulated_gradients, split_batch
 
 CONFIG = TrainConfig(
   batch=12,

@@ -10,9 +10,8 @@ import jax
 import pytest
 
 from jaxlm.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
-from jaxlm.train import accumulate
 from jaxlm.run.text import TextTask
-from jaxlm.train import init_state
+from jaxlm.train import accumulate, init_state
 
 # Every weight matrix has a shape of its own, and none that of an activation [2, 8, 16].
 LENGTH = 8

@@ -48,6 +48,8 @@ def lower_step():
         jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (np.int32, np.float32)
       )
       batch = Batch(ids, ids, weights, ids, ids)
-      return jax.jit(make_train_step(config, TextTask(config)), donate_argnums=0).lower(state, batch)
+      return jax.jit(make_train_step(config, TextTask(config)), donate_argnums=0).lower(
+        state, batch
+      )
 
   return lower

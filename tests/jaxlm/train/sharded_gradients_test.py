@@ -9,9 +9,9 @@ import pytest
 
 from jaxlm.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from jaxlm.data.packing import Batch, join, pack
-from jaxlm.train.accumulate import accumulated_gradients
 from jaxlm.run.text import TextTask
 from jaxlm.train import init_state
+from jaxlm.train.accumulate import accumulated_gradients
 from sharding import make_mesh
 from sharding.batches import globalize
 
