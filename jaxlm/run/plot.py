@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data.formats import require
+from jaxlm.config import check
 from jaxlm.run.run_folder import RunFolder, read_records
+from pallas_kernels.common.errors import UserError, import_extra
 
 
 def draw_loss(folder: RunFolder, references: Mapping[str, float]) -> None:
@@ -17,10 +18,9 @@ def draw_loss(folder: RunFolder, references: Mapping[str, float]) -> None:
 
   Where evaluations give bits per byte, the curves are in these: the training loss is converted by
   the held-out text's tokens per byte. Other values of evaluations have a panel each, but for
-  counts. Needs matplotlib (extra `plot`).
+  counts. Raises MissingExtraError without matplotlib.
   """
-  from matplotlib.figure import Figure
-
+  new_figure = import_extra("matplotlib.figure", "plot", "drawing curves").Figure
   records = list(read_records(folder.metrics))
   steps, losses = (np.array([record[key] for record in records]) for key in ("step", "loss"))
   evals = list(read_records(folder.evals)) if folder.evals.is_file() else []
@@ -34,7 +34,7 @@ def draw_loss(folder: RunFolder, references: Mapping[str, float]) -> None:
     if isinstance(value, float) and name not in ("heldout_loss", "bits_per_byte")
   ]
 
-  figure = Figure(figsize=(7 + 4 * len(others), 4.2), layout="constrained")
+  figure = new_figure(figsize=(7 + 4 * len(others), 4.2), layout="constrained")
   axes, *panels = np.ravel(figure.subplots(1, 1 + len(others)))
   axes.plot(steps, scale * losses, color="tab:blue", alpha=0.25, linewidth=0.8)
   axes.plot(steps, scale * _smooth(losses), color="tab:blue", label="training, running mean")
@@ -70,18 +70,19 @@ def _draw_evaluations(axes: Any, evals: Sequence[Mapping[str, Any]], name: str) 
 def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
   """Draws loss (held-out: dots), gradient norm and learning rate of runs into one picture.
 
-  Reads metrics up to a line that is cut. Raises ValueError for a folder without metrics or a
-  picture whose ending matplotlib does not know, and without matplotlib (extra `plot`).
+  Reads metrics up to a line that is cut. Raises UserError for a folder without metrics or an ending
+  of `path` that matplotlib does not know, MissingExtraError without matplotlib.
   """
-  figure = require("matplotlib.figure", "plot", "drawing curves").Figure(
-    figsize=(12, 4.2), layout="constrained"
-  )
+  new_figure = import_extra("matplotlib.figure", "plot", "drawing curves").Figure
+  figure = new_figure(figsize=(12, 4.2), layout="constrained")
+  kinds = figure.canvas.get_supported_filetypes()
+  check(path.suffix[1:] in kinds, "out", str(path), f"must end in one of {', '.join(kinds)}")
   losses, norms, rates = figure.subplots(1, 3)
   names = [folder.path.name for folder in folders]
   for index, folder in enumerate(folders):
     records = list(read_records(folder.metrics)) if folder.metrics.is_file() else []
     if not records:
-      raise ValueError(f"run={str(folder.path)!r}: holds no metrics.jsonl with a whole line")
+      raise UserError(f"run={str(folder.path)!r}: holds no metrics.jsonl with a whole line")
     color = f"C{index % 10}"
     steps, loss, norm, rate = (
       np.array([record[key] for record in records])
@@ -104,7 +105,7 @@ def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
 
 
 def _smooth(losses: np.ndarray, share: float = 0.04) -> np.ndarray:
-  """Returns the mean over the latest few percent of the curve at each step, of finite values."""
+  """Returns, at each step, the mean of the last `share` of the curve, without what is not finite."""
   width = max(1, int(share * len(losses)))
   finite = np.isfinite(losses)
   sums, counts = (

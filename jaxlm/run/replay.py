@@ -6,7 +6,6 @@ Runs repeat bit for bit, so the steps between are run again (nothing is written)
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from jaxlm.objectives import Weighted
 from jaxlm.run.guard import Guard, load_batch
 from jaxlm.run.loop import restore_or_init
 from jaxlm.run.resolve import check_mesh
-from jaxlm.run.run_folder import RunFolder, read_records
+from jaxlm.run.run_folder import RunFolder, log_to, read_records
 from jaxlm.run.text import TextTask
 from jaxlm.train.accumulate import accumulated_gradients
 from jaxlm.train.state import TrainState
@@ -45,8 +44,7 @@ def replay(run: str | Path, step: int, print_status: Callable[[str], Any] = prin
   config = folder.read_config()
   check(1 <= step <= config.steps, "step", step, f"the run has steps 1 to {config.steps}")
   check_mesh(config)
-  logging.getLogger("jaxlm").addHandler(logging.NullHandler())
-  with jax.set_mesh(make_mesh(config.mesh)):
+  with log_to(None), jax.set_mesh(make_mesh(config.mesh)):
     state, batch = _before(config, folder, step, print_status)
     params = jax.device_get(state.params)
     print_status(
