@@ -174,7 +174,7 @@ class ChainDigest:
 
   def hexdigest(self) -> str:
     link = hashlib.sha256(bytes.fromhex(self.chain))
-    link.update(self.block[: self.filled])
+    link.update(self.block[: self.filled].data)
     return link.hexdigest()
 
 
