@@ -71,7 +71,7 @@ def gpipe(stages: int, microbatches: int) -> Schedule:
     [Op("F", r, m) for m in range(microbatches)] + [Op("BW", r, m) for m in range(microbatches)]
     for r in range(stages)
   ]
-  return _schedule("gpipe", microbatches, [tuple(range(stages))], lists)
+  return make_schedule("gpipe", microbatches, [tuple(range(stages))], lists)
 
 
 def one_f_one_b(stages: int, microbatches: int) -> Schedule:
@@ -83,7 +83,7 @@ def one_f_one_b(stages: int, microbatches: int) -> Schedule:
     forwards = [Op("F", r, m) for m in range(microbatches)]
     backwards = [Op("BW", r, m) for m in range(microbatches)]
     lists.append(_alternate(forwards, backwards, warmup))
-  return _schedule("1f1b", microbatches, [tuple(range(stages))], lists)
+  return make_schedule("1f1b", microbatches, [tuple(range(stages))], lists)
 
 
 def interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
@@ -102,7 +102,7 @@ def interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
     backwards = [Op("BW", (v - 1 - chunk) * P + r, m) for chunk, m in turns]
     warmup = min(M * v, 2 * (P - r - 1) + (v - 1) * P)
     lists.append(_alternate(forwards, backwards, warmup))
-  return _schedule("interleaved", M, [tuple(s % P for s in range(P * v))], lists)
+  return make_schedule("interleaved", M, [tuple(s % P for s in range(P * v))], lists)
 
 
 def circular(ranks: int, microbatches: int, repeats: int) -> Schedule:
@@ -115,7 +115,7 @@ def circular(ranks: int, microbatches: int, repeats: int) -> Schedule:
     forwards = [Op("F", s, m) for s in stages for m in range(microbatches)]
     lists.append(forwards + [Op("BW", op.stage, op.microbatch) for op in reversed(forwards)])
   placement = tuple(s % ranks for s in range(ranks * repeats))
-  return _schedule("circular", microbatches, [placement], lists)
+  return make_schedule("circular", microbatches, [placement], lists)
 
 
 def zb_h1(stages: int, microbatches: int) -> Schedule:
@@ -142,7 +142,7 @@ def _handcrafted(name: str, P: int, M: int, lag: int) -> Schedule:
       )
       ops += [Op(kind, r, m) for kind, m in steps if 0 <= m < M]
     lists.append(ops)
-  return _schedule(name, M, [tuple(range(P))], lists)
+  return make_schedule(name, M, [tuple(range(P))], lists)
 
 
 def zb_v(ranks: int, microbatches: int) -> Schedule:
@@ -174,7 +174,7 @@ def zb_v(ranks: int, microbatches: int) -> Schedule:
       while q.waiting["W", phase]:
         q.issue(f"W{phase}")
     lists.append(q.actions)
-  return _schedule("zb_v", M, [_v_shape(P)], lists)
+  return make_schedule("zb_v", M, [_v_shape(P)], lists)
 
 
 def dualpipe(ranks: int, microbatches: int) -> Schedule:
@@ -195,7 +195,7 @@ def dualpipe(ranks: int, microbatches: int) -> Schedule:
     directions = halves if r < P // 2 else halves[::-1]
     lists.append(_dual(P // 2, depth, M // 2, _Queue((depth, P - 1 - depth), directions)))
   placements = [tuple(range(P)), tuple(reversed(range(P)))]
-  return _schedule("dualpipe", M, placements, lists)
+  return make_schedule("dualpipe", M, placements, lists)
 
 
 def dualpipev(ranks: int, microbatches: int) -> Schedule:
@@ -207,7 +207,7 @@ def dualpipev(ranks: int, microbatches: int) -> Schedule:
   _check(P, M)
   check(M >= 2 * P, "microbatches", M, f"dualpipev needs at least 2 P = {2 * P}")
   lists = [_dual(P, r, M, _Queue((r, 2 * P - 1 - r), (range(M), range(M)))) for r in range(P)]
-  return _schedule("dualpipev", M, [_v_shape(P)], lists)
+  return make_schedule("dualpipev", M, [_v_shape(P)], lists)
 
 
 def _dual(half: int, depth: int, count: int, q: _Queue) -> list[Action]:
@@ -290,8 +290,8 @@ def _v_shape(P: int) -> tuple[int, ...]:
   return (*range(P), *reversed(range(P)))
 
 
-def _schedule(name: str, M: int, placements: list[tuple[int, ...]], lists: list) -> Schedule:
-  """Makes every bare operation an action."""
+def make_schedule(name: str, M: int, placements: list[tuple[int, ...]], lists: list) -> Schedule:
+  """Returns a schedule of lists in which a bare operation stands for an action of its own."""
   actions = tuple(tuple((x,) if isinstance(x, Op) else x for x in ops) for ops in lists)
   return Schedule(name=name, microbatches=M, placements=tuple(placements), actions=actions)
 

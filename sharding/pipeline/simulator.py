@@ -130,7 +130,9 @@ def simulate(
     tuple(tuple(row) for row in starts),
     tuple(_peak(rank, allocate=1, after_input=0, after_weight=-1) for rank in events),
     tuple(_peak(rank, allocate=1, after_input=-1, after_weight=0) for rank in events),
-    tuple(_peak(rank, allocate=large, after_input=small - large, after_weight=-small) for rank in events),
+    tuple(
+      _peak(rank, allocate=large, after_input=small - large, after_weight=-small) for rank in events
+    ),
     _count_messages(schedule),
   )
 
@@ -181,9 +183,7 @@ def inputs(schedule: Schedule, op: Op) -> list[Op]:
   return before + ([Op("B", s + 1, m)] if s + 1 < schedule.stages else [])
 
 
-def _ready(
-  schedule: Schedule, action: Action, done: dict[Op, float], hop: float
-) -> float | None:
+def _ready(schedule: Schedule, action: Action, done: dict[Op, float], hop: float) -> float | None:
   """Returns when the inputs of an action are there; None while one of them is not yet made."""
   ready = 0.0
   for op in action:
@@ -196,7 +196,9 @@ def _ready(
   return ready
 
 
-def _events(schedule: Schedule, rank: int, starts: list, ends: list) -> list[tuple[float, int, str]]:
+def _events(
+  schedule: Schedule, rank: int, starts: list, ends: list
+) -> list[tuple[float, int, str]]:
   """Returns (time, order, kind) of all starts of F and ends of B and W; frees come first."""
   events: list[tuple[float, int, str]] = []
   for action, start, end in zip(schedule.actions[rank], starts[rank], ends[rank]):
