@@ -13,7 +13,7 @@ import itertools
 import math
 
 from pallas_kernels.common.checks import check
-from sharding.pipeline.schedules import Op, Schedule, make_schedule
+from sharding.pipeline.operations import Op, Schedule, make_schedule
 from sharding.pipeline.simulator import Footprint, Times, simulate
 
 _ROUNDING = 1e-9

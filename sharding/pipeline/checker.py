@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from sharding.pipeline.schedules import Op, Schedule
+from sharding.pipeline.operations import Op, Schedule
 from sharding.pipeline.simulator import DeadlockError, Times, inputs, split, start_times
 from sharding.pipeline.table import Table
 

@@ -12,7 +12,7 @@ import io
 import re
 
 from pallas_kernels.common.errors import UserError
-from sharding.pipeline.schedules import Action, Op, Schedule
+from sharding.pipeline.operations import Action, Op, Schedule
 
 _LETTERS = {"F": "F", "B": "I", "W": "W", "BW": "B"}
 _KINDS = {letter: kind for kind, letter in _LETTERS.items()}

@@ -1,67 +1,15 @@
 """Pipeline schedules as lists of operations, one list per rank: who does what in which order.
 
-A model is cut into stages 0 .. S-1, each stage lies on one rank, and a batch is cut into
-micro-batches. Four kinds of operation act on a stage and a micro-batch: F, the forward pass; B, the
-gradient of the stage's input; W, the gradient of its weights; BW, both in one. No times are given
-here; `sharding.pipeline.simulator` adds them.
+No times are given here; `sharding.pipeline.simulator` adds them.
 """
 
 # P ranks, S stages, M micro-batches, v stages per rank
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict, deque
-from typing import Literal, NamedTuple
 
 from pallas_kernels.common.checks import check
-
-Kind = Literal["F", "B", "W", "BW"]
-
-
-class Op(NamedTuple):
-  """One operation on one stage and micro-batch."""
-
-  kind: Kind
-  stage: int
-  microbatch: int
-
-  def __str__(self) -> str:
-    return f"{self.kind} of stage {self.stage}, micro-batch {self.microbatch}"
-
-
-Action = tuple[Op, ...]
-"""What a rank issues at once: one operation, or a forward and a backward one that overlap."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule:
-  """Ordered actions of every rank, and where every stage lies."""
-
-  name: str
-  microbatches: int
-  placements: tuple[tuple[int, ...], ...]
-  """The rank of every stage; a second row holds for the second half of the micro-batches (DualPipe)."""
-  actions: tuple[tuple[Action, ...], ...]
-  """For each rank what it issues, in order."""
-
-  @property
-  def ranks(self) -> int:
-    """Number of pipeline ranks P."""
-    return len(self.actions)
-
-  @property
-  def stages(self) -> int:
-    """Number of stages S."""
-    return len(self.placements[0])
-
-  @property
-  def chunks(self) -> int:
-    """Stages that one rank runs for one micro-batch, v = S / P."""
-    return self.stages // self.ranks
-
-  def rank_of(self, stage: int, microbatch: int) -> int:
-    """Returns the rank that runs this stage for this micro-batch."""
-    return self.placements[microbatch * len(self.placements) // self.microbatches][stage]
+from sharding.pipeline.operations import Action, Kind, Op, Schedule, make_schedule
 
 
 def gpipe(stages: int, microbatches: int) -> Schedule:
@@ -106,7 +54,7 @@ def interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
 
 
 def circular(ranks: int, microbatches: int, repeats: int) -> Schedule:
-  """What automatic differentiation makes of a scan over stages: all forwards, then their reverse."""
+  """What differentiating a scan over stages gives: all forward passes, then their reverse."""
   _check(ranks, microbatches)
   check(repeats >= 1, "repeats", repeats, "must be at least 1")
   lists = []
@@ -288,12 +236,6 @@ def _alternate(forwards: list[Op], backwards: list[Op], warmup: int) -> list[Op]
 
 def _v_shape(P: int) -> tuple[int, ...]:
   return (*range(P), *reversed(range(P)))
-
-
-def make_schedule(name: str, M: int, placements: list[tuple[int, ...]], lists: list) -> Schedule:
-  """Returns a schedule of lists in which a bare operation stands for an action of its own."""
-  actions = tuple(tuple((x,) if isinstance(x, Op) else x for x in ops) for ops in lists)
-  return Schedule(name=name, microbatches=M, placements=tuple(placements), actions=actions)
 
 
 def _check(ranks: int, microbatches: int) -> None:

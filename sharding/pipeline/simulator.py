@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from pallas_kernels.common.checks import check
-from sharding.pipeline.schedules import Action, Op, Schedule
+from sharding.pipeline.operations import Action, Op, Schedule
 
 
 class DeadlockError(ValueError):
@@ -85,7 +85,7 @@ class Simulation:
 
   @property
   def cost(self) -> float:
-    """The longest time from a rank's first start to its last end (arXiv 2401.10241, section 2.3)."""
+    """The longest time from a rank's first start to its last end (the paper's section 2.3)."""
     return max(self.ends(r)[-1] - self.starts[r][0] for r in range(self.schedule.ranks))
 
   @property
@@ -138,7 +138,7 @@ def simulate(
 
 
 def start_times(schedule: Schedule, times: Times) -> list[list[float]]:
-  """Returns for each rank the earliest start of each action; DeadlockError where one never starts."""
+  """Returns for each rank the earliest start of each action, or raises DeadlockError."""
   done: dict[Op, float] = {}
   starts: list[list[float]] = [[] for _ in schedule.actions]
   free = [0.0] * schedule.ranks

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sharding.pipeline.schedules import Op, Schedule
+from sharding.pipeline.operations import Op, Schedule
 from sharding.pipeline.simulator import Times, inputs, split, start_times
 
 Direction = Literal["right", "left", "stay"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pallas_kernels.common.errors import MissingExtraError
-from sharding.pipeline.schedules import Op
+from sharding.pipeline.operations import Op
 from sharding.pipeline.simulator import Simulation
 
 _COLOURS = {"F": "#4C78A8", "B": "#54A24B", "W": "#F2A541", "BW": "#2E7D6B"}

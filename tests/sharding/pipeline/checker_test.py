@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from sharding.pipeline import check_schedule, check_table, checker, schedules
-from sharding.pipeline.schedules import Op
+from sharding.pipeline.operations import Op
 from sharding.pipeline.table import make_table
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from pallas_kernels.common.errors import UserError
 from sharding.pipeline import check_schedule, schedules
-from sharding.pipeline.schedules import Op
+from sharding.pipeline.operations import Op
 
 CASES = {
   "gpipe": lambda P, M: schedules.gpipe(P, M),

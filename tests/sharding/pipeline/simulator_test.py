@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels.common.errors import UserError
 from sharding.pipeline import Footprint, Times, schedules, simulate
-from sharding.pipeline.schedules import Op
+from sharding.pipeline.operations import Op
 from sharding.pipeline.simulator import DeadlockError, inputs
 from tests.sharding.pipeline.published import ROWS
 
