@@ -100,7 +100,7 @@ def _check_ops(schedule: Schedule) -> dict[Op, tuple[int, int]]:
   for stage in range(schedule.stages):
     for m in range(schedule.microbatches):
       for kind in ("F", "B", "W"):
-        if (op := Op(kind, stage, m)) not in place:  # type: ignore[arg-type]
+        if (op := Op(kind, stage, m)) not in place:
           raise MissingError(f"rank {schedule.rank_of(stage, m)}: {op} is never issued")
   return place
 

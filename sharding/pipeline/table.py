@@ -65,7 +65,7 @@ def unfuse(schedule: Schedule) -> Schedule:
 
 
 def make_table(schedule: Schedule) -> Table:
-  """Returns the ticks of `schedule` with all operations of length 1; DeadlockError as `simulate`."""
+  """Returns the ticks of `schedule` with all operations of length 1, or raises DeadlockError."""
   schedule = unfuse(schedule)
   starts = start_times(schedule, Times())
   ticks = 1 + round(max(row[-1] for row in starts))

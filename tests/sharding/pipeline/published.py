@@ -1,4 +1,4 @@
-"""Bubble rates that Qi et al. 2024 print (arXiv 2401.10241, Tables 5 and 9), and what they measured.
+"""Bubble rates printed by Qi et al. 2024 (arXiv 2401.10241, Tables 5 and 9), and their settings.
 
 Columns: ranks, micro-batches, times of F, B, W and of a hop (ms), bubble rates of 1F1B, interleaved
 1F1B with its number of chunks, ZB-H1, ZB-H2, and of their heuristic under the memory of 1F1B
