@@ -71,7 +71,7 @@ def attention(
     implementation: None takes "splash" on TPU and "cudnn" on GPU where these can run the call, else
       "xla", and logs its choice once; a named one runs or raises.
       "xla" works by blocks of queries. Its memory is linear in T, but on CPU the backward pass
-      reads kept exponentials, about half of T x S, up to 2048 positions.
+      reads kept exponentials, about half of T x S, up to 4096 positions.
       "splash" is JAX's TPU kernel: in order, T = S a multiple of 128, no logsumexp.
       "cudnn" is cuDNN's: in order, bfloat16 or float16, no cap, no logsumexp; segments become a
       mask of B x T x S numbers.
@@ -97,7 +97,8 @@ def attention(
   options = checks.check_options(causal, window, cap, scale, q_BTNH.shape[-1], interpret)
   tokens = Tokens(q_positions_BT, k_positions_BS, q_segment_ids_BT, k_segment_ids_BS)
   tokens = jax.tree.map(jnp.asarray, tokens)
-  tokens = checks.check_tokens(tokens, *q_BTNH.shape[:2], k_BSKH.shape[1], options.causal)
+  B, T, S = *q_BTNH.shape[:2], k_BSKH.shape[1]
+  tokens = checks.check_tokens(tokens, B, T, S, options.causal)
   arrays = (q_BTNH, k_BSKH, v_BSKU)
   name = choose(implementation, *arrays, tokens, options, return_lse)
   local = functools.partial(_local, name=name, options=options, return_lse=return_lse)

@@ -63,7 +63,7 @@ def check_options(
   H: int,
   interpret: Any,
 ) -> Options:
-  """Returns the options, with the default scale H^-1/2; raises UserError for what is out of range."""
+  """Returns the options with the scale filled in; raises UserError for what is out of range."""
   if window is not None:
     whole = isinstance(window, numbers.Integral) and not isinstance(window, bool)
     check(whole and window >= 1, "window", window, "must be None or an integer of at least 1")

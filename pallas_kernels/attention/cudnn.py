@@ -8,7 +8,7 @@ import importlib.util
 
 import jax
 
-from pallas_kernels.attention.mask import Options, Tokens
+from pallas_kernels.attention.mask import Options, Tokens, visible
 from pallas_kernels.common.platform import platform
 
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
@@ -69,15 +69,12 @@ def attend(
   q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, tokens: Tokens, options: Options
 ) -> tuple[jax.Array, None]:
   """Returns the output [B, T, N, H]. Segments become a mask of [B, 1, T, S] numbers."""
-  mask_B1TS = None
-  if tokens.q_segment_ids_BT is not None:
-    q_ids_BT, k_ids_BS = tokens.q_segment_ids_BT, tokens.k_segment_ids_BS
-    mask_B1TS = (q_ids_BT[:, :, None] == k_ids_BS[:, None, :])[:, None]
+  mask_BTS = visible(tokens, Options(causal=False, window=None, cap=None, scale=1.0))
   o_BTNH = jax.nn.dot_product_attention(
     q_BTNH,
     k_BSKH,
     v_BSKH,
-    mask=mask_B1TS,
+    mask=None if mask_BTS is None else mask_BTS[:, None],
     scale=options.scale,
     is_causal=options.causal,
     local_window_size=None if options.window is None else (options.window - 1, 0),

@@ -1,4 +1,4 @@
-"""Which keys a query sees, and how its logits are bent: what all implementations of attention share."""
+"""Which keys a query sees and how its logits are bent: shared by all implementations."""
 
 # B batch, T query positions, S key positions
 from __future__ import annotations
@@ -53,18 +53,19 @@ def with_positions(tokens: Tokens, T: int, S: int) -> Tokens:
 
 
 def visible(tokens: Tokens, options: Options) -> jax.Array | None:
-  """Returns bool [B or 1, T, S], true where the query sees the key; None where every query sees all.
+  """Returns bool [B or 1, T, S], true where the query sees the key, or None: all see all.
 
   A query sees keys of its own segment and, under `causal`, those at most `window` - 1 positions
   before it and none after it. `tokens` have positions.
   """
+  q_positions_BT, k_positions_BS, q_segment_ids_BT, k_segment_ids_BS = tokens
   mask_BTS = None
-  if options.causal:
-    ahead_BTS = tokens.q_positions_BT[:, :, None] - tokens.k_positions_BS[:, None, :]
+  if options.causal and q_positions_BT is not None and k_positions_BS is not None:
+    ahead_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
     mask_BTS = ahead_BTS >= 0
     if options.window is not None:
       mask_BTS = mask_BTS & (ahead_BTS < options.window)
-  if tokens.q_segment_ids_BT is not None:
-    same_BTS = tokens.q_segment_ids_BT[:, :, None] == tokens.k_segment_ids_BS[:, None, :]
+  if q_segment_ids_BT is not None and k_segment_ids_BS is not None:
+    same_BTS = q_segment_ids_BT[:, :, None] == k_segment_ids_BS[:, None, :]
     mask_BTS = same_BTS if mask_BTS is None else mask_BTS & same_BTS
   return mask_BTS

@@ -45,6 +45,7 @@ def attend(
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
   T, N = q_BTNH.shape[1:3]
+  mask: masks.Mask
   if not options.causal:
     mask = masks.FullMask((T, T))
   elif options.window is None:
@@ -65,9 +66,8 @@ def attend(
     attn_logits_soft_cap=options.cap,
     interpret=options.interpret,
   )
-  segments_BT = tokens.q_segment_ids_BT
-  if segments_BT is not None:
-    segments_BT = kernel.SegmentIds(q=segments_BT, kv=segments_BT)
+  ids_BT = tokens.q_segment_ids_BT
+  segments = None if ids_BT is None else kernel.SegmentIds(q=ids_BT, kv=ids_BT)
   q_BNTH = (q_BTNH * options.scale).swapaxes(1, 2)
-  o_BNTU = jax.vmap(attend_heads)(q_BNTH, k_BSKH.swapaxes(1, 2), v_BSKU.swapaxes(1, 2), segments_BT)
+  o_BNTU = jax.vmap(attend_heads)(q_BNTH, k_BSKH.swapaxes(1, 2), v_BSKU.swapaxes(1, 2), segments)
   return o_BNTU.swapaxes(1, 2).astype(q_BTNH.dtype), None

@@ -44,10 +44,13 @@ def without_lse(case, arrays_of, run):
   return {name: want[name] for name in ("o", "dq", "dk", "dv")}
 
 
-@pytest.mark.parametrize(
-  "case", [name if i == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(CASES)]
-)
-def test_splash_interpreted_is_the_reference(case, run, arrays_of, tokens_of, assert_close):
+def test_splash_interpreted_is_the_reference(run, arrays_of, tokens_of, assert_close):
+  test_splash_interpreted("grouped", run, arrays_of, tokens_of, assert_close)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_splash_interpreted(case, run, arrays_of, tokens_of, assert_close):
   got = results_of_splash(CASES[case], arrays_of, tokens_of)
   assert_close(got, without_lse(CASES[case], arrays_of, run), 2e-5)
 
@@ -133,6 +136,6 @@ def test_cudnn_lowers_for_hopper(case, monkeypatch):
   gradients = jax.jit(jax.grad(functools.partial(loss, **options), (0, 1, 2)))
   program = gradients.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
   assert re.findall(r"@__cudnn\$(\w+)", program) == [call, f"{call}Backward"]
-  assert program.count('mask_type\\22: \\22CAUSAL') == 2
+  assert program.count("mask_type\\22: \\22CAUSAL") == 2
   windows = re.findall(r"sliding_window_length\\22: (\d+)", program)
   assert windows == [str(options.get("window", 0))] * 2

@@ -1,4 +1,4 @@
-"""Attention on Explicit meshes: rows and heads are split without communication, length is refused."""
+"""Attention on Explicit meshes: rows and heads are split, a spread length is refused."""
 
 # B batch, T query positions, S key positions, N query heads, K key heads
 import functools

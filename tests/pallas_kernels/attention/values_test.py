@@ -1,4 +1,4 @@
-"""Values and gradients of attention by blocks against the reference, and of the reference itself."""
+"""Values and gradients: blocks against the reference, the reference against the definition."""
 
 # B batch, T query positions, S key positions, N query heads, K key heads
 import chex
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import attention, xla
+from pallas_kernels.attention import attention
 
 CASES = {
   "one position": dict(T=1, S=1),
