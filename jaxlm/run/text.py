@@ -156,7 +156,7 @@ class TextTask(Task):
     self.text.tokenizer.save(folder)
 
   def references(self) -> dict[str, float]:
-    return baselines(self.text.corpus)
+    return baselines(self.text.store)
 
   def describe(self) -> str:
     return self.text.report.splitlines()[-1]
