@@ -10,6 +10,7 @@ import typing
 from typing import Any, Literal
 
 from jaxlm.config import check
+from pallas_kernels.common.errors import UserError
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def from_dict(kind: Any, values: dict[str, Any], path: str = "") -> Any:
   for name, value in values.items():
     if name not in hints:
       near = ", ".join(difflib.get_close_matches(name, hints, n=3) or hints)
-      raise ValueError(f"{path}{name}={value!r}: no such field; nearest: {near}")
+      raise UserError(f"{path}{name}={value!r}: no such field; nearest: {near}")
     if dataclasses.is_dataclass(hints[name]):
       check(isinstance(value, dict), f"{path}{name}", value, "must be a group of fields")
       arguments[name] = from_dict(typing.cast(type, hints[name]), value, f"{path}{name}.")

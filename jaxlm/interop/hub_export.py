@@ -1,4 +1,4 @@
-"""Writing config.json in the layout of transformers 4, which 5 reads too."""
+"""Writes config.json in the layout of transformers 4, which 5 reads too."""
 
 from __future__ import annotations
 
@@ -15,57 +15,61 @@ from jaxlm.interop.hub_config import (
   shortest_pattern,
 )
 from jaxlm.interop.hub_rope import write_rope
+from pallas_kernels.common.errors import UserError
 
-# These say how this project computes: a config.json does not hold them.
-_NOT_STORED = ("dtype", "attention_implementation", "remat", "scan")
+# Fields that say how to compute: a config.json does not hold them.
+_COMPUTE_FIELDS = ("dtype", "attention_implementation", "remat", "scan")
+# Fields of the rotary embedding that each scaling reads, besides theta.
+_ROPE_FIELDS = {
+  "none": (),
+  "linear": ("factor",),
+  "ntk": ("factor",),
+  "dynamic": ("factor", "original_length"),
+  "llama3": ("factor", "original_length", "low_freq_factor", "high_freq_factor"),
+}
 
 
 def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-  """What config.json must hold so that it reads back as this model with weights of type `dtype`.
+  """Returns the config.json that reads back as this model with weights of type `dtype`.
 
-  ValueError names the fields that none of the families can express.
+  Raises UserError, naming the fields that none of the families can express.
   """
   attempts = {name: _write(config, name, dtype) for name in FAMILIES}
-  lost = {name: _differences(config, values) for name, values in attempts.items()}
-  name = min(lost, key=lambda name: len(lost[name]))
-  if lost[name]:
-    what = ", ".join(f"model.{field}={getattr(config, field)!r}" for field in lost[name])
-    raise ValueError(
-      f"{what}: no {' or '.join(FAMILIES)} model can have this (the nearest is {name})"
-    )
-  return attempts[name]
+  lost_fields = {name: _differences(config, values) for name, values in attempts.items()}
+  nearest = min(lost_fields, key=lambda name: len(lost_fields[name]))
+  if lost_fields[nearest]:
+    names = lost_fields[nearest]
+    listed = ", ".join(f"model.{name}={getattr(config, name)!r}" for name in names)
+    rule = f"no {' or '.join(FAMILIES)} model can have this (the nearest is {nearest})"
+    raise UserError(f"{listed}: {rule}")
+  return attempts[nearest]
 
 
 def _differences(config: ModelConfig, values: dict[str, Any]) -> list[str]:
-  """Fields in which the model that `values` describe is another one."""
+  """Returns the fields in which `config` differs from the model that `values` describe."""
   try:
     back, _ = parse_config(values, "written")
   except ValueError:
     return [field.name for field in dataclasses.fields(config)]
-  free = {*_NOT_STORED, *(["max_length"] if config.max_length is None else [])}
+  ignored_fields = set(_COMPUTE_FIELDS)
+  if config.max_length is None:
+    ignored_fields.add("max_length")
   if "window" not in config.attention:
-    free.add("window")
-  pattern = shortest_pattern(config.attention * (config.layers // len(config.attention)))
-  config = dataclasses.replace(config, attention=pattern, rope=_normal(config.rope))
-  names = [field.name for field in dataclasses.fields(config) if field.name not in free]
+    ignored_fields.add("window")
   if (config.query_width or config.H) == (back.query_width or back.H):
-    names.remove("query_width")
+    ignored_fields.add("query_width")
+  pattern = shortest_pattern(config.attention * (config.layers // len(config.attention)))
+  config = dataclasses.replace(config, attention=pattern, rope=_used_fields(config.rope))
+  names = [field.name for field in dataclasses.fields(config) if field.name not in ignored_fields]
   return [name for name in names if getattr(config, name) != getattr(back, name)]
 
 
-def _normal(rope: RopeConfig) -> RopeConfig:
-  """Without what the chosen scaling does not read."""
-  reads = {
-    "none": (),
-    "linear": ("factor",),
-    "ntk": ("factor",),
-    "dynamic": ("factor", "original_length"),
-    "llama3": ("factor", "original_length", "low_freq_factor", "high_freq_factor"),
-  }
+def _used_fields(rope: RopeConfig) -> RopeConfig:
+  """Returns `rope` with the defaults in the fields that its scaling does not read."""
   if rope.scaling == "yarn":
     return dataclasses.replace(rope, low_freq_factor=1.0, high_freq_factor=4.0)
-  kept = {name: getattr(rope, name) for name in ("theta", "scaling", *reads[rope.scaling])}
-  return RopeConfig(**kept)
+  names = ("theta", "scaling", *_ROPE_FIELDS[rope.scaling])
+  return RopeConfig(**{name: getattr(rope, name) for name in names})
 
 
 def _write(c: ModelConfig, name: str, dtype: str) -> dict[str, Any]:
@@ -96,7 +100,8 @@ def _write(c: ModelConfig, name: str, dtype: str) -> dict[str, Any]:
   if name == "llama":
     values["mlp_bias"] = c.mlp_bias
   if name == "gemma2":
-    values["query_pre_attn_scalar"] = _whole(c.query_width or c.H)
+    width = c.query_width or c.H
+    values["query_pre_attn_scalar"] = int(width) if width == int(width) else width
     values["attn_logit_softcapping"] = c.attention_cap
     values["final_logit_softcapping"] = c.logit_cap
   return values | _write_windows(c, family)
@@ -116,7 +121,3 @@ def _write_windows(c: ModelConfig, family: Family) -> dict[str, Any]:
     first = kinds.index("window") if window else c.layers
     values |= {"use_sliding_window": window is not None, "max_window_layers": first}
   return values
-
-
-def _whole(value: float) -> int | float:
-  return int(value) if value == int(value) else value

@@ -1,13 +1,14 @@
-"""Which parameter of this project's tree is which tensor of a Hub checkpoint.
+"""Lists which parameter of this project's tree is which tensor of a Hub checkpoint.
 
-The tree stacks blocks of one kind on a leading axis: with a pattern of P kinds, layer i is row i // P of stack i % P.
-The Hub has one tensor per layer, and matrices as [out, in].
+The tree stacks blocks of one kind on a leading axis: with a pattern of P kinds, layer i is row
+i // P of stack i % P. The Hub has one tensor per layer, and matrices as [out, in].
 """
 
 # D model, N query heads, K key heads, H head width, F feed-forward, V vocabulary
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,21 +18,32 @@ Path = tuple[str, ...]
 
 
 class Weight(NamedTuple):
-  """One parameter: its path below `params`, its shape (of one layer), and the name of its tensor (of each row)."""
+  """One parameter of the tree and the tensors that hold it."""
 
   path: Path
+  """keys from the root of the tree"""
   shape: tuple[int, ...]
+  """of one layer, as in the tree"""
   names: tuple[str, ...]
+  """name of its tensor, or of the tensor of each row if `stacked`"""
   stacked: bool
+  """whether the parameter has a leading axis of layers"""
   transposed: bool
+  """whether the file holds the transposed matrix"""
 
   @property
   def file_shape(self) -> tuple[int, ...]:
+    """Shape of one tensor in the file."""
     return self.shape[::-1] if self.transposed else self.shape
+
+  @property
+  def size(self) -> int:
+    """Number of entries of one tensor."""
+    return math.prod(self.shape)
 
 
 def weights(c: ModelConfig) -> Iterator[Weight]:
-  """All parameters of the model, stack by stack."""
+  """Yields all parameters of the model, stack by stack."""
   yield Weight(
     ("embed",), (c.V, c.D), ("model.embed_tokens.weight",), stacked=False, transposed=False
   )
@@ -47,12 +59,12 @@ def weights(c: ModelConfig) -> Iterator[Weight]:
 
 
 def tensor_count(c: ModelConfig) -> int:
-  """How many tensors `weights` names, without naming them."""
+  """Returns how many tensors `weights` names, without listing them."""
   return c.layers * len(_block(c)) + (2 if c.tied else 3)
 
 
 def _block(c: ModelConfig) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
-  """(module, parameter) -> (name below the layer, shape)."""
+  """Maps (module, parameter) of a block to the name below the layer and the shape."""
   Q, Z = c.N * c.H, c.K * c.H
   table: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {
     ("attention", "w_q"): ("self_attn.q_proj.weight", (c.D, Q)),

@@ -1,43 +1,46 @@
-"""Pictures of runs: loss.png, the loss beside what it has to beat, and the curves of several runs side by side."""
+"""Draws a run's loss beside what it has to beat, and the curves of several runs side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxlm.data.formats import require
+from jaxlm.config import check
 from jaxlm.run.run_folder import RunFolder, read_records
+from pallas_kernels.common.errors import UserError, import_extra
 
 
-def draw_loss(folder: RunFolder, baselines: Mapping[str, float]) -> None:
-  """Draws metrics.jsonl and eval.jsonl in bits per byte into loss.png; `baselines` are horizontal lines.
+def draw_loss(folder: RunFolder, references: Mapping[str, float]) -> None:
+  """Draws metrics.jsonl and eval.jsonl into loss.png; `references` are horizontal lines.
 
-  Training loss is turned into bits per byte by the held-out text's tokens per byte. Needs matplotlib (extra `plot`).
+  Where evaluations give bits per byte, the curves are in these: the training loss is converted by
+  the held-out text's tokens per byte. Other values of evaluations have a panel each, but for
+  counts. Raises MissingExtraError without matplotlib.
   """
-  from matplotlib.figure import Figure
+  new_figure = import_extra("matplotlib.figure", "plot", "drawing curves").Figure
+  records = list(read_records(folder.metrics))
+  steps, losses = (np.array([record[key] for record in records]) for key in ("step", "loss"))
+  evals = list(read_records(folder.evals)) if folder.evals.is_file() else []
+  last = evals[-1] if evals else {}
+  in_bits = "bits_per_byte" in last
+  unit, heldout = ("bits per byte", "bits_per_byte") if in_bits else ("loss", "heldout_loss")
+  scale = last["bits_per_byte"] / last["heldout_loss"] if in_bits else 1.0
+  others = [
+    name
+    for name, value in last.items()
+    if isinstance(value, float) and name not in ("heldout_loss", "bits_per_byte")
+  ]
 
-  steps, losses = (
-    np.array([record[key] for record in read_records(folder.metrics)]) for key in ("step", "loss")
-  )
-  evals = list(read_records(folder.evals))
-  bits = np.array([record["bits_per_byte"] for record in evals])
-  scale = bits[-1] / evals[-1]["heldout_loss"]
-
-  figure = Figure(figsize=(7, 4.2), layout="constrained")
-  axes = figure.subplots()
+  figure = new_figure(figsize=(7 + 4 * len(others), 4.2), layout="constrained")
+  axes, *panels = np.ravel(figure.subplots(1, 1 + len(others)))
   axes.plot(steps, scale * losses, color="tab:blue", alpha=0.25, linewidth=0.8)
   axes.plot(steps, scale * _smooth(losses), color="tab:blue", label="training, running mean")
-  axes.plot(
-    [record["step"] for record in evals],
-    bits,
-    "o-",
-    color="tab:red",
-    markersize=4,
-    label="held-out",
-  )
-  for name, value in baselines.items():
+  if heldout in last:
+    _draw_evaluations(axes, evals, heldout)
+  for name, value in references.items():
     axes.axhline(value, color="gray", linestyle="--", linewidth=1)
     axes.annotate(
       f"{name} {value:.2f}",
@@ -47,29 +50,39 @@ def draw_loss(folder: RunFolder, baselines: Mapping[str, float]) -> None:
       va="bottom",
       color="gray",
     )
-  axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, None), xlim=(0, steps[-1]))
-  axes.set_title(
-    f"{folder.path.name}: held-out {bits[-1]:.3f} bits per byte after {steps[-1]} steps", loc="left"
-  )
+  axes.set(xlabel="step", ylabel=unit, ylim=(0, None), xlim=(0, steps[-1]))
+  shown = f"held-out {last[heldout]:.3f}" if heldout in last else f"{losses[-1]:.3f}"
+  axes.set_title(f"{folder.path.name}: {shown} {unit} after {steps[-1]} steps", loc="left")
   axes.legend(frameon=False)
+  for panel, name in zip(panels, others):
+    _draw_evaluations(panel, evals, name)
+    panel.set(xlabel="step", xlim=(0, steps[-1]))
+    panel.set_title(name.replace("_", " "), loc="left")
   figure.savefig(folder.plot, dpi=150)
 
 
-def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
-  """Draws loss (held-out: dots), gradient norm and learning rate of runs over their steps into one picture.
+def _draw_evaluations(axes: Any, evals: Sequence[Mapping[str, Any]], name: str) -> None:
+  """Draws one value of all evaluations over their steps."""
+  steps, values = ([record[key] for record in evals] for key in ("step", name))
+  axes.plot(steps, values, "o-", color="tab:red", markersize=4, label="held-out")
 
-  Reads metrics up to a line that is cut. ValueError for a folder without metrics or a picture whose ending matplotlib
-  does not know, ImportError without matplotlib (extra `plot`).
+
+def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
+  """Draws loss (held-out: dots), gradient norm and learning rate of runs into one picture.
+
+  Reads metrics up to a line that is cut. Raises UserError for a folder without metrics or an ending
+  of `path` that matplotlib does not know, MissingExtraError without matplotlib.
   """
-  figure = require("matplotlib.figure", "plot", "drawing curves").Figure(
-    figsize=(12, 4.2), layout="constrained"
-  )
+  new_figure = import_extra("matplotlib.figure", "plot", "drawing curves").Figure
+  figure = new_figure(figsize=(12, 4.2), layout="constrained")
+  kinds = figure.canvas.get_supported_filetypes()
+  check(path.suffix[1:] in kinds, "out", str(path), f"must end in one of {', '.join(kinds)}")
   losses, norms, rates = figure.subplots(1, 3)
   names = [folder.path.name for folder in folders]
   for index, folder in enumerate(folders):
     records = list(read_records(folder.metrics)) if folder.metrics.is_file() else []
     if not records:
-      raise ValueError(f"run={str(folder.path)!r}: holds no metrics.jsonl with a whole line")
+      raise UserError(f"run={str(folder.path)!r}: holds no metrics.jsonl with a whole line")
     color = f"C{index % 10}"
     steps, loss, norm, rate = (
       np.array([record[key] for record in records])
@@ -81,10 +94,10 @@ def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
       axes.plot(steps, _smooth(values), color=color, label=name)
     rates.plot(steps, rate, color=color)
     evals = list(read_records(folder.evals)) if folder.evals.is_file() else []
-    losses.plot(
-      [e["step"] for e in evals], [e["heldout_loss"] for e in evals], "o", color=color, markersize=4
-    )
-  losses.set(title="loss, nats per token (dots: held-out)", xlabel="step")
+    known = [record for record in evals if "heldout_loss" in record]
+    dots = ([record[key] for record in known] for key in ("step", "heldout_loss"))
+    losses.plot(*dots, "o", color=color, markersize=4)
+  losses.set(title="loss (dots: held-out)", xlabel="step")
   norms.set(title="gradient norm before clipping", xlabel="step", yscale="log")
   rates.set(title="learning rate", xlabel="step", ylim=(0, None))
   losses.legend(frameon=False)
@@ -92,7 +105,7 @@ def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
 
 
 def _smooth(losses: np.ndarray, share: float = 0.04) -> np.ndarray:
-  """Mean over the latest few percent of the curve at each step; what is not finite is left out of it."""
+  """Returns, at each step, the mean of the last `share` of the curve, without what is not finite."""
   width = max(1, int(share * len(losses)))
   finite = np.isfinite(losses)
   sums, counts = (

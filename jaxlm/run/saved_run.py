@@ -1,4 +1,4 @@
-"""A finished or stopped run, or a Hugging Face checkpoint, opened for use: configuration, weights and tokenizer."""
+"""Opens a run or a Hugging Face checkpoint for use: configuration, weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 
 import jax
 
-from jaxlm.checkpoint.checkpoint import restore_params
+from jaxlm.checkpoint.checkpoint import restore_weights
 from jaxlm.checkpoint.folder import checkpoint_path, newest_sound
 from jaxlm.config import DataConfig, MeshConfig, TrainConfig
-from jaxlm.data.loader import TextData, heldout_batches, load_text
+from jaxlm.data.loader import TextData, load_text
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, check_vocabulary, load_tokenizer
 from jaxlm.decode import Sampler, generate
 from jaxlm.interop import huggingface
 from jaxlm.run.run_folder import RunFolder
-from jaxlm.train.evaluate import make_evaluator
-from jaxlm.train.step import init_state
+from jaxlm.run.text import TextTask
+from jaxlm.train.state import init_state
 from sharding import make_mesh
+from sharding.batches import local_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +32,14 @@ class SavedRun:
   params: Any
   step: int
   start_ids: tuple[int, ...]
-  """what a text begins with: the end of the one before, or what a published tokenizer puts there"""
+  """what a text begins with: the end of document, or what a published tokenizer puts there"""
 
   @classmethod
   def open(cls, run: str | Path) -> SavedRun:
-    """A run's folder, or a checkpoint as `jaxlm.interop.huggingface.load` takes it, with its tokenizer.json.
+    """Opens the folder of a run, or a checkpoint folder or `hf:owner/name` with its tokenizer.json.
 
-    Raises ValueError where the folder is neither, FileNotFoundError where a run has no sound checkpoint.
+    Raises UserError for a folder that does not exist or is neither, FileNotFoundError for a run
+    without a sound checkpoint.
     """
     if huggingface.is_checkpoint(run):
       return cls._open_published(huggingface.local_folder(run))
@@ -45,10 +47,8 @@ class SavedRun:
     config = dataclasses.replace(folder.read_config(), mesh=MeshConfig(data=1))
     newest = newest_sound(folder.checkpoints)
     with jax.set_mesh(make_mesh(config.mesh)):
-      params = restore_params(
-        checkpoint_path(folder.checkpoints, newest),
-        jax.eval_shape(lambda: init_state(config)).params,
-      )
+      like = jax.eval_shape(lambda: init_state(config, TextTask(config)))
+      params = restore_weights(checkpoint_path(folder.checkpoints, newest), like)
     tokenizer = load_tokenizer(folder.path, config.data, config.model.V)
     return cls(config, tokenizer, params, newest, (tokenizer.eos,))
 
@@ -63,7 +63,7 @@ class SavedRun:
     return cls(config, tokenizer, params, 0, tuple(tokenizer.model.encode("").ids))
 
   def sample(self, prompt: str, *, sampler: Sampler, max_new: int, seed: int = 0) -> str:
-    """The model's continuation of the prompt, up to `max_new` tokens or the end of the document."""
+    """Returns the text that continues the prompt, up to `max_new` tokens or the document's end."""
     eos = self.tokenizer.eos
     prompt_ids = [[*self.start_ids, *self.tokenizer.encode(prompt)]]
     key = jax.random.key(seed)
@@ -73,10 +73,10 @@ class SavedRun:
     ends = (ids_M == eos).nonzero()[0]
     return self.tokenizer.decode(ids_M[: ends[0]] if len(ends) else ids_M)
 
-  def evaluate(self, limit: int | None = None) -> tuple[TextData, float, float]:
-    """(the text, nats per token, tokens) over all held-out text, or its first `limit` batches."""
+  def evaluate(self, limit: int | None = None) -> tuple[TextData, dict[str, float]]:
+    """Returns (the text, evaluation as in eval.jsonl) over all held-out text or `limit` batches."""
     text = load_text(self.config.data, self.tokenizer)
     with jax.set_mesh(make_mesh(self.config.mesh)):
-      batches = heldout_batches(text, batch=self.config.batch, limit=limit)
-      loss, tokens = make_evaluator(self.config)(self.params, batches)
-    return text, loss, tokens
+      rows = local_rows(self.config.batch)
+      values = TextTask(self.config, text).evaluate(self.params, {}, rows, limit)
+    return text, values
