@@ -44,11 +44,11 @@ def largest_array(jaxpr):
 
 @pytest.mark.parametrize("B, T, N, K, H", [(8, 4096, 32, 8, 128), (1, 131072, 8, 8, 64)])
 def test_no_array_of_queries_times_keys_is_traced(B, T, N, K, H):
-  """At the length of the large presets, and at a long one."""
+  """At the length of the large presets, and at a long one, as GPU and TPU run it."""
   q_BTNH, k_BTKH = (jax.ShapeDtypeStruct((B, T, heads, H), jnp.bfloat16) for heads in (N, K))
 
   def loss(q, k, v):
-    o_BTNH, lse_BTN = blocks.attend(q, k, v, Tokens(), Options(True, None, None, 1.0), keeps=True)
+    o_BTNH, lse_BTN = blocks.attend(q, k, v, Tokens(), Options(True, None, None, 1.0), keeps=False)
     return jnp.sum(o_BTNH.astype(jnp.float32)) + jnp.sum(lse_BTN)
 
   jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q_BTNH, k_BTKH, k_BTKH)
