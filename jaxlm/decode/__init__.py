@@ -1,4 +1,4 @@
-"""Decoding: caches, sampling, generation."""
+"""Decodes: samples and generates text with a cache."""
 
 from jaxlm.decode.cache import init_cache
 from jaxlm.decode.generate import generate

@@ -38,8 +38,8 @@ def run_on_shards(
   """Calls `function(*shards)` on every device.
 
   `layouts` has, for each array, the mesh axes of each of its dimensions (None or () for a whole
-  dimension). Arrays that are None stay None. Arrays whose type says `reduced` over some axes stay so: their
-  gradients leave as the devices' unsummed shares.
+  dimension). Arrays that are None stay None. Arrays whose type says `reduced`
+  over some axes stay so: their gradients leave as the devices' unsummed shares.
   """
 
   def reshard(array: jax.Array | None, layout: tuple[Axes | None, ...]) -> jax.Array | None:
