@@ -29,7 +29,9 @@ class Line(Task):
     return Start({"w": jnp.zeros(3)}, {"scale": jnp.eye(3)}, {"seen": jnp.int32(0)})
 
   def batches(self, rows):
-    return IndexedBatches(lambda index: {"x": np.random.default_rng(index).normal(size=(8, 3))[rows]})
+    return IndexedBatches(
+      lambda index: {"x": np.random.default_rng(index).normal(size=(8, 3))[rows]}
+    )
 
   def objective(self, params, model_state, batch, key):
     target_B = 2 * batch["x"].sum(axis=1) + 0.1 * jax.random.normal(key, batch["x"].shape[:1])

@@ -218,6 +218,7 @@ def test_a_weight_that_is_both_trained_and_frozen_is_refused():
 
 def test_the_backward_pass_is_in_the_program_once():
   """`sin` is differentiated to `cos`, which the forward pass has once itself."""
+
   def count(accumulate):
     config = dataclasses.replace(CONFIG, accumulate=accumulate)
     state = init_state(config, Regression())
