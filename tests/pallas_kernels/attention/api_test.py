@@ -23,9 +23,9 @@ def arrays(B=2, T=8, S=None, N=4, K=2, H=4, U=None, dtype=jnp.float32):
 Q, K, V = arrays()
 IDS = np.zeros((2, 8), np.int32)
 REFUSED = {
-  "rank": (dict(q_BTNH=Q[0]), r"q_BTNH.shape=\(8, 4, 4\): must be \(\*, \*, \*, \*\)"),
+  "rank": (dict(q_BTNH=Q[0]), r"q_BTNH.shape=\(8, 4, 4\): must be \(any, any, any, any\)"),
   "rows": (dict(k_BSKH=K[:1], v_BSKU=V[:1]), r"k_BSKH.shape=\(1, 8, 2, 4\): must be \(2, .*4\)"),
-  "keys and values": (dict(v_BSKU=V[:, :5]), r"v_BSKU.shape=.*must be \(2, 8, 2, \*\)"),
+  "keys and values": (dict(v_BSKU=V[:, :5]), r"v_BSKU.shape=.*must be \(2, 8, 2, any\)"),
   "width": (dict(k_BSKH=K[..., :3]), r"k_BSKH.shape=\(2, 8, 2, 3\): must be .* 4\)"),
   "heads": (dict(q_BTNH=Q[:, :, :3]), "q_BTNH.shape=.*its N=3 must be a multiple of K=2"),
   "no width": (dict(v_BSKU=V[..., :0]), "v_BSKU.shape=.*needs a head and a width"),
