@@ -1,7 +1,6 @@
-"""Decoding: caches, sampling, generation."""
+"""Decoding: sampling and generation. Empty caches come from `Transformer.init_cache`."""
 
-from jaxlm.decode.cache import init_cache
 from jaxlm.decode.generate import generate
 from jaxlm.decode.sampling import Sampler
 
-__all__ = ["Sampler", "generate", "init_cache"]
+__all__ = ["Sampler", "generate"]

@@ -5,7 +5,6 @@ Llama 2 and 3, Qwen2 and 2.5, Qwen3, Gemma 2. Only safetensors are read; pickle 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +70,7 @@ def load(path: str | Path, dtype: DType | None = None) -> tuple[ModelConfig, Any
       _insert(
         params, weight.path, assemble(_at(targets, weight.path), sources, weight.stacked, pool)
       )
-  return config, {"params": params}
+  return config, params
 
 
 def inspect(
@@ -90,8 +89,7 @@ def inspect(
   config, stated = read_config(folder / CONFIG)
   tensors = find_tensors(folder)
   kind = _check_tensors(config, tensors, folder, stated, dtype)
-  compute: Literal["bfloat16", "float32"] = "bfloat16" if kind == jnp.bfloat16 else "float32"
-  return dataclasses.replace(config, dtype=compute), tensors, kind
+  return config, tensors, kind
 
 
 def local_folder(path: str | Path) -> Path:
@@ -188,11 +186,8 @@ def _check_tied_head(
 def _targets(config: ModelConfig, kind: np.dtype, folder: Path) -> Any:
   """Shape, dtype and sharding of every parameter on the current mesh; ValueError where they do not divide over it."""
   mesh = jax.sharding.get_mesh()
-  count = max(mesh.size, 1)  # of rows and positions, which divides over any axis
   try:
-    abstract = jax.eval_shape(
-      Transformer(config).init, jax.random.key(0), jnp.zeros((count, count), jnp.int32)
-    )
+    abstract = jax.eval_shape(Transformer(config).init, jax.random.key(0))
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from error
 
@@ -200,7 +195,7 @@ def _targets(config: ModelConfig, kind: np.dtype, folder: Path) -> Any:
     sharding = None if mesh.empty else NamedSharding(mesh, jax.typeof(x).sharding.spec)
     return jax.ShapeDtypeStruct(x.shape, kind, sharding=sharding)
 
-  return jax.tree.map(target, abstract)["params"]
+  return jax.tree.map(target, abstract)
 
 
 def save(
@@ -216,7 +211,7 @@ def save(
   folder = Path(path)
   if any((folder / name).exists() for name in (CONFIG, SINGLE, INDEX)):
     raise ValueError(f"{folder}: holds a checkpoint or a run already")
-  leaves = {weight: _leaf(params, weight, config) for weight in weights(config)}
+  leaves = {weight: _leaf(params, weight) for weight in weights(config)}
   kinds = {np.dtype(leaf.dtype) for leaf in leaves.values()}
   if len(kinds) > 1 or not kinds <= set(safetensors.DTYPES.values()):
     raise ValueError(
@@ -248,12 +243,12 @@ def save(
   _write_json(folder / CONFIG, description)
 
 
-def _leaf(params: Any, weight: Weight, config: ModelConfig) -> jax.Array:
+def _leaf(params: Any, weight: Weight) -> jax.Array:
   where, shape = ".".join(weight.path), weight.shape
   if weight.stacked:
-    shape = (config.layers // len(config.attention), *shape)
+    shape = (len(weight.names), *shape)
   try:
-    leaf = _at(params["params"], weight.path)
+    leaf = _at(params, weight.path)
   except (KeyError, TypeError):
     raise ValueError(f"params: {where} is missing") from None
   check(leaf.shape == shape, f"params: {where} of shape", leaf.shape, f"must be {shape}")

@@ -39,7 +39,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def decay_mask(params: Any) -> Any:
   """True for matrices of the blocks and the head; False for norms, biases and the embedding."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, w: _is_matrix(path, w) and path[-1].key != "embed", params
+    lambda path, w: _is_matrix(path, w) and path[0].key != "embed", params
   )
 
 
@@ -49,7 +49,7 @@ def _is_matrix(path: tuple, w: jax.Array) -> bool:
 
 
 def _is_stacked(path: tuple) -> bool:
-  return any(key.key == "blocks" for key in path)
+  return path[0].key == "stacks"
 
 
 def _muon_axes(params: Any) -> Any:

@@ -13,11 +13,10 @@ import optax
 
 from jaxlm.config import TrainConfig
 from jaxlm.data.loader import Batch
-from jaxlm.models import Transformer, head
+from jaxlm.models import Transformer
 from jaxlm.objectives import Weighted, next_token_loss
 from jaxlm.train.accumulate import accumulated_gradients
 from jaxlm.train.optimizer import learning_rate_schedule, make_optimizer, update
-from sharding.rules import shard
 
 
 class TrainState(NamedTuple):
@@ -44,8 +43,7 @@ def init_state(config: TrainConfig, params: Any = None) -> TrainState:
   """The state before the first step, of these parameters or fresh ones, which under `jax.jit` are born sharded."""
   key = jax.random.key(config.seed)
   if params is None:
-    ids_BT = shard(jnp.zeros((config.batch, config.data.length), jnp.int32), "batch", None)
-    params = Transformer(config.model).init(jax.random.fold_in(key, 0), ids_BT)
+    params = Transformer(config.model, config.compute).init(jax.random.fold_in(key, 0))
   opt_state = make_optimizer(config.optimizer, config.steps).init(params)
   return TrainState(
     jnp.int32(0), params, opt_state, params if config.ema else None, jax.random.fold_in(key, 1)
@@ -54,7 +52,8 @@ def init_state(config: TrainConfig, params: Any = None) -> TrainState:
 
 def batch_loss(config: TrainConfig, params: Any, batch: Batch) -> tuple[Weighted, Weighted]:
   """(what to minimise, plain cross-entropy) of one batch."""
-  states_BTD: Any = Transformer(config.model).apply(
+  model = Transformer(config.model, config.compute)
+  states_BTD = model.apply(
     params,
     batch.inputs_BT,
     positions=batch.positions_BT,
@@ -63,7 +62,7 @@ def batch_loss(config: TrainConfig, params: Any, batch: Batch) -> tuple[Weighted
   )
   return next_token_loss(
     states_BTD,
-    head(config.model, params),
+    model.head(params),
     batch.targets_BT,
     batch.weights_BT,
     config.z_loss,
