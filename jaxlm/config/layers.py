@@ -1,0 +1,83 @@
+"""Model configurations from fewer words: layers that are alike, and layers that come as a list."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from jaxlm.config.model import LayerSpec, ModelConfig
+
+_LONGEST_PATTERN = 64
+
+
+def decoder(
+  *, layers: int = 4, windows: Sequence[int | None] = (None,), **fields: Any
+) -> ModelConfig:
+  """Returns a model whose layers are alike but for their attention windows, which repeat in turn.
+
+  Takes the fields of ModelConfig, AttentionConfig and MlpConfig by their plain names, as in
+  `decoder(D=128, F=352, N=4, K=4, H=32, layers=4)`.
+  """
+  plain = LayerSpec()
+  pattern = tuple(
+    LayerSpec(mixer=dataclasses.replace(plain.mixer, window=window)) for window in windows
+  )
+  return revise(ModelConfig(pattern=pattern, layers=layers), **fields)
+
+
+def revise(model: ModelConfig, **fields: Any) -> ModelConfig:
+  """Returns the model with these fields replaced, each in every part of it that has the field.
+
+  `D` is a field of the model itself, `H` of every layer's mixer, `F` of every feed-forward.
+  """
+  taken: set[str] = set()
+
+  def replace(part: Any) -> Any:
+    own = {field.name for field in dataclasses.fields(part)} & fields.keys()
+    taken.update(own)
+    return dataclasses.replace(part, **{name: fields[name] for name in own})
+
+  def replace_all(specs: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
+    return tuple(
+      LayerSpec(mixer=replace(spec.mixer), feedforward=replace(spec.feedforward)) for spec in specs
+    )
+
+  layers = {name: replace_all(getattr(model, name)) for name in ("prefix", "pattern", "remainder")}
+  rest = {name: value for name, value in fields.items() if name not in taken}
+  return dataclasses.replace(model, **(layers | rest))
+
+
+def arrange(specs: Sequence[LayerSpec]) -> dict[str, tuple[LayerSpec, ...]]:
+  """Returns the prefix, pattern and remainder of these layers that compile as the fewest blocks.
+
+  What compiles is the pattern once, and each run of equal layers in prefix and remainder once.
+  """
+  specs = tuple(specs)
+  L = len(specs)
+  changes = [a != b for a, b in itertools.pairwise(specs)]
+  before = [0, *itertools.accumulate([1, *changes])]  # runs of equal layers in specs[:i]
+
+  def cost(start: int, length: int, stop: int) -> int:
+    after = 0 if stop == L else before[L] - before[stop] + (not changes[stop - 1])
+    return before[start] + length + after
+
+  best = (cost(0, L, L), 0, L, L)
+  for length in range(1, min(L, _LONGEST_PATTERN) + 1):
+    if length >= best[0]:
+      break
+    start = 0
+    while start + length <= L:
+      stop = start + length
+      while stop < L and specs[stop] == specs[stop - length]:
+        stop += 1
+      stop -= (stop - start) % length
+      best = min(best, (cost(start, length, stop), start, length, stop))
+      start += 1 if stop == start + length else stop - start - length + 1
+  _, start, length, stop = best
+  return {
+    "prefix": specs[:start],
+    "pattern": specs[start : start + length],
+    "remainder": specs[stop:],
+  }
