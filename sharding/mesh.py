@@ -1,4 +1,4 @@
-"""The device mesh: seven named axes, slowest network first, axes of size 1 kept.
+"""Makes the device mesh: seven named axes, slowest network first, axes of size 1 kept.
 
 jax is imported inside the functions, so that reading a configuration stays fast.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pallas_kernels.common.errors import UserError
 
 if TYPE_CHECKING:
   from jax.sharding import Mesh
@@ -35,48 +38,65 @@ class MeshConfig:
   def __post_init__(self) -> None:
     for name, size in self.sizes().items():
       if size != -1 and size < 1:
-        raise ValueError(
+        raise UserError(
           f"mesh.{name}={size}: an axis has at least 1 device (or -1 for all that are left)"
         )
-    free = [name for name, size in self.sizes().items() if size == -1]
-    if len(free) > 1:
-      raise ValueError(
-        f"mesh.{free[1]}=-1: only one axis may take the devices that are left, mesh.{free[0]} does"
-      )
+    flexible = [name for name, size in self.sizes().items() if size == -1]
+    if len(flexible) > 1:
+      rule = f"only one axis may take the devices that are left, mesh.{flexible[0]} does"
+      raise UserError(f"mesh.{flexible[1]}=-1: {rule}")
 
   def sizes(self) -> dict[str, int]:
-    """Axis name -> size as written, in mesh order."""
+    """Returns axis name -> size as written, in mesh order."""
     return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
   def resolve(self, devices: int) -> dict[str, int]:
-    """Axis name -> size on `devices` devices; ValueError when they do not fit."""
+    """Returns axis name -> size on `devices` devices; raises UserError where they do not fit."""
     sizes = self.sizes()
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if -1 in sizes.values():
       if devices % fixed:
-        raise ValueError(
+        raise UserError(
           f"mesh {self.describe()}: {devices} devices cannot be split into groups of {fixed}"
         )
       return {name: devices // fixed if size == -1 else size for name, size in sizes.items()}
     if fixed > devices:
-      raise ValueError(f"mesh {self.describe()}: needs {fixed} devices, there are {devices}")
+      raise UserError(f"mesh {self.describe()}: needs {fixed} devices, there are {devices}")
     return sizes
 
   def describe(self) -> str:
-    return (
-      " x ".join(f"{name} {size}" for name, size in self.sizes().items() if size != 1) or "1 device"
-    )
+    """Returns the axes that split something, such as "data 4 x tensor 2"."""
+    return describe_sizes(self.sizes())
 
 
-def make_mesh(config: MeshConfig | None = None) -> Mesh:
-  """The mesh of `config` over the first devices, every axis Explicit (shardings are types)."""
+def describe_sizes(sizes: Mapping[str, int]) -> str:
+  """Returns the axes whose size is not 1, such as "data 4 x tensor 2", or "1 device"."""
+  return " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "1 device"
+
+
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+  """Returns the mesh of `config`, every axis Explicit (shardings are types).
+
+  It takes the first of `devices`, by default all of jax's, in the order that suits their network.
+  Raises UserError where they do not fit, or where some process would have no device in the mesh.
+  """
   import jax
+  from jax.experimental import mesh_utils
 
-  sizes = (config or MeshConfig()).resolve(jax.device_count())
-  count = math.prod(sizes.values())
-  return jax.make_mesh(
-    tuple(sizes.values()),
-    tuple(sizes),
-    axis_types=(jax.sharding.AxisType.Explicit,) * len(sizes),
-    devices=jax.devices()[:count],
-  )
+  devices = jax.devices() if devices is None else devices
+  sizes = (config or MeshConfig()).resolve(len(devices))
+  used = devices[: math.prod(sizes.values())]
+  idle = {d.process_index for d in devices} - {d.process_index for d in used}
+  if idle:
+    raise UserError(
+      f"mesh {describe_sizes(sizes)}: uses {len(used)} of {len(devices)} devices, "
+      f"which leaves processes {sorted(idle)} without one; a mesh must use devices of every process"
+    )
+  axis_types = (jax.sharding.AxisType.Explicit,) * len(sizes)
+  try:
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types, devices=used)
+  except NotImplementedError:  # an axis would have to split an axis of the torus (v6e 4x4: 8 x 2)
+    ordered = mesh_utils.create_device_mesh(
+      tuple(sizes.values()), used, allow_split_physical_axes=True
+    )
+    return jax.sharding.Mesh(ordered, tuple(sizes), axis_types)

@@ -6,13 +6,9 @@ import dataclasses
 import math
 from typing import Any
 
-from pallas_kernels.common.errors import UserError
+from pallas_kernels.common.checks import check
 
-
-def check(good: bool, field: str, value: Any, rule: str) -> None:
-  """Raises UserError "field=value: rule" unless `good`."""
-  if not good:
-    raise UserError(f"{field}={value!r}: {rule}")
+__all__ = ["check", "check_finite"]
 
 
 def check_finite(config: Any, path: str) -> None:

@@ -87,18 +87,20 @@ class _TrainBatches:
   source: Rows
   order: grain.MapDataset
   batch: int
-  rows: slice
+  rows: slice | np.ndarray
 
   def __len__(self) -> int:
     return sys.maxsize // self.batch
 
   def __getitem__(self, index: int) -> Batch:
     first = index * self.batch
-    return self.source.take(np.array([self.order[first + b] for b in range(self.batch)[self.rows]]))
+    return self.source.take(
+      np.array([self.order[first + b] for b in np.arange(self.batch)[self.rows]])
+    )
 
 
 def train_loader(
-  text: TextData, *, batch: int, seed: int, rows: slice = slice(None)
+  text: TextData, *, batch: int, seed: int, rows: slice | np.ndarray = slice(None)
 ) -> grain.DatasetIterator[Batch]:
   """An endless iterator over training batches, of which it builds the `rows`; each epoch has an order of its own.
 
@@ -118,7 +120,7 @@ def train_loader(
 
 
 def heldout_batches(
-  text: TextData, *, batch: int, rows: slice = slice(None), limit: int | None = None
+  text: TextData, *, batch: int, rows: slice | np.ndarray = slice(None), limit: int | None = None
 ) -> Iterator[Batch]:
   """The held-out rows in order; the last batch is filled up with rows of weight 0.
 

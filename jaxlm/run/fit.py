@@ -230,7 +230,7 @@ def _report(report: Reporter, guard: Guard, step: int, metrics: Metrics, batch: 
   report.watch.on("device")
   values = {name: float(value) for name, value in metrics._asdict().items()}
   report.step(step, **values, spike=guard.is_spike(step, values["loss"]))
-  guard.judge(step, values, batch, local_rows(report.config.batch))
+  guard.check_step(step, values, batch, local_rows(report.config.batch))
   return values["loss"]
 
 

@@ -1,17 +1,18 @@
-"""Numbers gone wrong: what a loss may be, and what happens to a step whose numbers are not finite or jump.
+"""Detects steps whose loss or gradient is not finite, or whose loss jumps; reports, or stops the run.
 
-The step itself leaves out an update that is not finite (`jaxlm.train.step`), so a bad one never reaches a checkpoint.
+The step itself leaves out an update that is not finite (`jaxlm.train.step`), so that a bad one never
+reaches a checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxlm.checkpoint.atomic import write_text
@@ -19,101 +20,118 @@ from jaxlm.config import TrainConfig
 from jaxlm.data.packing import Batch
 from jaxlm.run.metrics import print_status
 from jaxlm.run.run_folder import RunFolder, read_records
+from pallas_kernels.common.errors import UserError
 from sharding.multihost import is_main
 
-_log = logging.getLogger("jaxlm")
 WINDOW = 64  # losses that a new one is compared with
 FEWEST = 16  # of these, before anything counts as a spike
-_KEPT = WINDOW + 2
+_REMEMBERED = WINDOW + 2
 LEAST_DEVIATION = 0.01  # of the median: a loss that hardly moves has deviations near 0
 
 
 class Guard:
-  """Judges each step of a run. Its borders depend on the losses alone, so a resumed or replayed run has the same."""
+  """Checks the loss of each step of a run.
+
+  Its limits depend on the losses alone, so a resumed or replayed run has the same ones.
+  """
 
   def __init__(self, config: TrainConfig, folder: RunFolder, start: int):
     self.config, self.folder = config, folder
     records = list(read_records(folder.metrics)) if folder.metrics.exists() else []
     records = [record for record in records if record["step"] <= start]
-    self.losses = {record["step"]: record["loss"] for record in records[-_KEPT:]}
+    self.losses = {record["step"]: record["loss"] for record in records[-_REMEMBERED:]}
     self.skipped = sum(record.get("skipped", 0) for record in records)
 
   def limit(self, step: int) -> float:
-    """Above which loss this step's update is left out: no border unless `spike` is `skip`."""
-    return self._border(step) if self.config.spike == "skip" else math.inf
+    """Returns the loss above which the update of `step` is left out; infinite unless `spike=skip`."""
+    return self._spike_limit(step) if self.config.spike == "skip" else math.inf
 
   def is_spike(self, step: int, loss: float) -> bool:
-    return math.isfinite(loss) and loss > self._border(step)
+    """Returns whether `loss` is finite but far above those of the steps before."""
+    return math.isfinite(loss) and loss > self._spike_limit(step)
 
-  def judge(self, step: int, values: Mapping[str, float], batch: Batch, rows: slice) -> None:
-    """After a step's numbers are known: says and keeps what is wrong with them, and counts skipped updates.
+  def check_step(
+    self, step: int, values: Mapping[str, float], batch: Batch, rows: np.ndarray
+  ) -> None:
+    """Prints and saves what is wrong with the numbers of a finished step; counts skipped updates.
 
-    Raises FloatingPointError where the configuration wants the run to stop.
+    `values` holds "loss", "grad_norm" and "skipped"; `batch` the `rows` of this process. Raises
+    FloatingPointError where the configuration wants the run to stop.
     """
     loss, norm = values["loss"], values["grad_norm"]
-    spike, border = self.is_spike(step, loss), self._border(step)
+    spike, limit = self.is_spike(step, loss), self._spike_limit(step)
     self.losses[step] = loss
-    self.losses.pop(step - _KEPT, None)
+    self.losses.pop(step - _REMEMBERED, None)
     self.skipped += values["skipped"]
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite and not spike:
       return
-    what = f"step {step}: loss {loss}, gradient norm {norm}"
-    what += (
-      f"; the losses before allow {border:.4f} (spike_size={self.config.spike_size})"
-      if spike
-      else ""
-    )
+    message = f"step {step}: loss {loss}, gradient norm {norm}"
+    if spike:
+      size = self.config.spike_size
+      message += f"; the losses before allow {limit:.4f} (spike_size={size})"
     if values["skipped"]:
-      what += f"; its update was left out, {self.skipped:.0f} so far"
+      message += f"; its update was left out, {self.skipped:.0f} so far"
     if (self.config.spike if finite else self.config.nonfinite) != "stop":
-      print_status(what)
+      print_status(message)
       return
-    place = save_step(self.folder.bad_steps, step, values, batch, rows)
-    again = f"jaxlm replay {self.folder.path} --step {step}"
-    what += f"; nothing is saved after it. Its batch is in {place}; what went wrong: {again}"
-    _log.warning(what)
-    raise FloatingPointError(what)
+    saved = save_step(self.folder.bad_steps, step, values, batch, rows, self.config.batch)
+    replay = f"jaxlm replay {self.folder.path} --step {step}"
+    message += f"; nothing is saved after it. Its batch is in {saved}; what went wrong: {replay}"
+    raise FloatingPointError(message)
 
-  def _border(self, step: int) -> float:
-    """Median + spike_size median absolute deviations of the losses up to two steps before: the last ones read."""
-    known = [
-      loss
-      for at, loss in self.losses.items()
-      if step - 1 - WINDOW <= at < step - 1 and math.isfinite(loss)
-    ]
+  def _spike_limit(self, step: int) -> float:
+    """Returns the median + spike_size median absolute deviations of earlier losses.
+
+    It takes those up to two steps before, because the last ones have not been read yet.
+    """
+    window = range(step - 1 - WINDOW, step - 1)
+    known = [loss for at, loss in self.losses.items() if at in window and math.isfinite(loss)]
     if len(known) < FEWEST:
       return math.inf
-    middle = statistics.median(known)
-    deviation = statistics.median(abs(loss - middle) for loss in known)
-    return middle + self.config.spike_size * max(deviation, LEAST_DEVIATION * abs(middle))
+    median = statistics.median(known)
+    deviation = statistics.median(abs(loss - median) for loss in known)
+    return median + self.config.spike_size * max(deviation, LEAST_DEVIATION * abs(median))
 
 
 def save_step(
-  folder: Path, step: int, values: Mapping[str, float], batch: Batch, rows: slice
+  folder: Path,
+  step: int,
+  values: Mapping[str, float],
+  batch: Batch,
+  rows: np.ndarray,
+  batch_size: int,
 ) -> Path:
-  """Writes the batch of a step and its numbers into `folder`/STEP; of several processes, each its own rows."""
-  place = folder / f"{step:08d}"
-  place.mkdir(parents=True, exist_ok=True)
+  """Writes the numbers of a step and its batch into `folder`/STEP, each process its own rows.
+
+  `rows` are the places in the batch of `batch_size` rows that the arrays of `batch` hold.
+  """
+  target = folder / f"{step:08d}"
+  target.mkdir(parents=True, exist_ok=True)
   arrays = {name: array for name, array in batch._asdict().items() if array is not None}
-  np.savez(place / f"rows_{rows.start}_{rows.stop}.npz", **arrays)
+  np.savez(target / f"rows_of_process_{jax.process_index()}.npz", rows=rows, **arrays)
   if is_main():
-    write_text(place / "step.json", json.dumps({"step": step, **values}) + "\n")
-  return place
+    record = {"step": step, "batch": batch_size, **values}
+    write_text(target / "step.json", json.dumps(record) + "\n")
+  return target
 
 
 def load_batch(folder: Path, step: int) -> Batch | None:
-  """The whole batch that `save_step` wrote, or None; ValueError where some of its rows are missing."""
-  parts = sorted(
-    (folder / f"{step:08d}").glob("rows_*_*.npz"), key=lambda path: int(path.stem.split("_")[1])
-  )
-  if not parts:
+  """Returns the whole batch that `save_step` wrote, or None where it wrote none.
+
+  Raises UserError where rows are missing, because the file of some process is.
+  """
+  source = folder / f"{step:08d}"
+  if not (source / "step.json").is_file():
     return None
-  rows = [tuple(map(int, path.stem.split("_")[1:])) for path in parts]
-  for (start, _), end in zip(rows, [0, *(stop for _, stop in rows)]):
-    if start != end:
-      raise ValueError(f"{parts[0].parent}: rows {end} to {start} of the batch are missing")
-  loaded = [np.load(path, allow_pickle=False) for path in parts]
-  return Batch(
-    **{name: np.concatenate([part[name] for part in loaded]) for name in loaded[0].files}
-  )
+  size = json.loads((source / "step.json").read_text())["batch"]
+  parts = [dict(np.load(path, allow_pickle=False)) for path in source.glob("rows_of_process_*.npz")]
+  rows_of_parts = [part.pop("rows") for part in parts]
+  missing = np.setdiff1d(np.arange(size), np.concatenate([*rows_of_parts, np.array([], int)]))
+  if len(missing):
+    raise UserError(f"{source}: rows {missing.tolist()} of the batch of {size} are missing")
+  whole = {name: np.empty((size, *x.shape[1:]), x.dtype) for name, x in parts[0].items()}
+  for part, rows in zip(parts, rows_of_parts):
+    for name, local in part.items():
+      whole[name][rows] = local
+  return Batch(**whole)

@@ -1,7 +1,6 @@
-"""What the TPU compiler scheduled for a Pallas kernel: cycles, MXU use, bytes, without a TPU."""
+"""Reads cycles, MXU use and HBM bytes of TPU kernels from the compiler, without a TPU."""
 
 from pallas_kernels.schedule.analysis import Finding, analyse
-from pallas_kernels.schedule.chips import CHIPS
 from pallas_kernels.schedule.listing import DumpError
 
-__all__ = ["CHIPS", "DumpError", "Finding", "analyse"]
+__all__ = ["DumpError", "Finding", "analyse"]

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from pallas_kernels.schedule.chips import CHIPS
+from pallas_kernels.common.chips import CORES
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def chip_mesh(
 ) -> jax.sharding.Mesh:
   """A mesh of `chip`'s devices, Explicit axes: something to compile for."""
   dump_folder()
-  topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
+  topology = topologies.get_topology_desc(platform="tpu", topology_name=CORES[chip].topology)
   devices: Any = np.array(topology.devices[: int(np.prod(shape))]).reshape(shape)
   return jax.sharding.Mesh(
     devices, names, axis_types=(jax.sharding.AxisType.Explicit,) * len(names)

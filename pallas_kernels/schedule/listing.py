@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pallas_kernels.schedule.chips import Chip
+from pallas_kernels.common.chips import TensorCore
 
 BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:L[HBE]|P[BF]|CT)?\s*:[\s>]*\{", re.M)
 BRANCH = re.compile(r"sbr\.rel\s*(?:\(!?%(\w+)\))?[^;]*?target bundleno = (\d+)")
@@ -35,7 +35,7 @@ class Matmul:
   rows: int
   """rows of the left operand"""
   busy: int
-  """MXU time in units of Chip.mxu_cycles"""
+  """MXU time in units of TensorCore.mxu_cycles"""
 
 
 def matmul_kind(suffixes: str) -> Matmul:
@@ -79,17 +79,17 @@ class Total:
       for key, count in theirs.items():
         mine[key] += weight * count  # type: ignore[index, assignment]
 
-  def mxu_use(self, chip: Chip) -> float:
+  def mxu_use(self, core: TensorCore) -> float:
     """Share of the cycles in which the MXUs are busy."""
     busy = sum(count * kind.busy for kind, count in self.matmuls.items())
-    return busy * chip.mxu_cycles / (chip.mxus * max(self.cycles, 1))
+    return busy * core.mxu_cycles / (core.mxus * max(self.cycles, 1))
 
 
 class Schedule:
   """One compiled kernel. DumpError where the listings are not what this reader knows."""
 
-  def __init__(self, bundles: str, use: str, chip: Chip):
-    self.chip = chip
+  def __init__(self, bundles: str, use: str, core: TensorCore):
+    self.core = core
     text = re.sub(r"/\*.*?\*/", "", bundles, flags=re.S)
     marks = list(BUNDLE.finditer(text))
     if not marks:
@@ -110,7 +110,7 @@ class Schedule:
       if "sbr." in bundle and not BRANCH.search(bundle):
         raise DumpError(f"bundle {i}: unknown branch {bundle.strip()[:120]!r}")
       for predicate, target_text in BRANCH.findall(bundle):
-        target, after = int(target_text), min(i + 1 + self.chip.delay_slots, size)
+        target, after = int(target_text), min(i + 1 + self.core.delay_slots, size)
         if target > size:
           raise DumpError(f"bundle {i} branches to {target}, the listing ends at {size}")
         if target <= i:

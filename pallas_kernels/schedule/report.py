@@ -14,37 +14,39 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.common.checks import check, check_choice
+from pallas_kernels.common.chips import CORES
+from pallas_kernels.common.errors import MissingExtraError
 from pallas_kernels.schedule.analysis import analyse
 from pallas_kernels.schedule.cases import Case, cases
-from pallas_kernels.schedule.chips import CHIPS
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "tokamax")
 LIMITS = (
-  "Read from the compiler's static schedule, nothing was run. It cannot see the latency of copies and stalls on them, "
-  "conflicts of VMEM banks, loops and conditional regions whose counts depend on data, copies that a kernel starts "
-  "itself, or what XLA does around a kernel. A region that multiplies counts at every grid step: where a kernel skips "
-  "it at some, more FLOPs are counted than are useful, and the time is an upper bound. Estimated is the largest of the "
-  "cores', HBM's and the copies' time; roofline is the larger of useful FLOPs / peak and needed bytes / bandwidth."
+  "Read from the compiler's static schedule, nothing was run. It cannot see the latency of copies "
+  "and stalls on them, conflicts of VMEM banks, loops and conditional regions whose counts depend "
+  "on data, copies that a kernel starts itself, or what XLA does around a kernel. A region that "
+  "multiplies counts at every grid step: where a kernel skips it at some, more FLOPs are counted "
+  "than are useful, and the time is an upper bound. Estimated is the largest of the cores', HBM's "
+  "and the copies' time; roofline is the larger of useful FLOPs / peak and needed bytes / bandwidth."
 )
 
 
 def report(
   folder: str | pathlib.Path, chips: Sequence[str] = (), match: str = ""
 ) -> list[dict[str, Any]]:
-  """Analyses every case whose name contains `match` on `chips` (none: all); prints and returns the rows of the table.
+  """Analyses, prints and returns every case whose name contains `match`, on `chips` (none: all).
 
-  Writes schedule.json, schedule.md and schedule.svg to `folder`. A case that does not compile for a chip, or whose
-  schedule cannot be read, has the reason in place of numbers. ValueError for unknown chips and a `match` without cases,
-  NotImplementedError without libtpu.
+  Writes schedule.json, schedule.md and schedule.svg to `folder`. A case that does not compile for
+  a chip, or whose schedule cannot be read, has the reason in place of numbers. Raises UserError for
+  unknown chips and a `match` without cases, MissingExtraError without libtpu.
   """
-  chips, chosen = tuple(chips) or tuple(CHIPS), [case for case in cases() if match in case.name]
+  chips = tuple(chips) or tuple(CORES)
   for chip in chips:
-    if chip not in CHIPS:
-      raise ValueError(f"chips={chip!r}: must be among {', '.join(CHIPS)}")
-  if not chosen:
-    raise ValueError(f"match={match!r}: names none of {[case.name for case in cases()]}")
+    check_choice("chips", chip, tuple(CORES))
+  chosen = [case for case in cases() if match in case.name]
+  check(bool(chosen), "match", match, f"names none of {[case.name for case in cases()]}")
   if importlib.util.find_spec("libtpu") is None:
-    raise NotImplementedError(
+    raise MissingExtraError(
       "schedules come from TPU's compiler, and it is not installed: pip install libtpu"
     )
   print(table([]))

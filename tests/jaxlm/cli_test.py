@@ -114,7 +114,10 @@ WRONG = [
   (["checkpoint", "verify", "missing"], "run='missing': holds no config.json"),
   (["train", "micro", "--stop_after", "2"], "stop_after='2': must be a number with its unit"),
   (["kernels", "list"], "command 'kernels list' does not exist; nearest: kernels report"),
-  (["kernels", "report", "--chips", "v99"], "chips='v99': must be among v5e, v5p, v6e, tpu7x"),
+  (
+    ["kernels", "report", "--chips", "v99"],
+    "chips='v99': must be one of 'v5e', 'v5p', 'v6e', 'tpu7x'",
+  ),
   (["kernels", "report", "--match", "none such"], "match='none such': names none of"),
 ]
 

@@ -204,7 +204,7 @@ def judged(losses) -> list[int]:
   for step, loss in enumerate(losses, start=1):
     if guard.is_spike(step, loss):
       found.append(step)
-    guard.judge(step, {"loss": loss, "grad_norm": 1.0, "skipped": 0.0}, batch, slice(0, 1))
+    guard.check_step(step, {"loss": loss, "grad_norm": 1.0, "skipped": 0.0}, batch, np.arange(1))
   return found
 
 

@@ -29,8 +29,23 @@ def folder(tmp_path_factory) -> Path:
   return folder
 
 
-def run(folder: Path, *arguments: str, processes: int, status: int = 0) -> list[str]:
-  """The command in so many processes with 4 devices together; what each printed. The first ends with this status."""
+INTERLEAVED = """
+import jax
+in_order = jax.make_mesh
+def interleaved(sizes, names, axis_types, devices):
+  return in_order(sizes, names, axis_types, devices=devices[::2] + devices[1::2])
+jax.make_mesh = interleaved
+"""
+
+
+def run(
+  folder: Path, *arguments: str, processes: int, status: int = 0, setup: str = ""
+) -> list[str]:
+  """Runs the command in so many processes with 4 devices together, after the lines `setup`.
+
+  Returns what each printed; the first has to end with this status.
+  """
+  script = f"{setup}\nimport sys\nfrom jaxlm.cli import main\nsys.exit(main())"
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -48,7 +63,7 @@ def run(folder: Path, *arguments: str, processes: int, status: int = 0) -> list[
         "JAX_NUM_PROCESSES": str(processes),
       }
       environment |= {"JAX_PROCESS_ID": str(index)}
-    command = [sys.executable, "-m", "jaxlm", *arguments]
+    command = [sys.executable, "-c", script, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     started.append(subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes))
   printed = [process.communicate(timeout=280)[0] for process in started]
@@ -83,6 +98,19 @@ def test_four_processes_too(runs, folder):
   one, _, _ = runs
   run(folder, "train", "micro", "--data.source", "text", *FLAGS, "--run", "four", processes=4)
   want, got = (list(read_records(run.metrics)) for run in (one, RunFolder(folder / "four")))
+  for name in ("loss", "tokens", "grad_norm"):
+    np.testing.assert_allclose(
+      *([r[name] for r in side] for side in (got, want)), rtol=1e-6, err_msg=name
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_whose_devices_alternate_too(runs, folder):
+  """As on a torus that the order of devices visits host by host, and back: rows are not contiguous."""
+  one, _, _ = runs
+  arguments = ["train", "micro", "--data.source", "text", *FLAGS, "--run", "alternate"]
+  run(folder, *arguments, processes=2, setup=INTERLEAVED)
+  want, got = (list(read_records(run.metrics)) for run in (one, RunFolder(folder / "alternate")))
   for name in ("loss", "tokens", "grad_norm"):
     np.testing.assert_allclose(
       *([r[name] for r in side] for side in (got, want)), rtol=1e-6, err_msg=name

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pallas_kernels.schedule import CHIPS, DumpError
+from pallas_kernels.common.chips import CORES
+from pallas_kernels.schedule import DumpError
 from pallas_kernels.schedule.listing import Schedule, matmul_kind
 
 # 3 bundles, a loop of 5 trips over 8 bundles (its branch in the 4th has 4 delay slots), 2 bundles.
@@ -23,7 +24,7 @@ BUNDLES = """
    0xc   :  { %15 = vnop }
 """
 USE = "== CAPACTIY:\nMXU, VALU, VSTORE:SPILL\n 4 4 1\n== UTILIZATION:\n" + "1 2 0\n" * 13
-V5E = CHIPS["v5e"]
+V5E = CORES["v5e"]
 
 
 def test_loop_cycles_and_matmuls():
@@ -47,9 +48,8 @@ def test_a_region_without_matmuls_counts_as_often_as_it_runs():
     USE,
     V5E,
   )
-  assert (
-    schedule.total(schedule.root, rare=0).cycles == 13
-  )  # nothing multiplies anywhere: every region counts
+  # nothing multiplies anywhere: every region counts
+  assert schedule.total(schedule.root, rare=0).cycles == 13
 
 
 def test_dynamic_bound():

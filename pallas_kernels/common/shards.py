@@ -1,0 +1,86 @@
+"""Runs an operation on every device's shards: how inputs are spread, and the entry to shard_map.
+
+On a mesh with Explicit axes the types of the inputs say how they are spread. An operation reads
+that with `sharded_axes`, refuses what it cannot split, and calls `run_on_shards`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+Axes = tuple[str, ...]
+
+
+def sharded_axes(array: jax.Array, dimension: int) -> Axes:
+  """Returns the Explicit mesh axes that a dimension is spread over; () off a mesh."""
+  entry = jax.typeof(array).sharding.spec.partitions[dimension]
+  if entry is None:
+    return ()
+  return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def varying_axes(*arrays: Any) -> set[str]:
+  """Returns the mesh axes over which any of the arrays (or trees) varies inside shard_map."""
+  return set().union(*(jax.typeof(a).mat.varying for a in jax.tree.leaves(arrays)))
+
+
+def run_on_shards(
+  function: Callable[..., Any],
+  arrays: tuple[jax.Array | None, ...],
+  layouts: tuple[tuple[Axes | None, ...], ...],
+  out_specs: Any,
+) -> Any:
+  """Calls `function(*shards)` on every device.
+
+  `layouts` has, for each array, the mesh axes of each of its dimensions (None or () for a whole
+  dimension). Arrays that are None stay None. Arrays whose type says `reduced` over some axes stay so: their
+  gradients leave as the devices' unsummed shares.
+  """
+
+  def reshard(array: jax.Array | None, layout: tuple[Axes | None, ...]) -> jax.Array | None:
+    if array is None:
+      return None
+    reduced = jax.typeof(array).sharding.spec.reduced
+    return jax.reshard(array, P(*(axes or None for axes in layout), reduced=reduced))
+
+  spread = tuple(reshard(array, layout) for array, layout in zip(arrays, layouts, strict=True))
+  in_specs = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, spread)
+  return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)(*spread)
+
+
+def vary_together(*arrays: Any) -> Any:
+  """Makes all arrays vary over every axis that one of them varies over, inside shard_map.
+
+  The transpose of that cast is the sum over the axis: it reduces the gradient of a replicated
+  operand over the shards of the others. Over axes that an array is `reduced` over, its gradient
+  is left unsummed.
+  """
+  everywhere = varying_axes(arrays)
+
+  def cast(array: jax.Array) -> jax.Array:
+    kind = jax.typeof(array).mat
+    missing = everywhere - kind.varying
+    for axes in (missing & kind.reduced, missing - kind.reduced):
+      array = jax.lax.pcast(array, tuple(axes), to="varying") if axes else array
+    return array
+
+  return jax.tree.map(cast, arrays)
+
+
+def zeros_varying_like(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *like: Any) -> Any:
+  """Returns zeros that vary over the mesh axes of `like`, as a loop's carry in shard_map must."""
+  varying = tuple(varying_axes(like))
+  zeros = jnp.zeros(shape, dtype)
+  return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros
+
+
+def varying_struct(
+  shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: jax.Array
+) -> jax.ShapeDtypeStruct:
+  """Returns a kernel's output type that varies over the same mesh axes as `like`."""
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).mat)
