@@ -20,7 +20,7 @@ KIND = "kind"
 
 def to_dict(config: Any) -> dict[str, Any]:
   """Returns a configuration as plain dicts, lists and scalars (what config.json holds)."""
-  hints = _hints(type(config))
+  hints = typing.get_type_hints(type(config))
   return {name: _to_plain(hint, getattr(config, name)) for name, hint in hints.items()}
 
 
@@ -68,6 +68,19 @@ def _from_plain(hint: Any, value: Any, path: str) -> Any:
   return value
 
 
+def flatten(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+  """Returns `to_dict`'s scalars by their paths, as in "model.pattern.0.mixer.N"."""
+  flat: dict[str, Any] = {}
+  for name, value in values.items():
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+      value = {str(position): entry for position, entry in enumerate(value)}
+    if isinstance(value, dict):
+      flat |= flatten(value, f"{path}{name}.")
+    else:
+      flat[f"{path}{name}"] = value
+  return flat
+
+
 @functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
   return typing.get_type_hints(kind)
@@ -75,10 +88,9 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 def _dataclasses_in(hint: Any) -> dict[str, Any]:
   """Returns the dataclasses that a field of this type may hold itself, by name."""
-  options = [hint] if dataclasses.is_dataclass(hint) else typing.get_args(hint)
-  if typing.get_origin(hint) is tuple:
-    return {}
-  return {option.__name__: option for option in options if dataclasses.is_dataclass(option)}
+  options = typing.get_args(hint) if typing.get_origin(hint) is not tuple else ()
+  kinds: list[Any] = [kind for kind in (hint, *options) if dataclasses.is_dataclass(kind)]
+  return {kind.__name__: kind for kind in kinds}
 
 
 def _is_of(hint: Any, value: Any) -> bool:

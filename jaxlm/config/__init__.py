@@ -8,7 +8,7 @@ the rule. No jax here: `--help` stays fast.
 from jaxlm.config.checks import check, check_finite
 from jaxlm.config.compute import ComputeConfig
 from jaxlm.config.data import DataConfig
-from jaxlm.config.layers import arrange, decoder, revise
+from jaxlm.config.layers import decoder, rearrange, revise
 from jaxlm.config.model import AttentionConfig, LayerSpec, MlpConfig, ModelConfig
 from jaxlm.config.optimizer import OptimizerConfig
 from jaxlm.config.rope import RopeConfig
@@ -26,9 +26,9 @@ __all__ = [
   "OptimizerConfig",
   "RopeConfig",
   "TrainConfig",
-  "arrange",
   "check",
   "check_finite",
   "decoder",
+  "rearrange",
   "revise",
 ]

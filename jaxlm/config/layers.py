@@ -49,13 +49,12 @@ def revise(model: ModelConfig, **fields: Any) -> ModelConfig:
   return dataclasses.replace(model, **(layers | rest))
 
 
-def arrange(specs: Sequence[LayerSpec]) -> dict[str, tuple[LayerSpec, ...]]:
-  """Returns the prefix, pattern and remainder of these layers that compile as the fewest blocks.
+def rearrange(model: ModelConfig) -> ModelConfig:
+  """Returns the same layers, as the prefix, pattern and remainder that compile as fewest blocks.
 
   What compiles is the pattern once, and each run of equal layers in prefix and remainder once.
   """
-  specs = tuple(specs)
-  L = len(specs)
+  specs, L = model.layer_specs, model.layers
   changes = [a != b for a, b in itertools.pairwise(specs)]
   before = [0, *itertools.accumulate([1, *changes])]  # runs of equal layers in specs[:i]
 
@@ -76,8 +75,6 @@ def arrange(specs: Sequence[LayerSpec]) -> dict[str, tuple[LayerSpec, ...]]:
       best = min(best, (cost(start, length, stop), start, length, stop))
       start += 1 if stop == start + length else stop - start - length + 1
   _, start, length, stop = best
-  return {
-    "prefix": specs[:start],
-    "pattern": specs[start : start + length],
-    "remainder": specs[stop:],
-  }
+  return dataclasses.replace(
+    model, prefix=specs[:start], pattern=specs[start : start + length], remainder=specs[stop:]
+  )

@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import ModelConfig, arrange, decoder
+from jaxlm.config import ModelConfig, decoder, rearrange
 from jaxlm.interop.fields import Fields
 from jaxlm.interop.hub_rope import read_rope
 from jaxlm.interop.strict_json import read_object
@@ -92,8 +92,7 @@ def parse_config(values: dict[str, Any], where: str) -> tuple[ModelConfig, str |
     values = _read_model(fields, family, where)
     layers = _read_layers(fields)
     windows = _read_windows(fields, family, layers)
-    listed = decoder(layers=layers, windows=windows, **values)
-    config = dataclasses.replace(listed, **arrange(listed.layer_specs))
+    config = rearrange(decoder(layers=layers, windows=windows, **values))
     dtype = _read_dtype(fields)
     fields.finish(_HARMLESS)
   except ValueError as error:

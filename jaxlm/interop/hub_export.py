@@ -16,6 +16,7 @@ from jaxlm.interop.hub_config import (
 )
 from jaxlm.interop.hub_rope import write_rope
 
+
 def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
   """What config.json must hold so that it reads back as this model with weights of type `dtype`.
 

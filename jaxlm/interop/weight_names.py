@@ -51,7 +51,9 @@ def weights(c: ModelConfig) -> Iterator[Weight]:
     first = end
   yield Weight(("norm", "weight"), (c.D,), ("model.norm.weight",), stacked=False, transposed=False)
   if not c.tied:
-    yield Weight(("head", "weight"), (c.D, c.V), ("lm_head.weight",), stacked=False, transposed=True)
+    yield Weight(
+      ("head", "weight"), (c.D, c.V), ("lm_head.weight",), stacked=False, transposed=True
+    )
 
 
 def tensor_count(c: ModelConfig) -> int:
@@ -59,9 +61,7 @@ def tensor_count(c: ModelConfig) -> int:
   return sum(len(_block(c, spec)) for spec in c.layer_specs) + (2 if c.tied else 3)
 
 
-def _block(
-  c: ModelConfig, spec: LayerSpec
-) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
+def _block(c: ModelConfig, spec: LayerSpec) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
   """Maps (module, parameter) of a layer to its name below the layer on the Hub, and its shape."""
   mixer, F, feedforward_bias = spec.mixer, spec.feedforward.F, spec.feedforward.bias
   Q, Z = mixer.N * mixer.H, mixer.K * mixer.H

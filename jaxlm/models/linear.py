@@ -8,6 +8,8 @@ contracted axis, the devices' partial products are summed in the compute type.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from sharding.rules import Names, all_gather, axes_in, is_sharded, shard, spec
 
-Roles = dict[str, "str | Roles"]
+Roles = dict[str, Any]
 """A tree with the structure of parameters: "embedding", "matrix", "head", "norm" or "bias"."""
 
 

@@ -20,6 +20,7 @@ from jaxlm.models.embedding import Embedding
 from jaxlm.models.head import Head
 from jaxlm.models.linear import Linear, Roles
 from jaxlm.models.norms import RMSNorm
+from pallas_kernels.common.platform import platform
 from sharding.rules import all_gather
 
 Params = dict[str, Any]
@@ -54,7 +55,9 @@ class Transformer:
 
       own_key = jax.random.fold_in(key, number)
       return (
-        declare(own_key) if repeats is None else jax.vmap(declare)(jax.random.split(own_key, repeats))
+        declare(own_key)
+        if repeats is None
+        else jax.vmap(declare)(jax.random.split(own_key, repeats))
       )
 
     return self._map_modules(draw)
@@ -92,7 +95,7 @@ class Transformer:
 
   def embed(self, params: Params, ids_BT: jax.Array) -> jax.Array:
     """Returns the states before the first layer, [B, T, D] in the compute type."""
-    x_BTD = self._embedding.apply({"params": params["embed"]}, ids_BT)
+    x_BTD = _call(self._embedding, params["embed"], ids_BT)
     if self.config.embed_scale == "root_width":
       x_BTD = x_BTD * jnp.asarray(self.config.D**0.5, x_BTD.dtype)
     return x_BTD
@@ -130,12 +133,12 @@ class Transformer:
 
   def finish(self, params: Params, x_BTD: jax.Array, *, logits: bool = True) -> jax.Array:
     """Norms the last states and returns float32 logits [B, T, V]; or the normed states alone."""
-    x_BTD = self._norm.apply({"params": params["norm"]}, x_BTD)
+    x_BTD = _call(self._norm, params["norm"], x_BTD)
     x_BTD = all_gather(x_BTD, "batch", "length", None)
     if not logits:
       return x_BTD
     head = {"weight": params["embed"]["weight"].T} if self.config.tied else params["head"]
-    return soft_cap(self._head.apply({"params": head}, x_BTD), self.config.logit_cap)
+    return soft_cap(_call(self._head, head, x_BTD), self.config.logit_cap)
 
   def head(self, params: Params) -> Head:
     """Returns what makes logits of the normed states, for losses that never hold all logits."""
@@ -143,7 +146,9 @@ class Transformer:
     if c.tied:
       w_VD = params["embed"]["weight"].astype(dtype)
       return Head(all_gather(w_VD, "vocab", None), "vd", c.logit_cap)
-    return Head(all_gather(params["head"]["weight"].astype(dtype), None, "vocab"), "dv", c.logit_cap)
+    return Head(
+      all_gather(params["head"]["weight"].astype(dtype), None, "vocab"), "dv", c.logit_cap
+    )
 
   def init_cache(self, batch: int, length: int) -> Any:
     """Returns empty decode caches, in the compute type, in the structure of the stacks.
@@ -192,18 +197,18 @@ class Transformer:
     """The head, which also multiplies by a tied embedding."""
     c = self.config
     out = ("batch", "length", "act_vocab")
-    options = {"role": "head", "out_dtype": "float32", "dtype": self.compute.dtype}
+    options: dict[str, Any] = {"role": "head", "out_dtype": "float32", "dtype": self.compute.dtype}
     return Linear((c.D, c.V), c.D**-0.5, ("embed", "vocab"), out, parent=None, **options)
 
   @property
   def _scans(self) -> bool:
     if self.compute.scan == "auto":
-      return jax.default_backend() != "cpu" or self.config.layers > _UNROLLED_LAYERS
+      return platform() != "cpu" or self.config.layers > _UNROLLED_LAYERS
     return self.compute.scan == "always"
 
   def _with_remat(self, block: Block, scanned: bool) -> Callable:
     def run(params: Params, x_BTD: jax.Array, context: Context, cache: Any) -> Any:
-      return block.apply({"params": params}, x_BTD, context, cache)
+      return _call(block, params, x_BTD, context, cache)
 
     remat = self.compute.remat
     if remat == "none":
@@ -243,6 +248,10 @@ def roles(config: ModelConfig) -> Roles:
     return found[0]
 
   return Transformer(config)._map_modules(declared)
+
+
+def _call(module: nn.Module, params: Params, *arguments: Any) -> Any:
+  return module.apply({"params": params}, *arguments)
 
 
 def _unstack(tree: Any, R: int) -> list[Any]:

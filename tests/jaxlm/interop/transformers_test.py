@@ -64,7 +64,7 @@ CONFIGS = {
 
 
 def random_params(config):
-  shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+  shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0))
   draw = np.random.default_rng(0)
 
   def leaf(path, x):

@@ -54,7 +54,7 @@ def test_decay_hits_the_matrices_of_blocks_and_head_alone(tied):
   config = ModelConfig(
     V=8, D=8, F=12, N=2, K=1, H=4, layers=2, attention=("window", "full"), tied=tied
   )
-  params = jax.eval_shape(Transformer(config).init, jax.random.key(0), np.zeros((1, 2), np.int32))
+  params = jax.eval_shape(Transformer(config).init, jax.random.key(0))
   mask = decay_mask(params)
   decayed = {
     jax.tree_util.keystr(path, simple=True, separator="/")
