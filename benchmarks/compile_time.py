@@ -1,25 +1,26 @@
 """Seconds to trace, lower and compile a training step at 4 and 32 layers: scan keeps it flat.
 
-    python benchmarks/compile_time.py --write benchmarks/results/compile_time_cpu.md
+    python -m benchmarks.compile_time --write benchmarks/results/compile_time_cpu.md
 
-The `tiny` preset with `scan="always"`; each measurement in a process of its own, without a compilation cache, the two
-depths taking turns.
+Takes the `tiny` preset with `scan="always"`. Each measurement is a process of its own, without a
+compilation cache, and the two depths take turns.
 """
 
 import argparse
 import dataclasses
 import os
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from benchmarks.table import median_ratio, publish, report, spread, table
+
 DEPTHS = (4, 32)
 
 
 def measure(layers: int) -> float:
-  """In this process: process time would count both cores, so this is wall time."""
+  """Returns the wall seconds of compiling in this process; process time would count both cores."""
   import jax
   import numpy as np
 
@@ -39,6 +40,18 @@ def measure(layers: int) -> float:
   return time.perf_counter() - start
 
 
+def measure_in_turns(turns: int) -> dict[int, list[float]]:
+  """Returns the seconds of each depth, one per turn."""
+  environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": ""}
+  seconds: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
+  for _ in range(turns):
+    for depth in DEPTHS:
+      command = [sys.executable, "-m", "benchmarks.compile_time", "--layers", str(depth)]
+      done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+      seconds[depth].append(float(done.stdout))
+  return seconds
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -50,34 +63,14 @@ def main() -> None:
   if options.layers:
     print(measure(options.layers))
     return
-  from train_step import versions
-
-  environment = {
-    key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"
-  }
-  seconds: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
-  for _ in range(options.turns):
-    for depth in DEPTHS:
-      command = [sys.executable, __file__, "--layers", str(depth)]
-      printed = subprocess.run(
-        command, env=environment, check=True, capture_output=True, text=True
-      ).stdout
-      seconds[depth].append(float(printed))
-  lines = ["| layers | median seconds | min - max |", "|---|---|---|"]
-  lines += [
-    f"| {depth} | {statistics.median(values):.2f} | {min(values):.2f} - {max(values):.2f} |"
-    for depth, values in seconds.items()
-  ]
-  ratio = statistics.median(long / short for short, long in zip(*seconds.values()))
-  lines.append(f"\nMedian ratio of a turn, 32 layers to 4: {ratio:.2f}")
-  report = (
-    f"# Compile time\n\n    python benchmarks/compile_time.py\n\n{versions('jax', 'flax')}\n\n"
-    + "\n".join(lines)
-    + "\n"
+  seconds = measure_in_turns(options.turns)
+  rows = [[depth, spread(values)] for depth, values in seconds.items()]
+  ratio = median_ratio(seconds[DEPTHS[1]], seconds[DEPTHS[0]])
+  body = (
+    f"{table(['layers', 'median seconds (10 % - 90 %)'], rows)}\n\n"
+    f"Median ratio of a turn, {DEPTHS[1]} layers to {DEPTHS[0]}: {ratio:.2f}"
   )
-  print(report)
-  if options.write:
-    options.write.write_text(report)
+  publish(report("Compile time", body, "jax", "flax"), options.write)
 
 
 if __name__ == "__main__":

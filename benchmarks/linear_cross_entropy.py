@@ -1,9 +1,10 @@
-"""Linear cross-entropy against materialised logits and other libraries: TPU by schedule, CPU and GPU by the clock.
+"""Times linear cross-entropy against materialised logits and other libraries.
 
-    python benchmarks/linear_cross_entropy.py [--out FOLDER] [--skip tpu cpu gpu]
+    python -m benchmarks.linear_cross_entropy [--out FOLDER] [--skip tpu cpu gpu]
 
-Every comparator's loss and gradients are checked before it is timed. Writes linear_cross_entropy_<hardware>.json and
-.md with versions, and with what was not run and why.
+Takes CPU and GPU by the clock and TPU by schedule. Every comparator's loss and gradients are
+checked before it is timed. Writes linear_cross_entropy_<hardware>.json and .md with versions, and
+with what was not run and why.
 """
 
 # N tokens, D model, V vocabulary
@@ -23,10 +24,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from loss_arms import Arm, arms
 
+from benchmarks.loss_arms import Arm, arms
+from benchmarks.table import hardware, publish, report, table, version
 from jaxlm.run.memory import keep_freed_memory
-from pallas_kernels.schedule.report import PACKAGES, cases, closing, not_run, row, table, versions
+from pallas_kernels.schedule.report import PACKAGES, cases, closing, not_run, row
+from pallas_kernels.schedule.report import table as schedule_table
 
 CPU_SHAPES = ((2048, 512, 32_768), (1024, 256, 131_072), (4096, 128, 256))
 GPU_SHAPES = ((8192, 2304, 256_000),)
@@ -58,7 +61,7 @@ def compare(
   tolerance: float,
   found: dict[str, Any],
 ) -> None:
-  """All arms on one shape, forward and forward + backward, in alternating turns after their values agree.
+  """Times all arms on one shape, forward and forward + backward, after their values agree.
 
   Adds rows to `found["measured"]`, and arms that fail or disagree to `found["not_run"]`.
   """
@@ -84,7 +87,10 @@ def compare(
 def check(
   inputs: Any, gradient: bool, gpu: bool, tolerance: float, failed: dict[str, str]
 ) -> tuple[dict[str, Arm], dict[str, list[float]]]:
-  """The arms that run and agree with the first, with their relative errors; `failed` gets the reasons of the others."""
+  """Returns the arms that agree with the first, and their relative errors.
+
+  Adds the reasons why others do not run or are not timed to `failed`.
+  """
   checked: dict[str, Arm] = {}
   errors: dict[str, list[float]] = {}
   want = None
@@ -103,13 +109,17 @@ def check(
       checked[name] = arm
     else:
       failed[name] = (
-        f"relative errors of loss and gradients are {errors[name]}, tolerance {tolerance}: not timed"
+        f"relative errors of loss and gradients are {errors[name]}, "
+        f"tolerance {tolerance}: not timed"
       )
   return checked, errors
 
 
 def timed(checked: dict[str, Arm]) -> dict[str, dict[str, list[float]]]:
-  """Wall and processor seconds of every turn; the processor's do not count other programs on the machine."""
+  """Returns wall and processor seconds of every turn.
+
+  The processor's do not count other programs on the machine.
+  """
   seconds: dict[str, dict[str, list[float]]] = {
     name: {"wall_s": [], "cpu_s": []} for name in checked
   }
@@ -122,39 +132,47 @@ def timed(checked: dict[str, Arm]) -> dict[str, dict[str, list[float]]]:
   return seconds
 
 
+COLUMNS = (
+  "N x D x V",
+  "what",
+  "loss",
+  "wall ms",
+  "processor ms",
+  "TFLOP/s",
+  "temp MiB",
+  "faster",
+  "smaller",
+)
+
+
 def timing_table(rows: list[dict[str, Any]]) -> str:
-  """Ratios are materialised / this loss, above 1: faster by the clock on the wall, or smaller."""
-  lines = [
-    "| N x D x V | what | loss | wall ms | processor ms | TFLOP/s | temp MiB | faster | smaller |"
-  ]
-  lines.append("|" + "---|" * 9)
+  """Returns the table; above 1, this loss is faster by the wall clock, or smaller, than the first.
+
+  The rate counts 2NVD operations forward and 8NVD with the backward pass, whether or not the
+  logits are computed twice.
+  """
+  lines = []
   yardsticks = {(r["shape"], r["dtype"], r["what"]): r for r in rows if r["name"] == "materialised"}
   for r in rows:
     first = yardsticks.get((r["shape"], r["dtype"], r["what"]), r)
     shape = " x ".join(map(str, r["shape"])) + f" {r['dtype']} {r['device']}"
-    # 2NVD forward, and 8NVD with the backward pass, whether or not the logits are computed twice
-    rate = (
-      (2 if r["what"] == "forward" else 8) * np.prod(r["shape"], dtype=float) / r["wall_s"] / 1e12
-    )
-    better = (
-      f"{first['wall_s'] / r['wall_s']:.2f}x | {first['temp_mib'] / max(r['temp_mib'], 0.1):.1f}x"
-    )
-    times = f"{1e3 * r['wall_s']:.1f} | {1e3 * r['cpu_s']:.1f} | {rate:.3g} | {r['temp_mib']:.1f}"
-    lines.append(
-      f"| {shape} | {r['what']} | {r['name']} | {times} | {' | ' if r is first else better} |"
-    )
-  return "\n".join(lines)
+    products = 2 if r["what"] == "forward" else 8
+    rate = products * np.prod(r["shape"], dtype=float) / r["wall_s"] / 1e12
+    better = ["", ""]
+    if r is not first:
+      faster = first["wall_s"] / r["wall_s"]
+      smaller = first["temp_mib"] / max(r["temp_mib"], 0.1)
+      better = [f"{faster:.2f}x", f"{smaller:.1f}x"]
+    times = [f"{1e3 * r['wall_s']:.1f}", f"{1e3 * r['cpu_s']:.1f}", f"{rate:.3g}"]
+    lines.append([shape, r["what"], r["name"], *times, f"{r['temp_mib']:.1f}", *better])
+  return table(COLUMNS, lines)
 
 
 def measure(skip: list[str], chips: list[str]) -> dict[str, Any]:
   gpu, cpu = jax.default_backend() == "gpu", jax.devices("cpu")[0]
-  hardware = (
-    jax.devices()[0].device_kind.replace(" ", "_").lower() if gpu else f"cpu{os.cpu_count()}"
-  )
-  found: dict[str, Any] = dict(
-    date=datetime.date.today().isoformat(), versions=versions(*PACKAGES, *OTHERS)
-  )
-  found |= dict(machine=platform.platform(), hardware=hardware, tpu_schedule=[], measured=[])
+  versions = {name: version(name) for name in (*PACKAGES, *OTHERS)}
+  found: dict[str, Any] = dict(date=datetime.date.today().isoformat(), versions=versions)
+  found |= dict(machine=platform.platform(), hardware=hardware(), tpu_schedule=[], measured=[])
   found["not_run"] = {name: "skipped on request" for name in skip}
   if "gpu" not in skip and gpu:
     for shape in GPU_SHAPES:
@@ -183,24 +201,19 @@ def main() -> None:
   arguments = parser.parse_args()
   keep_freed_memory()  # as training does
   found = measure(arguments.skip, arguments.chips)
-  versions_line = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-  text = [f"# Linear cross-entropy\n\n{found['date']}, {found['hardware']}; {versions_line}"]
+  parts = []
   if found["measured"]:
-    text.append(
-      f"## Measured, medians of {TURNS} alternating turns\n\n{timing_table(found['measured'])}"
-    )
+    times = timing_table(found["measured"])
+    parts.append(f"## Measured, medians of {TURNS} alternating turns\n\n{times}")
   if found["tpu_schedule"]:
-    text.append(
-      f"## TPU by schedule\n\n{table(found['tpu_schedule'])}\n\n{closing(found['tpu_schedule'])}"
-    )
-  text.append(
-    "## Not run\n\n" + "\n".join(f"- {what}: {why}" for what, why in found["not_run"].items())
-  )
-  arguments.out.mkdir(parents=True, exist_ok=True)
+    rows = found["tpu_schedule"]
+    parts.append(f"## TPU by schedule\n\n{schedule_table(rows)}\n\n{closing(rows)}")
+  reasons = "\n".join(f"- {name}: {reason}" for name, reason in found["not_run"].items())
+  parts.append(f"## Not run\n\n{reasons}")
+  page = report("Linear cross-entropy", "\n\n".join(parts), *PACKAGES, *OTHERS)
   stem = arguments.out / f"linear_cross_entropy_{found['hardware']}"
+  publish(page, stem.with_suffix(".md"))
   stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-  stem.with_suffix(".md").write_text("\n\n".join(text) + "\n")
-  print("\n\n".join(text))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Loading a Hugging Face checkpoint against reading its file: seconds, and memory on the host.
 
-    python benchmarks/load_weights.py --write benchmarks/results/load_weights_cpu.md
+    python -m benchmarks.load_weights --write benchmarks/results/load_weights_cpu.md
 
-A checkpoint of Qwen2.5-1.5B's shape with random bfloat16 weights is written first. Every measurement is a process of
-its own, and arms take turns, so that a change of the machine's speed meets all of them: "read" reads the file into
-memory, "load" is `jaxlm.interop.huggingface.load`, which transposes and stacks every matrix on the way. Each is timed
-with the file in the page cache and after it was dropped from there. Memory is the peak of the process above what it
-held when jax was ready.
+A checkpoint of Qwen2.5-1.5B's shape with random bfloat16 weights is written first. Every
+measurement is a process of its own, and arms take turns, so that a change of the machine's speed
+meets all of them: "read" reads the file into memory, "load" is `jaxlm.interop.huggingface.load`,
+which transposes and stacks every matrix on the way. Each is timed with the file in the page cache
+and after it was dropped from there. Memory is the peak of the process above what it held when jax
+was ready.
 """
 
 import argparse
@@ -21,15 +22,27 @@ import time
 from pathlib import Path
 
 import numpy as np
-from train_step import versions
+
+from benchmarks.table import publish, report, spread, table
 
 ARMS = ("read", "load")
 CACHES = ("cached", "dropped")
+COLUMNS = (
+  "page cache",
+  "arm",
+  "median s (10 % - 90 %)",
+  "best s",
+  "CPU s",
+  "median / read",
+  "best / read",
+  "peak GB",
+  "peak / file",
+)
 
 
 def write_checkpoint(folder: Path, preset: str) -> None:
+  """Writes random finite bfloat16 weights of the preset's shape."""
   import jax
-  import jax.numpy as jnp
   import ml_dtypes
 
   from jaxlm import presets
@@ -58,13 +71,13 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-  """Of this program; getrusage would count what the process held before exec."""
+  """Returns the peak of this program; getrusage would count what it held before exec."""
   status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
   return int(status["VmHWM"].split()[0]) * 1024
 
 
 def measure_once(arm: str, cache: str, folder: Path) -> None:
-  """A process of its own: prints seconds, CPU seconds and peak bytes."""
+  """Prints seconds, CPU seconds and peak bytes of one arm in this process."""
   import jax
 
   from jaxlm.interop import huggingface
@@ -82,35 +95,40 @@ def measure_once(arm: str, cache: str, folder: Path) -> None:
 
 
 def measure(folder: Path, turns: int) -> dict[tuple[str, str], list[dict]]:
+  """Returns the answers of `measure_once` for each (cache, arm), one per turn."""
   results: dict[tuple[str, str], list[dict]] = {
     (cache, arm): [] for cache in CACHES for arm in ARMS
   }
   for _ in range(turns):
     for cache, arm in results:
-      command = [sys.executable, __file__, "--folder", str(folder), "--arm", arm, "--cache", cache]
+      command = [sys.executable, "-m", "benchmarks.load_weights", "--folder", str(folder)]
+      command += ["--arm", arm, "--cache", cache]
       answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
       results[cache, arm].append(json.loads(answer))
   return results
 
 
-def table(results: dict[tuple[str, str], list[dict]], size: int) -> str:
-  lines = [
-    "| page cache | arm | median s | best s | CPU s | median / read | best / read | peak GB | peak / file |"
-  ]
-  lines.append("|---|---|---|---|---|---|---|---|---|")
-  for (cache, arm), found in results.items():
-    seconds = [one["seconds"] for one in found]
-    read = [one["seconds"] for one in results[cache, "read"]]
-    ratios = (
-      f"{statistics.median(seconds) / statistics.median(read):.2f} | {min(seconds) / min(read):.2f}"
+def rows_of(results: dict[tuple[str, str], list[dict]], size: int) -> list[list[str]]:
+  """Returns the lines of the table for a file of `size` bytes."""
+  rows = []
+  for (cache, arm), answers in results.items():
+    seconds = [answer["seconds"] for answer in answers]
+    read = [answer["seconds"] for answer in results[cache, "read"]]
+    peak = max(answer["peak"] for answer in answers)
+    rows.append(
+      [
+        cache,
+        arm,
+        spread(seconds),
+        f"{min(seconds):.2f}",
+        spread([answer["cpu"] for answer in answers]),
+        f"{statistics.median(seconds) / statistics.median(read):.2f}",
+        f"{min(seconds) / min(read):.2f}",
+        f"{peak / 1e9:.2f}",
+        f"{peak / size:.2f}",
+      ]
     )
-    peak = max(one["peak"] for one in found)
-    cpu = statistics.median(one["cpu"] for one in found)
-    lines.append(
-      f"| {cache} | {arm} | {statistics.median(seconds):.2f} | {min(seconds):.2f} | {cpu:.2f} "
-      f"| {ratios} | {peak / 1e9:.2f} | {peak / size:.2f} |"
-    )
-  return "\n".join(lines)
+  return rows
 
 
 def main() -> None:
@@ -136,17 +154,12 @@ def main() -> None:
     size = (folder / "model.safetensors").stat().st_size
     busy = os.getloadavg()[0]
     results = measure(folder, options.turns)
-  busy = f"load average {busy:.1f} before and {os.getloadavg()[0]:.1f} after"
-  report = (
-    f"{options.preset}, {size:,} bytes of bfloat16; {versions('jax', 'numpy')}; {options.turns} turns; {busy}\n\n"
-    f"{table(results, size)}\n"
+  body = (
+    f"{options.preset}, {size:,} bytes of bfloat16; {options.turns} turns; "
+    f"load average {busy:.1f} before and {os.getloadavg()[0]:.1f} after\n\n"
+    f"{table(COLUMNS, rows_of(results, size))}"
   )
-  print(report)
-  if options.write:
-    options.write.parent.mkdir(parents=True, exist_ok=True)
-    options.write.write_text(
-      f"# Loading weights on CPU\n\n    python {' '.join(sys.argv)}\n\n{report}"
-    )
+  publish(report("Loading weights on CPU", body, "jax", "numpy"), options.write)
 
 
 if __name__ == "__main__":

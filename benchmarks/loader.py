@@ -1,8 +1,9 @@
 """Tokens per second of the data loader alone, beside what a training step consumes.
 
-    python benchmarks/loader.py --write benchmarks/results/loader_cpu.md
+    python -m benchmarks.loader --write benchmarks/results/loader_cpu.md
 
-The loader runs with nothing else in the process, then `tiny` trains; both on the corpus and batch of that preset.
+The loader runs with nothing else in the process, then `tiny` trains; both take the corpus and the
+batch of that preset.
 """
 
 import argparse
@@ -12,15 +13,17 @@ import time
 from pathlib import Path
 
 import jax
-from train_step import versions
 
+from benchmarks.table import publish, report, spread, table
 from jaxlm import presets
+from jaxlm.config import TrainConfig
 from jaxlm.data.loader import load_text, train_loader
 from jaxlm.run.memory import keep_freed_memory
 from jaxlm.train.step import init_state, make_train_step
 
 
-def loader_rates(config, turns: int, batches: int) -> list[float]:
+def loader_rates(config: TrainConfig, turns: int, batches: int) -> list[float]:
+  """Returns the loader's tokens per second in each of so many turns of so many batches."""
   iterator = train_loader(load_text(config.data), batch=config.batch, seed=0)
   rates = []
   next(iterator)
@@ -33,7 +36,8 @@ def loader_rates(config, turns: int, batches: int) -> list[float]:
   return rates
 
 
-def step_rates(config, steps: int) -> list[float]:
+def step_rates(config: TrainConfig, steps: int) -> list[float]:
+  """Returns the tokens per second of each training step, after two that warm up."""
   keep_freed_memory()
   batch = next(train_loader(load_text(config.data), batch=config.batch, seed=0))
   state = jax.jit(init_state, static_argnums=0)(config)
@@ -42,7 +46,7 @@ def step_rates(config, steps: int) -> list[float]:
   for _ in range(steps + 2):
     start = time.perf_counter()
     state, metrics = step(state, batch)
-    metrics.loss.block_until_ready()
+    jax.block_until_ready(metrics)
     rates.append(config.batch * config.data.length / (time.perf_counter() - start))
   return rates[2:]
 
@@ -53,28 +57,16 @@ def main() -> None:
   )
   parser.add_argument("--write", type=Path)
   options = parser.parse_args()
-  lines = [
-    "| rows | loader, tokens/s: median (min - max) | step | loader / step |",
-    "|---|---|---|---|",
-  ]
-  consumed = step_rates(presets.tiny(), steps=20)
+  tiny = presets.tiny()
+  consumed = step_rates(tiny, steps=20)
+  rows = []
   for layout in ("windows", "packed"):
-    tiny = presets.tiny()
     config = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, layout=layout))
     rates = loader_rates(config, turns=10, batches=500)
     ratio = statistics.median(rates) / statistics.median(consumed)
-    lines.append(
-      f"| {layout} | {statistics.median(rates):,.0f} ({min(rates):,.0f} - {max(rates):,.0f}) "
-      f"| {statistics.median(consumed):,.0f} | {ratio:,.0f} |"
-    )
-  report = (
-    f"# Data loader\n\n    python benchmarks/loader.py\n\n{versions('jax', 'grain')}\n\n"
-    + "\n".join(lines)
-    + "\n"
-  )
-  print(report)
-  if options.write:
-    options.write.write_text(report)
+    rows.append([layout, spread(rates, digits=0), spread(consumed, digits=0), f"{ratio:,.0f}"])
+  columns = ["rows", "loader, tokens/s: median (10 % - 90 %)", "step", "loader / step"]
+  publish(report("Data loader", table(columns, rows), "jax", "grain"), options.write)
 
 
 if __name__ == "__main__":

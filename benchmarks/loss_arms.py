@@ -1,4 +1,4 @@
-"""What benchmarks/linear_cross_entropy.py compares: one loss in several libraries, each as a function to time."""
+"""Gives one loss in several libraries, each as a function that a benchmark times."""
 
 # N tokens, D model, V vocabulary
 from __future__ import annotations
@@ -16,7 +16,7 @@ Inputs = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Arm(NamedTuple):
-  """`run()` returns [loss] or, for `gradient`, [loss, dE, dC] as jax arrays when the device is done."""
+  """`run()` returns [loss], or [loss, dE, dC] for `gradient`, as jax arrays, when all is done."""
 
   run: Callable[[], list[jax.Array]]
   memory: Callable[[], int]
@@ -41,7 +41,7 @@ def jax_arm(loss: Callable[..., jax.Array], inputs: Inputs, gradient: bool) -> A
 
 
 def torch_arm(loss: Callable[..., Any], inputs: Inputs, gradient: bool) -> Arm:
-  """`loss(embeddings, classifier, labels)` of torch tensors; they share the memory of `inputs` on the GPU."""
+  """Times `loss(embeddings, classifier, labels)` of torch tensors in the memory of `inputs`."""
   torch = importlib.import_module("torch")
   e_ND, c_VD, labels_N = (torch.from_dlpack(array) for array in inputs)
   labels_N = labels_N.long()
@@ -83,7 +83,10 @@ def ours(implementation: str | None) -> Callable[..., jax.Array]:
 
 
 def arms(inputs: Inputs, gradient: bool, gpu: bool) -> Iterator[tuple[str, Callable[[], Arm]]]:
-  """Names and makers; a maker raises where its library is missing or cannot run here. The first is the yardstick."""
+  """Yields names and makers, the yardstick first.
+
+  A maker raises where its library is missing or cannot run here.
+  """
   yield "materialised", lambda: jax_arm(materialised, inputs, gradient)
   yield "linear_cross_entropy, xla", lambda: jax_arm(ours("xla"), inputs, gradient)
   if gpu:

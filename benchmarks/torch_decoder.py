@@ -63,7 +63,10 @@ class Decoder(nn.Module):
 
 
 def load(model: Decoder, params: dict) -> dict[str, tuple[nn.Parameter, bool]]:
-  """Copies jaxlm parameters in; returns name -> (parameter, transposed) to read gradients back by the same names."""
+  """Copies jaxlm's parameters into the model.
+
+  Returns name -> (parameter, transposed), to read gradients back by the same names.
+  """
   named = {
     "embed": (model.embed.weight, False),
     "norm/w_D": (model.norm.w_D, False),

@@ -1,16 +1,15 @@
 """Seconds per training step: jaxlm against the same decoder in plain PyTorch, eager and compiled.
 
-    python benchmarks/train_step.py --write benchmarks/results/train_step_cpu.md
+    python -m benchmarks.train_step --write benchmarks/results/train_step_cpu.md
 
-float32, same weights, same batch, AdamW with clipping, on as many threads as there are cores. Each arm lives in a
-process of its own and they take turns, so that a change of the machine's speed meets all of them. Before timing, the
-gradients of the first step are compared.
+All arms take float32, the same weights and batch, AdamW with clipping, and as many threads as there
+are cores. Each lives in a process of its own and they take turns, so that a change of the machine's
+speed meets all of them. Before timing, the gradients of the first step are compared.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,9 +19,19 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.table import publish, report, spread, table
+
 SIZES = {"1M": "tiny", "10M": "small"}
 BATCHES = {"1M": (16, 256), "10M": (8, 256)}
 ARMS = ("jaxlm", "torch eager", "torch.compile")
+COLUMNS = (
+  "size",
+  "arm",
+  "median ms (10 % - 90 %)",
+  "best",
+  "speed against eager",
+  "against torch.compile",
+)
 
 
 def run_config(size: str):
@@ -79,7 +88,8 @@ def flat_arrays(tree) -> dict:
 
 def torch_worker(config, folder: Path, compiled: bool):
   import torch
-  from torch_decoder import Decoder, flatten_layers, load
+
+  from benchmarks.torch_decoder import Decoder, flatten_layers, load
 
   torch.set_num_threads(os.cpu_count())
   model = Decoder(config.model, config.data.length)
@@ -116,7 +126,7 @@ def torch_worker(config, folder: Path, compiled: bool):
 
 
 def serve(arm: str, size: str, folder: Path) -> None:
-  """A worker: for each line "N" on stdin, runs N steps and answers with the seconds of each and the last loss."""
+  """Runs N steps for each line "N" on stdin; answers with the seconds of each and the last loss."""
   config = run_config(size)
   steps = (
     jaxlm_worker(config, folder)
@@ -133,11 +143,13 @@ def serve(arm: str, size: str, folder: Path) -> None:
 
 
 def measure(size: str, arms: tuple[str, ...], turns: int, steps: int) -> dict[str, list[float]]:
+  """Returns the seconds of every step of each arm, in `turns` alternating turns of `steps`."""
   seconds: dict[str, list[float]] = {arm: [] for arm in arms}
   with tempfile.TemporaryDirectory() as folder:
     workers = {}
     for arm in arms:
-      command = [sys.executable, __file__, "--worker", arm, "--size", size, "--folder", folder]
+      command = [sys.executable, "-m", "benchmarks.train_step", "--worker", arm]
+      command += ["--size", size, "--folder", folder]
       workers[arm] = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
       )
@@ -158,34 +170,18 @@ def ask(worker: subprocess.Popen, steps: int) -> dict:
   return json.loads(worker.stdout.readline())
 
 
-def table(results: dict[str, dict[str, list[float]]]) -> str:
-  lines = [
-    "| size | arm | median ms | 10 % - 90 % | best | speed against eager | against torch.compile |"
-  ]
-  lines.append("|---|---|---|---|---|---|---|")
+def rows_of(results: dict[str, dict[str, list[float]]]) -> list[list[str]]:
+  """Returns the lines of the table; speeds are the other arm's median / this one's."""
+  rows = []
   for size, seconds in results.items():
     medians = {arm: statistics.median(values) for arm, values in seconds.items()}
     for arm, values in seconds.items():
-      low, high = np.quantile(values, (0.1, 0.9))
-      ratios = [
-        f"{medians[base] / medians[arm]:.2f}" if base in medians else "-" for base in ARMS[1:]
+      speeds = [
+        f"{medians[other] / medians[arm]:.2f}" if other in medians else "-" for other in ARMS[1:]
       ]
-      lines.append(
-        f"| {size} | {arm} | {1e3 * medians[arm]:.0f} | {1e3 * low:.0f} - {1e3 * high:.0f} | {1e3 * min(values):.0f} "
-        f"| {ratios[0]} | {ratios[1]} |"
-      )
-  return "\n".join(lines)
-
-
-def versions(*libraries: str) -> str:
-  from importlib.metadata import version
-
-  cpu = next(
-    (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line),
-    platform.machine(),
-  )
-  numbers = ", ".join(f"{name} {version(name)}" for name in libraries)
-  return f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, {numbers}"
+      best = f"{1e3 * min(values):.0f}"
+      rows.append([size, arm, spread(values, digits=0, scale=1e3), best, *speeds])
+  return rows
 
 
 def main() -> None:
@@ -207,13 +203,10 @@ def main() -> None:
   results = {
     size: measure(size, tuple(options.arms), options.turns, options.steps) for size in options.sizes
   }
-  report = f"{versions('jax', 'flax', 'torch')}; {options.turns} turns of {options.steps} steps per arm\n\n"
-  report += f"{table(results)}\n"
-  print(report)
-  if options.write:
-    options.write.write_text(
-      f"# Training step on CPU\n\n    python {' '.join(sys.argv)}\n\n{report}"
-    )
+  body = (
+    f"{options.turns} turns of {options.steps} steps per arm\n\n{table(COLUMNS, rows_of(results))}"
+  )
+  publish(report("Training step on CPU", body, "jax", "flax", "torch"), options.write)
 
 
 if __name__ == "__main__":

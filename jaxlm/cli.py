@@ -140,7 +140,7 @@ def _sample(arguments: list[str]) -> int:
     """Continue a prompt with a run's newest weights, or those of a Hugging Face checkpoint.
 
     Args:
-      run: folder of the run or checkpoint, or owner/name of one on the Hub (extra hf)
+      run: folder of the run or checkpoint, or hf:owner/name on the Hub (extra hf)
       prompt: text to continue
       max_new: most tokens to add
       temperature: divides the logits; 0 always takes the likeliest token
@@ -228,7 +228,7 @@ def _convert(arguments: list[str]) -> int:
     """Write a run's newest weights as a Hugging Face checkpoint, or such a checkpoint as a run at step 0.
 
     Args:
-      source: folder of a run or checkpoint, or owner/name of one on the Hub (extra hf)
+      source: folder of a run or checkpoint, or hf:owner/name on the Hub (extra hf)
       target: folder to write, new or empty
       dtype: type of the written weights; by default float32, in which runs keep theirs
     """

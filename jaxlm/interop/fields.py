@@ -1,4 +1,4 @@
-"""Taking a configuration file apart field by field, so that nothing in it is overlooked."""
+"""Reads the fields of a JSON object one by one, so that none is overlooked."""
 
 from __future__ import annotations
 
@@ -7,65 +7,62 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-LARGEST = 2**31 - 1
-FRACTIONS = (1e-12, 1e12)
+from pallas_kernels.common.errors import UserError
+
+LARGEST_INT = 2**31 - 1
+SMALLEST_FLOAT, LARGEST_FLOAT = 1e-12, 1e12
 
 
 class Fields:
-  """The keys of one JSON object; each is taken once, and `finish` complains about what nobody took."""
+  """The fields of one JSON object. Each is read once; `refuse_unread` raises for the rest."""
 
   def __init__(self, values: dict[str, Any], where: str):
-    self._left, self._where, self._known = dict(values), where, set[str]()
+    self._unread, self._where, self._known = dict(values), where, set[str]()
 
-  def fail(self, key: str, value: Any, rule: str) -> ValueError:
-    return ValueError(f"{self._where}: {key}={str(value)[:200]!r}: {rule}")
+  def error(self, key: str, value: Any, rule: str) -> UserError:
+    """Returns the error for a field with this value; its message begins with the file."""
+    return UserError(f"{self._where}: {key}={str(value)[:200]!r}: {rule}")
 
-  def take(
+  def read(
     self, key: str, kind: type, default: Any = ..., *, optional: bool = False, least: int = 1
   ) -> Any:
-    """The value of `key`, of this type (int counts as float); `default` where it is missing.
+    """Returns the value of `key`, of type `kind` (an int counts as a float), or `default`.
 
-    Without a default the key must be there. null is read as None and needs `optional`. Whole numbers lie in
-    `least` .. 2^31 - 1, fractional ones in 1e-12 .. 1e12.
+    Raises UserError for a missing key without a default, for null unless `optional`, for another
+    type, for ints outside `least` .. 2^31 - 1 and floats outside 1e-12 .. 1e12.
     """
     self._known.add(key)
-    if key not in self._left:
+    if key not in self._unread:
       if default is ...:
-        raise ValueError(f"{self._where}: {key} is missing")
+        raise UserError(f"{self._where}: {key} is missing")
       return default
-    value = self._left.pop(key)
+    value = self._unread.pop(key)
     if value is None and optional:
       return None
     if kind is float and type(value) is int:
-      value = float(value) if abs(value) <= LARGEST else math.inf
-    if not _is(value, kind):
-      raise self.fail(key, value, f"must be of type {kind.__name__}")
-    if kind is int and not least <= value <= LARGEST:
-      raise self.fail(key, value, f"must lie in {least} .. {LARGEST}")
-    if kind is float and not FRACTIONS[0] <= value <= FRACTIONS[1]:
-      raise self.fail(key, value, f"must lie in {FRACTIONS[0]:g} .. {FRACTIONS[1]:g}")
+      value = float(value) if abs(value) <= LARGEST_INT else math.inf
+    right_type = type(value) is kind  # not isinstance: true and false are no integers
+    if not right_type:
+      raise self.error(key, value, f"must be of type {kind.__name__}")
+    if kind is int and not least <= value <= LARGEST_INT:
+      raise self.error(key, value, f"must lie in {least} .. {LARGEST_INT}")
+    if kind is float and not SMALLEST_FLOAT <= value <= LARGEST_FLOAT:
+      raise self.error(key, value, f"must lie in {SMALLEST_FLOAT:g} .. {LARGEST_FLOAT:g}")
     return value
 
-  def expect(self, key: str, value: Any, why: str) -> None:
-    """Takes `key`, which must be missing, null, or exactly this value."""
+  def expect(self, key: str, expected: Any, rule: str) -> None:
+    """Reads `key`; raises UserError unless it is missing, null, or exactly `expected`."""
     self._known.add(key)
-    found = self._left.pop(key, None)
-    if found is not None and (found != value or isinstance(found, bool) != isinstance(value, bool)):
-      raise self.fail(key, found, why)
+    value = self._unread.pop(key, None)
+    same = value == expected and isinstance(value, bool) == isinstance(expected, bool)
+    if value is not None and not same:
+      raise self.error(key, value, rule)
 
-  def finish(self, harmless: Iterable[str] = ()) -> None:
-    """ValueError for a key that is neither taken, nor null, nor among the ones that change no number."""
-    unknown = {
-      key: value for key, value in self._left.items() if value is not None and key not in harmless
-    }
-    for key, value in unknown.items():
-      near = difflib.get_close_matches(key[:100], self._known, n=1)
-      raise self.fail(
-        key[:100],
-        value,
-        "unknown, and may change the numbers" + (f"; nearest: {near[0]}" if near else ""),
-      )
-
-
-def _is(value: Any, kind: type) -> bool:
-  return type(value) is kind  # not isinstance: true and false are no integers
+  def refuse_unread(self, ignored_fields: Iterable[str] = ()) -> None:
+    """Raises UserError for a field that was not read, unless it is null or in `ignored_fields`."""
+    for key, value in self._unread.items():
+      if value is None or key in ignored_fields:
+        continue
+      nearest = difflib.get_close_matches(key[:100], self._known, n=1)
+      hint = f"; nearest: {nearest[0]}" if nearest else ""
+      raise self.error(key[:100], value, f"unknown, and may change the numbers{hint}")

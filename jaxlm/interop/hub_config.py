@@ -1,6 +1,6 @@
-"""Reading config.json of Llama, Qwen2, Qwen3 and Gemma 2 checkpoints, as transformers up to 4 and as 5 write it.
+"""Reads config.json of Llama, Qwen2, Qwen3 and Gemma 2, in both of transformers' layouts.
 
-Defaults of missing keys are those of the configuration classes of transformers 5.23.
+Defaults of missing fields are those of the configuration classes of transformers 5.23.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from typing import Any
 
 from jaxlm.config import ModelConfig, decoder, rearrange
 from jaxlm.interop.fields import Fields
+from jaxlm.interop.hub_folder import MAX_CONFIG_BYTES
 from jaxlm.interop.hub_rope import read_rope
 from jaxlm.interop.strict_json import read_object
-
-MAX_BYTES = 1 << 20
+from pallas_kernels.common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """What a family fixes, and the defaults of the keys that it reads."""
+  """What a family fixes, and the defaults of the fields that it reads."""
 
   architecture: str
+  """the only entry of `architectures`"""
   switches: dict[str, Any]
+  """fields of the model that all members of the family share"""
   kv_heads: int | None = None
   head_dim: int | None = None
   max_length: int = 32768
@@ -32,7 +34,7 @@ class Family:
   bias_key: bool = True
   """attention_bias says whether q, k, v and o have biases"""
   windows: str = "none"
-  """which layers have windows: none, some ("use_sliding_window"), even ("layer_types" alternate by default)"""
+  """which layers have windows: none, some (`use_sliding_window`), even (alternating by default)"""
   divides: bool = False
   """hidden_size must be a multiple of the heads, whatever head_dim is"""
 
@@ -59,29 +61,38 @@ FAMILIES = {
 }
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
-# These change no number of the forward or backward pass: book-keeping, generation, initialisation, how to compute.
-_HARMLESS = (
-  "_name_or_path transformers_version use_cache cache_implementation pretraining_tp initializer_range "
-  "bos_token_id eos_token_id pad_token_id"
-).split()
+# Book-keeping, generation, initialisation and how to compute: no effect on a forward pass.
+_IGNORED_FIELDS = (
+  "_name_or_path",
+  "transformers_version",
+  "use_cache",
+  "cache_implementation",
+  "_attn_implementation",
+  "pretraining_tp",
+  "initializer_range",
+  "bos_token_id",
+  "eos_token_id",
+  "pad_token_id",
+)
 MAX_LAYERS = 4096
 
 
 def read_config(path: Path) -> tuple[ModelConfig, str | None]:
-  """(configuration, type of the weights as stated) of a config.json.
+  """Returns the model of a config.json and the dtype that it states for the weights.
 
-  Raises ValueError, naming file, key and rule, for an unknown architecture, a key that is unknown or contradicts
-  another and may change the numbers, and values that no such model can have.
+  Raises UserError, naming file, field and rule, for an unknown architecture, for fields that are
+  unknown or contradict each other, and for values that no such model can have. Fields that do not
+  change the numbers are ignored.
   """
-  return parse_config(read_object(path, MAX_BYTES), str(path))
+  return parse_config(read_object(path, MAX_CONFIG_BYTES), str(path))
 
 
 def parse_config(values: dict[str, Any], where: str) -> tuple[ModelConfig, str | None]:
-  """As `read_config`, of the parsed file; errors begin with `where`."""
+  """Does what `read_config` does, given the parsed file; error messages begin with `where`."""
   fields = Fields(values, where)
-  name = fields.take("model_type", str)
+  name = fields.read("model_type", str)
   if name not in FAMILIES:
-    raise fields.fail("model_type", name, f"must be one of {', '.join(FAMILIES)}")
+    raise fields.error("model_type", name, f"must be one of {', '.join(FAMILIES)}")
   family = FAMILIES[name]
   fields.expect(
     "architectures",
@@ -89,66 +100,63 @@ def parse_config(values: dict[str, Any], where: str) -> tuple[ModelConfig, str |
     f"must be [{family.architecture!r}] for model_type {name!r}",
   )
   try:
-    values = _read_model(fields, family, where)
-    layers = _read_layers(fields)
-    windows = _read_windows(fields, family, layers)
-    config = rearrange(decoder(layers=layers, windows=windows, **values))
+    config = rearrange(decoder(**_read_model(fields, family, where)))
     dtype = _read_dtype(fields)
-    fields.finish(_HARMLESS)
-  except ValueError as error:
-    raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
+    fields.refuse_unread(_IGNORED_FIELDS)
+  except UserError as error:  # ModelConfig does not know the file
+    raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
   return config, dtype
 
 
-def _read_layers(fields: Fields) -> int:
-  layers = fields.take("num_hidden_layers", int)
-  if layers > MAX_LAYERS:
-    raise fields.fail("num_hidden_layers", layers, f"must be at most {MAX_LAYERS}")
-  return layers
-
-
 def _read_model(fields: Fields, family: Family, where: str) -> dict[str, Any]:
-  D, N = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
-  head_dim = fields.take("head_dim", int, family.head_dim, optional=True)
+  D, N = fields.read("hidden_size", int), fields.read("num_attention_heads", int)
+  head_dim = fields.read("head_dim", int, family.head_dim, optional=True)
   if D % N and (family.divides or head_dim is None):
-    raise fields.fail("hidden_size", D, f"must be a multiple of num_attention_heads={N}")
-  max_length = fields.take("max_position_embeddings", int, family.max_length)
-  activation = fields.take(family.activation_key, str, family.activation)
+    raise fields.error("hidden_size", D, f"must be a multiple of num_attention_heads={N}")
+  max_length = fields.read("max_position_embeddings", int, family.max_length)
+  activation = fields.read(family.activation_key, str, family.activation)
   if activation not in ACTIVATIONS:
-    raise fields.fail(family.activation_key, activation, f"must be one of {', '.join(ACTIVATIONS)}")
+    rule = f"must be one of {', '.join(ACTIVATIONS)}"
+    raise fields.error(family.activation_key, activation, rule)
   fields.expect("hidden_act", activation, f"contradicts {family.activation_key}={activation!r}")
   fields.expect("attention_dropout", 0.0, "must be 0: there is no dropout here")
-  bias = fields.take("attention_bias", bool, False) if family.bias_key else False
+  fields.expect("use_mrope", False, "must be false: a position is one number here, not three")
+  layers = fields.read("num_hidden_layers", int)
+  if layers > MAX_LAYERS:
+    raise fields.error("num_hidden_layers", layers, f"must be at most {MAX_LAYERS}")
+  bias = fields.read("attention_bias", bool, False) if family.bias_key else False
   return {
     "D": D,
     "N": N,
     "H": head_dim or D // N,
-    "K": fields.take("num_key_value_heads", int, family.kv_heads, optional=True) or N,
-    "F": fields.take("intermediate_size", int),
-    "V": fields.take("vocab_size", int),
+    "K": fields.read("num_key_value_heads", int, family.kv_heads, optional=True) or N,
+    "F": fields.read("intermediate_size", int),
+    "V": fields.read("vocab_size", int),
+    "layers": layers,
     "rope": read_rope(fields, max_length, where),
     "max_length": max_length,
-    "tied": fields.take("tie_word_embeddings", bool, family.tied),
-    "norm_eps": fields.take("rms_norm_eps", float, 1e-6),
+    "tied": fields.read("tie_word_embeddings", bool, family.tied),
+    "norm_eps": fields.read("rms_norm_eps", float, 1e-6),
     "activation": ACTIVATIONS[activation],
     "qkv_bias": bias,
     "out_bias": bias,
     **family.switches,
+    "windows": _read_windows(fields, family, layers),
     **(_read_llama(fields) if family is FAMILIES["llama"] else {}),
     **(_read_gemma(fields) if family is FAMILIES["gemma2"] else {}),
   }
 
 
 def _read_llama(fields: Fields) -> dict[str, Any]:
-  return {"bias": fields.take("mlp_bias", bool, False)}
+  return {"bias": fields.read("mlp_bias", bool, False)}
 
 
 def _read_gemma(fields: Fields) -> dict[str, Any]:
   fields.expect("use_bidirectional_attention", False, "must be false: attention here is causal")
   return {
-    "query_width": fields.take("query_pre_attn_scalar", float, 256.0),
-    "cap": fields.take("attn_logit_softcapping", float, 50.0, optional=True),
-    "logit_cap": fields.take("final_logit_softcapping", float, 30.0, optional=True),
+    "query_width": fields.read("query_pre_attn_scalar", float, 256.0),
+    "cap": fields.read("attn_logit_softcapping", float, 50.0, optional=True),
+    "logit_cap": fields.read("final_logit_softcapping", float, 30.0, optional=True),
   }
 
 
@@ -156,15 +164,15 @@ def _read_windows(fields: Fields, family: Family, layers: int) -> list[int | Non
   """Returns the window of each layer, None for full attention."""
   if family.windows == "none":
     return [None] * layers
-  used = family.windows == "even" or fields.take("use_sliding_window", bool, False)
-  window = fields.take("sliding_window", int, 4096, optional=True)
+  used = family.windows == "even" or fields.read("use_sliding_window", bool, False)
+  window = fields.read("sliding_window", int, 4096, optional=True)
   fields.expect("sliding_window_size", window, f"contradicts sliding_window={window}")
-  first = fields.take("max_window_layers", int, 28, least=0) if family.windows == "some" else 0
-  listed = fields.take("layer_types", list, None, optional=True)
+  first = fields.read("max_window_layers", int, 28, least=0) if family.windows == "some" else 0
+  listed = fields.read("layer_types", list, None, optional=True)
   if listed is not None:
     known = all(isinstance(kind, str) and kind in LAYER_TYPES for kind in listed)
     if len(listed) != layers or not known:
-      raise fields.fail("layer_types", listed, f"must be {layers} of {', '.join(LAYER_TYPES)}")
+      raise fields.error("layer_types", listed, f"must be {layers} of {', '.join(LAYER_TYPES)}")
     kinds = listed
   elif family.windows == "even":
     kinds = [FULL if layer % 2 else SLIDING for layer in range(layers)]
@@ -173,12 +181,13 @@ def _read_windows(fields: Fields, family: Family, layers: int) -> list[int | Non
     kinds = [FULL if all_full or layer < first else SLIDING for layer in range(layers)]
   if SLIDING in kinds and (not used or window is None):
     rule = "has windows, which use_sliding_window or sliding_window switches off"
-    raise fields.fail("layer_types", listed, rule)
+    raise fields.error("layer_types", listed, rule)
   return [window if kind == SLIDING else None for kind in kinds]
 
 
 def _read_dtype(fields: Fields) -> str | None:
-  old, new = (fields.take(key, str, None, optional=True) for key in ("torch_dtype", "dtype"))
-  if None not in (old, new) and old != new:
-    raise fields.fail("torch_dtype", old, f"contradicts dtype={new!r}")
+  old = fields.read("torch_dtype", str, None, optional=True)
+  new = fields.read("dtype", str, None, optional=True)
+  if old is not None and new is not None and old != new:
+    raise fields.error("torch_dtype", old, f"contradicts dtype={new!r}")
   return new or old

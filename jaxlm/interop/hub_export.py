@@ -1,8 +1,9 @@
-"""Writing config.json in the layout of transformers 4, which 5 reads too."""
+"""Writes config.json in the layout of transformers 4, which 5 reads too."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from jaxlm.config import AttentionConfig, ModelConfig, RopeConfig
@@ -15,47 +16,52 @@ from jaxlm.interop.hub_config import (
   parse_config,
 )
 from jaxlm.interop.hub_rope import write_rope
+from pallas_kernels.common.errors import UserError
+
+# Fields of the rotary embedding that each scaling reads, besides theta.
+_ROPE_FIELDS = {
+  "none": (),
+  "linear": ("factor",),
+  "ntk": ("factor",),
+  "dynamic": ("factor", "original_length"),
+  "llama3": ("factor", "original_length", "low_freq_factor", "high_freq_factor"),
+}
 
 
 def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-  """What config.json must hold so that it reads back as this model with weights of type `dtype`.
+  """Returns the config.json that reads back as this model with weights of type `dtype`.
 
-  ValueError names the fields that none of the families can express.
+  Raises UserError, naming the fields that none of the families can express.
   """
   attempts = {name: _write(config, name, dtype) for name in FAMILIES}
-  lost = {name: _differences(config, values) for name, values in attempts.items()}
-  name = min(lost, key=lambda name: len(lost[name]))
-  if lost[name]:
-    rule = f"no {' or '.join(FAMILIES)} model can have this (the nearest is {name})"
-    raise ValueError(f"{', '.join(lost[name])}: {rule}")
-  return attempts[name]
+  lost_fields = {name: _differences(config, values) for name, values in attempts.items()}
+  nearest = min(lost_fields, key=lambda name: len(lost_fields[name]))
+  if lost_fields[nearest]:
+    rule = f"no {' or '.join(FAMILIES)} model can have this (the nearest is {nearest})"
+    raise UserError(f"{', '.join(lost_fields[nearest])}: {rule}")
+  return attempts[nearest]
 
 
 def _differences(config: ModelConfig, values: dict[str, Any]) -> list[str]:
-  """Returns "path=value" of each field in which the model that `values` describe differs."""
+  """Returns "path=value" of the fields in which `config` differs from what `values` describe."""
   try:
     back, _ = parse_config(values, "written")
   except ValueError:
     return [f"model.{field.name}" for field in dataclasses.fields(config)]
-  free = ("prefix", "pattern", "remainder") + (("max_length",) if config.max_length is None else ())
-  lost = _unequal("model", config, back, free)
+  ignored_fields = {"prefix", "pattern", "remainder"}  # the layers are compared one by one
+  if config.max_length is None:
+    ignored_fields.add("max_length")
+  lost_fields = _unequal_fields("model", config, back, ignored_fields)
   for ours, theirs in zip(config.layer_specs, back.layer_specs):
-    if type(ours.mixer) is not type(theirs.mixer):
-      lost.append(f"model.mixer={type(ours.mixer).__name__}")
-      continue
-    mixer = dataclasses.replace(
-      ours.mixer,
-      rope=_normal(ours.mixer.rope),
-      query_width=_query_width(ours.mixer),
-    )
-    other = dataclasses.replace(theirs.mixer, query_width=_query_width(theirs.mixer))
-    lost += _unequal("mixer", mixer, other)
-    lost += _unequal("feedforward", ours.feedforward, theirs.feedforward)
-  return list(dict.fromkeys(lost))
+    lost_fields += _unequal_fields("mixer", _used_fields(ours.mixer), _used_fields(theirs.mixer))
+    lost_fields += _unequal_fields("feedforward", ours.feedforward, theirs.feedforward)
+  return list(dict.fromkeys(lost_fields))
 
 
-def _unequal(path: str, ours: Any, theirs: Any, free: tuple[str, ...] = ()) -> list[str]:
-  names = [field.name for field in dataclasses.fields(ours) if field.name not in free]
+def _unequal_fields(
+  path: str, ours: Any, theirs: Any, ignored_fields: Collection[str] = ()
+) -> list[str]:
+  names = [field.name for field in dataclasses.fields(ours) if field.name not in ignored_fields]
   return [
     f"{path}.{name}={getattr(ours, name)!r}"
     for name in names
@@ -63,27 +69,22 @@ def _unequal(path: str, ours: Any, theirs: Any, free: tuple[str, ...] = ()) -> l
   ]
 
 
-def _query_width(mixer: AttentionConfig) -> float:
-  return mixer.query_width or mixer.H
+def _used_fields(mixer: AttentionConfig) -> AttentionConfig:
+  """Returns `mixer` with the query width stated, and defaults where its rope reads nothing."""
+  rope = _used_rope_fields(mixer.rope)
+  return dataclasses.replace(mixer, rope=rope, query_width=mixer.query_width or float(mixer.H))
 
 
-def _normal(rope: RopeConfig) -> RopeConfig:
-  """Without what the chosen scaling does not read."""
-  reads = {
-    "none": (),
-    "linear": ("factor",),
-    "ntk": ("factor",),
-    "dynamic": ("factor", "original_length"),
-    "llama3": ("factor", "original_length", "low_freq_factor", "high_freq_factor"),
-  }
+def _used_rope_fields(rope: RopeConfig) -> RopeConfig:
+  """Returns `rope` with the defaults in the fields that its scaling does not read."""
   if rope.scaling == "yarn":
     return dataclasses.replace(rope, low_freq_factor=1.0, high_freq_factor=4.0)
-  kept = {name: getattr(rope, name) for name in ("theta", "scaling", *reads[rope.scaling])}
-  return RopeConfig(**kept)
+  names = ("theta", "scaling", *_ROPE_FIELDS[rope.scaling])
+  return RopeConfig(**{name: getattr(rope, name) for name in names})
 
 
 def _write(c: ModelConfig, name: str, dtype: str) -> dict[str, Any]:
-  """Returns config.json of this family, of the first layer and every layer's window."""
+  """Returns a config.json of this family, from the first layer and every layer's window."""
   family, mixer, feedforward = FAMILIES[name], c.layer_specs[0].mixer, c.layer_specs[0].feedforward
   lengths = {} if c.max_length is None else {"max_position_embeddings": c.max_length}
   if mixer.rope.scaling == "dynamic":
@@ -111,7 +112,8 @@ def _write(c: ModelConfig, name: str, dtype: str) -> dict[str, Any]:
   if name == "llama":
     values["mlp_bias"] = feedforward.bias
   if name == "gemma2":
-    values["query_pre_attn_scalar"] = _whole(_query_width(mixer))
+    width = mixer.query_width or mixer.H
+    values["query_pre_attn_scalar"] = int(width) if width == int(width) else width
     values["attn_logit_softcapping"] = mixer.cap
     values["final_logit_softcapping"] = c.logit_cap
   return values | _write_windows(c, family)
@@ -130,7 +132,3 @@ def _write_windows(c: ModelConfig, family: Family) -> dict[str, Any]:
     first = next((layer for layer, window in enumerate(windows) if window), c.layers)
     values |= {"use_sliding_window": window is not None, "max_window_layers": first}
   return values
-
-
-def _whole(value: float) -> int | float:
-  return int(value) if value == int(value) else value

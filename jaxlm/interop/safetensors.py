@@ -1,7 +1,8 @@
-"""Reading and writing safetensors files: every claim of a header is checked before anything is allocated.
+"""Reads and writes safetensors files; checks every claim of a header before it allocates.
 
-The format (github.com/huggingface/safetensors): 8 bytes little-endian length n, n bytes of JSON that map each name to
-dtype, shape and data_offsets, then the data, whose ranges follow each other without gap or overlap.
+The format (github.com/huggingface/safetensors): 8 bytes little-endian length n, n bytes of JSON
+that map each name to dtype, shape and data_offsets, then the data, whose ranges follow each other
+without gap or overlap.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ import ml_dtypes
 import numpy as np
 
 from jaxlm.interop.strict_json import parse_object
+from pallas_kernels.common.errors import UserError
 
 DTYPES: dict[str, np.dtype] = {
   "F32": np.dtype(np.float32),
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# A parsed header takes about 13 times its bytes; those of published checkpoints are under a thousandth of their files.
+# A parsed header takes about 13 times its bytes. The headers of published checkpoints are under a
+# thousandth of their files.
 HEADER_BYTES, HEADER_SHARE = 1 << 20, 1 / 16
 
 
 class Entry(NamedTuple):
-  """Where a tensor lies: bytes start .. stop of its file."""
+  """Dtype and shape of a tensor, and where it lies: bytes start .. stop of its file."""
 
   file: Path
   dtype: np.dtype
@@ -39,53 +42,52 @@ class Entry(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-  """The tensors of a file by name. ValueError names file, tensor and rule where the header is not sound."""
+  """Returns the tensors of a file by name.
+
+  Raises UserError, naming file, tensor and rule, for a damaged header.
+  """
   size = path.stat().st_size
   with path.open("rb") as file:
     length_bytes = file.read(8)
     if len(length_bytes) < 8:
-      raise ValueError(
-        f"{path}: {size} bytes, but a safetensors file begins with 8 bytes of header length"
-      )
+      rule = "a safetensors file begins with 8 bytes of header length"
+      raise UserError(f"{path}: {size} bytes, but {rule}")
     (length,) = struct.unpack("<Q", length_bytes)
     if length > size - 8:
-      raise ValueError(f"{path}: header of {length:,} bytes, but the file has {size:,}")
+      raise UserError(f"{path}: header of {length:,} bytes, but the file has {size:,}")
     if length > max(HEADER_BYTES, HEADER_SHARE * size):
-      raise ValueError(
-        f"{path}: header of {length:,} bytes, over {HEADER_BYTES:,} and {HEADER_SHARE} of the file"
-      )
+      rule = f"over {HEADER_BYTES:,} and {HEADER_SHARE} of the file"
+      raise UserError(f"{path}: header of {length:,} bytes, {rule}")
     header = parse_object(file.read(length), f"{path}: header")
   _check_metadata(header.pop("__metadata__", {}), path)
-  entries = {name: _entry(name, value, path, 8 + length) for name, value in header.items()}
+  entries = {name: _parse_entry(name, value, path, 8 + length) for name, value in header.items()}
   _check_ranges(entries, path, 8 + length, size)
   return entries
 
 
 def _check_metadata(metadata: Any, path: Path) -> None:
-  if not isinstance(metadata, dict) or not all(
-    isinstance(value, str) for value in metadata.values()
-  ):
-    raise ValueError(f"{path}: __metadata__ must map names to strings")
+  good = isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
+  if not good:
+    raise UserError(f"{path}: __metadata__ must map names to strings")
 
 
-def _entry(name: str, value: Any, path: Path, data: int) -> Entry:
+def _parse_entry(name: str, value: Any, path: Path, data_start: int) -> Entry:
   where = f"{path}: tensor {name[:200]!r}"
   if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-    raise ValueError(f"{where}: must have dtype, shape and data_offsets, and nothing else")
+    raise UserError(f"{where}: must have dtype, shape and data_offsets, and nothing else")
   dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
   if not isinstance(dtype, str) or dtype not in DTYPES:
-    raise ValueError(f"{where}: dtype {str(dtype)[:50]!r} is not one of {', '.join(DTYPES)}")
+    raise UserError(f"{where}: dtype {str(dtype)[:50]!r} is not one of {', '.join(DTYPES)}")
   if not _are_sizes(shape) or len(shape) > 8:
-    raise ValueError(f"{where}: shape must be a list of at most 8 integers from 0 to 2^48")
+    raise UserError(f"{where}: shape must be a list of at most 8 integers from 0 to 2^48")
   if not _are_sizes(offsets) or len(offsets) != 2:
-    raise ValueError(f"{where}: data_offsets must be two integers from 0 to 2^48")
+    raise UserError(f"{where}: data_offsets must be two integers from 0 to 2^48")
   start, stop = offsets
   need = math.prod(shape) * DTYPES[dtype].itemsize
   if stop - start != need:
-    raise ValueError(
-      f"{where}: data_offsets {offsets} span {stop - start} bytes, {dtype} {shape} takes {need}"
-    )
-  return Entry(path, DTYPES[dtype], tuple(shape), data + start, data + stop)
+    spanned = f"data_offsets {offsets} span {stop - start} bytes"
+    raise UserError(f"{where}: {spanned}, {dtype} {shape} takes {need}")
+  return Entry(path, DTYPES[dtype], tuple(shape), data_start + start, data_start + stop)
 
 
 def _are_sizes(values: Any) -> bool:
@@ -94,41 +96,37 @@ def _are_sizes(values: Any) -> bool:
   )
 
 
-def _check_ranges(entries: Mapping[str, Entry], path: Path, data: int, size: int) -> None:
-  end = data
+def _check_ranges(entries: Mapping[str, Entry], path: Path, data_start: int, size: int) -> None:
+  end = data_start
   for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-    if entry.start != end:
-      what = (
-        "overlaps the tensor before it"
-        if entry.start < end
-        else f"leaves {entry.start - end} bytes unused"
-      )
-      raise ValueError(
-        f"{path}: tensor {name[:200]!r}: data_offsets begin at {entry.start - data}, which {what}"
-      )
+    where = f"{path}: tensor {name[:200]!r}"
+    begin = f"data_offsets begin at {entry.start - data_start}"
+    if entry.start < end:
+      raise UserError(f"{where}: {begin}, which overlaps the tensor before it")
+    if entry.start > end:
+      raise UserError(f"{where}: {begin}, which leaves {entry.start - end} bytes unused")
     if entry.stop > size:
-      raise ValueError(
-        f"{path}: tensor {name[:200]!r}: ends at byte {entry.stop}, the file has {size}: is it truncated?"
-      )
+      fault = f"ends at byte {entry.stop}, the file has {size}: is it truncated?"
+      raise UserError(f"{where}: {fault}")
     end = entry.stop
   if end != size:
-    raise ValueError(f"{path}: {size - end} bytes after the last tensor")
+    raise UserError(f"{path}: {size - end} bytes after the last tensor")
 
 
 class MappedFile:
-  """A file in memory-mapped form; its pages can be let go of after use."""
+  """A memory-mapped file whose pages can be released after use."""
 
   def __init__(self, path: Path):
     with path.open("rb") as file:
       self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
   def view(self, entry: Entry) -> np.ndarray:
-    """The tensor, read-only, without a copy."""
+    """Returns the tensor, read-only, without a copy."""
     flat = np.frombuffer(self._map, np.uint8, entry.stop - entry.start, entry.start)
     return flat.view(entry.dtype).reshape(entry.shape)
 
   def advise(self, entry: Entry, advice: str) -> None:
-    """Tells the system that a tensor "WILLNEED" to be read soon, or that its pages may go ("DONTNEED")."""
+    """Tells the system to read a tensor ahead ("WILLNEED") or to drop its pages ("DONTNEED")."""
     option = getattr(mmap, f"MADV_{advice}", None)
     if option is not None:  # Linux and most of the BSDs
       first = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
@@ -140,7 +138,7 @@ def write(
   tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
   read: Callable[[str], np.ndarray],
 ) -> None:
-  """Writes `tensors` (name -> dtype, shape) in their order; `read` gives the values of one at a time."""
+  """Writes `tensors` (name -> dtype, shape) in their order, one `read(name)` at a time."""
   names = {dtype: name for name, dtype in DTYPES.items()}
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
   end = 0

@@ -1,4 +1,4 @@
-"""JSON of untrusted files: bounded in size, without duplicate keys, NaN or surprises."""
+"""Reads JSON of untrusted files: bounded in size, without duplicate names or NaN."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pallas_kernels.common.errors import UserError
 
-def read_object(path: Path, limit: int) -> dict[str, Any]:
-  """The object that a file of at most `limit` bytes holds; ValueError names the file and the rule."""
+
+def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
+  """Returns the JSON object in a file; raises UserError, naming the file and the rule."""
   if not path.is_file():
-    raise ValueError(f"{path}: no such file")
-  if path.stat().st_size > limit:
-    raise ValueError(f"{path}: {path.stat().st_size:,} bytes, at most {limit:,} are read")
+    raise UserError(f"{path}: no such file")
+  if path.stat().st_size > max_bytes:
+    raise UserError(f"{path}: {path.stat().st_size:,} bytes, at most {max_bytes:,} are read")
   return parse_object(path.read_bytes(), str(path))
 
 
 def parse_object(text: bytes, where: str) -> dict[str, Any]:
-  """The object that `text` spells; ValueError begins with `where`."""
+  """Returns the JSON object that `text` spells; raises UserError that begins with `where`."""
   try:
     value = json.loads(
-      text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant
+      text.decode(), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
     )
   except RecursionError:
-    raise ValueError(f"{where}: JSON is nested too deeply") from None
-  except (
-    ValueError
-  ) as error:  # JSONDecodeError, UnicodeDecodeError, integers of thousands of digits
-    raise ValueError(f"{where}: not valid JSON: {error}") from None
+    raise UserError(f"{where}: JSON is nested too deeply") from None
+  except ValueError as error:  # bad JSON, bad UTF-8, integers of thousands of digits
+    raise UserError(f"{where}: not valid JSON: {error}") from None
   if not isinstance(value, dict):
-    raise ValueError(f"{where}: must hold one JSON object")
+    raise UserError(f"{where}: must hold one JSON object")
   return value
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  found = dict(pairs)
-  if len(found) < len(pairs):
-    (twice, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
-    raise ValueError(f"duplicate name {twice[:100]!r}")
-  return found
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  values = dict(pairs)
+  if len(values) < len(pairs):
+    ((duplicate, _),) = collections.Counter(name for name, _ in pairs).most_common(1)
+    raise ValueError(f"duplicate name {duplicate[:100]!r}")
+  return values
 
 
-def _no_constant(name: str) -> NoReturn:
+def _refuse_constant(name: str) -> NoReturn:
   raise ValueError(f"{name} is not a JSON number")

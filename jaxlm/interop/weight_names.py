@@ -1,13 +1,14 @@
 """Lists which parameter of this project's tree is which tensor of a Hub checkpoint.
 
-The tree stacks the repeats of each of `config.stacks` on a leading axis. The Hub has one tensor
-per layer, and matrices as [out, in].
+The tree stacks the repeats of each of `ModelConfig.stacks` on a leading axis. The Hub has one
+tensor per layer, and matrices as [out, in].
 """
 
 # D model, N query heads, K key heads, H head width, F feed-forward, V vocabulary
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,47 +18,52 @@ Path = tuple[str, ...]
 
 
 class Weight(NamedTuple):
-  """One parameter: its path below `params`, its shape (of one layer), and the name of its tensor (of each row)."""
+  """One parameter of the tree and the tensors that hold it."""
 
   path: Path
+  """keys from the root of the tree"""
   shape: tuple[int, ...]
+  """of one layer, as in the tree"""
   names: tuple[str, ...]
+  """name of its tensor, or of the tensor of each row if `stacked`"""
   stacked: bool
+  """whether the parameter has a leading axis of layers"""
   transposed: bool
+  """whether the file holds the transposed matrix"""
 
   @property
   def file_shape(self) -> tuple[int, ...]:
+    """Shape of one tensor in the file."""
     return self.shape[::-1] if self.transposed else self.shape
+
+  @property
+  def size(self) -> int:
+    """Number of entries of one tensor."""
+    return math.prod(self.shape)
 
 
 def weights(c: ModelConfig) -> Iterator[Weight]:
-  """All parameters of the model, stack by stack."""
-  yield Weight(
-    ("embed", "weight"),
-    (c.V, c.D),
-    ("model.embed_tokens.weight",),
-    stacked=False,
-    transposed=False,
-  )
+  """Yields all parameters of the model, stack by stack."""
+  embed, name = ("embed", "weight"), "model.embed_tokens.weight"
+  yield Weight(embed, (c.V, c.D), (name,), stacked=False, transposed=False)
   first = 0
   for index, (specs, repeats) in enumerate(c.stacks):
     end = first + len(specs) * repeats
     for place, spec in enumerate(specs):
+      layers = range(first + place, end, len(specs))
       for (module, parameter), (suffix, shape) in _block(c, spec).items():
-        layers = range(first + place, end, len(specs))
         names = tuple(f"model.layers.{layer}.{suffix}" for layer in layers)
         path = ("stacks", str(index), str(place), *module.split("/"), parameter)
         yield Weight(path, shape, names, stacked=True, transposed=len(shape) == 2)
     first = end
   yield Weight(("norm", "weight"), (c.D,), ("model.norm.weight",), stacked=False, transposed=False)
   if not c.tied:
-    yield Weight(
-      ("head", "weight"), (c.D, c.V), ("lm_head.weight",), stacked=False, transposed=True
-    )
+    head = ("head", "weight")
+    yield Weight(head, (c.D, c.V), ("lm_head.weight",), stacked=False, transposed=True)
 
 
 def tensor_count(c: ModelConfig) -> int:
-  """How many tensors `weights` names, without naming them."""
+  """Returns how many tensors `weights` names, without listing them."""
   return sum(len(_block(c, spec)) for spec in c.layer_specs) + (2 if c.tied else 3)
 
 

@@ -1,4 +1,4 @@
-"""Between a run of this project and a folder in the Hub's layout."""
+"""Converts between a run of this project and a folder in the Hub's layout."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxlm.checkpoint.checkpoint import Checkpoints
 from jaxlm.config import DataConfig, TrainConfig
@@ -17,25 +18,29 @@ from jaxlm.interop import huggingface
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.saved_run import SavedRun
 from jaxlm.train.step import init_state
+from pallas_kernels.common.errors import UserError
 from sharding import make_mesh
 
 FIRST_POSITION = {"next_index": 0}  # of the training loader before its first batch
 
 
-def convert(source: str | Path, target: str | Path, dtype: huggingface.DType | None = None) -> str:
-  """Writes a run's newest weights as a checkpoint, or a checkpoint as a run at step 0; returns what it did.
+def convert(source: str | Path, target: str | Path, dtype: DTypeLike | None = None) -> str:
+  """Writes a run's newest weights as a checkpoint, or a checkpoint as a run at step 0.
 
-  A checkpoint's weights have type `dtype`, by default the run's own float32; a run's are float32, so that `dtype` must
-  be None or float32 there. tokenizer.json goes along. Raises ValueError as `huggingface.load` and `save` do.
+  `source` is the folder of a run or of a checkpoint, or `hf:owner/name`. A written checkpoint has
+  weights of type `dtype`, by default float32, in which runs keep theirs; for a run, `dtype` must
+  be None or float32. tokenizer.json is copied. Returns a line that says what was written. Raises
+  UserError as `huggingface.load` and `save` do.
   """
+  weight_dtype = huggingface.resolve_dtype(dtype) or np.dtype(np.float32)
   if huggingface.is_checkpoint(source):
-    if dtype not in (None, "float32"):
-      raise ValueError(f"dtype={dtype!r}: the weights of a run are float32")
+    if weight_dtype != np.float32:
+      raise UserError(f"dtype={weight_dtype}: the weights of a run are float32")
     return _to_run(huggingface.local_folder(source), Path(target))
-  return _to_checkpoint(SavedRun.open(source), Path(target), dtype or "float32")
+  return _to_checkpoint(SavedRun.open(source), Path(target), weight_dtype)
 
 
-def _to_checkpoint(run: SavedRun, target: Path, dtype: huggingface.DType) -> str:
+def _to_checkpoint(run: SavedRun, target: Path, dtype: np.dtype) -> str:
   model = run.config.model
   if model.max_length is None:
     model = dataclasses.replace(model, max_length=run.config.data.length)

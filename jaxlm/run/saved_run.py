@@ -1,4 +1,4 @@
-"""A finished or stopped run, or a Hugging Face checkpoint, opened for use: configuration, weights and tokenizer."""
+"""Opens a run or a Hugging Face checkpoint for use: configuration, weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ class SavedRun:
   params: Any
   step: int
   start_ids: tuple[int, ...]
-  """what a text begins with: the end of the one before, or what a published tokenizer puts there"""
+  """what a text begins with: the end of document, or what a published tokenizer puts there"""
 
   @classmethod
   def open(cls, run: str | Path) -> SavedRun:
-    """A run's folder, or a checkpoint as `jaxlm.interop.huggingface.load` takes it, with its tokenizer.json.
+    """Opens the folder of a run, or a checkpoint folder or `hf:owner/name` with its tokenizer.json.
 
-    Raises ValueError where the folder is neither, FileNotFoundError where a run has no sound checkpoint.
+    Raises UserError for a folder that does not exist or is neither, FileNotFoundError for a run
+    without a sound checkpoint.
     """
     if huggingface.is_checkpoint(run):
       return cls._open_published(huggingface.local_folder(run))
@@ -66,7 +67,7 @@ class SavedRun:
     return cls(config, tokenizer, params, 0, tuple(tokenizer.model.encode("").ids))
 
   def sample(self, prompt: str, *, sampler: Sampler, max_new: int, seed: int = 0) -> str:
-    """The model's continuation of the prompt, up to `max_new` tokens or the end of the document."""
+    """Returns the text that continues the prompt, up to `max_new` tokens or the document's end."""
     eos = self.tokenizer.eos
     prompt_ids = [[*self.start_ids, *self.tokenizer.encode(prompt)]]
     key = jax.random.key(seed)
@@ -84,7 +85,10 @@ class SavedRun:
     return self.tokenizer.decode(ids_M[: ends[0]] if len(ends) else ids_M)
 
   def evaluate(self, limit: int | None = None) -> tuple[TextData, float, float]:
-    """(the text, nats per token, tokens) over all held-out text, or its first `limit` batches."""
+    """Returns the text, the loss in nats per token and the number of tokens.
+
+    Reads all held-out text, or `limit` batches of it.
+    """
     text = load_text(self.config.data, self.tokenizer)
     with jax.set_mesh(make_mesh(self.config.mesh)):
       batches = heldout_batches(text, batch=self.config.batch, limit=limit)

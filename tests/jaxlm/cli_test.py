@@ -1,64 +1,33 @@
 """The command line: in this process where only words matter, as real processes where signals and start-up do."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
+from benchmarks.reliability.comparison import last_step
+from benchmarks.reliability.processes import finish, run, start, start_python, wait_until
 from jaxlm.cli import main
 from jaxlm.run.run_folder import RunFolder, read_records
 
 SMALLER = "--model.D 16 --model.F 16 --model.H 8 --data.length 32 --optimizer.warmup 1 --eval_batches 1".split()
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-  folder = tmp_path_factory.mktemp("text")
-  for index in range(40):
-    (folder / f"{index}.py").write_text(f"def f{index}(x):\n  return x + {index}\n" * 4)
-  return folder
-
-
-def start(*arguments: str, cwd: Path, platforms: str = "cpu") -> subprocess.Popen:
-  environment = os.environ | {
-    "JAX_PLATFORMS": platforms,
-    "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path]),
-  }
-  return subprocess.Popen(
-    [sys.executable, "-m", "jaxlm", *arguments],
-    cwd=cwd,
-    env=environment,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-  out, err = process.communicate(timeout=240)
-  return process.returncode, out, err
-
-
 def test_help_does_not_import_jax_and_takes_less_than_a_second(tmp_path):
   script = "import sys, jaxlm.cli; jaxlm.cli.main(['--help']); jaxlm.cli.main(['train']); "
   script += "sys.exit('jax' in sys.modules)"
-  environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
   seconds = []
   for _ in range(3):  # the best of three: other tests run beside this one
     before = time.perf_counter()
-    done = subprocess.run(
-      [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
+    process = start_python(tmp_path, "-c", script)
+    status, printed = finish(tmp_path, process)
     seconds.append(time.perf_counter() - before)
-    assert done.returncode == 0, done.stderr
+    assert status == 0, printed
   for word in ("train PRESET", "resume DIR", "sample DIR", "eval DIR", "micro", "tiny", "small"):
-    assert word in done.stdout
+    assert word in printed
   assert min(seconds) < 1
 
 
@@ -73,11 +42,8 @@ for arguments in ([*command, "--help"] for command in COMMANDS):
     assert not stop.code
 sys.exit("jax" in sys.modules)
 """
-  environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "120"}
-  done = subprocess.run(
-    [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path
-  )
-  assert done.returncode == 0, done.stderr
+  status, printed = finish(tmp_path, start_python(tmp_path, "-c", script, COLUMNS="120"))
+  assert status == 0, printed
   for words in (
     "--model.layers",
     "number of blocks",
@@ -85,8 +51,8 @@ sys.exit("jax" in sys.modules)
     "--mesh.fsdp",
     "--temperature",
   ):
-    assert words in done.stdout or words.replace("-rate", "_rate") in done.stdout, words
-  assert "default: 3" not in re.findall(r"--model\.layers.*", done.stdout)
+    assert words in printed or words.replace("-rate", "_rate") in printed, words
+  assert "default: 3" not in re.findall(r"--model\.layers.*", printed)
 
 
 WRONG = [
@@ -109,7 +75,7 @@ WRONG = [
   (["train", "no_such_module:preset"], "preset 'no_such_module:preset'"),
   (["train", "jaxlm.presets:nothing"], "module jaxlm.presets has no function nothing"),
   (["resume", "missing"], "run='missing': holds no config.json"),
-  (["eval", "missing"], "run='missing': holds no config.json"),
+  (["eval", "missing"], "missing: no such folder; a model on the Hub is named hf:owner/name"),
   (["sample", "missing", "--temperature", "-1"], "temperature"),
   (["checkpoint", "verify", "missing"], "run='missing': holds no config.json"),
   (["train", "micro", "--stop_after", "2"], "stop_after='2': must be a number with its unit"),
@@ -167,7 +133,7 @@ def test_an_unknown_flag_or_choice_comes_with_the_nearest(arguments, nearest, ca
   assert nearest in plain(captured.err + captured.out)
 
 
-def test_a_preset_of_the_users_own(tmp_path, monkeypatch, capsys, text):
+def test_a_preset_of_the_users_own(tmp_path, monkeypatch, capsys, corpus):
   """module:function from the working directory, its run folder named after it; flags go over its values."""
   (tmp_path / "mine.py").write_text(
     "import dataclasses\n"
@@ -177,104 +143,76 @@ def test_a_preset_of_the_users_own(tmp_path, monkeypatch, capsys, text):
   )
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "path", [*sys.path])
-  flags = ["--steps", "3", "--mesh.data", "1", "--data.source", str(text)]
+  flags = ["--steps", "3", "--mesh.data", "1", "--data.source", str(corpus)]
   assert main(["train", "mine:wide", *flags, *SMALLER]) == 0
   config = RunFolder(tmp_path / "runs/wide").read_config()
   assert (config.steps, config.batch, config.model.D) == (3, 3, 16)
 
 
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory, text):
+def interrupted(tmp_path_factory, corpus):
   """A run stopped by one Ctrl-C: (folder, exit status, what it printed)."""
   folder = tmp_path_factory.mktemp("interrupted")
-  flags = [
-    "--steps",
-    "100000",
-    "--run",
-    "run",
-    "--eval_every",
-    "0",
-    "--save_every",
-    "0",
-    "--data.source",
-    str(text),
-  ]
-  process = start("train", "micro", *flags, *SMALLER, cwd=folder)
-  run = RunFolder(folder / "run")
-  wait_for_steps(process, run, 5)
+  flags = "--steps 100000 --run run --eval_every 0 --save_every 0".split()
+  flags += ["--data.source", str(corpus)]
+  process = start(folder, "train", "micro", *flags, *SMALLER)
+  ours = RunFolder(folder / "run")
+  wait_until(lambda: last_step(ours) >= 5, process)
   process.send_signal(signal.SIGINT)
-  status, out, err = finish(process)
-  return run, status, out + err
-
-
-def wait_for_steps(process: subprocess.Popen, run: RunFolder, steps: int) -> None:
-  for _ in range(1200):
-    if process.poll() is not None:
-      raise AssertionError(process.communicate())
-    if run.metrics.exists() and sum(1 for _ in read_records(run.metrics)) >= steps:
-      return
-    time.sleep(0.1)
-  process.kill()
-  raise AssertionError("the run does not get going")
+  return ours, *finish(folder, process)
 
 
 @pytest.mark.slow
 def test_ctrl_c_once_saves_and_exits_130(interrupted):
-  run, status, printed = interrupted
+  ours, status, printed = interrupted
   assert status == 130
-  step = list(read_records(run.metrics))[-1]["step"]
+  step = last_step(ours)
   assert 5 <= step < 100000
   assert f"stopped and saved at step {step} of 100000" in plain(
     printed
   ) and "jaxlm resume run" in plain(printed)
-  assert (run.checkpoints / f"{step:08d}" / "manifest.json").exists()
+  assert (ours.checkpoints / f"{step:08d}" / "manifest.json").exists()
   assert "Traceback" not in printed
 
 
 @pytest.mark.slow
 def test_resume_finishes_what_was_stopped_and_sample_and_eval_use_it(interrupted):
-  run, _, _ = interrupted
-  before = list(read_records(run.metrics))
+  ours, _, _ = interrupted
+  folder = ours.path.parent
+  before = list(read_records(ours.metrics))
   last = before[-1]["step"]
-  status, out, err = finish(start("resume", "run", "--steps", str(last + 4), cwd=run.path.parent))
-  assert status == 0, err
-  assert f"resuming at step {last}" in plain(out)
-  after = list(read_records(run.metrics))
-  assert after[: len(before)] == before and [record["step"] for record in after] == list(
-    range(1, last + 5)
-  )
-  assert json.loads(run.config.read_text())["steps"] == last + 4
+  status, printed = run(folder, "resume", "run", "--steps", str(last + 4))
+  assert status == 0, printed
+  assert f"resuming at step {last}" in plain(printed)
+  after = list(read_records(ours.metrics))
+  assert after[: len(before)] == before
+  assert [record["step"] for record in after] == list(range(1, last + 5))
+  assert json.loads(ours.config.read_text())["steps"] == last + 4
 
-  status, out, err = finish(
-    start("sample", "run", "--prompt", "def f", "--max_new", "12", "-n", "2", cwd=run.path.parent)
-  )
-  assert status == 0, err
-  assert out.count("def f") >= 2
-  again = finish(
-    start("sample", "run", "--prompt", "def f", "--max_new", "12", "-n", "2", cwd=run.path.parent)
-  )
-  assert again[1] == out  # the seed decides
-  status, out, err = finish(start("eval", "run", cwd=run.path.parent))
-  assert status == 0, err
-  bits = {
-    name: float(value)
-    for name, value in re.findall(r"^  (\w[\w ]*?) +([\d.]+)$", out, re.MULTILINE)
-  }
+  words = "sample run --prompt".split() + ["def f", *"--max_new 12 -n 2".split()]
+  status, printed = run(folder, *words)
+  assert status == 0, printed
+  assert printed.count("def f") >= 2
+  assert run(folder, *words)[1] == printed  # the seed decides
+  status, printed = run(folder, "eval", "run")
+  assert status == 0, printed
+  found = re.findall(r"^  (\w[\w ]*?) +([\d.]+)$", printed, re.MULTILINE)
+  bits = {name: float(value) for name, value in found}
   assert "this model" in bits and len(bits) >= 3 and all(0 < value < 9 for value in bits.values())
 
 
 @pytest.mark.slow
 def test_a_report_of_kernels(tmp_path):
-  """A table with numbers on the terminal and in the folder, a chart, and what a schedule cannot show."""
+  """A table on the terminal and in the folder, a chart, and what a schedule cannot show."""
   pytest.importorskip("libtpu")
   words = "kernels report --chips v5e --match megablox --out found".split()
-  status, out, err = finish(start(*words, cwd=tmp_path, platforms=""))
-  assert status == 0, err
-  (line,) = [line for line in out.splitlines() if line.startswith("| jax megablox gmm")]
+  status, printed = run(tmp_path, *words, JAX_PLATFORMS="")
+  assert status == 0, printed
+  (line,) = [line for line in printed.splitlines() if line.startswith("| jax megablox gmm")]
   cells = [cell.strip() for cell in line.strip("|").split("|")]
   assert cells[2] == "v5e" and float(cells[3]) > 0.5 and 80 < float(cells[4].rstrip("%")) < 100
   written = (tmp_path / "found/schedule.md").read_text()
-  assert line in written and "It cannot see" in written and "It cannot see" in out
+  assert line in written and "It cannot see" in written and "It cannot see" in printed
   (row,) = json.loads((tmp_path / "found/schedule.json").read_text())["rows"]
   assert {
     "cycles",

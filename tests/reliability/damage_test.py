@@ -1,17 +1,22 @@
 """Damage to a checkpoint is noticed wherever it is, named, passed over and kept."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
+from benchmarks.reliability.damage import (
+  KINDS,
+  SAVE_EVERY,
+  STEPS,
+  campaign,
+  damaged,
+  resumed,
+  trained,
+)
+from benchmarks.reliability.processes import finish, run, start_python
+from benchmarks.reliability.verify_cost import measure
 from jaxlm.checkpoint.folder import checkpoint_path, set_aside
 from jaxlm.cli import main
-from tests.reliability.damage import KINDS, SAVE_EVERY, STEPS, campaign, damaged, resumed, trained
-from tests.reliability.processes import run
-from tests.reliability.verify_cost import measure
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +38,20 @@ def test_a_resumed_run_goes_on_from_before_the_damage_and_keeps_it(whole, kind):
 
 
 @pytest.mark.slow
-def test_verify_says_it_from_the_command_line_and_starts_nothing(whole, capsys):
+def test_verify_says_it_from_the_command_line_and_starts_nothing(whole, tmp_path, capsys):
   newest = checkpoint_path(whole.checkpoints, STEPS)
   assert main(["checkpoint", "verify", str(whole.path)]) == 0
   assert re.fullmatch(
     r"step 3: sound, 0.\d+ MB\nstep 6: sound, 0.\d+ MB\n", capsys.readouterr().out
   )
   with damaged(newest, "emptied", newest / "params" / "_METADATA"):
-    script = f"import sys, jaxlm.cli; status = jaxlm.cli.main(['checkpoint', 'verify', {str(whole.path)!r}]); "
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", script + "sys.exit('jax' if 'jax' in sys.modules else status)"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-  assert done.returncode == 1, done.stderr
-  assert "step 6: does not verify\n  params/_METADATA: size 0, the manifest says" in done.stdout
-  assert "would go on from step 3" in done.stdout
+    script = f"import sys, jaxlm.cli; words = ['checkpoint', 'verify', {str(whole.path)!r}]; "
+    script += "status = jaxlm.cli.main(words); "
+    script += "sys.exit('jax' if 'jax' in sys.modules else status)"
+    status, printed = finish(tmp_path, start_python(tmp_path, "-c", script))
+  assert status == 1, printed
+  assert "step 6: does not verify\n  params/_METADATA: size 0, the manifest says" in printed
+  assert "would go on from step 3" in printed
   both = [checkpoint_path(whole.checkpoints, step) for step in (STEPS - SAVE_EVERY, STEPS)]
   with (
     damaged(both[0], "missing", both[0] / "manifest.json"),

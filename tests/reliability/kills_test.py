@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.reliability.kills import SAVE_EVERY, campaign
+from benchmarks.reliability.kills import SAVE_EVERY, campaign
 
 
 @pytest.mark.slow

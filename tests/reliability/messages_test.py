@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.reliability.processes import SMALL, write_corpus
 from jaxlm.cli import main
 from jaxlm.run.run_folder import RunFolder
-from tests.reliability.processes import SMALL, write_corpus
 
 GOLDEN = Path(__file__).with_name("messages.txt")
 TRAIN = "jaxlm train micro --run r --mesh.data 1 "
@@ -87,7 +87,7 @@ def rename(folder: Path, old: str, new: str) -> None:
 def place(tmp_path_factory) -> Path:
   """A working folder with sources that are wrong and runs that somebody changed."""
   place = tmp_path_factory.mktemp("messages")
-  write_corpus(place)
+  write_corpus(place / "text")
   for name in ("empty", "blank", "binary", "latin", "records"):
     (place / name).mkdir()
   (place / "blank/a.txt").write_text("")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jaxlm.models.transformer as transformer
+from benchmarks.reliability.processes import run, write_corpus
 from jaxlm import presets
 from jaxlm.checkpoint.folder import all_steps, finished_steps
 from jaxlm.checkpoint.manifest import verify
@@ -27,7 +28,6 @@ from jaxlm.run.run_folder import RunFolder, read_records
 from jaxlm.train import step as steps
 from jaxlm.train.step import init_state, make_train_step
 from sharding import make_mesh
-from tests.reliability.processes import run, write_corpus
 
 BELL = 7  # a byte that stands in few documents; what the model makes of it is tampered with
 TAMPERED = """
@@ -42,9 +42,7 @@ transformer._lookup = lookup
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> TrainConfig:
-  folder = tmp_path_factory.mktemp("text")
-  for index in range(60):
-    (folder / f"{index}.py").write_text(f"def f{index}(x):\n  return x + {index}\n" * 6)
+  folder = write_corpus(tmp_path_factory.mktemp("bells") / "text")
   for index in range(6):
     (folder / f"bell{index}.py").write_text("\a" * 20)
   return TrainConfig(
@@ -281,7 +279,7 @@ def test_the_module_named_is_the_one_that_was_broken(config, path, name):
 
 @pytest.mark.slow
 def test_as_a_user_sees_it(tmp_path):
-  write_corpus(tmp_path)
+  write_corpus(tmp_path / "text")
   (tmp_path / "text/bell.py").write_text("\a" * 40)
   flags = (
     "--steps 60 --data.source text --data.length 32 --batch 8 --mesh.data 1 --eval_every 0".split()

@@ -10,43 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxlm.run.environment as environment
+from benchmarks.reliability.comparison import records, same_end
+from benchmarks.reliability.processes import run
+from benchmarks.reliability.repeats import MESHES, Repeats, deviation, first_run
 from jaxlm.config import DataConfig, MeshConfig
 from jaxlm.data.loader import load_text, train_loader
-from jaxlm.run.run_folder import RunFolder, read_records
-from tests.reliability.processes import SMALL, records, run, same_end, write_corpus
-
-FLAGS = [
-  "--steps",
-  "12",
-  "--batch",
-  "8",
-  "--save_every",
-  "6",
-  "--eval_every",
-  "6",
-  "--model.K",
-  "2",
-  *SMALL,
-]
+from jaxlm.run.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("repeat")
-  write_corpus(folder)
-  return folder
-
-
-@pytest.fixture(scope="module")
-def first(place) -> RunFolder:
-  status, said = run(place, "train", "micro", "--run", "first", *FLAGS)
-  assert status == 0, said
-  return RunFolder(place / "first")
+def runs(tmp_path_factory) -> Repeats:
+  return first_run(tmp_path_factory.mktemp("repeat") / "runs", 12)
 
 
 @pytest.fixture(scope="module", params=["windows", "packed"])
-def text(request, place):
-  return load_text(DataConfig(source=str(place / "text"), length=16, layout=request.param))
+def text(request, corpus):
+  return load_text(DataConfig(source=str(corpus), length=16, layout=request.param))
 
 
 BATCH = 8
@@ -55,7 +34,7 @@ BATCH = 8
 @settings(max_examples=25)
 @given(data=st.data())
 def test_data_order_depends_on_nothing_but_the_seed(text, data):
-  """Not on reader threads, their prefetch, the number of processes, or where and how often a run was restarted."""
+  """Draws reader threads, the number of processes, and where and how often a run is restarted."""
   seed = data.draw(st.integers(0, 3))
   straight = train_loader(text, batch=BATCH, seed=seed)
   want = [next(straight) for _ in range(12)]
@@ -81,35 +60,20 @@ def test_data_order_depends_on_nothing_but_the_seed(text, data):
 
 
 @pytest.mark.slow
-def test_config_json_alone_repeats_a_run_bit_for_bit(place, first):
-  """Its 12 steps, two evaluations and final state, in another process."""
-  status, said = run(place, "train", "first/config.json", "--run", "again")
-  assert status == 0, said
-  again = RunFolder(place / "again")
-  assert len(records(first)) == 12 and same_end(again, first)
-  assert again.read_config() == dataclasses.replace(first.read_config(), run="again")
-
-
-MESHES = [
-  MeshConfig(data=4),
-  MeshConfig(data=1, fsdp=4),
-  MeshConfig(data=1, tensor=2),
-  MeshConfig(data=2, fsdp=2, tensor=2),
-]
+def test_config_json_alone_repeats_a_run_bit_for_bit(runs):
+  """Repeats 12 steps, two evaluations and the final state in another process."""
+  again = runs.again()
+  assert len(records(runs.first)) == 12 and same_end(again, runs.first)
+  assert again.read_config() == dataclasses.replace(runs.first.read_config(), run="again")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES[1::2], ids=lambda mesh: mesh.describe())
-def test_every_mesh_has_the_losses_of_one_device(place, first, mesh):
-  name = mesh.describe().replace(" ", "_")
-  flags = ["--run", name, *(f"--mesh.{axis}={size}" for axis, size in mesh.sizes().items())]
-  status, said = run(place, "train", "first/config.json", *flags, JAX_NUM_CPU_DEVICES="8")
-  assert status == 0, said
-  want, got = (list(read_records(folder.metrics)) for folder in (first, RunFolder(place / name)))
-  for key in ("loss", "grad_norm"):
-    np.testing.assert_allclose(
-      [r[key] for r in got], [r[key] for r in want], rtol=1e-6, err_msg=key
-    )
+@pytest.mark.parametrize("mesh", MESHES, ids=MeshConfig.describe)
+def test_every_mesh_has_the_losses_of_one_device(runs, mesh):
+  """Sums over shards are rounded in another order, no more."""
+  other = runs.on_mesh(mesh)
+  assert deviation(other, runs.first, "loss") < 1e-6
+  assert deviation(other, runs.first, "grad_norm") < 1e-6
 
 
 def test_the_environment_of_each_start_is_kept_and_another_one_is_said(
@@ -162,14 +126,12 @@ def test_the_commit_is_that_of_the_checkout_itself(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_resume_under_other_versions_says_so_on_the_terminal_and_in_the_log(place, first):
-  older = json.loads(first.environment.read_text())
+def test_a_resume_under_other_versions_says_so_on_the_terminal_and_in_the_log(runs):
+  older = json.loads(runs.first.environment.read_text())
   older[-1]["packages"]["optax"] = "0.1.0"
-  first.environment.write_text(json.dumps(older))
-  status, said = run(place, "resume", "first", "--steps", "14")
-  assert status == 0, said
-  for place_said in (said, first.log.read_text()):
-    assert (
-      "differs from the start before: packages.optax: 0.1.0 -> " in place_said
-      and "config.steps: 12 -> 14" in place_said
-    )
+  runs.first.environment.write_text(json.dumps(older))
+  status, printed = run(runs.folder, "resume", "first", "--steps", "14")
+  assert status == 0, printed
+  for text in (printed, runs.first.log.read_text()):
+    assert "differs from the start before: packages.optax: 0.1.0 -> " in text
+    assert "config.steps: 12 -> 14" in text

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.reliability.starved import STEPS, campaign, can_mount
+from benchmarks.reliability.starved import STEPS, campaign, can_mount
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,16 @@
 
 import pytest
 
+from benchmarks.reliability.processes import write_corpus
+from benchmarks.reliability.stops import by_clock, by_signals, resumed, second_of_two, twice
 from jaxlm.cli import RESUMABLE
-from tests.reliability.processes import write_corpus
-from tests.reliability.stops import by_clock, by_signals, resumed, second_of_two, twice
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """Of all runs here, so that they share compiled programs."""
   folder = tmp_path_factory.mktemp("stop") / "folder"
-  write_corpus(folder)
+  write_corpus(folder / "text")
   return folder
 
 

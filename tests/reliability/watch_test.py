@@ -6,10 +6,10 @@ import time
 
 import pytest
 
+from benchmarks.reliability.processes import SMALL, run, write_corpus
 from jaxlm.cli import main
 from jaxlm.run.run_folder import RunFolder, read_records
 from jaxlm.run.watch import Watch
-from tests.reliability.processes import SMALL, run, write_corpus
 
 
 class Impatient(Watch):
@@ -104,7 +104,7 @@ loader._TrainBatches.__getitem__ = late
 @pytest.mark.slow
 def test_as_a_user_sees_it(tmp_path):
   """A loader that stops for 3.5 seconds at batch 25, and a compilation that takes more than half a second."""
-  write_corpus(tmp_path)
+  write_corpus(tmp_path / "text")
   flags = [
     "--run",
     "run",

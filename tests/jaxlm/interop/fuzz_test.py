@@ -224,7 +224,7 @@ def test_ten_thousand_damaged_folders(original, tmp_path):
 
 def test_damaged_index(checkpoint, tmp_path):
   c = checkpoint("qwen3")
-  huggingface.save(tmp_path / "split", c.config, c.params, file_bytes=60_000)
+  huggingface.save(tmp_path / "split", c.config, c.params, max_file_bytes=60_000)
   index = tmp_path / "split" / "model.safetensors.index.json"
   whole, draw, accepted = json.loads(index.read_text()), random.Random(2), 0
   for _ in range(200):

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -14,10 +15,12 @@ from jaxlm.decode import init_cache
 from jaxlm.interop import huggingface
 from jaxlm.interop.hub_config import read_config
 from jaxlm.interop.safetensors import MappedFile
+from jaxlm.interop.tensor_checks import check_tensors
 from jaxlm.interop.weight_files import find_tensors
 from jaxlm.interop.weight_names import weights
 from jaxlm.models import Transformer, head
 from jaxlm.objectives import next_token_loss
+from pallas_kernels.common.errors import UserError
 from sharding import MeshConfig, make_mesh
 
 # Each switch, a wrong value, and the checkpoint whose logits it must change.
@@ -148,7 +151,7 @@ def test_a_switch_without_its_weights_does_not_load(switch, checkpoint):
   entries = find_tensors(c.folder)
   config = dataclasses.replace(c.config, **{switch: True})
   with pytest.raises(ValueError, match="tensors are needed, 21 are there; missing: model.layers.0"):
-    huggingface._check_tensors(config, entries, c.folder, None, None)
+    check_tensors(config, entries, c.folder, None, None)
 
 
 def test_both_layouts_of_the_configuration_read_alike(any_checkpoint):
@@ -204,7 +207,7 @@ def test_not_a_number_keeps_its_bits(checkpoint, tmp_path):
 
 def test_several_files_with_an_index(checkpoint, tmp_path):
   c = checkpoint("gemma2")
-  huggingface.save(tmp_path / "split", c.config, c.params, file_bytes=30_000)
+  huggingface.save(tmp_path / "split", c.config, c.params, max_file_bytes=30_000)
   files = sorted(path.name for path in (tmp_path / "split").glob("*.safetensors"))
   assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
   assert_same_bits(tmp_path / "split", c.folder)
@@ -268,12 +271,28 @@ def test_saving_refuses_what_does_not_fit(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "path, rule",
+  "dtype, expected",
   [
-    ("/no/such/folder", "no such folder, nor owner/name"),
-    ("a b/c", "no such folder, nor owner/name"),
+    ("bfloat16", jnp.bfloat16),
+    (jnp.bfloat16, jnp.bfloat16),
+    (np.dtype(ml_dtypes.bfloat16), jnp.bfloat16),
+    (np.dtype("float16"), jnp.float16),
+    ("float32", jnp.float32),
+    (jnp.float32, jnp.float32),
+    (np.float32, jnp.float32),
+    (np.dtype("float32"), jnp.float32),
+    (None, jnp.float32),
   ],
+  ids=repr,
 )
-def test_neither_folder_nor_name(path, rule):
-  with pytest.raises(ValueError, match=rule):
-    huggingface.load(path)
+def test_a_dtype_is_a_name_or_a_dtype(dtype, expected, checkpoint):
+  config, params = huggingface.load(checkpoint("llama").folder, dtype=dtype)
+  chex.assert_tree_all_finite(params)
+  chex.assert_type(jax.tree.leaves(params), expected)
+  assert config.dtype == ("bfloat16" if expected == jnp.bfloat16 else "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float64", jnp.int32, "bf16", "", 3, np.dtype("complex64")])
+def test_other_dtypes_are_refused_by_name(dtype, checkpoint):
+  with pytest.raises(UserError, match="dtype=.*must be float32, bfloat16 or float16"):
+    huggingface.load(checkpoint("llama").folder, dtype=dtype)

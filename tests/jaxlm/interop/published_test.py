@@ -1,10 +1,11 @@
-"""The published sizes: parameter counts as the model cards give them, and configurations that others' tools know."""
+"""Published sizes: their config.json is accepted, and their parameters are counted as published."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from jaxlm import presets
@@ -13,6 +14,7 @@ from jaxlm.interop.hub_export import write_config
 from jaxlm.interop.weight_names import weights
 from jaxlm.models import Transformer
 from jaxlm.scaling.flops import parameter_count
+from pallas_kernels.common.errors import UserError
 
 # "Model size" of the safetensors on each model's page of the Hub; a head that repeats the embedding counts once
 PUBLISHED = {
@@ -25,6 +27,100 @@ PUBLISHED = {
   presets.gemma_2_2b: ("gemma2", 2_614_341_888),
   presets.gemma_2_9b: ("gemma2", 9_241_705_984),
 }
+
+
+CONFIGS = Path(__file__).parents[2] / "data" / "published_configs"
+# Parameters in billions, all and without the embedding and its head, as the authors state them
+# (sources: the README of the folder). None: not stated, or stated for another way of counting.
+BILLIONS = {
+  "Llama-2-7b-hf": ("6.738415616", None),
+  "Llama-2-13b-hf": ("13.01586432", None),
+  "Llama-2-70b-hf": ("68.976648192", None),
+  "Meta-Llama-3-8B": ("8.030261248", None),
+  "Meta-Llama-3-70B": ("70.553706496", None),
+  "Llama-3.1-8B": ("8.030261248", None),
+  "Llama-3.1-8B-Instruct": ("8.030261248", None),
+  "Llama-3.1-70B-Instruct": ("70.553706496", None),
+  "Llama-3.2-1B-Instruct": ("1.2358144", None),
+  "Llama-3.2-3B": ("3.212749824", None),
+  "Qwen2-0.5B": ("0.49", "0.35"),
+  "Qwen2-1.5B-Instruct": ("1.54", "1.31"),
+  "Qwen2-7B": (None, None),
+  "Qwen2-72B": ("72.71", "70.21"),
+  "Qwen2.5-0.5B": ("0.49", "0.36"),
+  "Qwen2.5-1.5B-Instruct": ("1.54", "1.31"),
+  "Qwen2.5-3B": ("3.09", "2.77"),
+  "Qwen2.5-7B": ("7.61", "6.53"),
+  "Qwen2.5-14B": ("14.7", None),
+  "Qwen2.5-32B": ("32.763876352", None),
+  "Qwen2.5-72B-Instruct": ("72.7", None),
+  "Qwen3-0.6B": ("0.6", "0.44"),
+  "Qwen3-1.7B": ("1.7", "1.4"),
+  "Qwen3-4B": ("4.0", "3.6"),
+  "Qwen3-8B": ("8.2", "6.95"),
+  "Qwen3-14B": ("14.8", "13.2"),
+  "Qwen3-32B": ("32.8", "31.2"),
+  "gemma-2-2b": (None, "2.024517888"),
+  "gemma-2-2b-it": (None, "2.024517888"),
+  "gemma-2-2b-jpn-it": (None, "2.024517888"),
+  "gemma-2-9b": (None, "8.324201984"),
+  "gemma-2-27b-it": (None, "26.04748032"),
+}
+
+
+def read_published(name):
+  return json.loads((CONFIGS / f"{name}.json").read_text())
+
+
+def test_every_published_configuration_has_its_counts():
+  assert {path.stem for path in CONFIGS.glob("*.json")} == set(BILLIONS)
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_published_configurations_are_accepted(name):
+  """As their authors publish them; what is written for them reads back equal."""
+  values = read_published(name)
+  config, dtype = parse_config(values, name)
+  assert dtype == values["torch_dtype"]
+  written = write_config(config, dtype)
+  assert written["model_type"] == values["model_type"]
+  assert parse_config(written, name) == (config, dtype)
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_published_parameter_counts(name):
+  """Some authors cut decimals off and some round, so one unit of the last decimal is allowed."""
+  config, _ = parse_config(read_published(name), name)
+  count = parameter_count(config)
+  matrices = config.V * config.D * (1 if config.tied else 2)
+  for stated, counted in zip(BILLIONS[name], (count.total, count.total - matrices)):
+    if stated is not None:
+      last_decimal = 10.0 ** -len(stated.partition(".")[2])
+      assert abs(counted / 1e9 - float(stated)) <= last_decimal
+
+
+@pytest.mark.parametrize(
+  "name, changes, rule",
+  [
+    ("Qwen2.5-7B", {"use_mrope": True}, "use_mrope='True': must be false"),
+    ("Qwen2.5-7B", {"use_mrope": 0}, "use_mrope='0': must be false"),
+    ("Qwen2-7B", {"use_sliding_window": True, "max_window_layers": 27}, None),
+    ("gemma-2-27b-it", {"sliding_window_size": 2048}, "sliding_window_size='2048': contradicts"),
+    ("gemma-2-27b-it", {"query_pre_attn_scalar": 128}, None),
+    ("Llama-3.1-8B", {"rope_theta": 10000.0}, None),
+    ("Llama-3.1-8B", {"pretraining_tp": 2, "_attn_implementation": "sdpa"}, "same"),
+    ("Qwen3-8B", {"num_experts": 128}, "num_experts='128': unknown, and may change the numbers"),
+  ],
+)
+def test_fields_that_change_numbers_are_read_or_refused(name, changes, rule):
+  """A changed field gives another model, an error that names it, or, without effect, the same."""
+  published, _ = parse_config(read_published(name), name)
+  values = read_published(name) | changes
+  if rule in (None, "same"):
+    assert (parse_config(values, name)[0] == published) == (rule == "same")
+    return
+  with pytest.raises(UserError, match=f"{name}: {rule}"):
+    parse_config(values, name)
 
 
 @pytest.mark.parametrize("preset", PUBLISHED, ids=lambda preset: preset.__name__)

@@ -120,7 +120,7 @@ def test_random_models(name, tmp_path):
 
 def test_tiny_checkpoints_saved_again(any_checkpoint, tmp_path):
   c = any_checkpoint
-  huggingface.save(tmp_path / "saved", c.config, c.params, file_bytes=50_000)
+  huggingface.save(tmp_path / "saved", c.config, c.params, max_file_bytes=50_000)
   logits_BTV, _ = their_logits_and_gradients(tmp_path / "saved", c.ids_BT)
   np.testing.assert_allclose(logits_BTV, c.logits_BTV, rtol=0, atol=1e-5)
 

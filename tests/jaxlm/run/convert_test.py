@@ -40,15 +40,6 @@ def folder(checkpoint, tokenizer, tmp_path):
   return path
 
 
-@pytest.fixture
-def text(tmp_path):
-  source = tmp_path / "text"
-  source.mkdir()
-  for i in range(8):
-    (source / f"{i}.txt").write_text(f"document {i} says " + string.ascii_lowercase * 40)
-  return source
-
-
 def read(path):
   return (path / "model.safetensors").read_bytes()
 
@@ -96,20 +87,20 @@ def test_converting_refuses(folder, tmp_path, capsys):
   assert main(["convert", str(folder), str(tmp_path / "x"), "--dtype", "bfloat16"]) == 2
   assert "the weights of a run are float32" in capsys.readouterr().err
   assert main(["convert", str(tmp_path / "absent"), str(tmp_path / "x")]) == 2
-  assert "config.json" in capsys.readouterr().err
+  assert f"{tmp_path / 'absent'}: no such folder; a model on the Hub" in capsys.readouterr().err
   (folder / "tokenizer.json").unlink()
   assert main(["convert", str(folder), str(tmp_path / "x")]) == 2
   assert "tokenizer.json" in capsys.readouterr().err
   assert not (tmp_path / "x").exists()
 
 
-def test_a_run_begins_where_its_loader_does(text):
-  config = DataConfig(source=str(text), length=16, holdout=0.3)
+def test_a_run_begins_where_its_loader_does(corpus):
+  config = DataConfig(source=str(corpus), length=16, holdout=0.3)
   assert train_loader(load_text(config), batch=2, seed=0).get_state() == FIRST_POSITION
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_the_weights(folder, text, tmp_path, capsys):
+def test_training_goes_on_from_the_weights(folder, corpus, tmp_path, capsys):
   """A learning rate of almost nothing leaves the weights; the first loss is that of the checkpoint on the batch."""
   flags = [
     "--run",
@@ -117,7 +108,7 @@ def test_training_goes_on_from_the_weights(folder, text, tmp_path, capsys):
     "--steps",
     "2",
     "--data.source",
-    str(text),
+    str(corpus),
     "--data.length",
     "32",
   ]
@@ -138,11 +129,11 @@ def test_training_goes_on_from_the_weights(folder, text, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_converted_run_goes_on_and_learns(folder, text, tmp_path):
+def test_a_converted_run_goes_on_and_learns(folder, corpus, tmp_path):
   assert main(["convert", str(folder), str(tmp_path / "run")]) == 0
   written = tmp_path / "run" / "config.json"
   config = json.loads(written.read_text())
-  config["data"] |= {"source": str(text), "length": 32, "holdout": 0.3}
+  config["data"] |= {"source": str(corpus), "length": 32, "holdout": 0.3}
   written.write_text(json.dumps(config | {"eval_every": 0}))
   assert main(["resume", str(tmp_path / "run"), "--steps", "120"]) == 0
   losses = [
@@ -153,10 +144,10 @@ def test_a_converted_run_goes_on_and_learns(folder, text, tmp_path):
 
 
 def test_a_tokenizer_with_more_ids_than_the_checkpoint_is_refused(
-  checkpoint, text, tmp_path, capsys
+  checkpoint, corpus, tmp_path, capsys
 ):
   """Without a tokenizer.json the tokens are bytes, 256 of them."""
-  flags = ["--run", str(tmp_path / "run"), "--data.source", str(text), "--data.holdout", "0.3"]
+  flags = ["--run", str(tmp_path / "run"), "--data.source", str(corpus), "--data.holdout", "0.3"]
   assert main(["train", "micro", "--init", str(checkpoint("qwen2").folder), *flags]) == 2
   assert (
     "data.tokenizer='bytes': has 256 ids, more than the V=128 of init=" in capsys.readouterr().err

@@ -22,12 +22,7 @@ from sharding import make_mesh
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> TrainConfig:
-  folder = tmp_path_factory.mktemp("text")
-  draw = np.random.default_rng(0)
-  for index in range(30):
-    words = [f"{word} = {word + index}" for word in draw.integers(0, 50, 12)]
-    (folder / f"{index}.py").write_text("\n".join(words))
+def config(corpus) -> TrainConfig:
   return TrainConfig(
     steps=10,
     batch=8,
@@ -38,7 +33,7 @@ def config(tmp_path_factory) -> TrainConfig:
     ema=0.9,
     mesh=MeshConfig(data=1),
     model=ModelConfig(D=16, F=24, N=4, K=2, H=4, layers=2, scan="always"),
-    data=DataConfig(source=str(folder), length=32, layout="packed", holdout=0.2),
+    data=DataConfig(source=str(corpus), length=32, layout="packed", holdout=0.2),
     optimizer=OptimizerConfig(warmup=2, learning_rate=1e-2, eps=1e-4),
   )
 

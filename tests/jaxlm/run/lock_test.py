@@ -1,11 +1,10 @@
 """One writer to a run's folder at a time."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
+from benchmarks.reliability.processes import finish, start_python
 from jaxlm.run.lock import only_writer
 
 
@@ -23,9 +22,8 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
 
 def test_the_lock_of_a_process_that_was_killed_holds_nobody_up(tmp_path):
   script = "import os, sys; from pathlib import Path; from jaxlm.run.lock import _take; _take(Path(sys.argv[1])); "
-  environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-  command = [sys.executable, "-c", script + "os.kill(os.getpid(), 9)", str(tmp_path)]
-  assert subprocess.run(command, env=environment).returncode == -9
+  process = start_python(tmp_path, "-c", script + "os.kill(os.getpid(), 9)", str(tmp_path))
+  assert finish(tmp_path, process)[0] == -9
   assert "process" in (tmp_path / "lock").read_text()
   with only_writer(tmp_path):
     assert f"process {os.getpid()} " in (tmp_path / "lock").read_text()

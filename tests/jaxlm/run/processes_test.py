@@ -1,31 +1,25 @@
-"""Two processes, and four, that share a run see the same batches and compute the same losses as one."""
+"""Two processes, and four, that share a run have the batches and the losses of one."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.reliability.processes import cluster, finish, start
 from jaxlm.checkpoint.folder import finished_steps
 from jaxlm.run.run_folder import RunFolder, read_records
 
 FLAGS = (
-  "--steps 6 --save_every 3 --eval_every 3 --eval_batches 2 --batch 8 --accumulate 2 --keep 5 --optimizer.warmup 1 "
-  "--model.D 16 --model.F 16 --model.H 8 --data.length 32 --data.layout packed --mesh.data 2 --mesh.fsdp 2"
+  "--steps 6 --save_every 3 --eval_every 3 --eval_batches 2 --batch 8 --accumulate 2 --keep 5 "
+  "--optimizer.warmup 1 --model.D 16 --model.F 16 --model.H 8 --data.length 32 "
+  "--data.layout packed --mesh.data 2 --mesh.fsdp 2"
 ).split()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, corpus) -> Path:
   folder = tmp_path_factory.mktemp("processes")
-  (folder / "text").mkdir()
-  for index in range(40):
-    (folder / "text" / f"{index}.py").write_text(
-      f"def f{index}(x):\n  return x + {index}\n" * (1 + index % 3)
-    )
+  (folder / "text").symlink_to(corpus)
   return folder
 
 
@@ -45,31 +39,16 @@ def run(
 
   Returns what each printed; the first has to end with this status.
   """
-  script = f"{setup}\nimport sys\nfrom jaxlm.cli import main\nsys.exit(main())"
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": str(4 // processes),
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "PYTHONPATH": os.pathsep.join(sys.path),
-  }
-  started = []
-  for index in range(processes):
-    if processes > 1:
-      environment |= {
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": str(processes),
-      }
-      environment |= {"JAX_PROCESS_ID": str(index)}
-    command = [sys.executable, "-c", script, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    started.append(subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes))
-  printed = [process.communicate(timeout=280)[0] for process in started]
-  assert started[0].returncode == status, printed[0]
-  assert all((process.returncode == 0) == (status == 0) for process in started), printed[-1]
-  return printed
+  devices = {"JAX_NUM_CPU_DEVICES": str(4 // processes)}
+  files = [f"printed{index}.txt" for index in range(processes)]
+  started = [
+    start(folder, *arguments, setup=setup, printed=file, **devices, **shared)
+    for file, shared in zip(files, cluster(processes))
+  ]
+  ended = [finish(folder, *one, seconds=280) for one in zip(started, files)]
+  assert ended[0][0] == status, ended[0][1]
+  assert all((one[0] == 0) == (status == 0) for one in ended), ended[-1][1]
+  return [printed for _, printed in ended]
 
 
 @pytest.fixture(scope="module")

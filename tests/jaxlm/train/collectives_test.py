@@ -3,7 +3,9 @@
 import collections
 import dataclasses
 import math
+import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,6 +14,19 @@ import pytest
 from jaxlm.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from jaxlm.train import accumulate
 from jaxlm.train.step import init_state
+
+# One line per mesh: arrays that the step sends, outside loops + in one + inside two. These numbers
+# stay as they are; `WRITE_COLLECTIVES=1` writes them anew where a change of them is meant.
+GOLDEN = Path(__file__).with_name("collectives.txt")
+MESHES = (
+  MeshConfig(data=8),
+  MeshConfig(data=1, fsdp=8),
+  MeshConfig(data=1, tensor=2),
+  MeshConfig(data=2, fsdp=4),
+  MeshConfig(data=2, tensor=2),
+  MeshConfig(data=1, fsdp=4, tensor=2),
+  MeshConfig(data=2, fsdp=2, tensor=2),
+)
 
 # Every weight matrix has a shape of its own, and none that of an activation [2, 8, 16].
 LENGTH = 8
@@ -109,6 +124,29 @@ def test_the_count_notices_gradients_reduced_in_every_layer_of_every_micro_batch
     math.prod(c.shape) for c in found if c.depth == 2
   )  # the compiler may transpose them
   assert sizes >= collections.Counter(math.prod(shape) for shape in gathered_matrices(tensor=1))
+
+
+def summary(lower_step, mesh: MeshConfig, accumulate: int) -> str:
+  """Returns the line of `GOLDEN` for this mesh: arrays of at least one axis, by kind and loops."""
+  config = dataclasses.replace(config_on(MeshConfig()), mesh=mesh, accumulate=accumulate)
+  config = dataclasses.replace(config, batch=2 * accumulate * mesh.data * mesh.fsdp)
+  devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
+  found = collectives(lower_step(config, devices).compile().as_text())
+  counts = collections.Counter((c.kind, c.depth) for c in found if c.shape)
+  kinds = (
+    f"{kind} {' + '.join(str(counts[kind, depth]) for depth in range(3))}"
+    for kind in sorted({kind for kind, _ in counts})
+  )
+  return f"{mesh.describe()}, accumulate {accumulate}: {', '.join(kinds)}"
+
+
+@pytest.mark.slow
+def test_number_and_kind_of_collectives_of_the_default_program_stay_as_they_are(lower_step):
+  lines = [summary(lower_step, mesh, accumulate=1) for mesh in MESHES]
+  lines += [summary(lower_step, mesh, accumulate=4) for mesh in (MESHES[0], MESHES[-1])]
+  if os.environ.get("WRITE_COLLECTIVES"):
+    GOLDEN.write_text("\n".join(lines) + "\n")
+  assert lines == GOLDEN.read_text().splitlines()
 
 
 @pytest.mark.slow

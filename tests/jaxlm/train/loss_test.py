@@ -12,17 +12,9 @@ from jaxlm.run import train
 from jaxlm.run.run_folder import RunFolder, read_records
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> str:
-  folder = tmp_path_factory.mktemp("text")
-  for index in range(40):
-    (folder / f"{index}.py").write_text(f"def f{index}(x):\n  return x + {index}\n" * 12)
-  return str(folder)
-
-
 @pytest.fixture
-def curve(text, tmp_path):
-  """curve(implementation, z_loss, **model): the losses of 12 steps, and the loss on held-out text after them."""
+def curve(corpus, tmp_path):
+  """Returns curve(implementation, z_loss, model): 12 losses, then the one on held-out text."""
 
   def run(implementation: str, z_loss: float, model: dict):
     config = presets.micro()
@@ -34,7 +26,7 @@ def curve(text, tmp_path):
       loss_implementation=implementation,
       run=str(tmp_path / implementation),
       mesh=MeshConfig(data=1),
-      data=DataConfig(source=text, length=32, layout="packed"),
+      data=DataConfig(source=str(corpus), length=32, layout="packed"),
       model=dataclasses.replace(config.model, layers=1, **model),
       optimizer=dataclasses.replace(config.optimizer, warmup=2),
     )

@@ -9,10 +9,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from benchmarks.reliability.comparison import same_end
+from benchmarks.reliability.processes import SMALL, run, write_corpus
 from jaxlm.checkpoint.folder import checkpoint_path, finished_steps, newest_sound
 from jaxlm.checkpoint.manifest import verify
 from jaxlm.run.run_folder import RunFolder
-from tests.reliability.processes import SMALL, run, same_end, write_corpus
 
 STEPS, SAVE_EVERY = 6, 3
 
@@ -51,7 +52,7 @@ class Case:
 
 def trained(folder: Path) -> RunFolder:
   """A run with two checkpoints, beside its text."""
-  write_corpus(folder)
+  write_corpus(folder / "text")
   every = ["--steps", str(STEPS), "--save_every", str(SAVE_EVERY), "--eval_every", "3"]
   status, printed = run(folder, "train", "micro", *SMALL, *every, "--run", "whole")
   assert status == 0, printed
@@ -109,7 +110,7 @@ def _content(folder: Path) -> dict[Path, bytes]:
 
 
 def resumed(folder: Path, whole: RunFolder, kind: str) -> bool:
-  """Whether a run with such damage in its weights goes on from before it, keeps it, and ends as if it had not been."""
+  """Returns whether a run with such damage in its weights ends as if it had none, and keeps it."""
   copy = RunFolder(folder / f"resumed from {kind}")
   shutil.copytree(whole.path, copy.path)
   newest = checkpoint_path(copy.checkpoints, STEPS)

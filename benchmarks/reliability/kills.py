@@ -12,23 +12,16 @@ import threading
 import time
 from pathlib import Path
 
+from benchmarks.reliability.comparison import last_step, same_end
+from benchmarks.reliability.processes import SMALL, finish, run, start, wait_until, write_corpus
 from jaxlm.checkpoint.folder import checkpoint_path, finished_steps, set_aside
 from jaxlm.checkpoint.manifest import verify
 from jaxlm.run.run_folder import RunFolder
-from tests.reliability.processes import (
-  SMALL,
-  finish,
-  last_step,
-  run,
-  same_end,
-  start,
-  wait_until,
-  write_corpus,
-)
 
 STEPS, SAVE_EVERY = 120, 3
 
-# Where a process is killed: at most so many seconds after it enters this function, at its first call or up to its n-th.
+# A process is killed at most so many seconds after it enters this function, at one of its first n
+# calls: aim -> (module, function, seconds, n).
 AIMS = {
   "writing the arrays": ("jaxlm.checkpoint.checkpoint", "Checkpoints.save", 0.15, 3),
   "between arrays and manifest": ("jaxlm.checkpoint.checkpoint", "write_manifest", 0.0, 2),
@@ -73,9 +66,9 @@ class Chain:
 
 
 def campaign(folder: Path, kills: int, seed: int) -> list[Chain]:
-  """So many kills, half of them aimed, in runs that are killed up to 14 times; the moments are drawn from `seed`."""
+  """Kills runs so many times, each up to 14 times, half of them aimed, at moments from `seed`."""
   draw = random.Random(seed)
-  write_corpus(folder)
+  write_corpus(folder / "text")
   status, printed = run(folder, *_train("whole"))
   assert status == 0, printed
   aims = [aim for name in AIMS for aim in (name, ANY_MOMENT)]
@@ -124,7 +117,7 @@ def _kill(folder: Path, name: str, aim: str, draw: random.Random) -> Kill | None
   else:
     module, function, seconds, most = AIMS[aim]
     moment = (module, function, draw.randint(1, most), draw.uniform(0, seconds))
-    setup = f"from tests.reliability.kills import die_in\ndie_in{moment}"
+    setup = f"from benchmarks.reliability.kills import die_in\ndie_in{moment}"
     process = start(folder, *_next(folder, name), setup=setup)
   status, printed = finish(folder, process)
   if status == 0:
@@ -142,7 +135,7 @@ def _kill(folder: Path, name: str, aim: str, draw: random.Random) -> Kill | None
 
 
 def die_in(module: str, function: str, call: int, seconds: float) -> None:
-  """Makes this process kill itself so many seconds after it enters the function for the `call`-th time."""
+  """Makes this process kill itself so many seconds after the `call`-th call of the function."""
   owner = importlib.import_module(module)
   *inner, name = function.split(".")
   for part in inner:

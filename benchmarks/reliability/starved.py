@@ -9,19 +9,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.reliability.comparison import last_step, same_end
+from benchmarks.reliability.processes import SMALL, finish, run, start, wait_until, write_corpus
 from jaxlm.checkpoint.folder import checkpoint_path, finished_steps
 from jaxlm.checkpoint.manifest import verify
 from jaxlm.run.run_folder import RunFolder
-from tests.reliability.processes import (
-  SMALL,
-  finish,
-  last_step,
-  run,
-  same_end,
-  start,
-  wait_until,
-  write_corpus,
-)
 
 STEPS = 30
 FLAGS = [*SMALL, "--steps", str(STEPS), "--save_every", "5", "--eval_every", "15"]
@@ -29,8 +21,11 @@ FLAGS = [*SMALL, "--steps", str(STEPS), "--save_every", "5", "--eval_every", "15
 SLOWER = """
 import time
 import jaxlm.run.metrics as metrics
-step = metrics.Reporter.step
-metrics.Reporter.step = lambda self, *args, **kwargs: (time.sleep(0.05), step(self, *args, **kwargs))[1]
+whole = metrics.Reporter.step
+def step(self, *args, **kwargs):
+  time.sleep(0.05)
+  return whole(self, *args, **kwargs)
+metrics.Reporter.step = step
 """
 
 
@@ -83,7 +78,7 @@ class Outcome:
 
 def campaign(folder: Path) -> dict[str, Outcome]:
   """Every shortage once; needs the rights to mount file systems."""
-  write_corpus(folder)
+  write_corpus(folder / "text")
   status, printed = run(folder, "train", "micro", *FLAGS, "--run", "whole")
   assert status == 0, printed
   whole = RunFolder(folder / "whole")
@@ -140,7 +135,7 @@ def _read_only(folder: Path, whole: RunFolder, *command: str) -> Outcome:
 
 
 def _two_writers(folder: Path, whole: RunFolder) -> dict[str, Outcome]:
-  """While one process trains, a second one tries to resume the run; then the first goes on to its end."""
+  """Resumes a run that another process trains, which then goes on to its end."""
   ours = RunFolder(folder / "shared")
   first = start(folder, "train", "micro", *FLAGS, "--run", "shared", setup=SLOWER)
   wait_until(lambda: last_step(ours) >= 6, first)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
 
+from benchmarks.reliability.comparison import last_step
+from benchmarks.reliability.processes import SMALL, cluster, finish, start, wait_until, write_corpus
 from jaxlm.checkpoint.folder import finished_steps
 from jaxlm.run.run_folder import RunFolder
-from tests.reliability.processes import SMALL, finish, last_step, start, wait_until, write_corpus
 
 ENDLESS = ["train", "micro", *SMALL, "--steps", "100000", "--save_every", "0", "--eval_every", "0"]
 SLOW_WRITER = """
@@ -37,7 +37,7 @@ class Stop:
 
 
 def campaign(folder: Path) -> dict[str, Stop]:
-  write_corpus(folder)
+  write_corpus(folder / "text")
   return {
     "SIGINT": by_signals(folder, "SIGINT"),
     "SIGTERM, three times": by_signals(folder, "SIGTERM", "SIGTERM", "SIGTERM"),
@@ -79,32 +79,13 @@ def twice(folder: Path) -> Stop:
 
 def second_of_two(folder: Path, how: str) -> Stop:
   """The request has to travel to the first process, which writes the checkpoint."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    address = f"localhost:{free.getsockname()[1]}"
   ours, other = RunFolder(folder / f"two {how}"), folder / f"second {how}"
   other.mkdir()
+  flags = ["--mesh.data", "2", "--data.source", str(folder / "text"), "--run", str(ours.path)]
   processes = []
-  for index, where in enumerate((folder, other)):
-    limit = "6s" if index == 1 and how == "--stop_after" else ""
-    flags = [
-      "--mesh.data",
-      "2",
-      "--data.source",
-      str(folder / "text"),
-      "--run",
-      str(ours.path),
-      "--stop_after",
-      limit,
-    ]
-    together = {
-      "JAX_COORDINATOR_ADDRESS": address,
-      "JAX_NUM_PROCESSES": "2",
-      "JAX_PROCESS_ID": str(index),
-    }
-    processes.append(
-      (where, start(where, *ENDLESS, *flags, JAX_COMPILATION_CACHE_DIR="", **together))
-    )
+  for where, shared in zip((folder, other), cluster(2)):
+    limit = "6s" if where == other and how == "--stop_after" else ""
+    processes.append((where, start(where, *ENDLESS, *flags, "--stop_after", limit, **shared)))
   wait_until(lambda: last_step(ours) >= 3, processes[0][1])
   if how != "--stop_after":
     processes[1][1].send_signal(signal.Signals[how])

@@ -1,8 +1,9 @@
-"""What a run survives, measured at full size: writes its sections of benchmarks/results/reliability.md.
+"""What a run survives, measured at full size: writes sections of benchmarks/results/reliability.md.
 
-    python -m benchmarks.reliability kills damage cost stops starved    # or any of them; the sections of others stay
+    python -m benchmarks.reliability kills damage cost stops starved spikes repeats
 
-The slow tests in tests/reliability/ run smaller versions of the same campaigns.
+Names of sections choose; the others stay as they are. The slow tests in tests/reliability/ run
+smaller versions of the same campaigns.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ import argparse
 import collections
 import logging
 import os
-import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.reliability import damage, kills, starved, stops, verify_cost
+from benchmarks.reliability import damage, kills, repeats, spikes, starved, stops, verify_cost
+from benchmarks.reliability.comparison import same_end
+from benchmarks.table import environment, table
 
-RESULTS = Path(__file__).parent / "results" / "reliability.md"
+RESULTS = Path(__file__).parents[1] / "results" / "reliability.md"
 HEAD = """# Reliability
 
-Each section is written by `python -m benchmarks.reliability SECTION ...`, which starts real runs of a model of 11
-thousand parameters on CPU and kills, damages or starves them. Numbers are counts unless they have a unit.
+Each section is written by `python -m benchmarks.reliability SECTION ...`, which starts real runs of
+a model of 11 thousand parameters on CPU and kills, damages or starves them. Numbers are counts
+unless they have a unit.
 """
 
 
@@ -52,14 +55,16 @@ def section_kills(folder: Path) -> str:
   total = sum(len(chain.kills) for chain in chains)
   same, aside = (sum(getattr(chain, name) for chain in chains) for name in ("same", "aside"))
   return f"""\
-`kill -9` at {total} moments of {len(chains)} runs of {kills.STEPS} steps that save every {kills.SAVE_EVERY};
-{minutes:.0f} minutes on {_machine()}. Then each run was left alone: {same} of {len(chains)} ended with the loss curve,
-evaluations, weights, moving average, optimizer state, key and data position of the run that was never killed, bit for
-bit. On the way {aside} unfinished checkpoints were set aside.
+`kill -9` at {total} moments of {len(chains)} runs of {kills.STEPS} steps that save every
+{kills.SAVE_EVERY}; {minutes:.0f} minutes. {environment("jax")}.
+Then each run was left alone: {same} of {len(chains)} ended with the loss curve, evaluations,
+weights, moving average, optimizer state, key and data position of the run that was never killed,
+bit for bit. On the way {aside} unfinished checkpoints were set aside.
 
-{_table((*columns, "most steps repeated"), rows)}
+{table((*columns, "most steps repeated"), rows)}
 
-Steps are repeated from the newest finished checkpoint: those since, and those of the save under way.
+Steps are repeated from the newest finished checkpoint: those since, and those of the save under
+way.
 """
 
 
@@ -75,12 +80,14 @@ def section_damage(folder: Path) -> str:
     )
   resumed = [damage.resumed(folder, run, kind) for kind in damage.KINDS]
   return f"""\
-Every file of a checkpoint in turn, {len(cases)} cases. Named: the manifest says which file differs, and how.
+Every file of a checkpoint in turn, {len(cases)} cases. Named: the manifest says which file differs,
+and how.
 
-{_table(("damage", "files", "named", "older checkpoint found"), rows)}
+{table(("damage", "files", "named", "older checkpoint found"), rows)}
 
-`jaxlm resume` went on from the older checkpoint, kept the damaged one byte for byte beside the new one and ended as the
-undamaged run did, bit for bit, in {sum(resumed)} of {len(resumed)} runs, one of each kind.
+`jaxlm resume` went on from the older checkpoint, kept the damaged one byte for byte beside the new
+one and ended as the undamaged run did, bit for bit, in {sum(resumed)} of {len(resumed)} runs, one
+of each kind.
 """
 
 
@@ -90,7 +97,8 @@ def section_cost(folder: Path) -> str:
   plain, verified = verify_cost.measure(folder, megabytes=200, repeats=21)
   return f"""\
 A state of 200 MB is restored in {plain:.3f} s, verified and restored in {verified:.3f} s:
-{verified / plain - 1:.0%} more. Medians of 21 in turns, files in the page cache, {_machine()}, load average {load:.1f}.
+{verified / plain - 1:.0%} more. Medians of 21 in turns, files in the page cache, load average
+{load:.1f}. {environment("jax")}.
 """
 
 
@@ -103,10 +111,11 @@ def section_stops(folder: Path) -> str:
       [name, " and ".join(map(str, stop.statuses)), stop.last, max(stop.saved, 0), seconds]
     )
   return f"""\
-Endless runs that save only when they stop; signals come after the third step. 130 says that the run can be resumed. Of
-two processes the second was asked, and the first, which writes, stopped at the same step. No step is saved as 0.
+Endless runs that save only when they stop; signals come after the third step. 130 says that the run
+can be resumed. Of two processes the second was asked, and the first, which writes, stopped at the
+same step. No step is saved as 0.
 
-{_table(("asked by", "exit status", "last step", "saved step", "seconds until it had left"), rows)}
+{table(("asked by", "exit status", "last step", "saved step", "seconds until it had left"), rows)}
 """
 
 
@@ -121,11 +130,40 @@ def section_starved(folder: Path) -> str:
   return f"""\
 Runs of {starved.STEPS} steps that save every 5 and keep 2, on small disks of their own.
 
-{_table(("tried", "exit status", "checkpoints that verify then", "ended as with room"), rows)}
+{table(("tried", "exit status", "checkpoints that verify then", "ended as with room"), rows)}
 
 What they said last about it:
 
 {said.replace(str(folder) + "/", "")}
+"""
+
+
+def section_spikes(folder: Path) -> str:
+  """Spikes of the loss"""
+  rows = spikes.campaign(count=100_000, every=500)
+  columns = ["noise", "jump, in deviations", "jumps noticed", "other steps reported"]
+  return f"""\
+Losses of mean 3 and noise of standard deviation 0.05, 100,000 steps, a jump every 500; `spike_size`
+10.
+
+{table(columns, rows)}
+"""
+
+
+def section_repeats(folder: Path) -> str:
+  """The same run again"""
+  runs = repeats.first_run(folder, steps=30)
+  equal = same_end(runs.again(), runs.first)
+  rows = [["again, from config.json", *(["0 (bit for bit)" if equal else "differs"] * 2)]]
+  for mesh in repeats.MESHES:
+    other = runs.on_mesh(mesh)
+    deviations = [repeats.deviation(other, runs.first, key) for key in ("loss", "grad_norm")]
+    rows.append([mesh.describe(), *(f"{value:.1e}" for value in deviations)])
+  return f"""\
+30 steps of adamw in float32, each run a process of its own; the largest relative difference of any
+step. {environment("jax")}.
+
+{table(["run", "loss", "gradient norm"], rows)}
 """
 
 
@@ -140,17 +178,9 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
   "cost": section_cost,
   "stops": section_stops,
   "starved": section_starved,
+  "spikes": section_spikes,
+  "repeats": section_repeats,
 }
-
-
-def _machine() -> str:
-  return f"{os.cpu_count()} cores ({platform.machine()}, Python {platform.python_version()})"
-
-
-def _table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-  lines = [list(columns), *rows]
-  lines.insert(1, ["---"] * len(lines[0]))
-  return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def write_section(title: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What verifying a checkpoint adds to restoring it."""
+"""Times what verifying a checkpoint adds to restoring it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sharding import MeshConfig, make_mesh
 
 
 def measure(folder: Path, megabytes: int, repeats: int) -> tuple[float, float]:
-  """Median seconds of (restore, verify and restore) for a state of that size, files in the page cache."""
+  """Returns the median seconds of (restore, verify and restore) with files in the page cache."""
   rows = megabytes * 10**6 // (3 * 8 * 4 * 1024)
 
   def init() -> TrainState:
