@@ -58,23 +58,21 @@ def rearrange(model: ModelConfig) -> ModelConfig:
   changes = [a != b for a, b in itertools.pairwise(specs)]
   before = [0, *itertools.accumulate([1, *changes])]  # runs of equal layers in specs[:i]
 
-  def cost(start: int, length: int, stop: int) -> int:
+  def rank(start: int, length: int, stop: int) -> tuple[int, int, int, int, int]:
     after = 0 if stop == L else before[L] - before[stop] + (not changes[stop - 1])
-    return before[start] + length + after
+    return before[start] + length + after, start + L - stop, start, length, stop
 
-  best = (cost(0, L, L), 0, L, L)
+  best = rank(0, L, L)
   for length in range(1, min(L, _LONGEST_PATTERN) + 1):
-    if length >= best[0]:
+    if length > best[0]:
       break
-    start = 0
-    while start + length <= L:
-      stop = start + length
-      while stop < L and specs[stop] == specs[stop - length]:
-        stop += 1
-      stop -= (stop - start) % length
-      best = min(best, (cost(start, length, stop), start, length, stop))
-      start += 1 if stop == start + length else stop - start - length + 1
-  _, start, length, stop = best
+    end = L  # of the longest stretch from `start` on that repeats every `length` layers
+    for start in range(L - length, -1, -1):
+      if start + length < L and specs[start] != specs[start + length]:
+        end = start + length
+      repeats = (end - start) // length
+      best = min(best, rank(start, length, start + repeats * length))
+  start, length, stop = best[2:]
   return dataclasses.replace(
     model, prefix=specs[:start], pattern=specs[start : start + length], remainder=specs[stop:]
   )
