@@ -15,6 +15,8 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.common.errors import UserError
+
 Names = tuple[str | None, ...]
 
 
@@ -27,8 +29,8 @@ class LogicalRules:
   def spec(self, names: Names, shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> P:
     """The PartitionSpec of an array with these logical names (None: not split) on a mesh of these axis sizes.
 
-    Mesh axes of size 1 are left out. Raises ValueError for an unknown name, a size that its mesh axes do not divide,
-    and a mesh axis used twice.
+    Mesh axes of size 1 are left out. Raises UserError for a size that its mesh axes do not divide,
+    ValueError for an unknown name and a mesh axis used twice.
     """
     if len(names) != len(shape):
       raise ValueError(f"names={names}: an array of shape {shape} needs {len(shape)} names")
@@ -38,7 +40,7 @@ class LogicalRules:
       axes = tuple(axis for axis in self._axes_of(name) if mesh_shape.get(axis, 1) > 1)
       parts = math.prod(mesh_shape[axis] for axis in axes)
       if size % parts:
-        raise ValueError(
+        raise UserError(
           f"axis {name!r} of size {size} is not divisible by mesh axes {axes} of {parts} devices"
         )
       for axis in axes:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 from pathlib import Path
@@ -50,7 +51,7 @@ def newest_sound(folder: Path) -> int:
       return step
     refuse_newer(path)  # it would be taken for damaged, and set aside
     _log.warning("checkpoint %s does not verify: %s", path.name, "; ".join(faults))
-  raise FileNotFoundError(f"{folder}: holds no checkpoint that verifies")
+  raise FileNotFoundError(errno.ENOENT, "holds no checkpoint that verifies", str(folder))
 
 
 def set_aside_after(folder: Path, step: int) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.checkpoint.atomic import TEMPORARY, write_text
+from pallas_kernels.common.errors import UserError
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -26,8 +27,8 @@ _BUFFER = 1 << 18  # bytes; stays in the processor's cache
 _THREADS = 4
 
 
-class NewerFormat(ValueError):
-  """A manifest that a later version of this project wrote."""
+class NewerFormat(UserError):
+  """Says that a later version of this project wrote a manifest."""
 
 
 def write_manifest(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""`jaxlm checkpoint verify` and `show`: what a run's checkpoints are worth, and what is in them."""
+"""Prints whether the checkpoints of a run are sound, and what is in them (`jaxlm checkpoint`)."""
 
 from __future__ import annotations
 
@@ -16,45 +16,36 @@ from jaxlm.checkpoint.folder import (
 )
 from jaxlm.config import TrainConfig
 from jaxlm.config_json import flatten, to_dict
-from jaxlm.run.run_folder import RunFolder
 
 
-def verify(run: Path) -> int:
-  """Prints a line for each checkpoint; 0 where all are sound, else 1. Reads every byte, and needs no jax.
+def verify(folder: Path) -> int:
+  """Prints a line for each checkpoint of a folder; returns 0 where all are sound, else 1.
 
-  Raises ValueError where the folder is no run.
+  Reads every byte, and needs no jax.
   """
-  folder = RunFolder(run)
-  folder.read_config()
-  sound = {}
-  for step in all_steps(folder.checkpoints):
-    path = checkpoint_path(folder.checkpoints, step)
-    faults = manifest.verify(path)
-    sound[step] = not faults
-    print(f"step {step}: sound, {_size(path)}" if not faults else f"step {step}: does not verify")
+  faults_of = {step: manifest.verify(checkpoint_path(folder, step)) for step in all_steps(folder)}
+  for step, faults in faults_of.items():
+    size = _size(checkpoint_path(folder, step))
+    print(f"step {step}: does not verify" if faults else f"step {step}: sound, {size}")
     for fault in faults:
       print(f"  {fault}")
   _print_set_aside(folder)
-  if not any(sound.values()):
+  sound = [step for step, faults in faults_of.items() if not faults]
+  if not sound:
     print("no checkpoint verifies")
-    return 1
-  if not all(sound.values()):
-    print(
-      f"`jaxlm resume {run}` would go on from step {max(step for step, good in sound.items() if good)}"
-    )
-  return 0 if all(sound.values()) else 1
+  elif len(sound) < len(faults_of):
+    print(f"`jaxlm resume {folder.parent}` would go on from step {max(sound)}")
+  return 0 if sound and len(sound) == len(faults_of) else 1
 
 
-def show(run: Path) -> int:
-  """Prints steps and sizes, the configuration where it is not the default, and the newest arrays.
+def show(folder: Path, config: TrainConfig) -> int:
+  """Prints steps and sizes, where `config` differs from the defaults, and the newest arrays.
 
-  Raises ValueError where the folder is no run, FileNotFoundError where it has no checkpoint that verifies.
+  Raises FileNotFoundError where no checkpoint verifies.
   """
-  folder = RunFolder(run)
-  config = folder.read_config()
-  newest = newest_sound(folder.checkpoints)
-  for step in finished_steps(folder.checkpoints):
-    print(f"step {step}: {_size(checkpoint_path(folder.checkpoints, step))}")
+  newest = newest_sound(folder)
+  for step in finished_steps(folder):
+    print(f"step {step}: {_size(checkpoint_path(folder, step))}")
   _print_set_aside(folder)
   print("configuration, where it differs from the defaults")
   defaults = flatten(to_dict(TrainConfig()))
@@ -62,13 +53,13 @@ def show(run: Path) -> int:
     if value != defaults.get(name):
       print(f"  {name} = {value!r}")
   print(f"arrays of step {newest}")
-  for name, kind in _arrays(checkpoint_path(folder.checkpoints, newest)):
+  for name, kind in _arrays(checkpoint_path(folder, newest)):
     print(f"  {kind:<22} {name}")
   return 0
 
 
-def _print_set_aside(folder: RunFolder) -> None:
-  for path in set_aside(folder.checkpoints):
+def _print_set_aside(folder: Path) -> None:
+  for path in set_aside(folder):
     print(f"{path.name}: set aside by a resumed run, {_size(path)}")
 
 
@@ -77,7 +68,7 @@ def _size(path: Path) -> str:
 
 
 def _arrays(path: Path) -> Iterator[tuple[str, str]]:
-  """(name, dtype and shape) of every array, from the metadata of its items."""
+  """Yields (name, dtype and shape) of every array, from the metadata of its items."""
   import jax
   import orbax.checkpoint as ocp
 

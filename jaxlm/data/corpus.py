@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxlm.config import DataConfig
-from jaxlm.data.formats import ENDINGS, Document, Reader, no_field, require
+from jaxlm.data.formats import ENDINGS, Document, Reader, no_field
+from pallas_kernels.common.errors import UserError, import_extra
 
 __all__ = ["Corpus", "Document", "read_corpus"]
 
@@ -55,7 +56,7 @@ def read_corpus(config: DataConfig) -> Corpus:
       break
     empty += not document.text
   if not documents:
-    raise ValueError(
+    raise UserError(
       f"data.source={config.source!r}: holds no text ({'; '.join([*notes, f'{empty} empty documents'])})"
     )
   train, heldout = _split(documents, config.holdout)
@@ -71,10 +72,10 @@ def _files(reader: Reader, notes: list[str]) -> Iterator[Document]:
   root = Path(reader.config.source).expanduser()
   source = f"data.source={reader.config.source!r}"
   if not reader.config.source or not root.exists():
-    raise ValueError(f"{source}: no such file or folder (or hf:owner/dataset, or stdlib)")
+    raise UserError(f"{source}: no such file or folder (or hf:owner/dataset, or stdlib)")
   if not root.is_dir():
     if not root.name.lower().endswith(ENDINGS):
-      raise ValueError(f"{source}: unknown ending, known are {' '.join(ENDINGS)}")
+      raise UserError(f"{source}: unknown ending, known are {' '.join(ENDINGS)}")
     notes.append("1 file")
     yield from reader.read(root, root.name)
     return
@@ -83,7 +84,7 @@ def _files(reader: Reader, notes: list[str]) -> Iterator[Document]:
   if links:
     notes.append(f"{links} links not followed")
   if not names:
-    raise ValueError(f"{source}: no file ends in {' '.join(ENDINGS)} ({links} links not followed)")
+    raise UserError(f"{source}: no file ends in {' '.join(ENDINGS)} ({links} links not followed)")
   for name in names:
     yield from reader.read(root / name, name)
 
@@ -95,7 +96,7 @@ def _walk(
   names, links = list[str](), 0
 
   def fail(error: OSError) -> None:
-    raise ValueError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
   for folder, folders, files in os.walk(root, onerror=fail):
     links += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
@@ -112,21 +113,21 @@ def _stdlib(reader: Reader, notes: list[str]) -> Iterator[Document]:
   names = _walk(root, (".py",), INSTALLED | TESTS | TABLES)[0] if root.is_dir() else []
   names = [name for name in names if not name.startswith(PLATFORM)]
   if not names:
-    raise ValueError(
+    raise UserError(
       f"data.source='stdlib': this Python keeps no sources in {root}; name a file or folder instead"
     )
   notes.append(f"Python {platform.python_version()}")
   for name in names:
     try:
       yield from reader.read(root / name, name)
-    except ValueError as error:
+    except UserError as error:
       notes.append(f"left out {error}")
 
 
 def _hub(reader: Reader, notes: list[str]) -> Iterator[Document]:
   config = reader.config
-  datasets = require("datasets", "hf", f"data.source={config.source!r}")
-  hub = require("huggingface_hub", "hf", f"data.source={config.source!r}")
+  datasets = import_extra("datasets", "hf", f"data.source={config.source!r}")
+  hub = import_extra("huggingface_hub", "hf", f"data.source={config.source!r}")
   name, _, split = config.source.removeprefix("hf:").partition(":")
   split = split or "train"
   try:
@@ -134,7 +135,7 @@ def _hub(reader: Reader, notes: list[str]) -> Iterator[Document]:
     revision = hub.HfApi().dataset_info(name).sha
     records = datasets.load_dataset(name, split=split, streaming=True, revision=revision)
   except (OSError, ValueError) as error:
-    raise ValueError(f"data.source={config.source!r}: {error}") from error
+    raise UserError(f"data.source={config.source!r}: {error}") from error
   notes.append(f"revision {revision}")
   for index, record in enumerate(records):
     where = f"{config.source}:{index}"
@@ -168,7 +169,7 @@ def _split_text(
   """A single document by position: its tail, from a line break if one is near, is held out."""
   name, text = document
   if len(text) < 2:
-    raise ValueError(f"{name}: one character is too short to keep {holdout} of it for evaluation")
+    raise UserError(f"{name}: one character is too short to keep {holdout} of it for evaluation")
   cut = min(max(round(len(text) * (1 - holdout)), 1), len(text) - 1)
   reach = min(cut, len(text) - cut) // 2
   cut = text.rfind("\n", cut - reach, cut) + 1 or cut

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import importlib
 import json
 import zlib
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig
+from pallas_kernels.common.errors import UserError, import_extra
 
 TEXT = (".txt", ".md", ".py")
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -22,15 +22,6 @@ CHUNK = 1 << 16
 class Document(NamedTuple):
   name: str
   text: str
-
-
-def require(module: str, extra: str, purpose: str) -> Any:
-  """Imports an optional dependency; ImportError names the extra that brings it."""
-  try:
-    return importlib.import_module(module)
-  except ImportError as error:
-    message = f'{purpose} needs {module.partition(".")[0]}, which is not installed: pip install "jaxlm[{extra}]"'
-    raise ImportError(message) from error
 
 
 @dataclasses.dataclass
@@ -62,7 +53,7 @@ class Reader:
       else:
         yield from self.json_lines(path, name)
     except OSError as error:
-      raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+      raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
   def document(self, name: str, raw: bytes, where: str) -> Document:
     """The document of these bytes, cut to what max_bytes leaves, which may be nothing."""
@@ -78,7 +69,7 @@ class Reader:
   def decode(self, raw: bytes, where: str) -> str:
     """Text of UTF-8 bytes; ValueError names `where` and the byte offset of a NUL or of what is not UTF-8."""
     if (offset := raw.find(0)) >= 0:
-      raise ValueError(
+      raise UserError(
         f"{where}: NUL at byte {offset}: a binary file, or not UTF-8; text holds no NUL"
       )
     try:
@@ -88,7 +79,7 @@ class Reader:
         rule = (
           "text must be UTF-8 (data.invalid_utf8='replace' reads it with U+FFFD in such places)"
         )
-        raise ValueError(f"{where}: byte {error.start} is not UTF-8: {rule}") from error
+        raise UserError(f"{where}: byte {error.start} is not UTF-8: {rule}") from error
     text = raw.decode(errors="replace")
     self.replaced += text.count("\ufffd") - raw.count("\ufffd".encode())
     return text
@@ -99,7 +90,7 @@ class Reader:
     raw = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
     if not isinstance(raw, bytes):
       kind = type(value).__name__
-      raise ValueError(
+      raise UserError(
         f"{where}: field {self.config.text_field!r} (data.text_field) is {kind}, must be text"
       )
     return self.document(name, raw, where)
@@ -113,9 +104,9 @@ class Reader:
       try:
         record = json.loads(text)
       except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}; every line holds one object") from error
+        raise UserError(f"{where}: not JSON: {error}; every line holds one object") from error
       if not isinstance(record, dict):
-        raise ValueError(f"{where}: is a {type(record).__name__}; every line holds one object")
+        raise UserError(f"{where}: is a {type(record).__name__}; every line holds one object")
       if self.config.text_field not in record:
         raise no_field(where, self.config.text_field, list(record))
       yield self.record(f"{name}:{index}", record[self.config.text_field], where)
@@ -123,8 +114,8 @@ class Reader:
   def parquet(self, path: Path, name: str) -> Iterator[Document]:
     purpose = f"{path}: reading .parquet"
     arrow, parquet = (
-      require("pyarrow", "data", purpose),
-      require("pyarrow.parquet", "data", purpose),
+      import_extra("pyarrow", "data", purpose),
+      import_extra("pyarrow.parquet", "data", purpose),
     )
     field, index = self.config.text_field, 0
     try:
@@ -137,16 +128,16 @@ class Reader:
             yield self.record(f"{name}:{index}", raw, f"{path}:{index}")
             index += 1
     except arrow.ArrowNotImplementedError as error:
-      raise ValueError(
+      raise UserError(
         f"{path}: column {field!r} (data.text_field) must be text: {error}"
       ) from error
     except arrow.ArrowException as error:
-      raise ValueError(f"{path}: damaged parquet: {error}") from error
+      raise UserError(f"{path}: damaged parquet: {error}") from error
 
 
-def no_field(where: str, field: str, there: list[str]) -> ValueError:
+def no_field(where: str, field: str, there: list[str]) -> UserError:
   """The error for a record without its text field."""
-  return ValueError(
+  return UserError(
     f"{where}: no field {field!r} (data.text_field); there are: {', '.join(there) or 'none'}"
   )
 
@@ -160,14 +151,14 @@ def _lines(path: Path) -> Iterator[bytes]:
       with gzip.open(path, "rb") as lines:
         yield from lines
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-      raise ValueError(f"{path}: truncated or damaged gzip: {error}") from error
+      raise UserError(f"{path}: truncated or damaged gzip: {error}") from error
   else:
     with path.open("rb") as file:
       yield from file
 
 
 def _zstd_lines(path: Path) -> Iterator[bytes]:
-  zstandard = require("zstandard", "data", f"{path}: reading .zst")
+  zstandard = import_extra("zstandard", "data", f"{path}: reading .zst")
   # Frame by frame, because zstandard's own stream reader takes a truncated file for a whole one.
   decoder, rest = zstandard.ZstdDecompressor().decompressobj(), b""
   try:
@@ -180,8 +171,8 @@ def _zstd_lines(path: Path) -> Iterator[bytes]:
           yield from lines
           chunk = decoder.unused_data
   except zstandard.ZstdError as error:
-    raise ValueError(f"{path}: damaged zstd: {error}") from error
+    raise UserError(f"{path}: damaged zstd: {error}") from error
   if not decoder.eof:
-    raise ValueError(f"{path}: truncated zstd: the last frame does not end")
+    raise UserError(f"{path}: truncated zstd: the last frame does not end")
   if rest:
     yield rest

@@ -18,6 +18,7 @@ from jaxlm.config import DataConfig
 from jaxlm.data.corpus import Corpus, Document, read_corpus
 from jaxlm.data.packing import Batch, Rows, join, pack, windows
 from jaxlm.data.tokenizer import Tokenizer, make_tokenizer
+from pallas_kernels.common.errors import UserError
 
 __all__ = ["Batch", "TextData", "heldout_batches", "load_text", "train_loader"]
 
@@ -51,7 +52,7 @@ def load_text(config: DataConfig, tokenizer: Tokenizer | None = None) -> TextDat
   heldout, heldout_targets = _rows(config, tokenizer, corpus.heldout, keep_last=True)
   if not len(train):
     rule = f"the training text has {train_targets + 1} tokens, a row needs {config.length + 1}"
-    raise ValueError(f"data.length={config.length}: {rule}")
+    raise UserError(f"data.length={config.length}: {rule}")
   heldout_bytes = sum(len(document.text.encode()) for document in corpus.heldout)
   report = (
     f"{corpus.report}\n{tokenizer.vocab_size} different tokens; rows of {config.length}: "

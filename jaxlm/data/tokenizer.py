@@ -12,6 +12,7 @@ import tokenizers
 
 from jaxlm.config import DataConfig
 from jaxlm.data.formats import Document
+from pallas_kernels.common.errors import UserError
 
 FILE = "tokenizer.json"
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>")
@@ -73,7 +74,7 @@ class BPETokenizer:
     model.encode_special_tokens = True
     ends = [id for id in map(model.token_to_id, END_OF_TEXT) if id is not None]
     if not ends:
-      raise ValueError(f"{name}: no end-of-text token, it must have one of {' '.join(END_OF_TEXT)}")
+      raise UserError(f"{name}: no end-of-text token, it must have one of {' '.join(END_OF_TEXT)}")
     self.model = model
     self.eos = ends[0]
     self.vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values())
@@ -83,11 +84,11 @@ class BPETokenizer:
   def load(cls, path: Path) -> BPETokenizer:
     """Reads a tokenizer.json; ValueError names the file where it is missing, damaged, or has no end-of-text token."""
     if not path.is_file():
-      raise ValueError(f"data.tokenizer={str(path)!r}: no such file (or bytes, or bpe:SIZE)")
+      raise UserError(f"data.tokenizer={str(path)!r}: no such file (or bytes, or bpe:SIZE)")
     try:
       model = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises Exception itself
-      raise ValueError(f"data.tokenizer={str(path)!r}: not a tokenizer.json: {error}") from error
+      raise UserError(f"data.tokenizer={str(path)!r}: not a tokenizer.json: {error}") from error
     return cls(model, f"data.tokenizer={str(path)!r}")
 
   def encode(self, text: str) -> np.ndarray:
@@ -139,7 +140,7 @@ def train_bpe(texts: Iterable[str], size: int) -> BPETokenizer:
   )
   model.train_from_iterator((piece for text in texts for piece, _ in pieces(text)), trainer)
   if (found := model.get_vocab_size()) < size:
-    raise ValueError(
+    raise UserError(
       f"data.tokenizer='bpe:{size}': the training text yields only {found} tokens, bpe:{found} at most"
     )
   return BPETokenizer(model)
@@ -169,6 +170,6 @@ def load_tokenizer(folder: Path, config: DataConfig, vocabulary: int | None = No
 def check_vocabulary(tokenizer: Tokenizer, vocabulary: int, path: Path) -> None:
   """ValueError where a tokenizer gives ids that a model does not have: an embedding is not checked for them."""
   if tokenizer.vocab_size > vocabulary:
-    raise ValueError(
+    raise UserError(
       f"{path}: has {tokenizer.vocab_size} ids, more than model.V={vocabulary}; it is another tokenizer"
     )

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from jaxlm.interop.strict_json import read_object
-from pallas_kernels.common.errors import MissingExtraError, UserError
+from pallas_kernels.common.errors import UserError, import_extra
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -29,12 +29,9 @@ def local_folder(path: str | Path) -> Path:
   repository = str(path).removeprefix(HUB_PREFIX)
   if not _REPOSITORY.fullmatch(repository):
     raise UserError(f"{path}: must be {HUB_PREFIX}owner/name")
+  hub = import_extra("huggingface_hub", "hf", f"{path}: downloading from the Hub")
   try:
-    from huggingface_hub import snapshot_download
-  except ModuleNotFoundError:
-    raise MissingExtraError(f"{path}: to download from the Hub: pip install 'jaxlm[hf]'") from None
-  try:
-    return Path(snapshot_download(repository, allow_patterns=_DOWNLOADED_FILES))
+    return Path(hub.snapshot_download(repository, allow_patterns=_DOWNLOADED_FILES))
   except (OSError, ValueError) as error:  # no network, no such model, no permission
     raise UserError(f"{path}: the Hub does not give it: {error}") from error
 

@@ -10,6 +10,8 @@ H^-1/2 and keep logits and softmax in float32. `window` limits a query to that m
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common.errors import UnsupportedError
+
 MASKED = -1e30  # finite, so that a row without any key gives no NaN
 
 
@@ -54,9 +56,7 @@ def reference(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, window=None, cap=None
 def cudnn(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT=None, window=None, cap=None) -> jax.Array:
   """cuDNN's fused attention, through `jax.nn.dot_product_attention` (float16 or bfloat16 only)."""
   if cap is not None:
-    raise NotImplementedError(
-      f"cudnn attention: has no soft cap of the logits (attention_cap={cap})"
-    )
+    raise UnsupportedError(f"cudnn attention: has no soft cap of the logits (attention_cap={cap})")
   mask_BNTS = None
   if segment_ids_BT is not None:
     mask_BNTS = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
@@ -81,7 +81,7 @@ def splash(
 
   T, N, H = q_BTNH.shape[1:]
   if T % 128:
-    raise NotImplementedError(f"splash attention: T={T} must be a multiple of 128")
+    raise UnsupportedError(f"splash attention: T={T} must be a multiple of 128")
   mask = (
     masks.CausalMask((T, T))
     if window is None

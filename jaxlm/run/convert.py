@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import shutil
 from pathlib import Path
 
@@ -70,6 +71,6 @@ def _to_run(folder: Path, target: Path) -> str:
     checkpoints = Checkpoints(run.checkpoints, keep=config.keep)
     checkpoints.save(state, FIRST_POSITION)
     if checkpoints.close() != 0:
-      raise OSError(f"{target}: the checkpoint could not be written")
+      raise OSError(errno.EIO, "the checkpoint could not be written", str(target))
   count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))
   return f"{target}: a run of {count:,} parameters at step 0; go on with: jaxlm resume {target}"

@@ -23,6 +23,7 @@ from jaxlm.checkpoint.atomic import write_text
 from jaxlm.config import TrainConfig
 from jaxlm.config_json import flatten, to_dict
 from jaxlm.run.run_folder import RunFolder
+from pallas_kernels.common.errors import UserError
 
 PACKAGES = (
   "jaxlm",
@@ -123,7 +124,7 @@ def check_fits(folder: RunFolder, config: TrainConfig) -> None:
   wrong = differences(saved, {name: value for name, value in now.items() if name in saved})
   if wrong:
     rule = "contradicts the checkpoints, which were written with other values (saved -> now)"
-    raise ValueError(f"{folder.config}: {rule}: {'; '.join(wrong)}")
+    raise UserError(f"{folder.config}: {rule}: {'; '.join(wrong)}")
 
 
 def _shaping(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,10 @@ _REMEMBERED = WINDOW + 2
 LEAST_DEVIATION = 0.01  # of the median: a loss that hardly moves has deviations near 0
 
 
+class BadStep(FloatingPointError):
+  """Stops a run at a step with bad numbers; the message names the step and where its batch is."""
+
+
 class Guard:
   """Checks the loss of each step of a run.
 
@@ -56,7 +60,7 @@ class Guard:
     """Prints and saves what is wrong with the numbers of a finished step; counts skipped updates.
 
     `values` holds "loss", "grad_norm" and "skipped"; `batch` the `rows` of this process. Raises
-    FloatingPointError where the configuration wants the run to stop.
+    BadStep where the configuration wants the run to stop.
     """
     loss, norm = values["loss"], values["grad_norm"]
     spike, limit = self.is_spike(step, loss), self._spike_limit(step)
@@ -78,7 +82,7 @@ class Guard:
     saved = save_step(self.folder.bad_steps, step, values, batch, rows, self.config.batch)
     replay = f"jaxlm replay {self.folder.path} --step {step}"
     message += f"; nothing is saved after it. Its batch is in {saved}; what went wrong: {replay}"
-    raise FloatingPointError(message)
+    raise BadStep(message)
 
   def _spike_limit(self, step: int) -> float:
     """Returns the median + spike_size median absolute deviations of earlier losses.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from jaxlm.run.run_folder import LOCK
+from pallas_kernels.common.errors import UserError
 from sharding.multihost import run_on_main_process
 
 _log = logging.getLogger("jaxlm")
@@ -52,11 +53,11 @@ def _take(folder: Path) -> IO[str]:
     file.flush()
   except BlockingIOError:
     file.seek(0)
-    raise ValueError(
+    raise UserError(
       f"run={str(folder)!r}: another process writes to it ({file.read().strip()})"
     ) from None
   except OSError as error:
-    raise ValueError(f"run={str(folder)!r}: cannot be written to ({error.strerror})") from error
+    raise UserError(f"run={str(folder)!r}: cannot be written to ({error.strerror})") from error
   try:
     if os.path.samestat(os.stat(folder / LOCK), os.fstat(file.fileno())):
       return file

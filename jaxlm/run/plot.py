@@ -1,4 +1,4 @@
-"""Pictures of runs: loss.png, the loss beside what it has to beat, and the curves of several runs side by side."""
+"""Draws the loss of a run beside what it has to beat, and the curves of several runs side by side."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxlm.data.formats import require
+from jaxlm.config import check
 from jaxlm.run.run_folder import RunFolder, read_records
+from pallas_kernels.common.errors import UserError, import_extra
 
 
 def draw_loss(folder: RunFolder, baselines: Mapping[str, float]) -> None:
-  """Draws metrics.jsonl and eval.jsonl in bits per byte into loss.png; `baselines` are horizontal lines.
+  """Draws metrics.jsonl and eval.jsonl in bits per byte into loss.png; `baselines` as lines.
 
-  Training loss is turned into bits per byte by the held-out text's tokens per byte. Needs matplotlib (extra `plot`).
+  Turns training loss into bits per byte by the held-out text's tokens per byte. Raises
+  MissingExtraError without matplotlib.
   """
-  from matplotlib.figure import Figure
-
+  new_figure = import_extra("matplotlib.figure", "plot", "drawing curves").Figure
   steps, losses = (
     np.array([record[key] for record in read_records(folder.metrics)]) for key in ("step", "loss")
   )
@@ -25,7 +26,7 @@ def draw_loss(folder: RunFolder, baselines: Mapping[str, float]) -> None:
   bits = np.array([record["bits_per_byte"] for record in evals])
   scale = bits[-1] / evals[-1]["heldout_loss"]
 
-  figure = Figure(figsize=(7, 4.2), layout="constrained")
+  figure = new_figure(figsize=(7, 4.2), layout="constrained")
   axes = figure.subplots()
   axes.plot(steps, scale * losses, color="tab:blue", alpha=0.25, linewidth=0.8)
   axes.plot(steps, scale * _smooth(losses), color="tab:blue", label="training, running mean")
@@ -56,20 +57,21 @@ def draw_loss(folder: RunFolder, baselines: Mapping[str, float]) -> None:
 
 
 def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
-  """Draws loss (held-out: dots), gradient norm and learning rate of runs over their steps into one picture.
+  """Draws loss (held-out: dots), gradient norm and learning rate of runs into one picture.
 
-  Reads metrics up to a line that is cut. ValueError for a folder without metrics or a picture whose ending matplotlib
-  does not know, ImportError without matplotlib (extra `plot`).
+  Reads metrics up to a line that is cut. Raises UserError for a folder without metrics or an ending
+  of `path` that matplotlib does not know, MissingExtraError without matplotlib.
   """
-  figure = require("matplotlib.figure", "plot", "drawing curves").Figure(
-    figsize=(12, 4.2), layout="constrained"
-  )
+  new_figure = import_extra("matplotlib.figure", "plot", "drawing curves").Figure
+  figure = new_figure(figsize=(12, 4.2), layout="constrained")
+  kinds = figure.canvas.get_supported_filetypes()
+  check(path.suffix[1:] in kinds, "out", str(path), f"must end in one of {', '.join(kinds)}")
   losses, norms, rates = figure.subplots(1, 3)
   names = [folder.path.name for folder in folders]
   for index, folder in enumerate(folders):
     records = list(read_records(folder.metrics)) if folder.metrics.is_file() else []
     if not records:
-      raise ValueError(f"run={str(folder.path)!r}: holds no metrics.jsonl with a whole line")
+      raise UserError(f"run={str(folder.path)!r}: holds no metrics.jsonl with a whole line")
     color = f"C{index % 10}"
     steps, loss, norm, rate = (
       np.array([record[key] for record in records])
@@ -92,7 +94,7 @@ def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
 
 
 def _smooth(losses: np.ndarray, share: float = 0.04) -> np.ndarray:
-  """Mean over the latest few percent of the curve at each step; what is not finite is left out of it."""
+  """Returns, at each step, the mean of the last `share` of the curve, without what is not finite."""
   width = max(1, int(share * len(losses)))
   finite = np.isfinite(losses)
   sums, counts = (

@@ -6,7 +6,6 @@ Runs repeat bit for bit, so the steps between are run again (nothing is written)
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from jaxlm.models.transformer import Block, Transformer
 from jaxlm.run.fit import begin
 from jaxlm.run.guard import Guard, load_batch
 from jaxlm.run.resolve import check_mesh
-from jaxlm.run.run_folder import RunFolder, read_records
+from jaxlm.run.run_folder import RunFolder, log_to, read_records
 from jaxlm.train.accumulate import accumulated_gradients
 from jaxlm.train.step import TrainState, batch_loss, make_train_step
 from sharding import make_mesh
@@ -42,8 +41,7 @@ def replay(run: str | Path, step: int, print_status: Callable[[str], Any] = prin
   config = folder.read_config()
   check(1 <= step <= config.steps, "step", step, f"the run has steps 1 to {config.steps}")
   check_mesh(config)
-  logging.getLogger("jaxlm").addHandler(logging.NullHandler())
-  with jax.set_mesh(make_mesh(config.mesh)):
+  with log_to(None), jax.set_mesh(make_mesh(config.mesh)):
     state, batch = _before(config, folder, step, print_status)
     params = jax.device_get(state.params)
     print_status(

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: configuration, metrics, evaluations, log, tokenizer, checkpoints, plot."""
+"""Names, writes and reads what a run leaves on disk: configuration, records, log, checkpoints."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jaxlm.checkpoint.atomic import write_text
 from jaxlm.config import TrainConfig
 from jaxlm.config_json import from_dict, to_dict
 from jaxlm.interop.strict_json import read_object
+from pallas_kernels.common.errors import UserError
 
 _log = logging.getLogger("jaxlm")
 _LONGEST_CONFIG = 2**20  # bytes
@@ -23,7 +24,10 @@ LOCK = "lock"  # names the process that writes to the run (`jaxlm.run.lock`)
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-  """Paths of one run. `metrics` has one object per step (README lists its keys), `evals` one per evaluation."""
+  """Names the files of one run.
+
+  `metrics` has one object per step (README lists its keys), `evals` one per evaluation.
+  """
 
   path: Path
 
@@ -37,18 +41,19 @@ class RunFolder:
   environment = property(lambda self: self.path / "environment.json")
 
   def create(self, config: TrainConfig) -> None:
-    """Makes the folder and writes the resolved configuration; ValueError where something is there already."""
-    if self.path.exists() and (
-      not self.path.is_dir() or any(path.name != LOCK for path in self.path.iterdir())
-    ):
-      what = (
-        f"`jaxlm resume {self.path}` goes on with it"
-        if self.config.exists()
-        else "and is not a run"
-      )
-      raise ValueError(
-        f"run={str(self.path)!r}: must be a new or empty folder; this one is not empty, {what}"
-      )
+    """Makes the folder and writes the resolved configuration.
+
+    Raises UserError where something is there already.
+    """
+    if self.path.is_dir():
+      in_use = any(path.name != LOCK for path in self.path.iterdir())
+    else:
+      in_use = self.path.exists()
+    if in_use:
+      hint = f"`jaxlm resume {self.path}` goes on with it"
+      hint = hint if self.config.exists() else "and is not a run"
+      rule = "must be a new or empty folder; this one is not empty"
+      raise UserError(f"run={str(self.path)!r}: {rule}, {hint}")
     self.path.mkdir(parents=True, exist_ok=True)
     self.write_config(config)
 
@@ -56,34 +61,34 @@ class RunFolder:
     write_text(self.config, json.dumps(to_dict(config), indent=2) + "\n")
 
   def read_config(self) -> TrainConfig:
-    """ValueError where the folder is no run or its configuration does not parse."""
+    """Reads config.json; raises UserError where there is none, or one that does not parse."""
     if not self.config.is_file():
-      raise ValueError(
-        f"run={str(self.path)!r}: holds no config.json, so it is not the folder of a run"
-      )
+      rule = "holds no config.json, so it is not the folder of a run"
+      raise UserError(f"run={str(self.path)!r}: {rule}")
     return read_config(self.config)
 
   def forget_after(self, step: int) -> None:
-    """Drops records of later steps, which a resumed run writes again, and any line cut short by a crash."""
+    """Drops records of later steps, which a resumed run writes again, and a line cut by a crash."""
     for path in (self.metrics, self.evals):
       if path.exists():
-        kept = [
-          json.dumps(record) + "\n" for record in read_records(path) if record["step"] <= step
-        ]
-        write_text(path, "".join(kept))
+        records = [record for record in read_records(path) if record["step"] <= step]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_config(path: Path) -> TrainConfig:
-  """The configuration in a file that `write_config` wrote; ValueError names the file and what is wrong."""
+  """Reads a file that `write_config` wrote; raises UserError with the file and what is wrong."""
   values = read_object(path, _LONGEST_CONFIG)
   try:
     return from_dict(TrainConfig, values)
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from error
 
 
 class RecordFile:
-  """Appends objects to a .jsonl file; what the disk has no room for is kept and tried again with the next one."""
+  """Appends objects to a .jsonl file.
+
+  What the disk has no room for waits in memory and is tried again with the next object.
+  """
 
   def __init__(self, path: Path | str):
     self._file = open(path, "ab", buffering=0)
@@ -113,7 +118,7 @@ class RecordFile:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-  """The objects of a .jsonl file, up to the first line that is not whole."""
+  """Yields the objects of a .jsonl file, up to the first line that is not whole."""
   with path.open() as lines:
     for line in lines:
       try:
@@ -123,12 +128,17 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def log_to(path: Path | None) -> Iterator[None]:
-  """Appends what this project logs to a file, if given, with the time; errors go to stderr too."""
+def log_to(path: Path | str | None) -> Iterator[None]:
+  """Appends what this project logs to a file, if given, with the time; errors go to stderr too.
+
+  An exception that ends the run is logged with its traceback, a UserError with its message alone.
+  Afterwards the logger is as it was.
+  """
   logger = logging.getLogger("jaxlm")
-  propagate = logger.propagate
+  propagate, level = logger.propagate, logger.level
   errors = logging.StreamHandler()
   errors.setLevel(logging.ERROR)
+  errors.addFilter(lambda record: record.exc_info is None)  # Python prints what ends the run
   handlers: list[logging.Handler] = [errors]
   if path is not None:
     handlers.append(_LogFile(path))
@@ -139,15 +149,22 @@ def log_to(path: Path | None) -> Iterator[None]:
     logger.addHandler(handler)
   try:
     yield
+  except UserError as error:
+    logger.info("stopped: %s", error)
+    raise
+  except Exception as error:
+    logger.error("stopped by %s", type(error).__name__, exc_info=True)
+    raise
   finally:
-    logger.propagate = propagate
     for handler in handlers:
       logger.removeHandler(handler)
       handler.close()
+    logger.propagate = propagate
+    logger.setLevel(level)
 
 
 class _LogFile(logging.FileHandler):
-  """A full disk costs lines of the log, nothing else."""
+  """Writes the log; a full disk costs lines of it, nothing else."""
 
   def handleError(self, record: logging.LogRecord) -> None:
     if not isinstance(sys.exc_info()[1], OSError):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 
 class UserError(ValueError):
   """Something that the user can mend: the message names the field, its value and the rule."""
@@ -13,3 +16,19 @@ class UnsupportedError(UserError, NotImplementedError):
 
 class MissingExtraError(UserError, ImportError):
   """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+def import_extra(module: str, extra: str, purpose: str) -> Any:
+  """Imports and returns an optional dependency.
+
+  Raises MissingExtraError with the pip line where the package is not installed. A package that is
+  installed but broken raises its own error.
+  """
+  package = module.partition(".")[0]
+  try:
+    return importlib.import_module(module)
+  except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] != package:
+      raise
+    message = f"{purpose} needs {package}, which is not installed: pip install 'jaxlm[{extra}]'"
+    raise MissingExtraError(message) from error

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src.state.discharge import discharge_state
 
+from pallas_kernels.common.errors import UserError
+
 Walk = Generator["Call", None, list[Any]]
 
 
@@ -94,7 +96,7 @@ def replay(eqn: Any, values: list[Any], calls: int) -> Call:
   mapping, notes = eqn.params["grid_mapping"], []
   bounds = sum(not isinstance(size, int) for size in mapping.grid)
   if any(value is None for value in values[:bounds]):
-    raise ValueError(
+    raise UserError(
       f"{eqn.params['name']}: its grid depends on data, pass concrete arguments in place of shapes"
     )
   sizes = iter(values)

@@ -1,0 +1,9 @@
+"""The command line: `jaxlm COMMAND`, also `python -m jaxlm`.
+
+`main` finds the command and turns mistakes of the user into one line and an exit status. Each
+command parses its flags first and imports jax only when it runs.
+"""
+
+from jaxlm.cli.commands import RESUMABLE, main
+
+__all__ = ["RESUMABLE", "main"]

@@ -1,0 +1,91 @@
+"""Turns arguments into a command, and an exception into what the user reads."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import tyro
+
+from jaxlm.cli.inspection import checkpoint, evaluate, kernels, plot, replay
+from jaxlm.cli.presets import list_presets, nearest
+from jaxlm.cli.training import RESUMABLE, resume, train
+from jaxlm.cli.weights import convert, sample
+from pallas_kernels.common.errors import UserError
+
+__all__ = ["RESUMABLE", "main"]
+
+USAGE = """\
+usage: jaxlm COMMAND ...
+
+  train PRESET [flags]   train a model; `jaxlm train PRESET --help` lists every flag
+  resume DIR             go on with a run from its newest checkpoint (--steps: to so many steps)
+  sample DIR             continue a prompt with the weights of a run or of a Hugging Face checkpoint
+  eval DIR               loss on all held-out text, beside what compression reaches
+  plot RUN [RUN...]      draw the curves of runs side by side into a picture
+  replay RUN --step N    run a step again and name the first module whose numbers are not finite
+  convert FROM TO        a run to a Hugging Face checkpoint, or a checkpoint to a run to be tuned
+  checkpoint verify DIR  whether the files of a run's checkpoints are as they were written; show
+                         lists what they hold
+  kernels report         what the TPU compiler made of the kernels: cycles, MXU use, bytes
+
+presets, or your own function as module:function, or the config.json of a run to repeat it
+{presets}
+
+`jaxlm COMMAND --help` says more. First try: jaxlm train micro --run runs/first
+"""
+
+BY_SIGNATURE: dict[str, Callable[..., int]] = {
+  "resume": resume,
+  "sample": sample,
+  "eval": evaluate,
+  "plot": plot,
+  "replay": replay,
+  "convert": convert,
+  "checkpoint": checkpoint,
+}
+"""Commands whose flags are the parameters of a function, and whose help is its docstring."""
+BY_ARGUMENTS: dict[str, Callable[[list[str]], int]] = {"train": train, "kernels": kernels}
+"""Commands that parse their arguments themselves."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Runs one command and returns the exit status.
+
+  0: done. 1: failed. 2: the user's mistake, told in one line. 130: stopped, but can be resumed.
+  A disk or file that refuses, and numbers that go wrong, are told in one line too, with status 1.
+  Any other exception is a fault of the program and is raised on, with its traceback (status 1).
+  """
+  arguments = sys.argv[1:] if arguments is None else arguments
+  if not arguments or arguments[0] in ("-h", "--help"):
+    print(USAGE.format(presets=list_presets()), end="")
+    return 0 if arguments else 2
+  command, flags = arguments[0], arguments[1:]
+  try:
+    if command in BY_SIGNATURE:
+      return tyro.cli(BY_SIGNATURE[command], args=flags, prog=f"jaxlm {command}")
+    if command in BY_ARGUMENTS:
+      return BY_ARGUMENTS[command](flags)
+    names = nearest(command, [*BY_ARGUMENTS, *BY_SIGNATURE])
+    raise UserError(f"command {command!r} does not exist; nearest: {names}")
+  except UserError as error:
+    return _print_error(str(error), status=2)
+  except OSError as error:
+    if error.errno is None:  # not the operating system's, but some library's
+      raise
+    return _print_error(f"{type(error).__name__}: {error}", status=1)
+  except FloatingPointError as error:
+    from jaxlm.run.guard import BadStep
+
+    if not isinstance(error, BadStep):
+      raise
+    return _print_error(str(error), status=1)
+  except KeyboardInterrupt:
+    print("jaxlm: left at once, without saving", file=sys.stderr, flush=True)
+    os._exit(1)  # threads that still write would hold up an orderly exit
+
+
+def _print_error(message: str, *, status: int) -> int:
+  print(f"jaxlm: {message}", file=sys.stderr)
+  return status
