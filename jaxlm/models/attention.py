@@ -97,6 +97,8 @@ class Attention(nn.Module):
   def setup(self) -> None:
     c, D = self.spec, self.config.D
     Q, Z = c.N * c.H, c.K * c.H
+    for heads, axis in ((c.N, "heads"), (c.K, "kv_heads")):
+      spec((heads,), axis)  # refuses a mesh that would split a head
     options: dict[str, Any] = {"dtype": self.compute.dtype, "layers": self.layers}
     inner = {"out": _HEADS, "biased": c.qkv_bias, **options}
     self.q = Linear((D, Q), D**-0.5, ("embed", "heads"), **inner)

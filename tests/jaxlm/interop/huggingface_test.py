@@ -296,10 +296,9 @@ def test_saving_refuses_what_does_not_fit(checkpoint, tmp_path):
   ids=repr,
 )
 def test_a_dtype_is_a_name_or_a_dtype(dtype, expected, checkpoint):
-  config, params = huggingface.load(checkpoint("llama").folder, dtype=dtype)
+  _, params = huggingface.load(checkpoint("llama").folder, dtype=dtype)
   chex.assert_tree_all_finite(params)
   chex.assert_type(jax.tree.leaves(params), expected)
-  assert config.dtype == ("bfloat16" if expected == jnp.bfloat16 else "float32")
 
 
 @pytest.mark.parametrize("dtype", ["float64", jnp.int32, "bf16", "", 3, np.dtype("complex64")])

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm.config import ModelConfig, OptimizerConfig
+from jaxlm.config import OptimizerConfig, decoder
 from jaxlm.models import Transformer
 from jaxlm.train.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 
@@ -51,9 +51,7 @@ def test_a_warmup_that_leaves_no_step_is_refused():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_decay_hits_the_matrices_of_blocks_and_head_alone(tied):
-  config = ModelConfig(
-    V=8, D=8, F=12, N=2, K=1, H=4, layers=2, attention=("window", "full"), tied=tied
-  )
+  config = decoder(V=8, D=8, F=12, N=2, K=1, H=4, layers=2, windows=(5, None), tied=tied)
   params = jax.eval_shape(Transformer(config).init, jax.random.key(0))
   mask = decay_mask(params)
   decayed = {
@@ -61,10 +59,10 @@ def test_decay_hits_the_matrices_of_blocks_and_head_alone(tied):
     for path, on in jax.tree.leaves_with_path(mask)
     if on
   }
-  attention = {f"attention/{name}" for name in ("w_q", "w_k", "w_v", "w_o")}
-  matrices = attention | {f"mlp/{name}" for name in ("w_gate", "w_up", "w_down")}
-  want = {f"params/blocks/{stack}/{name}" for stack in "01" for name in matrices}
-  assert decayed == want | (set() if tied else {"params/head"})
+  matrices = {f"mixer/{name}/weight" for name in "qkvo"}
+  matrices |= {f"feedforward/{name}/weight" for name in ("gate", "up", "down")}
+  want = {f"stacks/0/{place}/{name}" for place in "01" for name in matrices}
+  assert decayed == want | (set() if tied else {"head/weight"})
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
@@ -74,18 +72,17 @@ def test_decay_is_decoupled_and_times_the_learning_rate(name):
     BASE, name=name, schedule="constant", warmup=0, learning_rate=0.1, weight_decay=0.5
   )
   params = {
-    "params": {"head": np.ones((4, 6), np.float32), "norm": {"w_D": np.ones(4, np.float32)}}
-  }
-  params["params"]["blocks"] = {
-    "0": {"w": np.ones((2, 4, 4), np.float32), "w_D": np.ones((2, 4), np.float32)}
+    "head": {"weight": np.ones((4, 6), np.float32)},
+    "norm": {"weight": np.ones(4, np.float32)},
+    "stacks": {"0": {"w": np.ones((2, 4, 4), np.float32), "w_D": np.ones((2, 4), np.float32)}},
   }
   optimizer = make_optimizer(config, STEPS)
   updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
-  after = optax.apply_updates(params, updates)["params"]
-  np.testing.assert_allclose(after["head"], 0.95, rtol=1e-5)
-  np.testing.assert_allclose(after["blocks"]["0"]["w"], 0.95, rtol=1e-5)
-  np.testing.assert_array_equal(after["norm"]["w_D"], 1)
-  np.testing.assert_array_equal(after["blocks"]["0"]["w_D"], 1)
+  after = optax.apply_updates(params, updates)
+  np.testing.assert_allclose(after["head"]["weight"], 0.95, rtol=1e-5)
+  np.testing.assert_allclose(after["stacks"]["0"]["w"], 0.95, rtol=1e-5)
+  np.testing.assert_array_equal(after["norm"]["weight"], 1)
+  np.testing.assert_array_equal(after["stacks"]["0"]["w_D"], 1)
 
 
 def test_muon_orthogonalises_each_layers_matrix_to_its_root_mean_square():
@@ -101,21 +98,19 @@ def test_muon_orthogonalises_each_layers_matrix_to_its_root_mean_square():
   )
   draw = np.random.default_rng(0)
   params = {
-    "params": {
-      "head": np.zeros((8, 16), np.float32),
-      "blocks": {"0": {"w": np.zeros((3, 8, 16), np.float32)}},
-    }
+    "head": {"weight": np.zeros((8, 16), np.float32)},
+    "stacks": {"0": {"w": np.zeros((3, 8, 16), np.float32)}},
   }
   grads = jax.tree.map(lambda w: draw.normal(size=w.shape).astype(np.float32), params)
   optimizer = make_optimizer(config, STEPS)
   updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
-  for layer in np.asarray(updates["params"]["blocks"]["0"]["w"]):
+  for layer in np.asarray(updates["stacks"]["0"]["w"]):
     assert np.sqrt(np.mean(layer**2)) == pytest.approx(0.02, rel=0.3)
     singular = np.linalg.svd(layer, compute_uv=False)
     assert singular.max() / singular.min() < 2.5  # Newton-Schulz iterations leave 0.7 to 1.2
   head_DV = np.asarray(
-    updates["params"]["head"]
+    updates["head"]["weight"]
   )  # adam's first step has one size, and Nesterov's factor below 2
-  np.testing.assert_array_equal(np.sign(head_DV), -np.sign(grads["params"]["head"]))
+  np.testing.assert_array_equal(np.sign(head_DV), -np.sign(grads["head"]["weight"]))
   np.testing.assert_allclose(np.abs(head_DV), np.abs(head_DV[0, 0]), rtol=1e-3)
   assert 0.1 < np.abs(head_DV[0, 0]) < 0.2

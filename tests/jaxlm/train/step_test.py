@@ -6,7 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxlm.config import (
+  ComputeConfig,
+  DataConfig,
+  MeshConfig,
+  OptimizerConfig,
+  TrainConfig,
+  decoder,
+  revise,
+)
 from jaxlm.data.packing import Batch
 from jaxlm.train.step import init_state, make_train_step
 from sharding import make_mesh
@@ -18,7 +26,8 @@ STEPS = 4
 BASE = TrainConfig(
   steps=20,
   batch=8,
-  model=ModelConfig(V=16, D=16, F=24, N=4, K=2, H=4, layers=2, scan="always"),
+  model=decoder(V=16, D=16, F=24, N=4, K=2, H=4, layers=2),
+  compute=ComputeConfig(scan="always"),
   data=DataConfig(length=8),
   optimizer=OptimizerConfig(learning_rate=0.02, warmup=0, eps=1e-3, clip=0.0),
 )
@@ -74,9 +83,7 @@ def global_norm(tree) -> float:
   )
 
 
-WIDE = dataclasses.replace(
-  BASE.model, D=128, F=128, N=4, K=4, H=32, layers=1
-)  # adafactor factors from 128 on
+WIDE = revise(BASE.model, D=128, F=128, N=4, K=4, H=32, layers=1)  # adafactor factors from 128 on
 RULES = {
   "adamw": BASE,
   "muon": with_optimizer(name="muon"),
@@ -162,8 +169,8 @@ def test_z_loss_enters_the_gradient_but_not_the_reported_loss():
 
 
 def test_another_seed_is_another_model():
-  other = jax.jit(init_state, static_argnums=0)(dataclasses.replace(BASE, seed=1)).params["params"][
-    "embed"
+  other = jax.jit(init_state, static_argnums=0)(dataclasses.replace(BASE, seed=1)).params["embed"][
+    "weight"
   ]
-  first = run(BASE).states[0].params["params"]["embed"]
+  first = run(BASE).states[0].params["embed"]["weight"]
   assert np.abs(first - other).max() > 0.1
