@@ -165,13 +165,15 @@ def test_every_message_is_the_one_in_the_file(place, capsys, monkeypatch):
 
 def test_invalid_utf8_is_replaced_and_counted_when_told_to(place, monkeypatch):
   from jaxlm.config import DataConfig
-  from jaxlm.data.corpus import read_corpus
+  from jaxlm.data.arrays import read_blocks
+  from jaxlm.data.cache import open_text
 
   (place / "latin/b.txt").write_text("fine")
-  corpus = read_corpus(DataConfig(source=str(place / "latin"), invalid_utf8="replace"))
+  store = open_text(DataConfig(source=str(place / "latin"), invalid_utf8="replace"))
   (place / "latin/b.txt").unlink()
-  assert "1 invalid UTF-8 sequences replaced" in corpus.report
-  assert "na\ufffdve" in {document.text for document in (*corpus.train, *corpus.heldout)}
+  assert "1 invalid UTF-8 sequences replaced" in store.report
+  tokens = [*read_blocks(store.train.tokens), *read_blocks(store.heldout.tokens)]
+  assert "na\ufffdve" in b"".join(block.tobytes() for block in tokens).decode().split("\0")
 
 
 def test_a_refused_resume_changes_nothing(place, monkeypatch):

@@ -27,7 +27,7 @@ def compiled():
 
     def loss(params, model=model):
       states_BTD = model.apply(params, ids_BT, logits=False)
-      return next_token_loss(states_BTD, model.head(params), ids_BT, weights_BT)[0].mean()
+      return next_token_loss(states_BTD, model.head(params), ids_BT, weights_BT)["loss"].mean()
 
     programs[policy] = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
     results[policy] = jax.device_get(programs[policy](params))

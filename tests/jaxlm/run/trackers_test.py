@@ -31,8 +31,8 @@ def test_tensorboard_event_file_holds_the_last_loss(tmp_path):
     event = Event.FromString(content[12 : 12 + size])
     values |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
     content = content[16 + size :]
-  assert values["train/loss", 3] == pytest.approx(result.loss)
-  assert values["heldout/bits_per_byte", 3] == pytest.approx(result.bits_per_byte)
+  assert values["train/loss", 3] == pytest.approx(result.metrics["loss"])
+  assert values["heldout/bits_per_byte", 3] == pytest.approx(result.evaluation["bits_per_byte"])
 
 
 def test_wandb_writes_an_offline_run(tmp_path, monkeypatch):

@@ -1,0 +1,159 @@
+"""Text as a task, and `train` and `resume` on top of the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+
+from jaxlm.config import TrainConfig
+from jaxlm.data.baselines import baselines
+from jaxlm.data.loader import Batch, TextData, heldout_batches, load_text, train_loader
+from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.interop import huggingface
+from jaxlm.models import Transformer, roles
+from jaxlm.objectives import Weighted, next_token_loss
+from jaxlm.run.lock import only_writer
+from jaxlm.run.loop import (
+  TrainResult,
+  check_run,
+  clear_after,
+  find_newest,
+  prepare_start,
+  run_from,
+)
+from jaxlm.run.resolve import check_mesh, with_initial_model, with_vocabulary
+from jaxlm.run.run_folder import RunFolder
+from jaxlm.scaling.flops import train_flops_per_token
+from jaxlm.train.evaluate import make_evaluator
+from jaxlm.train.task import Batches, Start, Task
+from sharding.batches import globalize
+from sharding.multihost import run_on_main_process
+
+
+def train(config: TrainConfig) -> TrainResult:
+  """Trains a language model from scratch or from `config.init` into the new folder `config.run`.
+
+  Raises UserError for what cannot work, before it starts.
+  """
+  check_run(config)
+  config = with_initial_model(config)
+  check_mesh(config)
+  text = load_text(config.data)
+  config = with_vocabulary(config, text.tokenizer.vocab_size)
+  task, folder = TextTask(config, text), RunFolder(Path(config.run))
+  with only_writer(folder.path):
+    return run_from(config, task, folder, prepare_start(config, task, folder))
+
+
+def resume(run: str | Path, steps: int | None = None) -> TrainResult:
+  """Goes on with a run of `train` from its newest checkpoint that verifies, as `fit` does.
+
+  `steps` replaces the configured number of steps.
+  """
+  folder = RunFolder(Path(run))
+  config = dataclasses.replace(folder.read_config(), run=str(folder.path))
+  if steps is not None:
+    config = dataclasses.replace(config, steps=steps)
+  check_run(config)
+  check_mesh(config)
+  with only_writer(folder.path):
+    newest = find_newest(config, folder)
+    begun = newest >= 0
+    tokenizer = load_tokenizer(folder.path, config.data, config.model.V) if begun else None
+    task = TextTask(config, load_text(config.data, tokenizer))
+    clear_after(config, folder, newest)
+    if not begun:
+      run_on_main_process(lambda: _save(task, folder))
+    return run_from(config, task, folder, newest)
+
+
+def _save(task: Task, folder: RunFolder) -> int:
+  task.save(folder.path)
+  return 0
+
+
+class TextTask(Task):
+  """Next-token prediction on text. Without `text` it serves for shapes and steps alone."""
+
+  unit: ClassVar[str] = "tokens"
+
+  def __init__(self, config: TrainConfig, text: TextData | None = None):
+    self.config, self._text = config, text
+    self.model = Transformer(config.model, config.compute)
+    self._evaluate = make_evaluator(self.objective)
+
+  @property
+  def text(self) -> TextData:
+    assert self._text is not None, "this task was made without text"
+    return self._text
+
+  def init(self, key: jax.Array) -> Start:
+    return Start(self.model.init(key))
+
+  def pretrained(self) -> Start | None:
+    if not self.config.init:
+      return None
+    return Start(huggingface.load(self.config.init, dtype="float32")[1])
+
+  def batches(self, rows: Any) -> Batches:
+    return train_loader(self.text, batch=self.config.batch, seed=self.config.seed, rows=rows)
+
+  def objective(
+    self, params: Any, model_state: Any, batch: Batch, key: jax.Array
+  ) -> dict[str, Weighted]:
+    states_BTD = self.model.apply(
+      params,
+      batch.inputs_BT,
+      positions=batch.positions_BT,
+      segment_ids=batch.segment_ids_BT,
+      logits=False,
+    )
+    return next_token_loss(
+      states_BTD,
+      self.model.head(params),
+      batch.targets_BT,
+      batch.weights_BT,
+      self.config.z_loss,
+      self.config.loss_implementation,
+    )
+
+  def evaluate(
+    self, params: Any, model_state: Any, rows: Any, limit: int | None = -1
+  ) -> dict[str, float]:
+    """Returns loss (nats per token), bits per byte and tokens of held-out text.
+
+    `limit` is the number of batches, by default the configuration's; None reads all.
+    """
+
+    def batches() -> Iterator[Batch]:
+      most = self.config.eval_batches if limit == -1 else limit
+      for batch in heldout_batches(self.text, batch=self.config.batch, rows=rows, limit=most):
+        yield globalize(batch, self.config.batch)
+
+    total = self._evaluate(params, model_state, batches())["loss"]
+    loss = float(total.mean())
+    return {
+      "heldout_loss": loss,
+      "bits_per_byte": self.text.bits_per_byte(loss),
+      "tokens": int(total.den),
+    }
+
+  def roles(self, params: Any) -> Any:
+    return roles(self.config.model)
+
+  def flops(self, batch: Batch) -> float:
+    per_token = train_flops_per_token(self.config.model, self.config.data.length)
+    return per_token * float(batch.weights_BT.sum())
+
+  def save(self, folder: Path) -> None:
+    self.text.tokenizer.save(folder)
+
+  def references(self) -> dict[str, float]:
+    return baselines(self.text.store)
+
+  def describe(self) -> str:
+    return self.text.report.splitlines()[-1]
