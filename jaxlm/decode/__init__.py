@@ -1,4 +1,4 @@
-"""Decoding: sampling and generation. Empty caches come from `Transformer.init_cache`."""
+"""Decodes: samples and generates text with a cache, which `Transformer.init_cache` makes."""
 
 from jaxlm.decode.generate import generate
 from jaxlm.decode.sampling import Sampler

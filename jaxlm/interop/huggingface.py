@@ -67,26 +67,24 @@ def inspect(
   Refuses everything that `load` refuses, except a tied head that is not the embedding and a mesh
   that does not fit.
   """
-  wanted = resolve_dtype(dtype)
+  wanted = None if dtype is None else resolve_dtype(dtype)
   config, stated = read_config(folder / CONFIG)
   tensors = find_tensors(folder)
   weight_dtype = check_tensors(config, tensors, folder, stated, wanted)
   return config, tensors, weight_dtype
 
 
-def resolve_dtype(dtype: DTypeLike | None) -> np.dtype | None:
-  """Returns the numpy dtype of a name or of a jax or numpy dtype; None stays None.
+def resolve_dtype(dtype: DTypeLike) -> np.dtype:
+  """Returns the numpy dtype of a name or of a jax or numpy dtype.
 
   Raises UserError for anything but float32, bfloat16 and float16.
   """
-  if dtype is None:
-    return None
+  rule = "must be float32, bfloat16 or float16, as a name or a dtype"
   try:
     resolved = np.dtype(jnp.dtype(dtype))
   except TypeError:
-    resolved = None
-  known = resolved in safetensors.DTYPES.values()
-  check(known, "dtype", dtype, "must be float32, bfloat16 or float16, as a name or a dtype")
+    raise UserError(f"dtype={dtype!r}: {rule}") from None
+  check(resolved in safetensors.DTYPES.values(), "dtype", dtype, rule)
   return resolved
 
 
