@@ -12,7 +12,14 @@ import pytest
 
 from jaxlm.checkpoint.checkpoint import restore
 from jaxlm.checkpoint.folder import checkpoint_path, finished_steps
-from jaxlm.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxlm.config import (
+  ComputeConfig,
+  DataConfig,
+  MeshConfig,
+  OptimizerConfig,
+  TrainConfig,
+  decoder,
+)
 from jaxlm.config_json import to_dict
 from jaxlm.run import resume, train
 from jaxlm.run.resolve import check_mesh
@@ -33,7 +40,8 @@ def config(corpus) -> TrainConfig:
     eval_batches=1,
     ema=0.9,
     mesh=MeshConfig(data=1),
-    model=ModelConfig(D=16, F=24, N=4, K=2, H=4, layers=2, scan="always"),
+    model=decoder(D=16, F=24, N=4, K=2, H=4, layers=2),
+    compute=ComputeConfig(scan="always"),
     data=DataConfig(source=str(corpus), length=32, layout="packed", holdout=0.2),
     optimizer=OptimizerConfig(warmup=2, learning_rate=1e-2, eps=1e-4),
   )
