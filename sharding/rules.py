@@ -114,6 +114,11 @@ def out_sharding(shape: tuple[int, ...], *names: str | None) -> P | None:
   return spec(shape, *names) if is_sharded() else None
 
 
+def split_count(name: str) -> int:
+  """Returns the number of parts into which the current mesh splits an axis of this name."""
+  return math.prod(mesh_shape().get(axis, 1) for axis in RULES.axes[name])
+
+
 def axes_in(partitions: P) -> set[str]:
   """The mesh axes that a spec names."""
   return set(jax.tree.leaves(tuple(partitions)))
