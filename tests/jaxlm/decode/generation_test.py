@@ -99,6 +99,9 @@ def test_draws_of_a_row_do_not_depend_on_the_others(params):
   for others in (PROMPTS[1:], [[9] * 12, [1]]):
     among = run(params, [PROMPTS[0], *others], sampler=sampler).ids_BM[0]
     np.testing.assert_array_equal(alone, among)
+  same, twice = run(params, PROMPTS[:1] * 2, sampler=sampler).ids_BM
+  np.testing.assert_array_equal(same, alone)
+  assert (twice != same).any()
 
 
 def test_dynamic_rope_does_not_look_at_the_neighbours(params):
