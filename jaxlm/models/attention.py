@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import AttentionConfig, ComputeConfig, ModelConfig
 from jaxlm.models import dense_attention
@@ -17,6 +16,7 @@ from jaxlm.models.blocked_attention import blocked
 from jaxlm.models.linear import Linear, Roles, declare_parts
 from jaxlm.models.norms import RMSNorm
 from jaxlm.models.rope import apply_rope, rope_tables
+from pallas_kernels.attention import attention
 from sharding.rules import all_gather, is_sharded, shard, spec
 
 _DENSE = {
@@ -179,48 +179,47 @@ def _attend_cached(
   context: Context,
   c: AttentionConfig,
 ) -> tuple[KVCache, jax.Array]:
-  """Writes T positions into the cache and attends to all positions up to each query's own.
-
-  On a mesh every device does so for its own rows and heads, without communication.
-  """
+  """Writes T positions into the cache and attends to all positions up to each query's own."""
   # dynamic frequencies change with the length, so these keys are rotated when they are read
   rotate_on_read = c.rope.scaling == "dynamic"
   if not rotate_on_read:
     k_BTKH = apply_rope(k_BTKH, *rope_tables(c.rope, context.positions_BT, c.H, context.length))
-
-  def local(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    cache: KVCache,
-    positions_BT: jax.Array,
-    length_B: jax.Array,
-  ) -> tuple[KVCache, jax.Array]:
-    cache = KVCache(
-      _write_positions(cache.k_BSKH, k_BTKH, positions_BT),
-      _write_positions(cache.v_BSKH, v_BTKH, positions_BT),
-    )
-    s_BS = jnp.arange(cache.k_BSKH.shape[1])[None]
-    k_BSKH = cache.k_BSKH
-    if rotate_on_read:
-      k_BSKH = apply_rope(k_BSKH, *rope_tables(c.rope, s_BS, c.H, length_B))
-    mask_BTS = dense_attention.causal_mask(positions_BT, s_BS, c.window)
-    return cache, dense_attention.attend(q_BTNH, k_BSKH, cache.v_BSKH, mask_BTS, c.cap)
-
-  arguments = (q_BTNH, k_BTKH, v_BTKH, cache, context.positions_BT, context.length)
-  if not is_sharded():
-    return local(*arguments)
-  heads = spec(q_BTNH.shape, "batch", None, "act_heads", None)
-  rows = spec(context.positions_BT.shape, "batch", None)
-  cached = KVCache(heads, heads)
-  in_specs = (heads, heads, heads, cached, rows, P(rows[0]))
-  return jax.shard_map(local, in_specs=in_specs, out_specs=(cached, heads))(*arguments)
+  cache = KVCache(
+    _write_positions(cache.k_BSKH, k_BTKH, context.positions_BT),
+    _write_positions(cache.v_BSKH, v_BTKH, context.positions_BT),
+  )
+  k_BSKH = cache.k_BSKH
+  s_1S = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None]
+  if rotate_on_read:
+    k_BSKH = apply_rope(k_BSKH, *rope_tables(c.rope, s_1S, c.H, context.length))
+  o_BTNH = attention(
+    q_BTNH,
+    k_BSKH,
+    cache.v_BSKH,
+    q_positions_BT=context.positions_BT,
+    k_positions_BS=s_1S,
+    window=c.window,
+    cap=c.cap,
+  )
+  return cache, o_BTNH
 
 
 def _write_positions(
   cached_BSKH: jax.Array, x_BTKH: jax.Array, positions_BT: jax.Array
 ) -> jax.Array:
-  """Writes each row's T entries at their positions; those at position -1, padding, nowhere."""
-  slots_BT = jnp.where(positions_BT < 0, cached_BSKH.shape[1], positions_BT)
-  rows_B1 = jnp.arange(len(x_BTKH))[:, None]
-  return cached_BSKH.at[rows_B1, slots_BT].set(x_BTKH.astype(cached_BSKH.dtype), mode="drop")
+  """Writes each row's T entries at their positions; those at position -1, padding, nowhere.
+
+  On a mesh every device writes its own rows and heads, without communication.
+  """
+
+  def write(cached_BSKH: jax.Array, x_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    slots_BT = jnp.where(positions_BT < 0, cached_BSKH.shape[1], positions_BT)
+    rows_B1 = jnp.arange(len(x_BTKH))[:, None]
+    return cached_BSKH.at[rows_B1, slots_BT].set(x_BTKH.astype(cached_BSKH.dtype), mode="drop")
+
+  if not is_sharded():
+    return write(cached_BSKH, x_BTKH, positions_BT)
+  cached = spec(cached_BSKH.shape, "batch", None, "act_heads", None)
+  rows = spec(positions_BT.shape, "batch", None)
+  write = jax.shard_map(write, in_specs=(cached, cached, rows), out_specs=cached)
+  return write(cached_BSKH, x_BTKH, positions_BT)
