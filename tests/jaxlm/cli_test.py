@@ -1,4 +1,4 @@
-"""The command line: in this process where only words matter, as real processes where signals and start-up do."""
+"""The command line, as real processes where signals and start-up matter."""
 
 import json
 import re
@@ -13,7 +13,9 @@ from benchmarks.reliability.processes import finish, run, start, start_python, w
 from jaxlm.cli import main
 from jaxlm.run.run_folder import RunFolder, read_records
 
-SMALLER = "--model.D 16 --model.F 16 --model.H 8 --data.length 32 --optimizer.warmup 1 --eval_batches 1".split()
+SMALLER = (
+  "--model.D 16 --model.F 16 --model.H 8 --data.length 32 --optimizer.warmup 1 --eval_batches 1"
+).split()
 
 
 def test_help_does_not_import_jax_and_takes_less_than_a_second(tmp_path):
@@ -134,7 +136,7 @@ def test_an_unknown_flag_or_choice_comes_with_the_nearest(arguments, nearest, ca
 
 
 def test_a_preset_of_the_users_own(tmp_path, monkeypatch, capsys, corpus):
-  """module:function from the working directory, its run folder named after it; flags go over its values."""
+  """module:function is found in the working directory, names the run, and flags change it."""
   (tmp_path / "mine.py").write_text(
     "import dataclasses\n"
     "from jaxlm.presets import micro\n"

@@ -1,4 +1,4 @@
-"""Whole runs: what they leave on disk, and that a resumed run is the run that was never interrupted."""
+"""Whole runs: what they leave on disk; a resumed run is the run that was never interrupted."""
 
 import dataclasses
 import json
@@ -123,7 +123,7 @@ def test_the_result_holds_the_moving_average_where_there_is_one(whole):
 
 
 def test_damage_is_noticed_and_the_run_repeated_from_the_older_checkpoint_bit_for_bit(whole, copy):
-  """5 steps, restart, 5 steps equal 10: the newest checkpoint has a flipped bit, so the one of step 5 is resumed."""
+  """5 steps, restart, 5 steps equal 10: a bit of the newest checkpoint, step 10, is flipped."""
   flip_a_bit(copy, 10)
   result = resume(copy.path)
   assert "resuming at step 5" in copy.log.read_text()
