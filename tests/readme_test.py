@@ -69,8 +69,8 @@ def test_the_commands_run_as_written_but_smaller(tmp_path):
     "checkpoint",
   ]
   smaller = {
-    "train": "--steps 4 --model.D 32 --model.F 32 --model.H 8 --batch 2 --data.length 32 "
-    "--optimizer.warmup 1",
+    "train": "--steps 4 --model.D 32 --model.pattern.0.feedforward.F 32 "
+    "--model.pattern.0.mixer.H 8 --batch 2 --data.length 32 --optimizer.warmup 1",
     "resume": "--steps 6",
     "sample": "--max-new 5",
     "eval": "--batches 1",

@@ -14,7 +14,15 @@ from typing import NamedTuple
 import jax
 import pytest
 
-from jaxlm.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+from jaxlm.config import (
+  ComputeConfig,
+  DataConfig,
+  MeshConfig,
+  ModelConfig,
+  TrainConfig,
+  decoder,
+  revise,
+)
 from jaxlm.run.text import TextTask
 from jaxlm.train import accumulate, init_state
 
@@ -33,7 +41,8 @@ MESHES = (
 
 # Every weight matrix has a shape of its own, and none that of an activation [2, 8, 16].
 LENGTH = 8
-MODEL = ModelConfig(V=48, D=16, F=40, N=4, K=2, H=8, layers=4, scan="always")
+D, F, N, K, H = 16, 40, 4, 2, 8
+MODEL = decoder(V=48, D=D, F=F, N=N, K=K, H=H, layers=4)
 DATA, FSDP, TENSOR = MeshConfig(), MeshConfig(data=1, fsdp=8), MeshConfig(data=1, tensor=2, fsdp=4)
 
 
@@ -42,7 +51,12 @@ def config_on(mesh: MeshConfig, model: ModelConfig = MODEL) -> TrainConfig:
     8 * mesh.resolve(8)["data"] * mesh.resolve(8)["fsdp"]
   )  # 4 micro-batches of 2 rows per device
   return TrainConfig(
-    batch=batch, accumulate=4, model=model, data=DataConfig(length=LENGTH), mesh=mesh
+    batch=batch,
+    accumulate=4,
+    model=model,
+    compute=ComputeConfig(scan="always"),
+    data=DataConfig(length=LENGTH),
+    mesh=mesh,
   )
 
 
@@ -99,13 +113,9 @@ def local_shapes(config: TrainConfig) -> list[tuple[int, ...]]:
 
 def gathered_matrices(tensor: int) -> list[tuple[int, ...]]:
   """Returns the shapes of a block's matrices, gathered over fsdp and split over `tensor`."""
-  D, F, NH, KH = (
-    MODEL.D,
-    MODEL.F // tensor,
-    MODEL.N * MODEL.H // tensor,
-    MODEL.K * MODEL.H // tensor,
-  )
-  return sorted([(D, NH), (D, KH), (D, KH), (NH, D), (D, F), (D, F), (F, D)])
+  NH, KH, F_local = N * H // tensor, K * H // tensor, F // tensor
+  attention = [(D, NH), (D, KH), (D, KH), (NH, D)]
+  return sorted([*attention, (D, F_local), (D, F_local), (F_local, D)])
 
 
 def test_each_gradient_crosses_the_data_axis_once_and_in_no_loop(lower_step):
@@ -171,7 +181,7 @@ def test_tensor_sends_two_gathers_and_two_reductions_per_block_and_direction(low
   of T (reduce-scatter; on CPU an all-reduce). Backward does the same the other way.
   """
   found = collectives(lower_step(config_on(TENSOR)).compile().as_text())
-  kinds = collections.Counter((c.kind, c.depth) for c in found if c.shape == (2, LENGTH, MODEL.D))
+  kinds = collections.Counter((c.kind, c.depth) for c in found if c.shape == (2, LENGTH, D))
   blocks = {("all-gather", 2): 4, ("all-reduce", 2): 4}
   # and before the head, once per micro-batch
   assert kinds == blocks | {("all-gather", 1): 1, ("all-reduce", 1): 1}
@@ -194,7 +204,7 @@ def test_on_tpu_the_gradients_of_a_block_are_reduce_scattered_where_it_makes_the
   lower_step, tpu_devices, mesh
 ):
   # smaller arrays than these the compiler does not scatter
-  config = config_on(mesh, dataclasses.replace(MODEL, D=128, F=256, H=32, V=384))
+  config = config_on(mesh, revise(MODEL, D=128, F=256, H=32, V=384))
   found = collectives(lower_step(config, tpu_devices).compile().as_text())
   blocks = collections.Counter(
     math.prod(shape[1:]) for shape in local_shapes(config) if len(shape) == 3

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import ModelConfig, OptimizerConfig, TrainConfig
+from jaxlm.config import OptimizerConfig, TrainConfig, decoder
 from jaxlm.models import Transformer
 from jaxlm.run.text import TextTask
 from jaxlm.train.optimizer import DECAYED, check_schedule, learning_rate, make_optimizer, update
@@ -70,20 +70,18 @@ def test_a_warmup_that_leaves_no_step_is_refused():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_decay_hits_the_matrices_of_blocks_and_head_alone(tied):
-  config = ModelConfig(
-    V=8, D=8, F=12, N=2, K=1, H=4, layers=2, attention=("window", "full"), tied=tied
-  )
-  params = jax.eval_shape(Transformer(config).init, jax.random.key(0), np.zeros((1, 2), np.int32))
+  config = decoder(V=8, D=8, F=12, N=2, K=1, H=4, layers=2, windows=(5, None), tied=tied)
+  params = jax.eval_shape(Transformer(config).init, jax.random.key(0))
   roles = TextTask(TrainConfig(model=config)).roles(params)
   decayed = {
     jax.tree_util.keystr(path, simple=True, separator="/")
     for path, role in jax.tree.leaves_with_path(roles)
     if role in DECAYED
   }
-  attention = {f"attention/{name}" for name in ("w_q", "w_k", "w_v", "w_o")}
-  matrices = attention | {f"mlp/{name}" for name in ("w_gate", "w_up", "w_down")}
-  want = {f"params/blocks/{stack}/{name}" for stack in "01" for name in matrices}
-  assert decayed == want | (set() if tied else {"params/head"})
+  matrices = {f"mixer/{name}/weight" for name in "qkvo"}
+  matrices |= {f"feedforward/{name}/weight" for name in ("gate", "up", "down")}
+  want = {f"stacks/0/{place}/{name}" for place in "01" for name in matrices}
+  assert decayed == want | (set() if tied else {"head/weight"})
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
