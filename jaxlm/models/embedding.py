@@ -9,7 +9,6 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from jaxlm.models.linear import Roles, sharded_normal
 from pallas_kernels.common.shards import Axes, run_on_shards, sharded_axes, vary_together

@@ -47,7 +47,11 @@ def rows_and_gradient(w_VD, ids_BT, dx_BTD, dtype):
 def placed_inputs():
   w_VD, ids_BT, dx_BTD = inputs()
   dx_BTD = shard(jnp.asarray(dx_BTD), "batch", "norm_length", None)
-  return shard(jnp.asarray(w_VD), "vocab", "embed"), shard(jnp.asarray(ids_BT), "batch", None), dx_BTD
+  return (
+    shard(jnp.asarray(w_VD), "vocab", "embed"),
+    shard(jnp.asarray(ids_BT), "batch", None),
+    dx_BTD,
+  )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -59,9 +63,7 @@ def test_rows_and_gradient_on_a_mesh_are_those_of_one_device(mesh, dtype):
     got_BTD, got_VD = rows_and_gradient(w_VD, *rest, dtype)
     assert got_VD.sharding == w_VD.sharding
   chex.assert_type([got_BTD, got_VD], [dtype, jnp.float32])
-  np.testing.assert_array_equal(
-    np.asarray(got_BTD, np.float32), np.asarray(want_BTD, np.float32)
-  )
+  np.testing.assert_array_equal(np.asarray(got_BTD, np.float32), np.asarray(want_BTD, np.float32))
   chex.assert_trees_all_close(jax.device_get(got_VD), jax.device_get(want_VD), atol=1e-5)
 
 

@@ -59,7 +59,7 @@ def config_on(mesh: MeshConfig, model: ModelConfig = MODEL) -> TrainConfig:
 
 class Collective(NamedTuple):
   kind: str
-  depth: int  # loops around it
+  depth: int  # loops around it; -1 where the compiler does not say
   shape: tuple[int, ...]  # of one result, on one device
 
 
@@ -83,7 +83,8 @@ def collectives(text: str) -> list[Collective]:
       kind = "reduce-scatter"
     if match is None or inside_scatter or _group_size(line) == 1:
       continue
-    depth = re.search(r'op_name="([^"]*)"', line)[1].split(";")[0].count("while/body")
+    name = re.search(r'op_name="([^"]*)"', line)
+    depth = name[1].split(";")[0].count("while/body") if name else -1
     for dims in re.findall(r"\w+\[([\d,]*)\]", match[1]):
       found.append(Collective(kind, depth, tuple(int(d) for d in dims.split(",") if d)))
   return found
@@ -164,13 +165,13 @@ def test_fsdp_gathers_weights_in_the_layer_loop(lower_step):
   config = config_on(FSDP)
   found = collectives(lower_step(config).compile().as_text())
   gathers = collections.Counter((c.shape, c.depth) for c in found if c.kind == "all-gather")
-  # inner loops: one micro-batch stands before the loop over the others, so each depth has the layers once
-  for depth in (1, 2):
-    assert sorted(
-      shape for shape, d in gathers.elements() if d == depth and shape in gathered_matrices(1)
-    ) == (gathered_matrices(1))
-  activations = [c for c in found if len(c.shape) == 3 and c.shape[0] == 2]
-  assert not activations  # FSDP sends weights and their gradients, never activations
+  in_layers = sorted(shape for shape, depth in gathers.elements() if depth == 2)
+  assert in_layers == gathered_matrices(1)
+  # of activations FSDP sends the rows of the embedding, once per micro-batch and direction
+  assert not [c for c in found if len(c.shape) == 3 and c.shape[0] == 2]
+  rows = [c for c in found if c.kind == "all-to-all"]
+  assert {(c.depth, c.shape) for c in rows} == {(1, (1, 2, LENGTH, D // 8))}
+  assert len(rows) == 2 * 8  # each is written as its 8 parts
 
 
 @pytest.mark.slow
@@ -182,10 +183,9 @@ def test_tensor_with_sequence_parallel_norms_sends_two_gathers_and_two_reduction
   config = config_on(TENSOR)
   found = collectives(lower_step(config).compile().as_text())
   activation = (2, LENGTH, D)
-  for depth in (1, 2):
+  for depth, count in ((1, 1), (2, 4)):  # outside the layers: before the head
     kinds = collections.Counter(c.kind for c in found if c.depth == depth and c.shape == activation)
-    outside = 1 if depth == 1 else 0  # before the head: once per micro-batch, in the outer loop
-    assert kinds == {"all-gather": 4 + outside, "all-reduce": 4 + outside}
+    assert kinds == {"all-gather": count, "all-reduce": count}
   weights = sorted(
     c.shape
     for c in found
@@ -215,11 +215,10 @@ def test_on_tpu_the_gradients_of_a_block_are_reduce_scattered_where_it_makes_the
   blocks = collections.Counter(
     math.prod(shape[1:]) for shape in local_shapes(config) if len(shape) == 3
   )
-  for depth in (1, 2):  # the first micro-batch, and the loop over the others
-    scattered = collections.Counter(
-      math.prod(c.shape) for c in found if c.kind == "reduce-scatter" and c.depth == depth
-    )
-    assert scattered >= blocks
+  scattered = collections.Counter(
+    math.prod(c.shape) for c in found if c.kind == "reduce-scatter" and c.depth == 2
+  )
+  assert scattered >= blocks
   # a norm's gradient stays unsummed until the end of the step
   norms = [c for c in found if c.shape in ((128,), (MODEL.layers, 128))]
   assert len(norms) == 3 and {c.depth for c in norms} == {0}
