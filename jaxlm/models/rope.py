@@ -34,7 +34,8 @@ def rope_tables(
   check_shape("positions_BT", positions_BT, (None, None))
   check_dtype("positions_BT", positions_BT, jnp.integer)
   f_R, attention_factor = frequencies(rope, width, length)
-  angles_BTR = positions_BT[..., None].astype(jnp.float32) * f_R[None, None]
+  f_BR = jnp.atleast_2d(f_R)  # one row for all, or one for each row of the batch
+  angles_BTR = positions_BT[..., None].astype(jnp.float32) * f_BR[:, None]
   tables_BTH = attention_factor * jnp.concatenate(
     (jnp.cos(angles_BTR), jnp.sin(angles_BTR)), axis=-1
   )
@@ -84,10 +85,10 @@ apply_rope.defvjp(_apply_rope_forward, _apply_rope_backward)
 def frequencies(rope: RopeConfig, width: int, length: int | jax.Array) -> tuple[jax.Array, float]:
   """Returns radians per position of each pair, float32 [width / 2], and the factor on cos and sin.
 
-  `length` is the number of positions seen so far (a Python int, or an int32 scalar that may be
-  traced); dynamic scaling alone reads it, and keys cached under it must be cached before rotation.
-  Raises UserError when `width` is odd or too small for the scaling, and when YaRN's two borders are
-  out of order.
+  `length` is the number of positions seen so far: an int, or int32 of any shape, which may be
+  traced. Dynamic scaling alone reads it: it returns [..., width / 2], and keys cached under it must
+  be cached before rotation. Raises UserError when `width` is odd or too small for the scaling, and
+  when YaRN's two borders are out of order.
   """
   check(
     width >= 2 and width % 2 == 0,
@@ -104,8 +105,13 @@ def frequencies(rope: RopeConfig, width: int, length: int | jax.Array) -> tuple[
     case "ntk" | "dynamic":
       # theta' = theta * stretch^(width / (width - 2)): the slowest pair slows down by `stretch`
       check(width > 2, "width", width, f"{rope.scaling} scaling needs a width above 2")
-      stretch = rope.factor if rope.scaling == "ntk" else _dynamic_stretch(rope, length)
-      f_R = f_R * stretch ** (-2 * index_R / (width - 2))
+      exponent_R = -2 * index_R / (width - 2)
+      if rope.scaling == "ntk":
+        f_R = f_R * rope.factor**exponent_R
+      else:
+        stretch = _dynamic_stretch(rope, length)[..., None]
+        leading = tuple(range(stretch.ndim - 1))
+        f_R = np.expand_dims(f_R, leading) * stretch ** np.expand_dims(exponent_R, leading)
     case "yarn":
       f_R = _by_parts(f_R, rope.factor, 1 - _yarn_ramp(rope, index_R, width))
       attention_factor = _yarn_attention_factor(rope)
@@ -123,7 +129,7 @@ def _by_parts(f_R: np.ndarray, factor: float, kept_R: np.ndarray) -> np.ndarray:
 
 def _dynamic_stretch(rope: RopeConfig, length: int | jax.Array) -> jax.Array:
   """Returns factor * l / L - (factor - 1), float32, with l = max(length, L): exactly 1 up to L."""
-  beyond = jnp.maximum(length - rope.original_length, 0) / rope.original_length
+  beyond = jnp.maximum(jnp.asarray(length) - rope.original_length, 0) / rope.original_length
   return 1 + rope.factor * beyond.astype(jnp.float32)
 
 

@@ -21,7 +21,7 @@ import jax
 import jaxlm
 from jaxlm.checkpoint.atomic import write_text
 from jaxlm.config import TrainConfig
-from jaxlm.config_json import to_dict
+from jaxlm.config_json import flatten, to_dict
 from jaxlm.run.run_folder import RunFolder
 from pallas_kernels.common.errors import UserError
 
@@ -38,13 +38,7 @@ PACKAGES = (
   "tokenizers",
 )
 _ADDRESSES = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_PROCESS_ID")
-COMPUTING = (
-  "dtype",
-  "attention_implementation",
-  "remat",
-  "scan",
-  "max_length",
-)  # of the model: change no weight
+_NOT_OF_WEIGHTS = ("max_length",)  # fields of the model that change no weight
 
 
 def environment() -> dict[str, Any]:
@@ -108,24 +102,15 @@ def record_start(folder: RunFolder, step: int, config: TrainConfig) -> list[str]
   return differences({name: before[-1].get(name) for name in now}, now) if before else []
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
   """ "a.b: 1 -> 2" for each value that differs; what only one side has is none on the other."""
-  old, new = _flat(before), _flat(now)
+  old, new = flatten(before), flatten(now)
   names = [*new, *(name for name in old if name not in new)]
   return [
     f"{name}: {old.get(name)} -> {new.get(name)}"
     for name in names
     if old.get(name) != new.get(name)
   ]
-
-
-def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-  found: dict[str, Any] = {}
-  for name, value in values.items():
-    found |= (
-      _flat(value, f"{path}{name}.") if isinstance(value, Mapping) else {f"{path}{name}": value}
-    )
-  return found
 
 
 def check_fits(folder: RunFolder, config: TrainConfig) -> None:
@@ -144,8 +129,10 @@ def check_fits(folder: RunFolder, config: TrainConfig) -> None:
 
 def _shaping(config: Mapping[str, Any]) -> dict[str, Any]:
   """The values of a configuration that decide what is in a checkpoint, by their paths."""
-  model = {name: value for name, value in config.get("model", {}).items() if name not in COMPUTING}
+  model = {
+    name: value for name, value in config.get("model", {}).items() if name not in _NOT_OF_WEIGHTS
+  }
   rule, average = config.get("optimizer", {}).get("name"), bool(config.get("ema"))
-  return _flat(
+  return flatten(
     {"model": model, "optimizer": {"name": rule}, "ema": "kept" if average else "not kept"}
   )

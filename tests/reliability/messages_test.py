@@ -25,15 +25,15 @@ jaxlm train micro --model.layrs 3
 jaxlm train micro --stepz 3
 jaxlm train micro --steps many
 jaxlm train micro --optimizer.name adam
-jaxlm train micro --model.N 3 --model.K 2
-jaxlm train micro --model.H 7
-jaxlm train micro --model.layers 3 --model.attention window full
+jaxlm train micro --model.pattern.0.mixer.N 3 --model.pattern.0.mixer.K 2
+jaxlm train micro --model.pattern.0.mixer.H 7
+jaxlm train micro --model.pattern.0.mixer.window 0
 jaxlm train micro --batch 6 --accumulate 4
 jaxlm train micro --optimizer.learning_rate nan
 jaxlm train micro --stop_after soon
 jaxlm train micro --run r --mesh.data 3 --mesh.fsdp 64
 jaxlm train micro --run r --mesh.data 8 --batch 12
-jaxlm train micro --run r --mesh.data 1 --mesh.tensor 2 --model.F 33
+jaxlm train micro --run r --mesh.data 1 --mesh.tensor 2 --model.pattern.0.feedforward.F 33
 jaxlm train micro --run r --mesh.data 1 --mesh.stage 2
 {TRAIN}--data.source nowhere
 {TRAIN}--data.source empty

@@ -123,6 +123,17 @@ def test_dynamic_is_plain_up_to_the_original_length_and_ntk_like_beyond():
   np.testing.assert_allclose(at(jnp.int32(64)), same_stretch, rtol=1e-6)
 
 
+def test_each_row_of_a_batch_may_have_a_length_of_its_own():
+  rope = RopeConfig(scaling="dynamic", factor=2.0, original_length=32)
+  lengths = (5, 40, 64)
+  f_BR, _ = jax.jit(lambda length_B: frequencies(rope, 16, length_B))(jnp.array(lengths))
+  tables = rope_tables(rope, jnp.arange(6)[None], 16, jnp.array(lengths))
+  for row, length in enumerate(lengths):
+    chex.assert_trees_all_close(f_BR[row], frequencies(rope, 16, length)[0], rtol=1e-6)
+    alone = rope_tables(rope, jnp.arange(6)[None], 16, length)
+    chex.assert_trees_all_close([table[row] for table in tables], [table[0] for table in alone])
+
+
 def random_heads(seed):
   return jax.random.normal(jax.random.key(seed), (2, 6, 3, 16))
 
