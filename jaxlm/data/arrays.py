@@ -42,7 +42,10 @@ class Place:
   def spec(self, prefix: str = "") -> dict[str, Any]:
     if self.folder is None:
       return {"driver": "memory", "path": prefix}
-    return {"driver": "file", "path": f"{self.folder.absolute()}/{prefix}"}
+    path = str(self.folder.resolve())
+    if "\\" in path:
+      raise UserError(f"store={path!r}: tensorstore takes a backslash for a border of folders")
+    return {"driver": "file", "path": f"{path}/{prefix}"}
 
   @functools.cached_property
   def context(self) -> ts.Context:

@@ -7,6 +7,7 @@ each global batch and builds only those rows, which it reads from a token store.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import sys
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from jaxlm.data.cache import open_text
 from jaxlm.data.packing import Batch, Rows, pack, windows
 from jaxlm.data.store import StoredSide, TokenStore
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.writing import Report
 from pallas_kernels.common.errors import UserError
 
+_log = logging.getLogger("jaxlm")
 __all__ = ["Batch", "TextData", "heldout_batches", "load_text", "train_loader"]
 
 
@@ -53,12 +56,16 @@ class TextData:
     return loss * self.heldout_tokens_per_byte / math.log(2)
 
 
-def load_text(config: DataConfig, tokenizer: Tokenizer | None = None) -> TextData:
+def load_text(
+  config: DataConfig, tokenizer: Tokenizer | None = None, report: Report = _log.info
+) -> TextData:
   """Opens the text of `config.source`, as tokens of `tokenizer`, by default the one `config` asks for.
+
+  `report` gets a line now and then while large text is tokenized.
 
   Raises UserError for what `open_text` refuses, and for training text shorter than one row.
   """
-  store = open_text(config, tokenizer)
+  store = open_text(config, tokenizer, report)
   train = _rows(config, store.train, keep_last=False)
   heldout = _rows(config, store.heldout, keep_last=True)
   size = store.train.tokens.shape[0]
@@ -70,8 +77,8 @@ def load_text(config: DataConfig, tokenizer: Tokenizer | None = None) -> TextDat
     f"{store.heldout.tokens.shape[0] - 1} tokens in {len(heldout)} held-out rows"
   )
   vocabulary = f"{store.tokenizer.vocab_size} different tokens; rows of {config.length}"
-  report = f"{store.report}\n{vocabulary}: {rows}"
-  return TextData(config, store.tokenizer, store, train, heldout, report)
+  lines = f"{store.report}\n{vocabulary}: {rows}"
+  return TextData(config, store.tokenizer, store, train, heldout, lines)
 
 
 def _rows(config: DataConfig, side: StoredSide, *, keep_last: bool) -> Rows:

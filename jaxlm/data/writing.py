@@ -167,7 +167,8 @@ class StoreWriter:
         progress.sides = {side: writer.flush() for side, writer in sides.items()}
         write_json(self.place, PROGRESS, progress.to_json())
         speed = (piece.after.size - before) / (time.monotonic() - started) / 1e6
-        self.report(f"{_amount(piece.after)}, {speed:.1f} MB/s")
+        where = self.source.progress(piece.after)
+        self.report(f"{where}: {_amount(piece.after)}, {speed:.1f} MB/s")
         due = time.monotonic() + self.commit_seconds
     progress.position = reader.position  # past the empty documents at the end
     if progress.better_split is not None:
