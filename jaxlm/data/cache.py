@@ -1,7 +1,8 @@
-"""Finds the token store of a configuration, or makes it: in memory for small text, else in a cache folder.
+"""Finds the token store of a configuration, or makes it: in memory, or in a cache folder.
 
-A store in the cache is named by the digest of its source (names, sizes and times of files, or the revision on the
-Hub), tokenizer and data configuration. It is used again where all of that is the same, after its digests are verified.
+A store in the cache is named by the digest of its source (names, sizes and times of files, or the
+revision on the Hub), tokenizer and data configuration. It is used again where all of that is the
+same, after its digests are verified.
 """
 
 from __future__ import annotations

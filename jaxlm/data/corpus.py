@@ -1,4 +1,4 @@
-"""Finds text: files, the standard library of the running Python, or a dataset of the Hugging Face Hub.
+"""Finds text: files, the standard library of the running Python, or a dataset of the Hub.
 
 A source gives the pieces of its documents in an order that does not change, from any position on.
 """
@@ -87,7 +87,7 @@ class FileSource:
   names: tuple[str, ...]
   notes: tuple[str, ...]
   skip_invalid: bool = False
-  """Leaves out files that are not text, with a note, instead of refusing them; each is held whole."""
+  """Leaves out files that are not text, with a note, instead of refusing; holds each whole."""
 
   @property
   def identity(self) -> str:

@@ -1,7 +1,7 @@
 """Turns a configuration into batches: rows in a global random order, or held-out rows in their own.
 
-Training order depends on the seed alone, not on the number of processes or the mesh: a process asks for its slice of
-each global batch and builds only those rows, which it reads from a token store.
+Training order depends on the seed alone, not on the number of processes or the mesh: a process asks
+for its slice of each global batch and builds only those rows, which it reads from a token store.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class TextData:
 def load_text(
   config: DataConfig, tokenizer: Tokenizer | None = None, report: Report = _log.info
 ) -> TextData:
-  """Opens the text of `config.source`, as tokens of `tokenizer`, by default the one `config` asks for.
+  """Opens the text of `config.source` as tokens, by default of the tokenizer that it asks for.
 
   `report` gets a line now and then while large text is tokenized.
 
@@ -90,7 +90,7 @@ def _rows(config: DataConfig, side: StoredSide, *, keep_last: bool) -> Rows:
 
 @dataclasses.dataclass(frozen=True)
 class _TrainBatches:
-  """Batch i holds rows i * batch, i * batch + 1, ... of an endless order; only a slice of it is built."""
+  """Batch i holds rows i * batch, i * batch + 1, ... of an endless order; builds a slice of it."""
 
   source: Rows
   order: grain.MapDataset
@@ -115,7 +115,8 @@ def train_loader(
   it continues with the batch that would have come next, and `grain.checkpoint.CheckpointSave` and
   `CheckpointRestore` take the iterator.
   """
-  # Epoch e is shuffled by seed + e: spread the seeds, so that seed 1 does not begin with the second epoch of seed 0.
+  # Epoch e is shuffled by seed + e: spread the seeds, so that seed 1 does not begin with the
+  # second epoch of seed 0.
   order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
   order = grain.MapDataset.range(len(text.train)).shuffle(seed=order_seed).repeat()
   batches = grain.MapDataset.source(_TrainBatches(text.train, order, batch, rows))

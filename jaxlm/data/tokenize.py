@@ -57,7 +57,7 @@ def tokenize(
 def tokenize_in_memory(
   config: DataConfig, source: Source, tokenizer: Tokenizer | None, limit: int
 ) -> TokenStore:
-  """Writes a store in the memory of this process; raises TextTooLarge above `limit` bytes of text."""
+  """Writes a store in the memory of this process; TextTooLarge above `limit` bytes of text."""
   plan = make_plan(config, source, tokenizer)
   return StoreWriter(config, source, Place(), plan, _log.debug, math.inf, limit).run(tokenizer)
 

@@ -1,9 +1,9 @@
 """Writes a token store in passes over its source, resumable after a kill at any moment.
 
-While a store is written, progress.json says how far the source has been read and how much of each array is valid. It
-is replaced after the arrays were written, so that a process which goes on from it writes again what came after. Memory
-does not grow with the corpus: it holds a shard of each array, the pieces that a tokenizer encodes at once, and one
-record.
+While a store is written, progress.json says how far the source has been read and how much of each
+array is valid. It is replaced after the arrays were written, so that a process which goes on from
+it writes again what came after. Memory does not grow with the corpus: it holds a shard of each
+array, the pieces that a tokenizer encodes at once, and one record.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stores are the same whenever their writing was cut short, and refused where they are not whole."""
+"""Stores are the same however their writing was cut short, and refused where not whole."""
 
 import json
 import os
