@@ -25,8 +25,8 @@ import tensorstore as ts
 
 from jaxlm.data.arrays import read_spans
 
-# B rows of a batch, T positions of a row, S tokens of the stream, D documents, C rests of documents,
-# R rows of rests
+# B rows of a batch, T positions of a row, S tokens of the stream, D documents, C rests of
+# documents, R rows of rests
 
 
 class Batch(NamedTuple):
@@ -104,8 +104,8 @@ class Packed:
   """Rows of whole documents: the full rows of long ones, then rows where rests stand together.
 
   Row r below F, the last of `full_D`, is one of the full rows of the document d for which r lies
-  between full_D[d - 1] and full_D[d]. Row F + r holds the rests rows_R[r] to rows_R[r + 1], each of which
-  is `sizes_C` targets from stream place `starts_C` on.
+  between full_D[d - 1] and full_D[d]. Row F + r holds the rests rows_R[r] to rows_R[r + 1], each
+  of which is `sizes_C` targets from stream place `starts_C` on.
   """
 
   tokens_S: ts.TensorStore

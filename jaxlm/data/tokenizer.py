@@ -125,8 +125,8 @@ class BPETokenizer:
 def train_bpe(texts: Iterable[str], size: int) -> BPETokenizer:
   """Trains a byte-level BPE of exactly `size` tokens, of which id 0 is <|endoftext|>.
 
-  The same texts give the same tokens.   Memory grows with the number of different words, not with the texts. Raises UserError where the
-  texts have too few different words for `size` tokens.
+  The same texts give the same tokens. Memory grows with the number of different words, not with
+  the texts. Raises UserError where the texts have too few different words for `size` tokens.
   """
   model = tokenizers.Tokenizer(tokenizers.models.BPE())
   model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

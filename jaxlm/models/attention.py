@@ -1,8 +1,7 @@
 """Grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245) with rotary embedding."""
 
-# B batch, T query positions, S key positions, D model, N query heads, K key heads, H head width, R = H / 2
+# B batch, T query positions, S key positions, D model, N query heads, K key heads, H head width
 
-import logging
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,19 +10,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import AttentionConfig, ComputeConfig, ModelConfig
-from jaxlm.models import dense_attention
-from jaxlm.models.blocked_attention import blocked
 from jaxlm.models.linear import Linear, Roles, declare_parts
 from jaxlm.models.norms import RMSNorm
 from jaxlm.models.rope import apply_rope, rope_tables
-from sharding.rules import all_gather, is_sharded, spec
-
-_DENSE = {
-  "reference": dense_attention.reference,
-  "blocked": blocked,
-  "splash": dense_attention.splash,
-  "cudnn": dense_attention.cudnn,
-}
+from pallas_kernels.attention import attention
+from sharding.rules import all_gather, is_sharded, shard, spec
 
 
 class KVCache(NamedTuple):
@@ -39,51 +30,11 @@ class KVCache(NamedTuple):
 class Context(NamedTuple):
   """What every layer of one forward pass shares."""
 
-  positions_BT: jax.Array  # int32; [1, T] when all rows count alike
-  length: jax.Array | int  # sequence length so far, for dynamic rotary scaling
+  positions_BT: jax.Array
+  """int32; [1, T] if all rows count alike; -1: padding, with a cache"""
+  length: jax.Array | int
+  """of the sequence so far, for dynamic rotary scaling; with a cache int32 [B], one per row"""
   segment_ids_BT: jax.Array | None = None
-
-
-def dense(
-  q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None, window=None, cap=None, implementation="auto"
-) -> jax.Array:
-  """Causal self-attention by the platform's best implementation or the named one; shapes as in `dense_attention`.
-
-  On a mesh every device attends its own rows and heads, without communication.
-  """
-  attend = _DENSE[_choose(implementation, q_BTNH.dtype, cap)]
-  if not is_sharded():
-    return attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window, cap)
-  q_spec, k_spec = (spec(x.shape, "batch", "length", "act_heads", None) for x in (q_BTNH, k_BTKH))
-  segment_spec = None if segment_ids_BT is None else spec(segment_ids_BT.shape, "batch", "length")
-  local = jax.shard_map(
-    lambda q, k, v, segments: attend(q, k, v, segments, window, cap),
-    in_specs=(q_spec, k_spec, k_spec, segment_spec),
-    out_specs=q_spec,
-    check_vma=False,  # the fused kernels do not state how their outputs vary over the mesh
-  )
-  return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-
-
-def _choose(implementation: str, dtype: jnp.dtype, cap: float | None) -> str:
-  if implementation != "auto":
-    return implementation
-  platform = jax.default_backend()
-  gpu = "cudnn" if dtype == jnp.bfloat16 and cap is None else "blocked"
-  chosen = {"tpu": "splash", "gpu": gpu}.get(platform, "blocked")
-  _announce(
-    f"dense attention on {platform} in {dtype}{'' if cap is None else ', capped'}: {chosen}"
-  )
-  return chosen
-
-
-_announced: set[str] = set()
-
-
-def _announce(line: str) -> None:
-  if line not in _announced:
-    _announced.add(line)
-    logging.getLogger("jaxlm").info(line)
 
 
 class Attention(nn.Module):
@@ -120,6 +71,7 @@ class Attention(nn.Module):
   def init_cache(spec: AttentionConfig, batch: int, length: int, dtype: str) -> KVCache:
     """Returns an empty cache of one layer; a windowed layer keeps all `length` positions too."""
     zeros = jnp.zeros((batch, length, spec.K, spec.H), dtype)
+    zeros = shard(zeros, "batch", None, "act_heads", None)
     return KVCache(zeros, zeros)
 
   def __call__(
@@ -134,19 +86,19 @@ class Attention(nn.Module):
     v_BTKH = _split_heads(self.v(x_BTD), c.H)
     if c.qk_norm:
       q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-    if c.query_width is not None:
-      q_BTNH = q_BTNH * (c.H / c.query_width) ** 0.5  # attention itself divides by the root of H
     tables = rope_tables(c.rope, context.positions_BT, c.H, context.length)
     q_BTNH = apply_rope(q_BTNH, *tables)
     if cache is None:
-      o_BTNH = dense(
+      name = self.compute.attention_implementation
+      o_BTNH = attention(
         q_BTNH,
         apply_rope(k_BTKH, *tables),
         v_BTKH,
-        segment_ids_BT=context.segment_ids_BT,
+        q_segment_ids_BT=context.segment_ids_BT,
         window=c.window,
         cap=c.cap,
-        implementation=self.compute.attention_implementation,
+        scale=_scale(c),
+        implementation=None if name == "auto" else name,
       )
     else:
       cache, o_BTNH = _attend_cached(q_BTNH, k_BTKH, v_BTKH, cache, context, c)
@@ -155,6 +107,10 @@ class Attention(nn.Module):
 
 
 _HEADS = ("batch", "length", "act_heads")
+
+
+def _scale(c: AttentionConfig) -> float:
+  return (c.H if c.query_width is None else c.query_width) ** -0.5
 
 
 def _split_heads(x_BTZ: jax.Array, H: int) -> jax.Array:
@@ -175,19 +131,51 @@ def _attend_cached(
   context: Context,
   c: AttentionConfig,
 ) -> tuple[KVCache, jax.Array]:
-  """Writes T positions into the cache and attends to all positions up to each query's own."""
-  S = cache.k_BSKH.shape[1]
+  """Writes T positions into the cache and attends to all positions up to each query's own.
+
+  Takes the platform's implementation for this shape, whatever the one that training names.
+  """
   # dynamic frequencies change with the length, so these keys are rotated when they are read
   rotate_on_read = c.rope.scaling == "dynamic"
   if not rotate_on_read:
     k_BTKH = apply_rope(k_BTKH, *rope_tables(c.rope, context.positions_BT, c.H, context.length))
-  rows_B1 = jnp.arange(q_BTNH.shape[0])[:, None]
-  k_BSKH = cache.k_BSKH.at[rows_B1, context.positions_BT].set(k_BTKH.astype(cache.k_BSKH.dtype))
-  v_BSKH = cache.v_BSKH.at[rows_B1, context.positions_BT].set(v_BTKH.astype(cache.v_BSKH.dtype))
-  s_BS = jnp.arange(S)[None]
-  keys_BSKH = k_BSKH
+  cache = KVCache(
+    _write_positions(cache.k_BSKH, k_BTKH, context.positions_BT),
+    _write_positions(cache.v_BSKH, v_BTKH, context.positions_BT),
+  )
+  k_BSKH = cache.k_BSKH
+  s_1S = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None]
   if rotate_on_read:
-    keys_BSKH = apply_rope(k_BSKH, *rope_tables(c.rope, s_BS, c.H, context.length))
-  mask_BTS = dense_attention.causal_mask(context.positions_BT, s_BS, c.window)
-  o_BTNH = dense_attention.attend(q_BTNH, keys_BSKH, v_BSKH, mask_BTS, c.cap)
-  return KVCache(k_BSKH, v_BSKH), o_BTNH
+    k_BSKH = apply_rope(k_BSKH, *rope_tables(c.rope, s_1S, c.H, context.length))
+  o_BTNH = attention(
+    q_BTNH,
+    k_BSKH,
+    cache.v_BSKH,
+    q_positions_BT=context.positions_BT,
+    k_positions_BS=s_1S,
+    window=c.window,
+    cap=c.cap,
+    scale=_scale(c),
+  )
+  return cache, o_BTNH
+
+
+def _write_positions(
+  cached_BSKH: jax.Array, x_BTKH: jax.Array, positions_BT: jax.Array
+) -> jax.Array:
+  """Writes each row's T entries at their positions; those at position -1, padding, nowhere.
+
+  On a mesh every device writes its own rows and heads, without communication.
+  """
+
+  def write(cached_BSKH: jax.Array, x_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    slots_BT = jnp.where(positions_BT < 0, cached_BSKH.shape[1], positions_BT)
+    rows_B1 = jnp.arange(len(x_BTKH))[:, None]
+    return cached_BSKH.at[rows_B1, slots_BT].set(x_BTKH.astype(cached_BSKH.dtype), mode="drop")
+
+  if not is_sharded():
+    return write(cached_BSKH, x_BTKH, positions_BT)
+  cached = spec(cached_BSKH.shape, "batch", None, "act_heads", None)
+  rows = spec(positions_BT.shape, "batch", None)
+  write = jax.shard_map(write, in_specs=(cached, cached, rows), out_specs=cached)
+  return write(cached_BSKH, x_BTKH, positions_BT)
