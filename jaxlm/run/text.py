@@ -25,6 +25,7 @@ from jaxlm.run.loop import (
   prepare_start,
   run_from,
 )
+from jaxlm.run.metrics import print_status
 from jaxlm.run.resolve import check_mesh, with_initial_model, with_vocabulary
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.scaling.flops import train_flops_per_token
@@ -42,7 +43,7 @@ def train(config: TrainConfig) -> TrainResult:
   check_run(config)
   config = with_initial_model(config)
   check_mesh(config)
-  text = load_text(config.data)
+  text = load_text(config.data, report=print_status)
   config = with_vocabulary(config, text.tokenizer.vocab_size)
   task, folder = TextTask(config, text), RunFolder(Path(config.run))
   with only_writer(folder.path):
@@ -64,7 +65,7 @@ def resume(run: str | Path, steps: int | None = None) -> TrainResult:
     newest = find_newest(config, folder)
     begun = newest >= 0
     tokenizer = load_tokenizer(folder.path, config.data, config.model.V) if begun else None
-    task = TextTask(config, load_text(config.data, tokenizer))
+    task = TextTask(config, load_text(config.data, tokenizer, print_status))
     clear_after(config, folder, newest)
     if not begun:
       run_on_main_process(lambda: _save(task, folder))

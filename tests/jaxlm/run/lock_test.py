@@ -21,7 +21,8 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
 
 
 def test_the_lock_of_a_process_that_was_killed_holds_nobody_up(tmp_path):
-  script = "import os, sys; from pathlib import Path; from jaxlm.run.lock import _take; _take(Path(sys.argv[1])); "
+  script = "import os, sys; from pathlib import Path; from jaxlm.run.lock import _take; "
+  script += "_take(Path(sys.argv[1])); "
   process = start_python(tmp_path, "-c", script + "os.kill(os.getpid(), 9)", str(tmp_path))
   assert finish(tmp_path, process)[0] == -9
   assert "process" in (tmp_path / "lock").read_text()
@@ -30,7 +31,7 @@ def test_the_lock_of_a_process_that_was_killed_holds_nobody_up(tmp_path):
 
 
 def test_a_lock_file_that_its_owner_removed_meanwhile_is_not_the_lock(tmp_path, monkeypatch):
-  """Between opening and locking it, the former owner ended: the new owner locks a file that is still there."""
+  """The former owner ends between opening and locking: the new one locks a file that is there."""
   import fcntl
 
   flock, calls = fcntl.flock, []
