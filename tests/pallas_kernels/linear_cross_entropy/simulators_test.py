@@ -22,7 +22,7 @@ PLAIN = dict(softcap=None, temperature=1.0, label_smoothing=0.0, z_loss=0.0)
 ALL = dict(softcap=4.0, temperature=0.7, label_smoothing=0.1, z_loss=0.01)
 needs_gpu_simulator = pytest.mark.skipif(
   not hasattr(plgpu, "InterpretGPUParams"),
-  reason=f"the GPU simulator came with jax 0.12, this is {jax.__version__}",
+  reason=f"the GPU simulator came with jax 0.11, this is {jax.__version__}",
 )
 
 
