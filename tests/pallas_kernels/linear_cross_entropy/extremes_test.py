@@ -70,7 +70,7 @@ def test_huge_logits_do_not_overflow(implementation, scale):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("miss", [1e-3, 1e-6, 1e-7])
 def test_gradient_of_a_confident_row_keeps_its_digits(implementation, dtype, miss):
-  # The target's logit is 0, every other is t: 1 - p is about (V - 1) exp(t), but for rounding of lse.
+  # The target's logit is 0, every other is t: 1 - p is about (V - 1) exp(t).
   t = float(jnp.asarray(np.log(miss / (V - 1)) / D, dtype)) * D
   c_VD = jnp.full((V, D), t / D, dtype).at[5].set(0)
   rest = (V - 1) * np.exp(t)

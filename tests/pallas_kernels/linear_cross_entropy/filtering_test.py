@@ -1,4 +1,4 @@
-"""Gradient filtering and sorting: what is dropped is small, what is kept exact, aux says how much."""
+"""Gradient filtering and sorting: what is dropped is small, what is kept is exact."""
 
 # N tokens, D model, V vocabulary
 import functools
