@@ -39,6 +39,8 @@ class RunFolder:
   plot = property(lambda self: self.path / "loss.png")
   bad_steps = property(lambda self: self.path / "bad_steps")
   environment = property(lambda self: self.path / "environment.json")
+  text = property(lambda self: self.path / "text.json")
+  trackers = property(lambda self: self.path / "trackers.json")
 
   def create(self, config: TrainConfig) -> None:
     """Makes the folder and writes the resolved configuration.

@@ -1,0 +1,65 @@
+"""Identifies the text of a run, so that a resumed run does not silently go on with other text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxlm.checkpoint.atomic import write_text
+from jaxlm.data.corpus import Document
+from jaxlm.data.loader import TextData
+from jaxlm.run.run_folder import RunFolder
+from pallas_kernels.common.errors import UserError
+
+SIDES = {"train": "training", "heldout": "held-out"}
+
+
+def digest_text(text: TextData) -> dict[str, str]:
+  """Returns a digest of the documents of each side, "train" and "heldout".
+
+  It depends on their texts and order alone, not on their names, the tokenizer or the row length.
+  """
+  sides = {"train": text.corpus.train, "heldout": text.corpus.heldout}
+  return {side: _digest(documents) for side, documents in sides.items()}
+
+
+def _digest(documents: Iterable[Document]) -> str:
+  digest = hashlib.blake2b(digest_size=16)
+  for document in documents:
+    content = document.text.encode()
+    digest.update(len(content).to_bytes(8))
+    digest.update(content)
+  return digest.hexdigest()
+
+
+def check_same_everywhere(digests: Mapping[str, str]) -> None:
+  """Raises UserError in every process where not all processes have read the same text."""
+  if jax.process_count() == 1:
+    return
+  words = np.frombuffer(bytes.fromhex("".join(digests.values())), np.int32)
+  of_processes = multihost_utils.process_allgather(words)
+  if (of_processes != of_processes[0]).any():
+    other = np.flatnonzero((of_processes != of_processes[0]).any(axis=1)).tolist()
+    raise UserError(f"data.source: processes {other} have read other text than process 0")
+
+
+def changed_text(folder: RunFolder, digests: Mapping[str, str]) -> list[str]:
+  """Returns a line for each side whose text is not that of the run's start; [] for a new run."""
+  if not folder.text.is_file():
+    return []
+  before = json.loads(folder.text.read_text())
+  return [
+    f"{words} text: digest {before[side]} -> {digests[side]}"
+    for side, words in SIDES.items()
+    if before[side] != digests[side]
+  ]
+
+
+def record_text(folder: RunFolder, digests: Mapping[str, str]) -> None:
+  """Writes the digests of a run's text into its folder."""
+  write_text(folder.text, json.dumps(dict(digests), indent=2) + "\n")
