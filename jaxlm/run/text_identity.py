@@ -22,7 +22,7 @@ SIDES = {"train": "training", "heldout": "held-out"}
 def digest_text(text: TextData) -> dict[str, str]:
   """Returns a digest of the documents of each side, "train" and "heldout".
 
-  It depends on their texts and order alone, not on their names, the tokenizer or the row length.
+  It depends on their texts and order alone, not on their names or how they are cut into rows.
   """
   sides = {"train": text.corpus.train, "heldout": text.corpus.heldout}
   return {side: _digest(documents) for side, documents in sides.items()}
