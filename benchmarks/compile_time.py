@@ -26,7 +26,8 @@ def measure(layers: int) -> float:
 
   from jaxlm import presets
   from jaxlm.data.loader import Batch
-  from jaxlm.train.step import init_state, make_train_step
+  from jaxlm.run.text import TextTask
+  from jaxlm.train import init_state, make_train_step
 
   tiny = presets.tiny()
   config = dataclasses.replace(
@@ -34,9 +35,9 @@ def measure(layers: int) -> float:
   )
   shape = (config.batch, config.data.length)
   batch = Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.ones(shape, np.float32))
-  state = jax.eval_shape(lambda: init_state(config))
+  state = jax.eval_shape(lambda: init_state(config, TextTask(config)))
   start = time.perf_counter()
-  jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
+  jax.jit(make_train_step(config, TextTask(config)), donate_argnums=0).lower(state, batch).compile()
   return time.perf_counter() - start
 
 

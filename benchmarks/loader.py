@@ -19,7 +19,8 @@ from jaxlm import presets
 from jaxlm.config import TrainConfig
 from jaxlm.data.loader import load_text, train_loader
 from jaxlm.run.memory import keep_freed_memory
-from jaxlm.train.step import init_state, make_train_step
+from jaxlm.run.text import TextTask
+from jaxlm.train import init_state, make_train_step
 
 
 def loader_rates(config: TrainConfig, turns: int, batches: int) -> list[float]:
@@ -40,8 +41,8 @@ def step_rates(config: TrainConfig, steps: int) -> list[float]:
   """Returns the tokens per second of each training step, after two that warm up."""
   keep_freed_memory()
   batch = next(train_loader(load_text(config.data), batch=config.batch, seed=0))
-  state = jax.jit(init_state, static_argnums=0)(config)
-  step = jax.jit(make_train_step(config), donate_argnums=0)
+  state = jax.jit(init_state, static_argnums=(0, 1))(config, TextTask(config))
+  step = jax.jit(make_train_step(config, TextTask(config)), donate_argnums=0)
   rates = []
   for _ in range(steps + 2):
     start = time.perf_counter()

@@ -61,22 +61,22 @@ def jaxlm_worker(config, folder: Path):
   import jax
 
   from jaxlm.data.loader import Batch
+  from jaxlm.run.text import TextTask
+  from jaxlm.train import init_state, make_train_step
   from jaxlm.train.accumulate import accumulated_gradients
-  from jaxlm.train.step import batch_loss, init_state, make_train_step
 
   ids = tokens_of(config)
   batch = Batch(ids[:, :-1], ids[:, 1:], np.ones_like(ids[:, 1:], np.float32))
-  state = jax.jit(init_state, static_argnums=0)(config)
-  objective = lambda params, batch: batch_loss(config, params, batch)  # noqa: E731
-  grads, _ = jax.jit(lambda params: accumulated_gradients(objective, params, batch, 1))(
-    state.params
-  )
+  state = jax.jit(init_state, static_argnums=(0, 1))(config, TextTask(config))
+  task = TextTask(config)
+  objective = lambda params, batch, key: task.objective(params, {}, batch, key)  # noqa: E731
+  grads, _ = jax.jit(lambda s: accumulated_gradients(objective, s.params, batch, s.key, 1))(state)
   for name, tree in (("weights", state.params), ("gradients", grads)):
     np.savez(folder / f"{name}.npz", **flat_arrays(tree))
-  step = jax.jit(make_train_step(config), donate_argnums=0)
+  step = jax.jit(make_train_step(config, TextTask(config)), donate_argnums=0)
   while True:
     state, metrics = step(state, batch)
-    yield float(metrics.loss)
+    yield float(metrics["loss"])
 
 
 def flat_arrays(tree) -> dict:

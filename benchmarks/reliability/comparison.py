@@ -11,7 +11,8 @@ import numpy as np
 from jaxlm.checkpoint.checkpoint import restore
 from jaxlm.checkpoint.folder import checkpoint_path
 from jaxlm.run.run_folder import RunFolder, read_records
-from jaxlm.train.step import init_state
+from jaxlm.run.text import TextTask
+from jaxlm.train import init_state
 from sharding import make_mesh
 
 
@@ -44,7 +45,7 @@ def same_end(folder: RunFolder, other: RunFolder) -> bool:
 def _final_state(folder: RunFolder) -> Any:
   config = folder.read_config()
   with jax.set_mesh(make_mesh(config.mesh)):
-    like = jax.eval_shape(lambda: init_state(config))
+    like = jax.eval_shape(lambda: init_state(config, TextTask(config)))
     state, position = restore(checkpoint_path(folder.checkpoints, config.steps), like)
   state = state._replace(key=jax.random.key_data(state.key))
   return jax.device_get(state), json.dumps(position, sort_keys=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxlm.checkpoint.checkpoint import Checkpoints, restore
 from jaxlm.checkpoint.folder import checkpoint_path, newest_sound
-from jaxlm.train.step import TrainState
+from jaxlm.train import Hyper, TrainState
 from sharding import MeshConfig, make_mesh
 
 
@@ -24,7 +24,16 @@ def measure(folder: Path, megabytes: int, repeats: int) -> tuple[float, float]:
       f"w{index}": jax.random.normal(jax.random.key(index), (rows, 1024)) for index in range(8)
     }
     moments = jax.tree.map(lambda w: w**2, weights)
-    return TrainState(jnp.int32(1), weights, (weights, moments), None, jax.random.key(0))
+    return TrainState(
+      step=jnp.int32(1),
+      params=weights,
+      frozen={},
+      model_state={},
+      opt_state=(weights, moments),
+      ema=None,
+      key=jax.random.key(0),
+      hyper=Hyper(jnp.float32(0), jnp.float32(0), jnp.int32(1)),
+    )
 
   with jax.set_mesh(make_mesh(MeshConfig(data=1))):
     checkpoints = Checkpoints(folder, keep=1)

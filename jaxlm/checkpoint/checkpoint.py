@@ -1,8 +1,9 @@
-"""Checkpoints: written by Orbax in the background, believed only with a manifest of digests beside them.
+"""Checkpoints: written by Orbax in the background, believed only with a manifest beside them.
 
-A run's `checkpoints/` holds one folder per saved step. Its items are `params`, `ema` (if any), `optimizer` (with step
-and key) and `data` (the loader's position), each restored by itself and onto any mesh. The manifest is written last,
-so a folder without one was never finished.
+A run's `checkpoints/` holds one folder per saved step. Its items are the fields of `TrainState` that
+hold arrays (`params`, `frozen`, `model_state`, `opt_state`, `ema`, `key`, `step`, `hyper`) and
+`data`, the position in the data; each is restored by itself and onto any mesh. The manifest is
+written last, so a folder without one was never finished.
 """
 
 from __future__ import annotations
@@ -20,27 +21,35 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
-from jaxlm.checkpoint.folder import checkpoint_path, prune, remove, remove_leftovers, size_of
+from jaxlm.checkpoint.folder import (
+  checkpoint_path,
+  prune,
+  refuse_old_format,
+  remove,
+  remove_leftovers,
+  size_of,
+)
 from jaxlm.checkpoint.manifest import write_manifest
-from jaxlm.train.step import TrainState
+from jaxlm.train.state import TrainState, merge
 from sharding.multihost import is_main, run_on_main_process
 
 _log = logging.getLogger("jaxlm")
-_ITEMS = ("params", "ema", "optimizer", "data")
+_ITEMS = (*TrainState._fields, "data")
 
 
 class Checkpoints:
-  """The checkpoints of one run: `save` returns at once, `wait` and `close` wait for what is being written.
+  """The checkpoints of one run: `save` returns at once, `wait` and `close` wait for the writing.
 
-  A context manager that closes, except on KeyboardInterrupt, which is to leave at once.
-  A save that fails is logged, what it left is removed, and `saved` stays behind; the next one tries anew.
+  A context manager that closes, except on KeyboardInterrupt, which is to leave at once. A save that
+  fails is logged, what it left is removed, and `saved` stays behind; the next one tries anew.
   """
 
   def __init__(self, folder: Path, *, keep: int, keep_every: int = 0, saved: int = -1):
     self.folder = folder.absolute()
     self.keep, self.keep_every = keep, keep_every
     self.saved = saved
-    """step of the newest finished checkpoint; -1: none. On disk whatever becomes of this process"""
+    """Step of the newest checkpoint that is complete on disk, or -1."""
+    self._absl_level = logging.getLogger("absl").level
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises
     self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(*_ITEMS))
     self._finisher: threading.Thread | None = None
@@ -59,50 +68,45 @@ class Checkpoints:
     if missing := run_on_main_process(lambda: self._missing_megabytes(state)):
       self._give_up(step, OSError(f"the disk lacks {missing:,} MB for it"))
       return
-    items = {
-      "params": ocp.args.StandardSave(state.params),
-      "optimizer": ocp.args.StandardSave((state.step, state.opt_state, state.key)),
-      "data": ocp.args.JsonSave(data_state),
-    }
-    if state.ema is not None:
-      items["ema"] = ocp.args.StandardSave(state.ema)
+    items = {name: ocp.args.StandardSave(_wrap(tree)) for name, tree in _filled(state).items()}
+    items["data"] = ocp.args.JsonSave(data_state)
     try:
       self._writer.save(checkpoint_path(self.folder, step), ocp.args.Composite(**items))
-    except Exception as failure:  # a full disk has many faces here: OSError, ValueError, errors of jax and tensorstore
+    except Exception as failure:  # a full disk has many faces here: also errors of tensorstore
       self._give_up(step, failure)
       return
     self._finisher = threading.Thread(target=self._finish, args=(step,))
     self._finisher.start()
 
   def wait(self) -> int:
-    """Until the newest checkpoint is written or given up; returns `saved`."""
+    """Waits until the newest checkpoint is written or given up; returns `saved`."""
     if self._finisher is not None:
       self._finisher.join()
       self._finisher = None
     if is_main():
-      remove_leftovers(
-        self.folder
-      )  # a failed save goes on writing for a while after it has said so
+      # a failed save goes on writing for a while after it has said so
+      remove_leftovers(self.folder)
     return self.saved
 
   def close(self) -> int:
+    """Waits as `wait` does and stops the writer; returns `saved`."""
     self.wait()
     self._writer.close()
+    logging.getLogger("absl").setLevel(self._absl_level)
     return self.saved
 
   @property
   def newest(self) -> str:
-    """`saved` in words."""
-    return (
-      f"the newest checkpoint is of step {self.saved}"
-      if self.saved >= 0
-      else "there is no checkpoint yet"
-    )
+    """Says in words which checkpoint is the newest."""
+    if self.saved < 0:
+      return "there is no checkpoint yet"
+    return f"the newest checkpoint is of step {self.saved}"
 
   def _missing_megabytes(self, state: TrainState) -> int:
-    """What the disk lacks for one more checkpoint: as large as the newest one, or else as the state in memory.
+    """Returns the megabytes that the disk lacks for one more checkpoint, 0 where there is room.
 
-    Asked first because the writer, once it fails, buries its reason under pages of tracebacks.
+    It needs as much as the newest one, or else as the state in memory. Asked first because the
+    writer, once it fails, buries its reason under pages of tracebacks.
     """
     if self.saved >= 0:
       need = size_of(checkpoint_path(self.folder, self.saved))
@@ -125,9 +129,8 @@ class Checkpoints:
         prune(self.folder, self.keep, self.keep_every)
 
   def _give_up(self, step: int, failure: Exception) -> None:
-    reason = (str(failure).splitlines() or [""])[0].partition(" [tensorstore_spec")[0] or type(
-      failure
-    ).__name__
+    first_line = (str(failure).splitlines() or [""])[0]
+    reason = first_line.partition(" [tensorstore_spec")[0] or type(failure).__name__
     reason = reason if len(reason) < 300 else f"{reason[:100]} ... {reason[-150:]}"
     _log.error("step %d could not be saved, %s: %s", step, self.newest, reason)
     if is_main():
@@ -137,42 +140,59 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _logged(consequence: str) -> Iterator[None]:
-  """A file system that refuses costs a line of the log, not the run."""
+  """Logs an OSError in place of raising it: a refusing file system must not cost the run."""
   try:
     yield
   except OSError as error:
     _log.error("%s: %s", consequence, error)
 
 
-def restore(path: Path, like: TrainState) -> tuple[TrainState, dict]:
-  """(state, loader position) from a checkpoint folder; `like` gives shapes, dtypes and shardings."""
-  items = {
-    "params": like.params,
-    "optimizer": (like.step, like.opt_state, like.key),
-    **({} if like.ema is None else {"ema": like.ema}),
-  }
-  loaded = _load(path, items, ("data",))
-  step, opt_state, key = loaded["optimizer"]
-  return TrainState(step, loaded["params"], opt_state, loaded.get("ema"), key), loaded["data"]
+def restore(path: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+  """Returns (state, position in the data) of a checkpoint folder.
+
+  `like` gives shapes, dtypes and shardings. Raises UserError for a checkpoint of the old format.
+  """
+  loaded = _load(path, _filled(like), ("data",))
+  position = loaded.pop("data")
+  return like._replace(**loaded), position
 
 
-def restore_params(path: Path, like: Any) -> Any:
-  """The weights alone: the moving average where the checkpoint has one."""
-  item = "ema" if (path / "ema").exists() else "params"
-  return _load(path, {item: like}, ())[item]
+def restore_weights(path: Path, like: TrainState) -> Any:
+  """Returns the weights for use alone: the average, if there is one, with the frozen ones."""
+  trained = "ema" if (path / "ema").exists() else "params"
+  items = {trained: like.params}
+  if jax.tree.leaves(like.frozen):
+    items["frozen"] = like.frozen
+  loaded = _load(path, items, ())
+  return merge(loaded[trained], loaded.get("frozen", {}))
 
 
-def _load(path: Path, items: dict[str, Any], json_items: Iterable[str]) -> Any:
+def _filled(state: TrainState) -> dict[str, Any]:
+  """Returns the fields that hold arrays, by name."""
+  return {name: tree for name, tree in state._asdict().items() if jax.tree.leaves(tree)}
+
+
+def _wrap(tree: Any) -> Any:
+  """Returns what Orbax takes for a tree: a single array in a dict, anything else as it is."""
+  return {"value": tree} if jax.tree_util.all_leaves([tree]) else tree
+
+
+def _load(path: Path, items: dict[str, Any], json_items: Iterable[str]) -> dict[str, Any]:
+  refuse_old_format(path)
   arguments: dict[str, Any] = {
-    name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in items.items()
+    name: ocp.args.StandardRestore(_wrap(_abstract(tree))) for name, tree in items.items()
   }
   arguments |= {name: ocp.args.JsonRestore() for name in json_items}
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*_ITEMS)) as reader:
-    return reader.restore(path.absolute(), ocp.args.Composite(**arguments))
+    loaded = reader.restore(path.absolute(), ocp.args.Composite(**arguments))
+  return {
+    name: loaded[name]["value"] if jax.tree_util.all_leaves([items.get(name, {})]) else loaded[name]
+    for name in arguments
+  }
 
 
 def _abstract(tree: Any) -> Any:
-  """Shapes with shardings on the current mesh's devices."""
+  """Returns shapes and dtypes with shardings on the current mesh's devices."""
   mesh = jax.sharding.get_mesh()
 
   def leaf(x: Any) -> jax.ShapeDtypeStruct:

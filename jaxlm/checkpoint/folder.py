@@ -1,4 +1,4 @@
-"""What stands in a run's `checkpoints/`, told from names and manifests alone; nothing here needs jax.
+"""Lists, renames and removes a run's checkpoints by names and manifests alone, without jax.
 
 | name | what |
 |---|---|
@@ -15,47 +15,59 @@ import shutil
 from pathlib import Path
 
 from jaxlm.checkpoint.manifest import NAME, refuse_newer, verify
+from pallas_kernels.common.errors import UserError
 
 _log = logging.getLogger("jaxlm")
 _UNSOUND, _DELETING, _WRITING = ".unsound", ".deleting", ".orbax-checkpoint-tmp"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
+  """Returns where the checkpoint of a step lies, or would lie."""
   return folder / f"{step:08d}"
 
 
 def size_of(path: Path) -> int:
-  """Bytes of all files of a checkpoint."""
+  """Returns the bytes of all files of a checkpoint."""
   return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def all_steps(folder: Path) -> list[int]:
-  """Steps that have a checkpoint, finished or not, ascending."""
+  """Returns the steps that have a checkpoint, finished or not, ascending."""
   return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
 
 def finished_steps(folder: Path) -> list[int]:
-  """Steps whose checkpoint has a manifest, ascending."""
+  """Returns the steps whose checkpoint has a manifest, ascending."""
   return [step for step in all_steps(folder) if (checkpoint_path(folder, step) / NAME).exists()]
 
 
 def newest_sound(folder: Path) -> int:
-  """The step of the newest checkpoint that verifies; those that do not are passed over and logged.
+  """Returns the step of the newest checkpoint that verifies; others are passed over and logged.
 
-  Raises FileNotFoundError when there is none, ValueError when one was written by a newer version.
+  Raises FileNotFoundError when there is none, UserError for one of a newer or an older format.
   """
   for step in reversed(all_steps(folder)):
     path = checkpoint_path(folder, step)
     faults = verify(path)
     if not faults:
+      refuse_old_format(path)
       return step
     refuse_newer(path)  # it would be taken for damaged, and set aside
     _log.warning("checkpoint %s does not verify: %s", path.name, "; ".join(faults))
   raise FileNotFoundError(errno.ENOENT, "holds no checkpoint that verifies", str(folder))
 
 
+def refuse_old_format(path: Path) -> None:
+  """Raises UserError for a checkpoint whose step and key are not items of their own."""
+  if (path / "optimizer").is_dir() and not (path / "step").is_dir():
+    raise UserError(
+      f"{path}: is of the old checkpoint format (its step and key are inside the item `optimizer`), "
+      "which this version cannot read; use the version that wrote it, or train anew"
+    )
+
+
 def set_aside_after(folder: Path, step: int) -> None:
-  """Renames checkpoints of later steps, which a resumed run will write again: unfinished or damaged ones."""
+  """Renames checkpoints of later steps, unfinished or damaged, which a resumed run writes again."""
   for later in all_steps(folder):
     if later > step:
       path = checkpoint_path(folder, later)
@@ -65,12 +77,15 @@ def set_aside_after(folder: Path, step: int) -> None:
 
 
 def set_aside(folder: Path) -> list[Path]:
-  """What `set_aside_after` has renamed so far."""
+  """Returns what `set_aside_after` has renamed so far."""
   return sorted(folder.glob(f"*{_UNSOUND}*"))
 
 
 def remove_leftovers(folder: Path) -> None:
-  """Removes what a killed process or a failed save left; only for the process that writes, while it is not writing."""
+  """Removes what a killed process or a failed save left.
+
+  Only for the process that writes to the run, while it is not writing.
+  """
   for path in (*folder.glob(f"*{_WRITING}*"), *folder.glob(f"*{_DELETING}*")):
     shutil.rmtree(path, ignore_errors=True)
 
@@ -83,7 +98,7 @@ def remove(folder: Path, step: int) -> None:
 
 
 def prune(folder: Path, keep: int, keep_every: int) -> None:
-  """Removes finished checkpoints but for the newest `keep` and those whose step is a multiple of `keep_every`."""
+  """Removes finished checkpoints but the newest `keep` and every multiple of `keep_every`."""
   for step in finished_steps(folder)[:-keep]:
     if not keep_every or step % keep_every:
       remove(folder, step)

@@ -82,7 +82,7 @@ def _arrays(path: Path) -> Iterator[tuple[str, str]]:
   import jax
   import orbax.checkpoint as ocp
 
-  for item in ("params", "ema", "optimizer"):
+  for item in ("params", "frozen", "model_state", "ema", "opt_state", "hyper"):
     if (path / item).exists():
       tree = ocp.StandardCheckpointHandler().metadata((path / item).absolute()).tree
       for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):

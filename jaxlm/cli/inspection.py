@@ -22,10 +22,11 @@ def evaluate(run: tyro.conf.Positional[Path], batches: int | None = None) -> int
   from jaxlm.run import SavedRun
 
   saved = SavedRun.open(run)
-  text, loss, tokens = saved.evaluate(batches)
-  print(f"step {saved.step}: held-out loss {loss:.4f} nats per token over {tokens:,.0f} tokens")
+  text, values = saved.evaluate(batches)
+  loss, tokens = values["heldout_loss"], values["tokens"]
+  print(f"step {saved.step}: held-out loss {loss:.4f} nats per token over {tokens:,} tokens")
   print("bits per byte on the same text")
-  for name, bits in {"this model": text.bits_per_byte(loss), **baselines(text.corpus)}.items():
+  for name, bits in {"this model": values["bits_per_byte"], **baselines(text.corpus)}.items():
     print(f"  {name:<18}{bits:.3f}")
   return 0
 

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy in nats, in float32 whatever the compute type, without all logits in memory."""
+"""Next-token cross-entropy in nats, in float32, without all logits in memory."""
 
 # B batch, T positions, N = B T tokens, D model
 
@@ -19,9 +19,10 @@ Implementation = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"]
 def token_logprobs(
   states_BTD: jax.Array, head: Head, targets_BT: jax.Array, implementation: Implementation = "auto"
 ) -> tuple[jax.Array, jax.Array]:
-  """Log-probability of each target, and the log of each softmax normaliser; both float32 [B, T], differentiable.
+  """Returns (log-probability of each target, log of each softmax normaliser), in nats.
 
-  `states_BTD`: what the head multiplies (`Transformer.apply(..., logits=False)`). `implementation`: as in TrainConfig.
+  Both are float32 [B, T] and differentiable. `states_BTD`: what the head multiplies
+  (`Transformer.apply(..., logits=False)`). `implementation`: as in TrainConfig.
   """
   loss_N, lse_N = _cross_entropy(
     states_BTD, head, targets_BT, implementation, reduction="none", return_lse=True
@@ -40,11 +41,13 @@ def next_token_loss(
   weights_BT: jax.Array,
   z_loss: float = 0.0,
   implementation: Implementation = "auto",
-) -> tuple[Weighted, Weighted]:
-  """(what to minimise, plain cross-entropy), over positions with these weights; arguments as in `token_logprobs`.
+) -> dict[str, Weighted]:
+  """Returns the terms of next-token prediction, over positions with these weights.
 
-  The first adds `z_loss` times the squared log-normaliser (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
-  Where a weight is 0, neither state nor target matter.
+  "loss" is the cross-entropy. With `z_loss` it is only a metric, and "loss_with_z" is minimised in
+  its place, which adds `z_loss` times the squared log-normaliser (Chowdhery et al. 2022, arXiv
+  2204.02311, section 5). Other arguments as in `token_logprobs`. Where a weight is 0, neither state
+  nor target matter.
   """
   weights_N = merge_tokens(weights_BT)
   minimised, lse_N = _cross_entropy(
@@ -57,11 +60,15 @@ def next_token_loss(
     z_loss=z_loss,
     return_lse=True,
   )
-  plain, tokens = minimised, jnp.sum(weights_N)
-  if z_loss:
-    square_N = jnp.where(weights_N != 0, jnp.square(jax.lax.stop_gradient(lse_N)), 0.0)
-    plain = minimised - z_loss * jnp.sum(weights_N * square_N)
-  return Weighted(minimised, tokens), Weighted(plain, tokens)
+  tokens = jnp.sum(weights_N)
+  if not z_loss:
+    return {"loss": Weighted(minimised, tokens)}
+  square_N = jnp.where(weights_N != 0, jnp.square(jax.lax.stop_gradient(lse_N)), 0.0)
+  plain = minimised - z_loss * jnp.sum(weights_N * square_N)
+  return {
+    "loss": Weighted(plain, tokens, weight=0.0),
+    "loss_with_z": Weighted(minimised, tokens),
+  }
 
 
 def _cross_entropy(
@@ -83,7 +90,7 @@ def _cross_entropy(
 
 
 def merge_tokens(x: jax.Array) -> jax.Array:
-  """[B, T, ...] -> [N, ...]; on a mesh N is spread over all axes that B and T are spread over."""
+  """Returns [B, T, ...] as [N, ...]; on a mesh N is split by all axes that B and T are split by."""
   shape = (x.shape[0] * x.shape[1], *x.shape[2:])
   if not is_sharded():
     return jnp.reshape(x, shape)

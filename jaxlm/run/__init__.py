@@ -1,4 +1,4 @@
-"""One run from start to end: `train` runs a configuration, `resume` goes on, `SavedRun` opens one."""
+"""One run from start to end: `fit` trains any task, `train` text; `SavedRun` opens a run."""
 
 from __future__ import annotations
 
@@ -6,16 +6,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from jaxlm.run.fit import TrainResult, resume, train
+  from jaxlm.run.loop import TrainResult, fit
   from jaxlm.run.saved_run import SavedRun
+  from jaxlm.run.text import resume, train
 
-__all__ = ["SavedRun", "TrainResult", "resume", "train"]
+__all__ = ["SavedRun", "TrainResult", "fit", "resume", "train"]
 
-_HOMES = {"TrainResult": "fit", "resume": "fit", "train": "fit", "SavedRun": "saved_run"}
+_HOMES = {
+  "SavedRun": "saved_run",
+  "TrainResult": "loop",
+  "fit": "loop",
+  "resume": "text",
+  "train": "text",
+}
 
 
 def __getattr__(name: str) -> Any:
-  """Imported when first asked for: what only reads a run's files (`jaxlm checkpoint verify`) starts without jax."""
+  """Imports a public name when it is first used.
+
+  What only reads a run's files (`jaxlm checkpoint verify`) thus starts without jax.
+  """
   if name not in _HOMES:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
   return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,33 +12,34 @@ from jaxlm.run.environment import differences, starts
 from jaxlm.run.run_folder import RunFolder
 from pallas_kernels.common.errors import UserError
 
-FREE_OF_MODEL = ("max_length",)
+FREE_OF_MODEL = ("max_length", "dtype", "attention_implementation", "remat", "scan")
 """Fields of the model that change no weight."""
 FREE_OF_DATA = ("threads",)
 """Fields of the data that change no row."""
 
 
 def check_compatible(
-  folder: RunFolder, config: TrainConfig, step: int, *, other_text: bool = False
+  folder: RunFolder, config: TrainConfig, step: int, *, other_data: bool = False
 ) -> None:
   """Raises UserError where `config` contradicts the run's checkpoint of `step`, and names the fields.
 
   The model, the update rule and whether an average is kept decide what arrays a checkpoint holds;
   seed and initial weights are in them. After step 0 its position in the data counts batches of rows
-  of a certain text, so batch size and data may not change either, but for data with `other_text`.
+  of a certain text, so batch size and data may not change either, but for data with `other_data`.
+  The tokenizer never may.
   Compares with the last start of the run, or where it never started with its config.json.
   """
   started = [start["config"] for start in starts(folder) if isinstance(start.get("config"), dict)]
-  before = started[-1] if started else to_dict(folder.read_config())
-  saved = _fixed_fields(before, step, other_text)
-  now = _fixed_fields(to_dict(config), step, other_text)
+  before = started[-1] if started else json.loads(folder.config.read_text())
+  saved = _fixed_fields(before, step, other_data)
+  now = _fixed_fields(json.loads(json.dumps(to_dict(config))), step, other_data)
   wrong = differences(saved, {name: value for name, value in now.items() if name in saved})
   if wrong:
     rule = "contradicts the checkpoints, which were written with other values (saved -> now)"
     raise UserError(f"{folder.config}: {rule}: {'; '.join(wrong)}")
 
 
-def _fixed_fields(config: Mapping[str, Any], step: int, other_text: bool) -> dict[str, Any]:
+def _fixed_fields(config: Mapping[str, Any], step: int, other_data: bool) -> dict[str, Any]:
   """Returns the fields that the checkpoint of `step` fixes, as nested dicts."""
   model, data = config.get("model", {}), config.get("data", {})
   fixed = {
@@ -46,9 +48,10 @@ def _fixed_fields(config: Mapping[str, Any], step: int, other_text: bool) -> dic
     "ema": "kept" if config.get("ema") else "not kept",
     "seed": config.get("seed"),
     "init": config.get("init"),
+    "data": {"tokenizer": data.get("tokenizer")},
   }
   if step > 0:
     fixed["batch"] = config.get("batch")
-  if step > 0 and not other_text:
+  if step > 0 and not other_data:
     fixed["data"] = {name: value for name, value in data.items() if name not in FREE_OF_DATA}
   return fixed

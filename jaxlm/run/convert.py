@@ -18,7 +18,9 @@ from jaxlm.data.tokenizer import BPETokenizer
 from jaxlm.interop import huggingface
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.saved_run import SavedRun
-from jaxlm.train.step import init_state
+from jaxlm.run.text import TextTask
+from jaxlm.train.state import init_state
+from jaxlm.train.task import Start
 from pallas_kernels.common.errors import UserError
 from sharding import make_mesh
 
@@ -67,7 +69,8 @@ def _to_run(folder: Path, target: Path) -> str:
     params = huggingface.load(folder, dtype="float32")[1]
     run.create(config)
     shutil.copy(tokenizer, target / TOKENIZER_FILE)
-    state = jax.jit(init_state, static_argnums=0, donate_argnums=1)(config, params)
+    initialize = lambda start: init_state(config, TextTask(config), start)  # noqa: E731
+    state = jax.jit(initialize, donate_argnums=0)(Start(params))
     checkpoints = Checkpoints(run.checkpoints, keep=config.keep)
     checkpoints.save(state, FIRST_POSITION)
     if checkpoints.close() != 0:

@@ -11,13 +11,13 @@ import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxlm.checkpoint.atomic import write_text
 from jaxlm.config import TrainConfig
-from jaxlm.data.packing import Batch
 from jaxlm.run.metrics import print_status
 from jaxlm.run.run_folder import RunFolder, read_records
 from pallas_kernels.common.errors import UserError
@@ -26,6 +26,7 @@ from sharding.multihost import is_main
 WINDOW = 64  # losses that a new one is compared with
 FEWEST = 16  # of these, before anything counts as a spike
 _REMEMBERED = WINDOW + 2
+_ROWS = "rows_in_batch"  # beside the arrays of a saved batch
 LEAST_DEVIATION = 0.01  # of the median: a loss that hardly moves has deviations near 0
 
 
@@ -55,7 +56,7 @@ class Guard:
     return math.isfinite(loss) and loss > self._spike_limit(step)
 
   def check_step(
-    self, step: int, values: Mapping[str, float], batch: Batch, rows: np.ndarray
+    self, step: int, values: Mapping[str, float], batch: Any, rows: np.ndarray
   ) -> None:
     """Prints and saves what is wrong with the numbers of a finished step; counts skipped updates.
 
@@ -102,7 +103,7 @@ def save_step(
   folder: Path,
   step: int,
   values: Mapping[str, float],
-  batch: Batch,
+  batch: Any,
   rows: np.ndarray,
   batch_size: int,
 ) -> Path:
@@ -112,25 +113,30 @@ def save_step(
   """
   target = folder / f"{step:08d}"
   target.mkdir(parents=True, exist_ok=True)
-  arrays = {name: array for name, array in batch._asdict().items() if array is not None}
-  np.savez(target / f"rows_of_process_{jax.process_index()}.npz", rows=rows, **arrays)
+  arrays = {
+    jax.tree_util.keystr(path, simple=True, separator="/") or "batch": array
+    for path, array in jax.tree_util.tree_leaves_with_path(batch)
+  }
+  named: dict[str, Any] = {_ROWS: rows, **arrays}
+  np.savez(target / f"rows_of_process_{jax.process_index()}.npz", **named)
   if is_main():
     record = {"step": step, "batch": batch_size, **values}
     write_text(target / "step.json", json.dumps(record) + "\n")
   return target
 
 
-def load_batch(folder: Path, step: int) -> Batch | None:
-  """Returns the whole batch that `save_step` wrote, or None where it wrote none.
+def load_batch(folder: Path, step: int) -> dict[str, np.ndarray] | None:
+  """Returns the arrays of the whole batch that `save_step` wrote, or None where it wrote none.
 
-  Raises UserError where rows are missing, because the file of some process is.
+  Their names are their paths in the batch, such as "inputs_BT". Raises UserError where rows are
+  missing, because the file of some process is.
   """
   source = folder / f"{step:08d}"
   if not (source / "step.json").is_file():
     return None
   size = json.loads((source / "step.json").read_text())["batch"]
   parts = [dict(np.load(path, allow_pickle=False)) for path in source.glob("rows_of_process_*.npz")]
-  rows_of_parts = [part.pop("rows") for part in parts]
+  rows_of_parts = [part.pop(_ROWS) for part in parts]
   missing = np.setdiff1d(np.arange(size), np.concatenate([*rows_of_parts, np.array([], int)]))
   if len(missing):
     raise UserError(f"{source}: rows {missing.tolist()} of the batch of {size} are missing")
@@ -138,4 +144,4 @@ def load_batch(folder: Path, step: int) -> Batch | None:
   for part, rows in zip(parts, rows_of_parts):
     for name, local in part.items():
       whole[name][rows] = local
-  return Batch(**whole)
+  return whole

@@ -1,9 +1,10 @@
-"""Draws the loss of a run beside what it has to beat, and the curves of several runs side by side."""
+"""Draws a run's loss beside what it has to beat, and the curves of several runs side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,33 +13,34 @@ from jaxlm.run.run_folder import RunFolder, read_records
 from pallas_kernels.common.errors import UserError, import_extra
 
 
-def draw_loss(folder: RunFolder, baselines: Mapping[str, float]) -> None:
-  """Draws metrics.jsonl and eval.jsonl in bits per byte into loss.png; `baselines` as lines.
+def draw_loss(folder: RunFolder, references: Mapping[str, float]) -> None:
+  """Draws metrics.jsonl and eval.jsonl into loss.png; `references` are horizontal lines.
 
-  Turns training loss into bits per byte by the held-out text's tokens per byte. Raises
-  MissingExtraError without matplotlib.
+  Where evaluations give bits per byte, the curves are in these: the training loss is converted by
+  the held-out text's tokens per byte. Other values of evaluations have a panel each, but for
+  counts. Raises MissingExtraError without matplotlib.
   """
   new_figure = import_extra("matplotlib.figure", "plot", "drawing curves").Figure
-  steps, losses = (
-    np.array([record[key] for record in read_records(folder.metrics)]) for key in ("step", "loss")
-  )
-  evals = list(read_records(folder.evals))
-  bits = np.array([record["bits_per_byte"] for record in evals])
-  scale = bits[-1] / evals[-1]["heldout_loss"]
+  records = list(read_records(folder.metrics))
+  steps, losses = (np.array([record[key] for record in records]) for key in ("step", "loss"))
+  evals = list(read_records(folder.evals)) if folder.evals.is_file() else []
+  last = evals[-1] if evals else {}
+  in_bits = "bits_per_byte" in last
+  unit, heldout = ("bits per byte", "bits_per_byte") if in_bits else ("loss", "heldout_loss")
+  scale = last["bits_per_byte"] / last["heldout_loss"] if in_bits else 1.0
+  others = [
+    name
+    for name, value in last.items()
+    if isinstance(value, float) and name not in ("heldout_loss", "bits_per_byte")
+  ]
 
-  figure = new_figure(figsize=(7, 4.2), layout="constrained")
-  axes = figure.subplots()
+  figure = new_figure(figsize=(7 + 4 * len(others), 4.2), layout="constrained")
+  axes, *panels = np.ravel(figure.subplots(1, 1 + len(others)))
   axes.plot(steps, scale * losses, color="tab:blue", alpha=0.25, linewidth=0.8)
   axes.plot(steps, scale * _smooth(losses), color="tab:blue", label="training, running mean")
-  axes.plot(
-    [record["step"] for record in evals],
-    bits,
-    "o-",
-    color="tab:red",
-    markersize=4,
-    label="held-out",
-  )
-  for name, value in baselines.items():
+  if heldout in last:
+    _draw_evaluations(axes, evals, heldout)
+  for name, value in references.items():
     axes.axhline(value, color="gray", linestyle="--", linewidth=1)
     axes.annotate(
       f"{name} {value:.2f}",
@@ -48,12 +50,21 @@ def draw_loss(folder: RunFolder, baselines: Mapping[str, float]) -> None:
       va="bottom",
       color="gray",
     )
-  axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, None), xlim=(0, steps[-1]))
-  axes.set_title(
-    f"{folder.path.name}: held-out {bits[-1]:.3f} bits per byte after {steps[-1]} steps", loc="left"
-  )
+  axes.set(xlabel="step", ylabel=unit, ylim=(0, None), xlim=(0, steps[-1]))
+  shown = f"held-out {last[heldout]:.3f}" if heldout in last else f"{losses[-1]:.3f}"
+  axes.set_title(f"{folder.path.name}: {shown} {unit} after {steps[-1]} steps", loc="left")
   axes.legend(frameon=False)
+  for panel, name in zip(panels, others):
+    _draw_evaluations(panel, evals, name)
+    panel.set(xlabel="step", xlim=(0, steps[-1]))
+    panel.set_title(name.replace("_", " "), loc="left")
   figure.savefig(folder.plot, dpi=150)
+
+
+def _draw_evaluations(axes: Any, evals: Sequence[Mapping[str, Any]], name: str) -> None:
+  """Draws one value of all evaluations over their steps."""
+  steps, values = ([record[key] for record in evals] for key in ("step", name))
+  axes.plot(steps, values, "o-", color="tab:red", markersize=4, label="held-out")
 
 
 def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
@@ -83,10 +94,10 @@ def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
       axes.plot(steps, _smooth(values), color=color, label=name)
     rates.plot(steps, rate, color=color)
     evals = list(read_records(folder.evals)) if folder.evals.is_file() else []
-    losses.plot(
-      [e["step"] for e in evals], [e["heldout_loss"] for e in evals], "o", color=color, markersize=4
-    )
-  losses.set(title="loss, nats per token (dots: held-out)", xlabel="step")
+    known = [record for record in evals if "heldout_loss" in record]
+    dots = ([record[key] for record in known] for key in ("step", "heldout_loss"))
+    losses.plot(*dots, "o", color=color, markersize=4)
+  losses.set(title="loss (dots: held-out)", xlabel="step")
   norms.set(title="gradient norm before clipping", xlabel="step", yscale="log")
   rates.set(title="learning rate", xlabel="step", ylim=(0, None))
   losses.legend(frameon=False)

@@ -22,12 +22,15 @@ from jaxlm.config import MeshConfig, TrainConfig, check
 from jaxlm.data.loader import Batch, load_text
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.models.transformer import Block, Transformer
-from jaxlm.run.fit import begin
+from jaxlm.objectives import Weighted
 from jaxlm.run.guard import Guard, load_batch
+from jaxlm.run.loop import restore_or_init
 from jaxlm.run.resolve import check_mesh
 from jaxlm.run.run_folder import RunFolder, log_to, read_records
+from jaxlm.run.text import TextTask
 from jaxlm.train.accumulate import accumulated_gradients
-from jaxlm.train.step import TrainState, batch_loss, make_train_step
+from jaxlm.train.state import TrainState
+from jaxlm.train.step import make_train_step
 from sharding import make_mesh
 from sharding.batches import globalize
 
@@ -47,8 +50,9 @@ def replay(run: str | Path, step: int, print_status: Callable[[str], Any] = prin
     print_status(
       f"norm of the weights before step {step}: {float(optax.tree.norm(state.params)):.6g}"
     )
-    _, values = jax.jit(make_train_step(config))(state, globalize(batch, config.batch))
-    print_status(f"step {step}: loss {float(values.loss)}, gradient norm {float(values.grad_norm)}")
+    train_step = jax.jit(make_train_step(config, TextTask(config)))
+    values = jax.device_get(train_step(state, globalize(batch, config.batch))[1])
+    print_status(f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}")
   with jax.set_mesh(make_mesh(MeshConfig(data=1))):
     for line in diagnose(config, jax.tree.map(jnp.asarray, params), batch):
       print_status(line)
@@ -65,17 +69,18 @@ def _before(
   print_status(
     f"replaying from {f'the checkpoint of step {start}' if sound else 'the initial weights'}"
   )
-  state, batches = begin(
-    config, text, checkpoint_path(folder.checkpoints, start) if sound else None
-  )
-  train_step = jax.jit(make_train_step(config), donate_argnums=0)
+  task = TextTask(config, text)
+  checkpoint = checkpoint_path(folder.checkpoints, start) if sound else None
+  state, batches = restore_or_init(config, task, checkpoint)
+  train_step = jax.jit(make_train_step(config, task), donate_argnums=0)
   guard = Guard(config, folder, start)
   recorded = {record["step"]: record["loss"] for record in read_records(folder.metrics)}
   different = []
   for at in range(start + 1, step):
     state, metrics = train_step(state, globalize(next(batches), config.batch), guard.limit(at))
-    guard.losses[at] = float(metrics.loss)
-    if at in recorded and not _same(recorded[at], float(metrics.loss)):
+    loss = float(metrics["loss"])
+    guard.losses[at] = loss
+    if at in recorded and not _same(recorded[at], loss):
       different.append(at)
   if step > start + 1:
     repeated = (
@@ -84,7 +89,8 @@ def _before(
       else "repeat the record bit for bit"
     )
     print_status(f"steps {start + 1} to {step - 1} {repeated}")
-  expected, saved = next(batches), load_batch(folder.bad_steps, step)
+  expected, arrays = next(batches), load_batch(folder.bad_steps, step)
+  saved = None if arrays is None else Batch(**arrays)
   if saved is not None and not all(
     map(np.array_equal, jax.tree.leaves(saved), jax.tree.leaves(expected))
   ):
@@ -114,12 +120,13 @@ def diagnose(config: TrainConfig, params: Any, batch: Batch) -> list[str]:
     if not _finite(loss):
       return [*lines, f"every module's output is finite, the loss is {loss}{where}"]
   lines.append("every module's output and the loss are finite")
-  gradient = jax.jit(
-    lambda w, b: accumulated_gradients(
-      lambda w, b: batch_loss(config, w, b), w, b, config.accumulate
-    )
-  )
-  grads, _ = gradient(params, jax.tree.map(jnp.asarray, batch))
+
+  def objective(params: Any, batch: Batch, key: jax.Array) -> dict[str, Weighted]:
+    return TextTask(config).objective(params, {}, batch, key)
+
+  gradients = jax.jit(accumulated_gradients, static_argnums=(0, 4))
+  key = jax.random.key(0)  # text's objective draws nothing
+  grads, _ = gradients(objective, params, jax.tree.map(jnp.asarray, batch), key, config.accumulate)
   wrong = [_name(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if not _finite(g)]
   return [
     *lines,
@@ -157,7 +164,8 @@ def first_not_finite(config: TrainConfig, params: Any, batch: Batch) -> tuple[st
     Transformer(config.model).apply(
       params, batch.inputs_BT, positions=batch.positions_BT, segment_ids=batch.segment_ids_BT
     )
-  return (found[0] if found else ""), float(batch_loss(config, params, batch)[1].mean())
+  loss = TextTask(config).objective(params, {}, batch, jax.random.key(0))["loss"].mean()
+  return (found[0] if found else ""), float(loss)
 
 
 def _finite(x: Any) -> bool:

@@ -39,7 +39,7 @@ def with_initial_model(config: TrainConfig) -> TrainConfig:
 
 
 def check_mesh(config: TrainConfig) -> None:
-  """ValueError where the batch or the model does not divide over the mesh, or the model cannot use one of its axes."""
+  """Raises UserError where the model does not divide over the mesh or cannot use one of its axes."""
   sizes = config.mesh.resolve(jax.device_count())
   for axis in ("stage", "context_ring", "context_ulysses", "expert"):
     check(
@@ -48,9 +48,7 @@ def check_mesh(config: TrainConfig) -> None:
       sizes[axis],
       "the model does not use this axis; it must be 1",
     )
-  shards, model, tensor = sizes["data"] * sizes["fsdp"], config.model, sizes["tensor"]
-  rule = f"must be a multiple of {shards} batch shards x accumulate={config.accumulate}"
-  check(config.batch % (shards * config.accumulate) == 0, "batch", config.batch, rule)
+  model, tensor = config.model, sizes["tensor"]
   check(
     config.data.length % tensor == 0,
     "data.length",

@@ -8,18 +8,19 @@ from typing import Any
 
 import jax
 
-from jaxlm.checkpoint.checkpoint import restore_params
+from jaxlm.checkpoint.checkpoint import restore_weights
 from jaxlm.checkpoint.folder import checkpoint_path, newest_sound
 from jaxlm.config import DataConfig, MeshConfig, TrainConfig
-from jaxlm.data.loader import TextData, heldout_batches, load_text
+from jaxlm.data.loader import TextData, load_text
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, check_vocabulary, load_tokenizer
 from jaxlm.decode import Sampler, generate
 from jaxlm.interop import huggingface
 from jaxlm.run.run_folder import RunFolder
-from jaxlm.train.evaluate import make_evaluator
-from jaxlm.train.step import init_state
+from jaxlm.run.text import TextTask
+from jaxlm.train.state import init_state
 from sharding import make_mesh
+from sharding.batches import local_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +47,8 @@ class SavedRun:
     config = dataclasses.replace(folder.read_config(), mesh=MeshConfig(data=1))
     newest = newest_sound(folder.checkpoints)
     with jax.set_mesh(make_mesh(config.mesh)):
-      params = restore_params(
-        checkpoint_path(folder.checkpoints, newest),
-        jax.eval_shape(lambda: init_state(config)).params,
-      )
+      like = jax.eval_shape(lambda: init_state(config, TextTask(config)))
+      params = restore_weights(checkpoint_path(folder.checkpoints, newest), like)
     tokenizer = load_tokenizer(folder.path, config.data, config.model.V)
     return cls(config, tokenizer, params, newest, (tokenizer.eos,))
 
@@ -74,13 +73,10 @@ class SavedRun:
     ends = (ids_M == eos).nonzero()[0]
     return self.tokenizer.decode(ids_M[: ends[0]] if len(ends) else ids_M)
 
-  def evaluate(self, limit: int | None = None) -> tuple[TextData, float, float]:
-    """Returns the text, the loss in nats per token and the number of tokens.
-
-    Reads all held-out text, or `limit` batches of it.
-    """
+  def evaluate(self, limit: int | None = None) -> tuple[TextData, dict[str, float]]:
+    """Returns (the text, evaluation as in eval.jsonl) over all held-out text or `limit` batches."""
     text = load_text(self.config.data, self.tokenizer)
     with jax.set_mesh(make_mesh(self.config.mesh)):
-      batches = heldout_batches(text, batch=self.config.batch, limit=limit)
-      loss, tokens = make_evaluator(self.config)(self.params, batches)
-    return text, loss, tokens
+      rows = local_rows(self.config.batch)
+      values = TextTask(self.config, text).evaluate(self.params, {}, rows, limit)
+    return text, values

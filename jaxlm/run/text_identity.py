@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jaxlm.checkpoint.atomic import write_text
 from jaxlm.data.corpus import Document
 from jaxlm.data.loader import TextData
+from jaxlm.run.metrics import print_status
 from jaxlm.run.run_folder import RunFolder
 from pallas_kernels.common.errors import UserError
 
@@ -37,19 +38,38 @@ def _digest(documents: Iterable[Document]) -> str:
   return digest.hexdigest()
 
 
-def check_same_everywhere(digests: Mapping[str, str]) -> None:
+def check_same_everywhere(text: TextData) -> None:
   """Raises UserError in every process where not all processes have read the same text."""
   if jax.process_count() == 1:
     return
-  words = np.frombuffer(bytes.fromhex("".join(digests.values())), np.int32)
-  of_processes = multihost_utils.process_allgather(words)
-  if (of_processes != of_processes[0]).any():
-    other = np.flatnonzero((of_processes != of_processes[0]).any(axis=1)).tolist()
-    raise UserError(f"data.source: processes {other} have read other text than process 0")
+  words = np.frombuffer(bytes.fromhex("".join(digest_text(text).values())), np.int32)
+  words_of_processes = multihost_utils.process_allgather(words)
+  differs = (words_of_processes != words_of_processes[0]).any(axis=1)
+  if differs.any():
+    processes = np.flatnonzero(differs).tolist()
+    rule = f"processes {processes} have read other text than process 0"
+    raise UserError(f"data.source={text.config.source!r}: {rule}")
+
+
+def record_text(folder: RunFolder, text: TextData) -> None:
+  """Writes the digests of a run's text into its folder."""
+  write_text(folder.text, json.dumps(digest_text(text), indent=2) + "\n")
+
+
+def check_text(folder: RunFolder, text: TextData, *, other_text: bool) -> None:
+  """Raises UserError where `text` is not what the run was trained on; with `other_text`, prints it."""
+  changes = changed_text(folder, digest_text(text))
+  if not changes:
+    return
+  message = f"data.source={text.config.source!r}: not the text of the run so far"
+  message += f" ({'; '.join(changes)})"
+  if not other_text:
+    raise UserError(f"{message}; --other_text goes on with it all the same")
+  print_status(message)
 
 
 def changed_text(folder: RunFolder, digests: Mapping[str, str]) -> list[str]:
-  """Returns a line for each side whose text is not that of the run's start; [] for a new run."""
+  """Returns a line for each side whose digest is not the recorded one; [] where none is recorded."""
   if not folder.text.is_file():
     return []
   before = json.loads(folder.text.read_text())
@@ -58,8 +78,3 @@ def changed_text(folder: RunFolder, digests: Mapping[str, str]) -> list[str]:
     for side, words in SIDES.items()
     if before[side] != digests[side]
   ]
-
-
-def record_text(folder: RunFolder, digests: Mapping[str, str]) -> None:
-  """Writes the digests of a run's text into its folder."""
-  write_text(folder.text, json.dumps(dict(digests), indent=2) + "\n")

@@ -1,114 +1,143 @@
-"""Learning-rate schedules and update rules, all from optax, with decay masks for this project's parameter trees."""
+"""Learning-rate schedules and update rules; parameters are treated by their declared role.
+
+A rule from optax gives a direction, and `update` moves the parameters:
+p -= rate * (direction + weight_decay * p), the decay for "matrix" and "head" alone.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxlm.config import OptimizerConfig, check
 from sharding.rules import is_sharded
 
+DECAYED = ("matrix", "head")
+"""roles that weight decay acts on"""
+_OWN_AXES = {"embedding": 2, "matrix": 2, "head": 2, "norm": 1, "bias": 1}
+"""axes of one parameter of a role; axes before these stack layers or experts"""
 
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Step (0-based) -> learning rate: linear warm-up to the peak, then the named shape until step `steps`.
 
-  wsd is warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395), with a linear decay.
+def check_schedule(config: OptimizerConfig, steps: int) -> None:
+  """Raises UserError where the warm-up leaves no step of `steps`."""
+  check(config.warmup < steps, "optimizer.warmup", config.warmup, f"must be below steps={steps}")
+
+
+def learning_rate(
+  config: OptimizerConfig, peak: jax.Array | float, steps: jax.Array | int, step: jax.Array | int
+) -> jax.Array:
+  """Returns the learning rate of a step (0-based), a float32 scalar.
+
+  All arguments but `config` may be traced.
+
+  Linear warm-up to `peak`, whose first step uses 1 / (warmup + 1) of it, then the named shape until
+  step `steps`. wsd is warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395), its decay linear.
   """
-  peak, final = config.learning_rate, config.learning_rate * config.final
-  warmup = config.warmup
-  check(warmup < steps, "optimizer.warmup", warmup, f"must be below steps={steps}")
-  after = steps - warmup
-  cooling = min(max(1, round(config.decay * steps)), after)
-  shapes = {
-    "cosine": optax.cosine_decay_schedule(peak, after, alpha=config.final),
-    "linear": optax.linear_schedule(peak, final, after),
-    "constant": optax.constant_schedule(peak),
-    "wsd": optax.join_schedules(
-      [optax.constant_schedule(peak), optax.linear_schedule(peak, final, cooling)],
-      [after - cooling],
+  step, steps = jnp.asarray(step, jnp.float32), jnp.asarray(steps, jnp.float32)
+  after = jnp.maximum(steps - config.warmup, 1.0)
+  since = step - config.warmup
+  if config.schedule == "cosine":
+    shape = (1 + jnp.cos(math.pi * jnp.clip(since / after, 0, 1))) / 2
+  elif config.schedule == "linear":
+    shape = 1 - jnp.clip(since / after, 0, 1)
+  elif config.schedule == "wsd":
+    cooling = jnp.minimum(jnp.maximum(1, jnp.round(config.decay * steps)), after)
+    shape = 1 - jnp.clip((since - (after - cooling)) / cooling, 0, 1)
+  else:
+    shape = jnp.float32(1)
+  falling = config.final + (1 - config.final) * shape
+  return peak * jnp.where(since < 0, (step + 1) / (config.warmup + 1), falling)
+
+
+def make_optimizer(config: OptimizerConfig, roles: Any) -> optax.GradientTransformation:
+  """Returns the rule that turns a gradient into a direction, for parameters of these `roles`.
+
+  AdamW (Loshchilov and Hutter 2019), Muon for "matrix" and adam for the rest (Jordan 2024; scaled
+  to `muon_scale` root mean square as Liu et al. 2025, arXiv 2502.16982, equation 4), Adafactor
+  (Shazeer and Stern 2018), clipped per matrix. UserError where muon or the decay act on nothing.
+  """
+  present = set(jax.tree.leaves(roles))
+  if config.weight_decay > 0:
+    rule = f"decays {' and '.join(DECAYED)}, but the roles are {sorted(present)}; state 0"
+    check(not present.isdisjoint(DECAYED), "optimizer.weight_decay", config.weight_decay, rule)
+  if config.name == "adamw":
+    return optax.scale_by_adam(config.b1, config.b2, config.eps)
+  if config.name == "adafactor":
+    clipped = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    return _for_each_parameter(clipped, roles)
+  check("matrix" in present, "optimizer.name", "muon", f"needs a matrix; roles: {sorted(present)}")
+  return optax.chain(
+    muon(
+      1.0,
+      beta=config.momentum,
+      eps=config.eps,
+      adam_b1=config.b1,
+      adam_b2=config.b2,
+      muon_weight_dimension_numbers=jax.tree.map(_muon_axes, roles),
+      consistent_rms=config.muon_scale,
     ),
-  }
-  # the first step already moves: it uses 1 / (warmup + 1) of the peak
-  rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-  return optax.join_schedules([rise, shapes[config.schedule]], [warmup])
-
-
-def decay_mask(params: Any) -> Any:
-  """True for matrices of the blocks and the head; False for norms, biases and the embedding."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, w: _is_matrix(path, w) and path[-1].key != "embed", params
+    optax.scale(-1.0),  # optax's muon includes the learning rate, and with it the sign
   )
 
 
-def _is_matrix(path: tuple, w: jax.Array) -> bool:
-  """Whether one layer's share of the parameter has two axes: those of the blocks are stacked on a leading one."""
-  return w.ndim - _is_stacked(path) == 2
+def _muon_axes(role: str) -> MuonDimensionNumbers | None:
+  """Returns which axes of a parameter are orthogonalised together; None leaves it to adam."""
+  return MuonDimensionNumbers(-2, -1) if role == "matrix" else None
 
 
-def _is_stacked(path: tuple) -> bool:
-  return any(key.key == "blocks" for key in path)
+def _for_each_parameter(rule: optax.GradientTransformation, roles: Any) -> Any:
+  """Returns `rule` applied to each parameter by itself; stacked ones are as many parameters."""
 
+  def stacked(function: Any, role: str, w: jax.Array) -> Any:
+    for _ in range(w.ndim - _OWN_AXES.get(role, w.ndim)):
+      function = jax.vmap(function)
+    return function
 
-def _muon_axes(params: Any) -> Any:
-  """Which axes of each block matrix [L, in, out] are orthogonalised together; None leaves a parameter to adamw."""
+  def init(params: Any) -> Any:
+    return jax.tree.map(lambda role, w: stacked(rule.init, role, w)(w), roles, params)
 
-  def axes(path: tuple, w: jax.Array) -> MuonDimensionNumbers | None:
-    return MuonDimensionNumbers(1, 2) if _is_stacked(path) and _is_matrix(path, w) else None
-
-  return jax.tree_util.tree_map_with_path(axes, params)
-
-
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """The update rule with its schedule; clipping comes before it, in the step.
-
-  AdamW (Loshchilov and Hutter 2019), Muon (Jordan 2024; scaled to `muon_scale` root mean square as Liu et al. 2025,
-  arXiv 2502.16982, equation 4), Adafactor (Shazeer and Stern 2018).
-  """
-  rate = learning_rate_schedule(config, steps)
-  if config.name == "adamw":
-    rule = optax.adamw(
-      rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask
+  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    both = jax.tree.map(
+      lambda role, g, s, w: stacked(rule.update, role, g)(g, s, w), roles, grads, state, params
     )
-  elif config.name == "muon":
-    rule = optax.chain(
-      muon(
-        rate,
-        beta=config.momentum,
-        eps=config.eps,
-        adam_b1=config.b1,
-        adam_b2=config.b2,
-        muon_weight_dimension_numbers=_muon_axes,
-        consistent_rms=config.muon_scale,
-      ),
-      # muon's own decay would spare the head, which it leaves to adamw
-      optax.add_decayed_weights(lambda step: -config.weight_decay * rate(step), mask=decay_mask),
-    )
-  else:
-    rule = optax.chain(
-      optax.scale_by_factored_rms(),
-      optax.clip_by_block_rms(1.0),
-      optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
-      optax.scale_by_learning_rate(rate),
-    )
-  return rule
+    directions = jax.tree.map(lambda _, pair: pair[0], roles, both)
+    return directions, jax.tree.map(lambda _, pair: pair[1], roles, both)
+
+  return optax.GradientTransformation(init, update)
 
 
 def update(
-  optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any
+  optimizer: optax.GradientTransformation,
+  roles: Any,
+  grads: Any,
+  opt_state: Any,
+  params: Any,
+  rate: jax.Array,
+  weight_decay: jax.Array,
 ) -> tuple[Any, Any]:
-  """(new parameters, new optimizer state), sharded as before.
+  """Returns (new parameters, new optimizer state), sharded as before.
 
-  Update rules come from a library that does not name shardings, so on a mesh the compiler chooses inside.
+  Rules come from a library that names no shardings, so on a mesh the compiler chooses inside.
   """
 
-  def apply(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
+  def apply(
+    grads: Any, opt_state: Any, params: Any, rate: jax.Array, weight_decay: jax.Array
+  ) -> tuple[Any, Any]:
+    directions, opt_state = optimizer.update(grads, opt_state, params)
+
+    def move(role: str, p: jax.Array, direction: jax.Array) -> jax.Array:
+      decayed = direction + weight_decay * p if role in DECAYED else direction
+      return (p - rate * decayed).astype(p.dtype)
+
+    return jax.tree.map(move, roles, params, directions), opt_state
 
   if not is_sharded():
-    return apply(grads, opt_state, params)
+    return apply(grads, opt_state, params, rate, weight_decay)
   shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (params, opt_state))
-  return jax.sharding.auto_axes(apply, out_sharding=shardings)(grads, opt_state, params)
+  sharded = jax.sharding.auto_axes(apply, out_sharding=shardings)
+  return sharded(grads, opt_state, params, rate, weight_decay)

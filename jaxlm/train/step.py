@@ -5,108 +5,88 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxlm.config import TrainConfig
-from jaxlm.data.loader import Batch
-from jaxlm.models import Transformer, head
-from jaxlm.objectives import Weighted, next_token_loss
+from jaxlm.objectives.weighted import Weighted
 from jaxlm.train.accumulate import accumulated_gradients
-from jaxlm.train.optimizer import learning_rate_schedule, make_optimizer, update
-from sharding.rules import shard
+from jaxlm.train.optimizer import check_schedule, learning_rate, make_optimizer, update
+from jaxlm.train.state import TrainState, merge
+from jaxlm.train.task import Task
+from pallas_kernels.common.errors import UserError
+from sharding.rules import defer_reduction
+
+Metrics = dict[str, jax.Array]
+_OWN_METRICS = ("grad_norm", "learning_rate", "skipped")
 
 
-class TrainState(NamedTuple):
-  """All that a run carries from step to step, but for the data position."""
+def make_train_step(config: TrainConfig, task: Task) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Returns train_step(state, batch, limit=inf) -> (state, metrics), not yet jitted.
 
-  step: jax.Array  # int32, steps done
-  params: Any
-  opt_state: Any
-  ema: Any  # moving average of params, or None
-  key: jax.Array  # of the run; a step's randomness is fold_in(key, step)
-
-
-class Metrics(NamedTuple):
-  """Of one step, float32 scalars: loss in nats per token, predicted tokens, gradient norm before clipping."""
-
-  loss: jax.Array
-  tokens: jax.Array
-  grad_norm: jax.Array
-  learning_rate: jax.Array
-  skipped: jax.Array  # 1 where the update was left out
-
-
-def init_state(config: TrainConfig, params: Any = None) -> TrainState:
-  """The state before the first step, of these parameters or fresh ones, which under `jax.jit` are born sharded."""
-  key = jax.random.key(config.seed)
-  if params is None:
-    ids_BT = shard(jnp.zeros((config.batch, config.data.length), jnp.int32), "batch", None)
-    params = Transformer(config.model).init(jax.random.fold_in(key, 0), ids_BT)
-  opt_state = make_optimizer(config.optimizer, config.steps).init(params)
-  return TrainState(
-    jnp.int32(0), params, opt_state, params if config.ema else None, jax.random.fold_in(key, 1)
-  )
-
-
-def batch_loss(config: TrainConfig, params: Any, batch: Batch) -> tuple[Weighted, Weighted]:
-  """(what to minimise, plain cross-entropy) of one batch."""
-  states_BTD: Any = Transformer(config.model).apply(
-    params,
-    batch.inputs_BT,
-    positions=batch.positions_BT,
-    segment_ids=batch.segment_ids_BT,
-    logits=False,
-  )
-  return next_token_loss(
-    states_BTD,
-    head(config.model, params),
-    batch.targets_BT,
-    batch.weights_BT,
-    config.z_loss,
-    config.loss_implementation,
-  )
-
-
-def make_train_step(config: TrainConfig) -> Callable[..., tuple[TrainState, Metrics]]:
-  """train_step(state, batch, limit=inf) of this configuration, not yet jitted.
-
-  An update whose loss or gradient is not finite, or whose loss is above `limit`, is left out: the weights stay.
+  metrics: the mean of each term of the objective, the denominator of "loss" under the name
+  `task.unit`, `grad_norm` before clipping, `learning_rate`, and `skipped`: 1 where the update was
+  left out because loss or gradient are not finite or the loss is above `limit`. What is left out
+  leaves parameters, model state, average and moments as they were; counters count on.
   """
-  optimizer = make_optimizer(config.optimizer, config.steps)
-  rate = learning_rate_schedule(config.optimizer, config.steps)
+  check_schedule(config.optimizer, config.steps)
 
   def train_step(
-    state: TrainState, batch: Batch, limit: float = math.inf
+    state: TrainState, batch: Any, limit: float = math.inf
   ) -> tuple[TrainState, Metrics]:
-    def objective(params: Any, batch: Batch) -> tuple[Weighted, Weighted]:
-      return batch_loss(config, params, batch)
+    roles = task.roles(state.params)
+    frozen = defer_reduction(state.frozen)
 
-    grads, loss = accumulated_gradients(objective, state.params, batch, config.accumulate)
+    def objective(params: Any, batch: Any, key: jax.Array) -> dict[str, Weighted]:
+      return task.objective(merge(params, frozen), state.model_state, batch, key)
+
+    key = jax.random.fold_in(state.key, state.step)
+    grads, terms = accumulated_gradients(objective, state.params, batch, key, config.accumulate)
+    _check_names(terms, task)
     grad_norm = optax.tree.norm(grads)
     if config.optimizer.clip:
       scale = config.optimizer.clip / jnp.maximum(grad_norm, config.optimizer.clip)
       grads = jax.tree.map(lambda g: g * scale, grads)
-    params, opt_state = update(optimizer, grads, state.opt_state, state.params)
+
+    hyper = state.hyper
+    rate = learning_rate(config.optimizer, hyper.learning_rate, hyper.steps, state.step)
+    optimizer = make_optimizer(config.optimizer, roles)
+    params, opt_state = update(
+      optimizer, roles, grads, state.opt_state, state.params, rate, hyper.weight_decay
+    )
+    means = {name: term.mean() for name, term in terms.items()}
+    params, model_state = task.after_update(params, state.model_state, means)
     ema = state.ema
     if config.ema:
       ema = jax.tree.map(lambda old, new: config.ema * old + (1 - config.ema) * new, ema, params)
-    taken = jnp.isfinite(loss.mean()) & jnp.isfinite(grad_norm) & (loss.mean() <= limit)
-    before = (state.params, state.opt_state, state.ema)
-    params, opt_state, ema = jax.tree.map(
-      functools.partial(_choose, taken), (params, opt_state, ema), before
-    )
-    metrics = Metrics(
-      loss.mean(), loss.den, grad_norm, rate(state.step), 1 - taken.astype(jnp.float32)
-    )
-    return TrainState(state.step + 1, params, opt_state, ema, state.key), metrics
+
+    loss = means["loss"]
+    taken = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= limit)
+    new = state._replace(params=params, model_state=model_state, opt_state=opt_state, ema=ema)
+    new = jax.tree_util.tree_map_with_path(functools.partial(_choose, taken), new, state)
+    skipped = 1 - taken.astype(jnp.float32)
+    metrics = means | {task.unit: terms["loss"].den, "grad_norm": grad_norm}
+    metrics |= {"learning_rate": rate, "skipped": skipped}
+    return new._replace(step=state.step + 1), metrics
 
   return train_step
 
 
-def _choose(taken: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-  """`new` if taken, else `old`; counters always count, so that the learning rate stays a function of the step."""
-  return new if jnp.issubdtype(new.dtype, jnp.integer) else jax.lax.select(taken, new, old)
+def _choose(taken: jax.Array, path: tuple, new: jax.Array, old: jax.Array) -> jax.Array:
+  """Returns `new` if the update is taken, else `old`; a counter is always `new`.
+
+  Counters are the whole numbers in the optimizer state that optax calls `count`. They are schedules
+  of the step, so they go on; every other whole number is data and stays as it was.
+  """
+  is_counter = path[0].name == "opt_state" and getattr(path[-1], "name", "") == "count"
+  return new if is_counter else jax.lax.select(taken, new, old)
+
+
+def _check_names(terms: dict[str, Weighted], task: Task) -> None:
+  """Raises UserError where a term has the name of a metric that every step has."""
+  for name in (task.unit, *_OWN_METRICS):
+    if name in terms:
+      raise UserError(f"term {name!r}: this name belongs to a metric of the step itself")

@@ -40,7 +40,7 @@ def train_pass(config, params, ids_BT):
     states_BTD = Transformer(config).apply(params, ids_BT, logits=False)
     summed = next_token_loss(
       states_BTD, head(config, params), targets_BT, shard(weights_BT, "batch", None)
-    )[0]
+    )["loss"]
     return summed.num / weights_BT[:, 1:].size
 
   value, grads = jax.value_and_grad(loss)(defer_reduction(params))

@@ -4,9 +4,9 @@ import pytest
 
 from jaxlm import presets
 from jaxlm.config import MeshConfig
-from jaxlm.run.fit import check_mesh
+from jaxlm.run.resolve import check_mesh
 from jaxlm.scaling.flops import parameter_count
-from jaxlm.train.optimizer import learning_rate_schedule
+from jaxlm.train.optimizer import check_schedule
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,6 @@ from jaxlm.train.optimizer import learning_rate_schedule
 def test_presets_have_the_size_they_say_and_can_run_on_one_device_or_eight(preset, millions):
   config = preset()
   assert parameter_count(config.model).total / 1e6 == pytest.approx(millions, rel=0.25)
-  learning_rate_schedule(config.optimizer, config.steps)  # the warm-up fits
+  check_schedule(config.optimizer, config.steps)  # the warm-up fits
   for mesh in (MeshConfig(data=1), MeshConfig(data=8)):
     check_mesh(dataclasses.replace(config, mesh=mesh))

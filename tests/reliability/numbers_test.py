@@ -25,8 +25,8 @@ from jaxlm.run import resume, train
 from jaxlm.run.guard import Guard, load_batch
 from jaxlm.run.replay import diagnose, replay
 from jaxlm.run.run_folder import RunFolder, read_records
-from jaxlm.train import step as steps
-from jaxlm.train.step import init_state, make_train_step
+from jaxlm.run.text import TextTask
+from jaxlm.train import init_state, make_train_step
 from sharding import make_mesh
 
 BELL = 7  # a byte that stands in few documents; what the model makes of it is tampered with
@@ -87,7 +87,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_leaves_what_a_replay_needs(
   step = bad["step"]
   assert f"step {step}: loss nan, gradient norm nan" in str(error.value)
   assert f"jaxlm replay {folder.path} --step {step}" in str(error.value)
-  batch = load_batch(folder.bad_steps, step)
+  batch = Batch(**load_batch(folder.bad_steps, step))
   assert (batch.inputs_BT == BELL).any() and batch.inputs_BT.shape == (8, 32)
   assert json.loads((folder.bad_steps / f"{step:08d}/step.json").read_text())["step"] == step
   saved = all_steps(
@@ -137,12 +137,12 @@ def test_skipping_leaves_out_exactly_those_updates_and_a_resumed_run_repeats_it(
 def test_a_skipped_step_leaves_the_weights_and_moments_and_counts(config):
   """Bit for bit, while counters count on."""
   config = dataclasses.replace(config, ema=0.5)
-  step = jax.jit(make_train_step(config))
-  state = jax.jit(init_state, static_argnums=0)(config)
+  step = jax.jit(make_train_step(config, TextTask(config)))
+  state = jax.jit(init_state, static_argnums=(0, 1))(config, TextTask(config))
   ids_BT = np.zeros((8, 32), np.int32)
   batch = Batch(ids_BT, ids_BT, np.ones((8, 32), np.float32))
   same, metrics = step(state, batch, -1.0)  # no loss is below this
-  assert metrics.skipped == 1 and same.step == 1 and np.isfinite(metrics.loss)
+  assert metrics["skipped"] == 1 and same.step == 1 and np.isfinite(metrics["loss"])
   for a, b in zip(
     jax.tree.leaves((same.params, same.ema)), jax.tree.leaves((state.params, state.ema))
   ):
@@ -151,7 +151,7 @@ def test_a_skipped_step_leaves_the_weights_and_moments_and_counts(config):
     np.testing.assert_array_equal(a, b + (b.dtype == jnp.int32))
   moved, metrics = step(state, batch, 100.0)
   assert (
-    metrics.skipped == 0
+    metrics["skipped"] == 0
     and (moved.params["params"]["embed"] != state.params["params"]["embed"]).any()
   )
 
@@ -168,14 +168,14 @@ def first_bell(config: TrainConfig) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("action", ["skip", "stop"])
 def test_a_spike_is_said_and_acted_on_only_when_told_to(config, tmp_path, monkeypatch, action):
-  whole = steps.batch_loss
+  whole = TextTask.objective
 
-  def jumping(config, params, batch):
-    loss, metric = whole(config, params, batch)
+  def jumping(task, params, model_state, batch, key):
+    loss = whole(task, params, model_state, batch, key)["loss"]
     jump = jnp.where((batch.inputs_BT == BELL).any(), 9.0, 0.0)
-    return loss, Weighted(metric.num + jump * metric.den, metric.den)
+    return {"loss": Weighted(loss.num + jump * loss.den, loss.den)}
 
-  monkeypatch.setattr(steps, "batch_loss", jumping)
+  monkeypatch.setattr(TextTask, "objective", jumping)
   monkeypatch.setattr(guards, "FEWEST", 3)
   folder = RunFolder(tmp_path / "run")
   config = dataclasses.replace(config, **LATE, spike=action, spike_size=8.0, run=str(folder.path))
@@ -261,7 +261,9 @@ def test_the_module_named_is_the_one_that_was_broken(config, path, name):
   """One weight of the last layer, or of what has no layers, is infinite."""
   ids_BT = np.random.default_rng(0).integers(0, 256, (8, 32)).astype(np.int32)
   with jax.set_mesh(make_mesh(MeshConfig(data=1))):
-    params = jax.tree.map(np.array, jax.jit(init_state, static_argnums=0)(config).params)
+    params = jax.tree.map(
+      np.array, jax.jit(init_state, static_argnums=(0, 1))(config, TextTask(config)).params
+    )
     leaf = params["params"]
     for key in path:
       leaf = leaf[key]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.checkpoint.checkpoint import Checkpoints, restore, restore_params
+from jaxlm.checkpoint.checkpoint import Checkpoints, restore, restore_weights
 from jaxlm.checkpoint.folder import (
   checkpoint_path,
   finished_steps,
@@ -15,7 +15,7 @@ from jaxlm.checkpoint.folder import (
   set_aside_after,
 )
 from jaxlm.checkpoint.manifest import write_manifest
-from jaxlm.train.step import TrainState
+from jaxlm.train import Hyper, TrainState
 from sharding import MeshConfig, make_mesh
 
 
@@ -28,10 +28,21 @@ def mesh():
 def state_at(step: int, ema: bool = False) -> TrainState:
   weights = {"w": np.full((4, 3), step, np.float32)}
   average = {"w": np.full((4, 3), -step, np.float32)} if ema else None
-  on_mesh = jax.jit(
-    lambda: (jnp.int32(step), weights, (jnp.float32(0.5),), average, jax.random.key(step))
-  )()
-  return TrainState(*on_mesh)
+  hyper = Hyper(jnp.float32(0.1), jnp.float32(0), jnp.int32(9))
+
+  def make() -> TrainState:
+    return TrainState(
+      step=jnp.int32(step),
+      params=weights,
+      frozen={"table": jnp.full(2, step)},
+      model_state={"count": jnp.int32(step)},
+      opt_state=(jnp.float32(0.5),),
+      ema=average,
+      key=jax.random.key(step),
+      hyper=hyper,
+    )
+
+  return jax.jit(make)()
 
 
 def save(folder, steps, *, ema=False, **options) -> None:
@@ -66,7 +77,8 @@ def test_everything_comes_back(tmp_path):
 @pytest.mark.parametrize("ema, want", [(True, -3), (False, 3)])
 def test_weights_for_use_are_the_moving_average_where_there_is_one(tmp_path, ema, want):
   save(tmp_path, [3], keep=1, ema=ema)
-  weights = restore_params(checkpoint_path(tmp_path, 3), jax.eval_shape(lambda: state_at(0)).params)
+  like = jax.eval_shape(lambda: state_at(0))
+  weights = restore_weights(checkpoint_path(tmp_path, 3), like)
   np.testing.assert_array_equal(weights["w"], want)
 
 

@@ -108,7 +108,9 @@ def test_embedding_gradient_is_that_of_transformers_without_its_padding_row(chec
       states_BTD = Transformer(untied).apply(params, c.ids_BT[:, :-1], logits=False)
       targets_BT = jnp.asarray(c.ids_BT[:, 1:])
       weights_BT = jnp.ones_like(targets_BT, jnp.float32)
-      return next_token_loss(states_BTD, head(untied, params), targets_BT, weights_BT)[0].mean()
+      return next_token_loss(states_BTD, head(untied, params), targets_BT, weights_BT)[
+        "loss"
+      ].mean()
 
     return jax.grad(loss, argnums=(0, 1))(embed_VD, head_DV)
 

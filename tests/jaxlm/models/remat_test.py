@@ -26,7 +26,9 @@ def compiled():
 
     def loss(params, model=model):
       states_BTD = model.apply(params, ids_BT, logits=False)
-      return next_token_loss(states_BTD, head(model.config, params), ids_BT, weights_BT)[0].mean()
+      return next_token_loss(states_BTD, head(model.config, params), ids_BT, weights_BT)[
+        "loss"
+      ].mean()
 
     programs[policy] = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
     results[policy] = jax.device_get(programs[policy](params))

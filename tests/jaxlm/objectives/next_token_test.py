@@ -56,7 +56,8 @@ def test_logprobs_on_a_mesh_are_spread_like_the_tokens():
 
 
 def test_loss_is_a_weighted_sum_with_its_weights():
-  _, loss = next_token_loss(STATES, HEAD, TARGETS, np.array([[2.0, 0.5]], np.float32))
+  weights_BT = np.array([[2.0, 0.5]], np.float32)
+  loss = next_token_loss(STATES, HEAD, TARGETS, weights_BT)["loss"]
   assert loss.num == pytest.approx(-2 * np.log(0.25) - 0.5 * np.log(0.7))
   assert loss.den == 2.5
 
@@ -64,7 +65,9 @@ def test_loss_is_a_weighted_sum_with_its_weights():
 def test_z_loss_is_the_weighted_squared_normaliser():
   """Normalisers e^3: 0.1 (1 * 9 + 0.5 * 9) on top of the cross-entropy, which is reported without it."""
   weights_BT = np.array([[1.0, 0.5]], np.float32)
-  minimised, plain = next_token_loss(STATES + 3, HEAD, TARGETS, weights_BT, z_loss=0.1)
+  terms = next_token_loss(STATES + 3, HEAD, TARGETS, weights_BT, z_loss=0.1)
+  minimised, plain = terms["loss_with_z"], terms["loss"]
+  assert (minimised.weight, plain.weight) == (1, 0)
   assert minimised.num - plain.num == pytest.approx(0.1 * 1.5 * 9, rel=1e-5)
   assert minimised.den == plain.den == 1.5
   assert plain.num == pytest.approx(-np.log(0.25) - 0.5 * np.log(0.7), rel=1e-5)
@@ -75,9 +78,12 @@ def test_masked_positions_have_no_gradient_whatever_they_hold_and_others_that_of
   weights_BT = np.array([[1.0, 0.0]], np.float32)
   states_BTD, targets_BT = STATES.copy(), np.array([[1, -7]], np.int32)
   states_BTD[0, 1] = np.nan
-  gradient = jax.grad(lambda x: next_token_loss(x, HEAD, targets_BT, weights_BT, z_loss)[0].num)(
-    states_BTD
-  )
+
+  def minimised(states_BTD):
+    terms = next_token_loss(states_BTD, HEAD, targets_BT, weights_BT, z_loss)
+    return sum(term.weight * term.num for term in terms.values() if term.weight)
+
+  gradient = jax.grad(minimised)(states_BTD)
   np.testing.assert_allclose(
     gradient, [[[0.5, -0.75, 0.25], [0, 0, 0]]], atol=1e-6
   )  # lse is 0: z adds nothing

@@ -30,7 +30,7 @@ WHOLE = Batch(*(np.arange(24).reshape(8, 3) + 100 * field for field in range(3))
 )
 def test_the_whole_batch_comes_back(tmp_path, monkeypatch, rows_of):
   save_by_processes(tmp_path, monkeypatch, WHOLE, rows_of)
-  jax.tree.map(np.testing.assert_array_equal, load_batch(tmp_path, 7), WHOLE)
+  jax.tree.map(np.testing.assert_array_equal, Batch(**load_batch(tmp_path, 7)), WHOLE)
   assert load_batch(tmp_path, 8) is None
 
 

@@ -99,7 +99,7 @@ def test_two_processes_whose_devices_alternate_too(runs, folder):
 @pytest.mark.slow
 def test_one_process_speaks_and_both_write_the_checkpoints(runs):
   _, two, printed = runs
-  assert "held-out loss" in printed[0] and "held-out loss" not in printed[1]
+  assert "heldout_loss" in printed[0] and "heldout_loss" not in printed[1]
   assert finished_steps(two.checkpoints) == [3, 6]
 
 

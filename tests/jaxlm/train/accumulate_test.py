@@ -8,8 +8,9 @@ import pytest
 from jaxlm.config import DataConfig, ModelConfig, TrainConfig
 from jaxlm.data.packing import Batch
 from jaxlm.objectives import Weighted
+from jaxlm.run.text import TextTask
+from jaxlm.train import init_state
 from jaxlm.train.accumulate import accumulated_gradients, split_batch
-from jaxlm.train.step import batch_loss, init_state
 
 CONFIG = TrainConfig(
   batch=12,
@@ -30,14 +31,21 @@ def make_batch(lengths) -> Batch:
 UNEQUAL = make_batch([8, 1, 0, 3, 7, 0, 2, 5, 0, 8, 1, 0])
 
 
+def objective(params, batch, key):
+  return TextTask(CONFIG).objective(params, {}, batch, key)
+
+
 @functools.partial(jax.jit, static_argnums=2)
 def gradients(params, batch, microbatches):
-  return accumulated_gradients(functools.partial(batch_loss, CONFIG), params, batch, microbatches)
+  """Returns (gradient, cross-entropy) of a batch."""
+  key = jax.random.key(0)
+  grads, terms = accumulated_gradients(objective, params, batch, key, microbatches)
+  return grads, terms["loss"]
 
 
 @pytest.fixture(scope="module")
 def params():
-  return jax.jit(lambda: init_state(CONFIG).params)()
+  return jax.jit(lambda: init_state(CONFIG, TextTask(CONFIG)).params)()
 
 
 def flat(tree) -> np.ndarray:

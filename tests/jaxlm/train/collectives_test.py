@@ -12,8 +12,8 @@ import jax
 import pytest
 
 from jaxlm.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
-from jaxlm.train import accumulate
-from jaxlm.train.step import init_state
+from jaxlm.run.text import TextTask
+from jaxlm.train import accumulate, init_state
 
 # One line per mesh: arrays that the step sends, outside loops + in one + inside two. These numbers
 # stay as they are; `WRITE_COLLECTIVES=1` writes them anew where a change of them is meant.
@@ -90,7 +90,7 @@ def local_shapes(config: TrainConfig) -> list[tuple[int, ...]]:
   with jax.set_mesh(
     jax.make_mesh(*zip(*[(size, name) for name, size in config.mesh.resolve(8).items()]))
   ):
-    params = jax.eval_shape(lambda: init_state(config)).params
+    params = jax.eval_shape(lambda: init_state(config, TextTask(config))).params
     return [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(params)]
 
 

@@ -9,7 +9,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.data.packing import Batch
-from jaxlm.train.step import init_state, make_train_step
+from jaxlm.run.text import TextTask
+from jaxlm.train import init_state, make_train_step
 from sharding.rules import spec
 
 
@@ -40,13 +41,15 @@ def lower_step():
       return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, partitions))
 
     with jax.set_mesh(mesh):
-      state = jax.tree.map(on_mesh, jax.eval_shape(lambda: init_state(config)))
+      state = jax.tree.map(on_mesh, jax.eval_shape(lambda: init_state(config, TextTask(config))))
       shape = (config.batch, config.data.length)
       rows = NamedSharding(mesh, spec(shape, "batch", None))
       ids, weights = (
         jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (np.int32, np.float32)
       )
       batch = Batch(ids, ids, weights, ids, ids)
-      return jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch)
+      return jax.jit(make_train_step(config, TextTask(config)), donate_argnums=0).lower(
+        state, batch
+      )
 
   return lower

@@ -34,7 +34,7 @@ def curve(corpus, tmp_path):
     losses = [
       record["loss"] for record in read_records(RunFolder(tmp_path / implementation).metrics)
     ]
-    return losses + [result.heldout_loss]
+    return losses + [result.evaluation["heldout_loss"]]
 
   return run
 

@@ -9,8 +9,9 @@ import pytest
 
 from jaxlm.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from jaxlm.data.packing import Batch, join, pack
+from jaxlm.run.text import TextTask
+from jaxlm.train import init_state
 from jaxlm.train.accumulate import accumulated_gradients
-from jaxlm.train.step import batch_loss, init_state
 from sharding import make_mesh
 from sharding.batches import globalize
 
@@ -60,9 +61,12 @@ def packed_batch() -> Batch:
 
 
 def loss_and_gradients(config, params, batch):
-  grads, loss = accumulated_gradients(
-    functools.partial(batch_loss, config), params, batch, config.accumulate
-  )
+  def objective(params, batch, key):
+    return TextTask(config).objective(params, {}, batch, key)
+
+  key = jax.random.key(0)
+  grads, terms = accumulated_gradients(objective, params, batch, key, config.accumulate)
+  loss = terms["loss"]
   return loss.mean(), loss.den, grads
 
 
@@ -70,7 +74,7 @@ def loss_and_gradients(config, params, batch):
 def run(config: TrainConfig, mesh: MeshConfig):
   """(parameters, (loss, tokens, gradients)) on a mesh, as numpy, and whether gradients lie like their parameters."""
   with jax.set_mesh(make_mesh(mesh)):
-    params = jax.jit(init_state, static_argnums=0)(config).params
+    params = jax.jit(init_state, static_argnums=(0, 1))(config, TextTask(config)).params
     results = jax.jit(loss_and_gradients, static_argnums=0)(
       config, params, globalize(packed_batch(), config.batch)
     )

@@ -1,0 +1,321 @@
+"""The loop of a run: state, steps, evaluations, checkpoints and records, for any task."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlm.checkpoint.checkpoint import Checkpoints, restore
+from jaxlm.checkpoint.folder import (
+  checkpoint_path,
+  finished_steps,
+  newest_sound,
+  remove_leftovers,
+  set_aside_after,
+)
+from jaxlm.config import TrainConfig, check
+from jaxlm.run.compatibility import check_compatible
+from jaxlm.run.environment import record_start
+from jaxlm.run.guard import Guard
+from jaxlm.run.interrupt import StopRequest
+from jaxlm.run.lock import only_writer
+from jaxlm.run.memory import keep_freed_memory
+from jaxlm.run.metrics import Reporter, print_status
+from jaxlm.run.plot import draw_loss
+from jaxlm.run.refusal import undo_if_refused
+from jaxlm.run.run_folder import RunFolder, log_to
+from jaxlm.run.trackers import check_trackers
+from jaxlm.run.watch import Watch
+from jaxlm.train.optimizer import check_schedule
+from jaxlm.train.state import Hyper, TrainState, init_state
+from jaxlm.train.step import make_train_step
+from jaxlm.train.task import Batches, Task
+from sharding import make_mesh
+from sharding.batches import globalize, local_rows
+from sharding.multihost import is_main, run_on_main_process
+from sharding.rules import mesh_shape
+
+_log = logging.getLogger("jaxlm")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+  """What a run ends with."""
+
+  config: TrainConfig
+  params: Any
+  """the weights for use: trained (their average, if one is kept) and frozen ones in one tree"""
+  model_state: Any
+  step: int
+  metrics: dict[str, float]
+  """of the last step, as in metrics.jsonl"""
+  evaluation: dict[str, float]
+  """the last one, as in eval.jsonl; empty where there was none"""
+  finished: bool
+  """False when it was asked to stop before the last step"""
+  saved: int
+  """step of the newest checkpoint, -1 for none; below `step` where the last could not be written"""
+
+
+def fit(config: TrainConfig, task: Task, *, resume: bool = False) -> TrainResult:
+  """Trains `task` into the folder `config.run`, which must be new, or goes on there with `resume`.
+
+  A resumed run starts from the newest checkpoint that verifies, or again at step 0 where it ended
+  before its first one; `config` replaces the one in the folder. `config.model`, `data` and `init`
+  belong to text (`jaxlm.run.train`); here they are written to config.json and otherwise unused.
+  Raises UserError for what cannot work, before it starts; FileNotFoundError where all checkpoints
+  are damaged; FloatingPointError for numbers that the configuration wants to stop at.
+  """
+  check_run(config)
+  folder = RunFolder(Path(config.run))
+  with only_writer(folder.path):
+    if not resume:
+      return start_run(config, task, folder)
+    newest = find_newest(config, folder)
+    return continue_run(config, task, folder, newest)
+
+
+def check_run(config: TrainConfig) -> None:
+  """Raises UserError for what is wrong with any run: what is missing, or does not divide."""
+  check(bool(config.run), "run", config.run, "names the folder of the run")
+  check_schedule(config.optimizer, config.steps)
+  check_trackers(config)
+  sizes = config.mesh.resolve(jax.device_count())
+  shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+  rule = f"must be a multiple of {shards} batch shards x accumulate={config.accumulate}"
+  check(config.batch % (shards * config.accumulate) == 0, "batch", config.batch, rule)
+
+
+def start_run(config: TrainConfig, task: Task, folder: RunFolder) -> TrainResult:
+  """Trains from the start, into a folder that must be new and whose lock is held."""
+
+  def prepare() -> None:
+    folder.create(config)
+    task.save(folder.path)
+
+  run_on_main_process(folder.check_new)
+  with undo_if_refused(folder, 0):
+    run_on_main_process(prepare)
+    return _train_from(config, task, folder, -1)
+
+
+def continue_run(
+  config: TrainConfig,
+  task: Task,
+  folder: RunFolder,
+  newest: int,
+  also_write: Callable[[], None] = lambda: None,
+) -> TrainResult:
+  """Trains from the checkpoint of step `newest`, or again from the start where it is -1.
+
+  Writes the configuration and what `also_write` writes, and drops what the run will write again:
+  records after that step, and checkpoints that are later, damaged or unfinished.
+  """
+
+  def prepare() -> None:
+    folder.write_config(config)
+    also_write()
+    folder.forget_after(newest)
+    set_aside_after(folder.checkpoints, newest)
+    remove_leftovers(folder.checkpoints)
+    if newest < 0:
+      task.save(folder.path)
+      _log.warning("%s ended before its first checkpoint: it begins again at step 0", folder.path)
+
+  with undo_if_refused(folder, max(newest, 0)):
+    run_on_main_process(prepare)
+    return _train_from(config, task, folder, newest)
+
+
+def find_newest(config: TrainConfig, folder: RunFolder, *, other_data: bool = False) -> int:
+  """Returns the step of the checkpoint that a run goes on from, -1 where it ended before any.
+
+  Changes nothing. Raises UserError where the run is done or `config` contradicts its checkpoints;
+  with `other_data`, a change of the data does not.
+  """
+
+  def newest() -> int:
+    folder.read_config()
+    step = newest_sound(folder.checkpoints) if finished_steps(folder.checkpoints) else -1
+    check(step < config.steps, "steps", config.steps, f"the run is at step {step}; raise --steps")
+    if step >= 0:
+      check_compatible(folder, config, step, other_data=other_data)
+    return step
+
+  return run_on_main_process(newest)
+
+
+def _train_from(config: TrainConfig, task: Task, folder: RunFolder, newest: int) -> TrainResult:
+  """Trains from the checkpoint of step `newest`, or from the start where it is -1."""
+  if config.keep_freed_memory and jax.default_backend() == "cpu":
+    keep_freed_memory()
+  with (
+    log_to(folder.log if is_main() else None),
+    StopRequest(config.stop_seconds) as stop,
+    Watch(print_status) as watch,
+    jax.set_mesh(make_mesh(config.mesh)),
+  ):
+    return _Run(config, task, folder, stop, watch).train(newest)
+
+
+def restore_or_init(
+  config: TrainConfig, task: Task, checkpoint: Path | None
+) -> tuple[TrainState, Batches]:
+  """Returns (state, iterator over this process's rows of each batch), from a checkpoint or anew.
+
+  Hyperparameters are the configuration's, not the checkpoint's, so that a resumed run can change
+  them.
+  """
+  batches = task.batches(local_rows(config.batch))
+  if checkpoint is None:
+    start = task.pretrained()
+    initialize = jax.jit(lambda start: init_state(config, task, start), donate_argnums=0)
+    return initialize(start), batches
+  state, position = restore(checkpoint, jax.eval_shape(lambda: init_state(config, task)))
+  batches.set_state(position)
+  return state._replace(hyper=jax.jit(lambda: Hyper.of(config))()), batches
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+  """A step that the devices may still be working on."""
+
+  step: int
+  metrics: Mapping[str, jax.Array]
+  batch: Any
+
+  def read(self) -> dict[str, float]:
+    """Waits for the step and returns its metrics; those that are arrays are left out."""
+    scalars = {name: value for name, value in self.metrics.items() if not value.shape}
+    return {name: float(value) for name, value in jax.device_get(scalars).items()}
+
+
+class _Run:
+  """One run under its lock, its mesh and its signal handlers."""
+
+  def __init__(
+    self, config: TrainConfig, task: Task, folder: RunFolder, stop: StopRequest, watch: Watch
+  ):
+    self.config, self.task, self.folder, self.stop, self.watch = config, task, folder, stop, watch
+    self.rows = local_rows(config.batch)
+    self.metrics: dict[str, float] = {"loss": math.nan}
+    self.evaluation: dict[str, float] = {}
+
+  def train(self, newest: int) -> TrainResult:
+    config, watch = self.config, self.watch
+    resume_from = None if newest < 0 else checkpoint_path(self.folder.checkpoints, newest)
+    watch.set_activity("compile" if resume_from is None else "checkpoint")
+    state, batches = restore_or_init(config, self.task, resume_from)
+    start = step = int(state.step)
+    train_step = jax.jit(make_train_step(config, self.task), donate_argnums=0)
+    self.guard = Guard(config, self.folder, start)
+    self.reporter = Reporter(config, self.folder, start, watch, unit=self.task.unit)
+    self.checkpoints = Checkpoints(
+      self.folder.checkpoints, keep=config.keep, keep_every=config.keep_every, saved=newest
+    )
+    pending: _Pending | None = None
+    with self.reporter, self.checkpoints:
+      self._print_start(state, start)
+      while step < config.steps and not self.stop.reached(step + 1):
+        watch.set_activity("data")
+        batch = next(batches)
+        watch.set_activity("compile" if step == start else "device")
+        limit = self.guard.limit(step + 1)
+        state, metrics = train_step(state, globalize(batch, config.batch), limit)
+        step += 1
+        self._report(pending)  # reads step n - 1 while the devices work on step n
+        pending = _Pending(step, metrics, batch)
+        saving = _is_due(step, config.save_every, config.steps)
+        evaluating = _is_due(step, config.eval_every, config.steps)
+        if not (saving or evaluating):
+          continue
+        self._report(pending)
+        pending = None
+        if evaluating:
+          self._evaluate(state, step)
+        watch.set_activity("checkpoint")
+        if saving:  # last, so that a run resumed from here lacks no record of what came before
+          self.checkpoints.save(state, batches.get_state())
+        self.reporter.restart_clock()
+      self._report(pending)
+      saved = self._finish(state, batches, step)
+    return TrainResult(
+      config=config,
+      params=state.weights(),
+      model_state=state.model_state,
+      step=step,
+      metrics=self.metrics,
+      evaluation=self.evaluation,
+      finished=step == config.steps,
+      saved=saved,
+    )
+
+  def _report(self, pending: _Pending | None) -> None:
+    """Waits for a step's metrics, records and checks them."""
+    if pending is None:
+      return
+    self.watch.set_activity("device")
+    self.metrics = pending.read()
+    flops = self.task.flops(pending.batch) * jax.process_count()
+    spike = self.guard.is_spike(pending.step, self.metrics["loss"])
+    self.reporter.step(pending.step, self.metrics, spike=spike, flops=flops)
+    self.guard.check_step(pending.step, self.metrics, pending.batch, self.rows)
+
+  def _evaluate(self, state: TrainState, step: int) -> None:
+    self.watch.set_activity("evaluation")
+    self.evaluation = self.task.evaluate(state.weights(), state.model_state, self.rows)
+    if self.evaluation:
+      self.reporter.evaluation(step, self.evaluation)
+
+  def _finish(self, state: TrainState, batches: Batches, step: int) -> int:
+    """Saves the last step, unless it is saved already, and says how the run ended."""
+    self.watch.set_activity("checkpoint")
+    if run_on_main_process(self.checkpoints.wait) < step:  # none was due, or it failed
+      self.checkpoints.save(state, batches.get_state())
+    saved, steps = run_on_main_process(self.checkpoints.wait), self.config.steps
+    if saved < step:
+      _log.error("step %d of %d is not saved, %s", step, steps, self.checkpoints.newest)
+    elif step < steps:
+      reason = self.stop.reason or "another process"
+      print_status(f"stopped and saved at step {step} of {steps} ({reason})")
+      print_status(f"go on with: jaxlm resume {self.folder.path}")
+    elif is_main():
+      print_status(_draw(self.folder, self.task))
+    return saved
+
+  def _print_start(self, state: TrainState, start: int) -> None:
+    trained, frozen = _count(state.params), _count(state.frozen)
+    parameters = f"{trained:,} parameters" + (f", {frozen:,} frozen" if frozen else "")
+    axes = [f"{axis} {size}" for axis, size in mesh_shape().items() if size > 1]
+    devices = f"{jax.devices()[0].device_kind} ({', '.join(axes) or '1 device'})"
+    verb = f"resuming at step {start}" if start else "training"
+    print_status(f"{verb}: {parameters}, {self.task.describe()}")
+    print_status(f"on {devices}, into {self.folder.path}")
+    if is_main() and (changes := record_start(self.folder, start, self.config)):
+      print_status(f"differs from the start before: {'; '.join(changes)}")
+
+
+def _is_due(step: int, every: int, steps: int) -> bool:
+  return step == steps or (every > 0 and step % every == 0)
+
+
+def _count(tree: Any) -> int:
+  return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def _draw(folder: RunFolder, task: Task) -> str:
+  """Draws loss.png where it can; returns a line that says whether it could."""
+  if importlib.util.find_spec("matplotlib") is None:
+    return f"{folder.plot.name} is not drawn: matplotlib is missing (pip install 'jaxlm[plot]')"
+  try:
+    draw_loss(folder, task.references())
+  except OSError as error:
+    return f"{folder.plot.name} is not drawn: {error}"
+  return f"drew {folder.plot}"

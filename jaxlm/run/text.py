@@ -1,0 +1,179 @@
+"""Text as a task, and `train` and `resume` on top of the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import TrainConfig
+from jaxlm.data.baselines import baselines
+from jaxlm.data.loader import Batch, TextData, heldout_batches, load_text, train_loader
+from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.interop import huggingface
+from jaxlm.models import Transformer, head
+from jaxlm.objectives import Weighted, next_token_loss
+from jaxlm.run.lock import only_writer
+from jaxlm.run.loop import (
+  TrainResult,
+  check_run,
+  continue_run,
+  find_newest,
+  start_run,
+)
+from jaxlm.run.resolve import check_mesh, with_initial_model, with_vocabulary
+from jaxlm.run.run_folder import RunFolder
+from jaxlm.run.text_identity import check_same_everywhere, check_text, record_text
+from jaxlm.scaling.flops import train_flops_per_token
+from jaxlm.train.evaluate import make_evaluator
+from jaxlm.train.task import Batches, Start, Task
+from sharding.batches import globalize
+from sharding.multihost import run_on_main_process
+from sharding.rules import shard
+
+
+def train(config: TrainConfig) -> TrainResult:
+  """Trains a language model from scratch or from `config.init` into the new folder `config.run`.
+
+  Raises UserError for what cannot work, before it starts and without leaving anything behind.
+  """
+  check_run(config)
+  config = with_initial_model(config)
+  check_mesh(config)
+  text = load_text(config.data)
+  check_same_everywhere(text)
+  config = with_vocabulary(config, text.tokenizer.vocab_size)
+  check_mesh(config)  # again, because the text's vocabulary may have become the model's
+  task, folder = TextTask(config, text), RunFolder(Path(config.run))
+  with only_writer(folder.path):
+    return start_run(config, task, folder)
+
+
+def resume(
+  run: str | Path,
+  config: TrainConfig | None = None,
+  *,
+  steps: int | None = None,
+  other_text: bool = False,
+) -> TrainResult:
+  """Goes on with a run of `train` from its newest checkpoint that verifies, as `fit` does.
+
+  `config` replaces the run's configuration, `steps` only its number of steps. Raises UserError
+  where `config` contradicts the checkpoint, and, unless `other_text`, where the text is not the one
+  that the run was trained on.
+  """
+  folder = RunFolder(Path(run))
+  config = dataclasses.replace(config or folder.read_config(), run=str(folder.path))
+  if steps is not None:
+    config = dataclasses.replace(config, steps=steps)
+  check_run(config)
+  check_mesh(config)
+  with only_writer(folder.path):
+    newest = find_newest(config, folder, other_data=other_text)
+    begun = newest >= 0
+    tokenizer = load_tokenizer(folder.path, config.data, config.model.V) if begun else None
+    text = load_text(config.data, tokenizer)
+    check_same_everywhere(text)
+    if newest > 0:
+      run_on_main_process(lambda: check_text(folder, text, other_text=other_text))
+    task = TextTask(config, text)
+    return continue_run(config, task, folder, newest, lambda: record_text(folder, text))
+
+
+class TextTask(Task):
+  """Next-token prediction on text. Without `text` it serves for shapes and steps alone."""
+
+  unit: ClassVar[str] = "tokens"
+
+  def __init__(self, config: TrainConfig, text: TextData | None = None):
+    self.config, self._text = config, text
+    self._evaluate = make_evaluator(self.objective)
+
+  @property
+  def text(self) -> TextData:
+    assert self._text is not None, "this task was made without text"
+    return self._text
+
+  def init(self, key: jax.Array) -> Start:
+    shape = (self.config.batch, self.config.data.length)
+    ids_BT = shard(jnp.zeros(shape, jnp.int32), "batch", None)
+    return Start(Transformer(self.config.model).init(key, ids_BT))
+
+  def pretrained(self) -> Start | None:
+    if not self.config.init:
+      return None
+    return Start(huggingface.load(self.config.init, dtype="float32")[1])
+
+  def batches(self, rows: Any) -> Batches:
+    return train_loader(self.text, batch=self.config.batch, seed=self.config.seed, rows=rows)
+
+  def objective(
+    self, params: Any, model_state: Any, batch: Batch, key: jax.Array
+  ) -> dict[str, Weighted]:
+    states_BTD: Any = Transformer(self.config.model).apply(
+      params,
+      batch.inputs_BT,
+      positions=batch.positions_BT,
+      segment_ids=batch.segment_ids_BT,
+      logits=False,
+    )
+    return next_token_loss(
+      states_BTD,
+      head(self.config.model, params),
+      batch.targets_BT,
+      batch.weights_BT,
+      self.config.z_loss,
+      self.config.loss_implementation,
+    )
+
+  def evaluate(
+    self, params: Any, model_state: Any, rows: Any, limit: int | None = -1
+  ) -> dict[str, float]:
+    """Returns loss (nats per token), bits per byte and tokens of held-out text.
+
+    `limit` is the number of batches, by default the configuration's; None reads all.
+    """
+
+    def batches() -> Iterator[Batch]:
+      most = self.config.eval_batches if limit == -1 else limit
+      for batch in heldout_batches(self.text, batch=self.config.batch, rows=rows, limit=most):
+        yield globalize(batch, self.config.batch)
+
+    total = self._evaluate(params, model_state, batches())["loss"]
+    loss = float(total.mean())
+    return {
+      "heldout_loss": loss,
+      "bits_per_byte": self.text.bits_per_byte(loss),
+      "tokens": int(total.den),
+    }
+
+  def roles(self, params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(_role, params)
+
+  def flops(self, batch: Batch) -> float:
+    per_token = train_flops_per_token(self.config.model, self.config.data.length)
+    return per_token * float(batch.weights_BT.sum())
+
+  def save(self, folder: Path) -> None:
+    self.text.tokenizer.save(folder)
+    record_text(RunFolder(folder), self.text)
+
+  def references(self) -> dict[str, float]:
+    return baselines(self.text.corpus)
+
+  def describe(self) -> str:
+    return self.text.report.splitlines()[-1]
+
+
+def _role(path: tuple, w: jax.Array) -> str:
+  """Returns the role of a parameter of `Transformer` by its name."""
+  name = path[-1].key
+  if name in ("embed", "head"):
+    return {"embed": "embedding", "head": "head"}[name]
+  if name.startswith("b_"):
+    return "bias"
+  return "norm" if name == "w_D" or "norm" in path[-2].key else "matrix"
