@@ -22,14 +22,15 @@ def rope(x_BNTH, cos_TR, sin_TR):
 
 
 class Block(nn.Module):
-  def __init__(self, c):
+  def __init__(self, config, spec):
     super().__init__()
+    c, D, F = spec.mixer, config.D, spec.feedforward.F
     self.c = c
-    self.attention_norm, self.mlp_norm = RMSNorm(c.D, c.norm_eps), RMSNorm(c.D, c.norm_eps)
-    self.w_qkv = nn.Linear(c.D, (c.N + 2 * c.K) * c.H, bias=False)
-    self.w_o = nn.Linear(c.N * c.H, c.D, bias=False)
-    self.w_gate, self.w_up = nn.Linear(c.D, c.F, bias=False), nn.Linear(c.D, c.F, bias=False)
-    self.w_down = nn.Linear(c.F, c.D, bias=False)
+    self.attention_norm, self.mlp_norm = RMSNorm(D, config.norm_eps), RMSNorm(D, config.norm_eps)
+    self.w_qkv = nn.Linear(D, (c.N + 2 * c.K) * c.H, bias=False)
+    self.w_o = nn.Linear(c.N * c.H, D, bias=False)
+    self.w_gate, self.w_up = nn.Linear(D, F, bias=False), nn.Linear(D, F, bias=False)
+    self.w_down = nn.Linear(F, D, bias=False)
 
   def forward(self, x_BTD, cos_TR, sin_TR):
     c = self.c
@@ -47,9 +48,10 @@ class Decoder(nn.Module):
   def __init__(self, c, length: int):
     super().__init__()
     self.embed = nn.Embedding(c.V, c.D)
-    self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+    self.blocks = nn.ModuleList(Block(c, spec) for spec in c.layer_specs)
     self.norm, self.head = RMSNorm(c.D, c.norm_eps), nn.Linear(c.D, c.V, bias=False)
-    f_R = c.rope.theta ** (-2 * torch.arange(c.H // 2, dtype=torch.float32) / c.H)
+    mixer = c.layer_specs[0].mixer
+    f_R = mixer.rope.theta ** (-2 * torch.arange(mixer.H // 2, dtype=torch.float32) / mixer.H)
     angles_TR = torch.arange(length, dtype=torch.float32)[:, None] * f_R
     self.register_buffer("cos_TR", angles_TR.cos())
     self.register_buffer("sin_TR", angles_TR.sin())
@@ -68,20 +70,20 @@ def load(model: Decoder, params: dict) -> dict[str, tuple[nn.Parameter, bool]]:
   Returns name -> (parameter, transposed), to read gradients back by the same names.
   """
   named = {
-    "embed": (model.embed.weight, False),
-    "norm/w_D": (model.norm.w_D, False),
-    "head": (model.head.weight, True),
+    "embed/weight": (model.embed.weight, False),
+    "norm/weight": (model.norm.w_D, False),
+    "head/weight": (model.head.weight, True),
   }
-  stacks = {key: value for key, value in params.items() if key.startswith("blocks/0/")}
+  stacks = {key: value for key, value in params.items() if key.startswith("stacks/0/0/")}
   for i, block in enumerate(model.blocks):
     named |= {
-      f"{i}/attention_norm/w_D": (block.attention_norm.w_D, False),
-      f"{i}/mlp_norm/w_D": (block.mlp_norm.w_D, False),
-      f"{i}/attention/w_o": (block.w_o.weight, True),
-      f"{i}/mlp/w_gate": (block.w_gate.weight, True),
-      f"{i}/mlp/w_up": (block.w_up.weight, True),
-      f"{i}/mlp/w_down": (block.w_down.weight, True),
-      f"{i}/attention/w_qkv": (block.w_qkv.weight, True),
+      f"{i}/mixer_norm/weight": (block.attention_norm.w_D, False),
+      f"{i}/feedforward_norm/weight": (block.mlp_norm.w_D, False),
+      f"{i}/mixer/o/weight": (block.w_o.weight, True),
+      f"{i}/feedforward/gate/weight": (block.w_gate.weight, True),
+      f"{i}/feedforward/up/weight": (block.w_up.weight, True),
+      f"{i}/feedforward/down/weight": (block.w_down.weight, True),
+      f"{i}/mixer/qkv/weight": (block.w_qkv.weight, True),
     }
   flat = flatten_layers(params, stacks, len(model.blocks))
   with torch.no_grad():
@@ -98,8 +100,8 @@ def flatten_layers(tree: dict, stacks: dict, layers: int) -> dict:
   flat = {key: value for key, value in tree.items() if key not in stacks}
   for key, stacked in stacks.items():
     for i in range(layers):
-      flat[f"{i}/{key.removeprefix('blocks/0/')}"] = stacked[i]
+      flat[f"{i}/{key.removeprefix('stacks/0/0/')}"] = stacked[i]
   for i in range(layers):
-    parts = [flat.pop(f"{i}/attention/w_{name}") for name in "qkv"]
-    flat[f"{i}/attention/w_qkv"] = np.concatenate(parts, axis=1)
+    parts = [flat.pop(f"{i}/mixer/{name}/weight") for name in "qkv"]
+    flat[f"{i}/mixer/qkv/weight"] = np.concatenate(parts, axis=1)
   return flat

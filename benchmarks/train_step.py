@@ -82,7 +82,7 @@ def jaxlm_worker(config, folder: Path):
 def flat_arrays(tree) -> dict:
   import jax
 
-  leaves = jax.tree_util.tree_leaves_with_path(tree["params"])
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
 
 
@@ -96,8 +96,8 @@ def torch_worker(config, folder: Path, compiled: bool):
   named = load(model, dict(np.load(folder / "weights.npz")))
   ids = torch.from_numpy(tokens_of(config)).long()
   o = config.optimizer
-  matrices = [p for name, (p, _) in named.items() if p.ndim == 2 and name != "embed"]
-  others = [p for name, (p, _) in named.items() if p.ndim == 1 or name == "embed"]
+  matrices = [p for name, (p, _) in named.items() if p.ndim == 2 and name != "embed/weight"]
+  others = [p for name, (p, _) in named.items() if p.ndim == 1 or name == "embed/weight"]
   groups = [
     {"params": matrices, "weight_decay": o.weight_decay},
     {"params": others, "weight_decay": 0.0},
@@ -112,7 +112,7 @@ def torch_worker(config, folder: Path, compiled: bool):
     loss.backward()
     if first:
       grads = dict(np.load(folder / "gradients.npz"))
-      stacks = {key: value for key, value in grads.items() if key.startswith("blocks/")}
+      stacks = {key: value for key, value in grads.items() if key.startswith("stacks/")}
       theirs = flatten_layers(grads, stacks, config.model.layers)
       for name, (parameter, transposed) in named.items():
         ours = (parameter.grad.T if transposed else parameter.grad).numpy()

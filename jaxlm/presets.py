@@ -1,8 +1,15 @@
 """Whole configurations by name: each function returns one `TrainConfig`. Nothing here imports jax."""
 
-import dataclasses
-
-from jaxlm.config import DataConfig, ModelConfig, OptimizerConfig, RopeConfig, TrainConfig
+from jaxlm.config import (
+  ComputeConfig,
+  DataConfig,
+  ModelConfig,
+  OptimizerConfig,
+  RopeConfig,
+  TrainConfig,
+  decoder,
+  revise,
+)
 
 
 def micro() -> TrainConfig:
@@ -13,7 +20,7 @@ def micro() -> TrainConfig:
     save_every=25,
     eval_every=25,
     eval_batches=2,
-    model=ModelConfig(D=32, F=64, N=2, K=1, H=16, layers=2),
+    model=decoder(D=32, F=64, N=2, K=1, H=16, layers=2),
     data=DataConfig(length=64),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup=10),
   )
@@ -24,7 +31,7 @@ def tiny() -> TrainConfig:
   return TrainConfig(
     steps=600,
     batch=8,
-    model=ModelConfig(D=128, F=352, N=4, K=4, H=32, layers=4),
+    model=decoder(D=128, F=352, N=4, K=4, H=32, layers=4),
     optimizer=OptimizerConfig(name="muon", learning_rate=6e-3, warmup=40),
   )
 
@@ -34,7 +41,7 @@ def small() -> TrainConfig:
   return TrainConfig(
     steps=2000,
     batch=8,
-    model=ModelConfig(D=320, F=864, N=5, K=5, H=64, layers=8),
+    model=decoder(D=320, F=864, N=5, K=5, H=64, layers=8),
     data=DataConfig(length=512),
     optimizer=OptimizerConfig(name="muon", learning_rate=5e-3, warmup=200),
   )
@@ -43,62 +50,53 @@ def small() -> TrainConfig:
 def llama_3_1_8b() -> TrainConfig:
   """Llama 3.1 8B (Grattafiori et al. 2024, arXiv 2407.21783), to go on training from its weights."""
   rope = RopeConfig(theta=5e5, scaling="llama3", factor=8.0, original_length=8192)
-  model = ModelConfig(D=4096, F=14336, N=32, K=8, H=128, V=128256, layers=32, rope=rope)
-  return _tuning(dataclasses.replace(model, norm_eps=1e-5, max_length=131072))
+  model = decoder(D=4096, F=14336, N=32, K=8, H=128, V=128256, layers=32, rope=rope)
+  return _tuning(revise(model, norm_eps=1e-5, max_length=131072))
 
 
 def qwen2_5_0_5b() -> TrainConfig:
   """Qwen2.5 0.5B (Qwen Team 2024, arXiv 2412.15115)."""
-  return _tuning(
-    dataclasses.replace(
-      _QWEN2_5, D=896, F=4864, N=14, K=2, H=64, layers=24, tied=True, max_length=32768
-    )
-  )
+  model = revise(_QWEN2_5, D=896, F=4864, N=14, K=2, H=64, layers=24, tied=True, max_length=32768)
+  return _tuning(model)
 
 
 def qwen2_5_1_5b() -> TrainConfig:
   """Qwen2.5 1.5B (Qwen Team 2024, arXiv 2412.15115)."""
-  return _tuning(
-    dataclasses.replace(_QWEN2_5, D=1536, F=8960, N=12, K=2, H=128, layers=28, tied=True)
-  )
+  return _tuning(revise(_QWEN2_5, D=1536, F=8960, N=12, K=2, H=128, layers=28, tied=True))
 
 
 def qwen2_5_7b() -> TrainConfig:
   """Qwen2.5 7B (Qwen Team 2024, arXiv 2412.15115)."""
-  return _tuning(
-    dataclasses.replace(_QWEN2_5, D=3584, F=18944, N=28, K=4, H=128, V=152064, layers=28)
-  )
+  return _tuning(revise(_QWEN2_5, D=3584, F=18944, N=28, K=4, H=128, V=152064, layers=28))
 
 
 def qwen3_0_6b() -> TrainConfig:
   """Qwen3 0.6B (Qwen Team 2025, arXiv 2505.09388)."""
-  return _tuning(dataclasses.replace(_QWEN3, D=1024, F=3072, N=16, layers=28, tied=True))
+  return _tuning(revise(_QWEN3, D=1024, F=3072, N=16, layers=28, tied=True))
 
 
 def qwen3_8b() -> TrainConfig:
   """Qwen3 8B (Qwen Team 2025, arXiv 2505.09388)."""
-  return _tuning(dataclasses.replace(_QWEN3, D=4096, F=12288, N=32, layers=36))
+  return _tuning(revise(_QWEN3, D=4096, F=12288, N=32, layers=36))
 
 
 def gemma_2_2b() -> TrainConfig:
   """Gemma 2 2B (Gemma Team 2024, arXiv 2408.00118)."""
-  return _tuning(dataclasses.replace(_GEMMA_2, D=2304, F=9216, N=8, K=4, layers=26))
+  return _tuning(revise(_GEMMA_2, D=2304, F=9216, N=8, K=4, layers=26))
 
 
 def gemma_2_9b() -> TrainConfig:
   """Gemma 2 9B (Gemma Team 2024, arXiv 2408.00118)."""
-  return _tuning(dataclasses.replace(_GEMMA_2, D=3584, F=14336, N=16, K=8, layers=42))
+  return _tuning(revise(_GEMMA_2, D=3584, F=14336, N=16, K=8, layers=42))
 
 
-_QWEN = ModelConfig(V=151936, rope=RopeConfig(theta=1e6))
-_QWEN2_5 = dataclasses.replace(_QWEN, qkv_bias=True, max_length=131072)
-_QWEN3 = dataclasses.replace(_QWEN, K=8, N=8, H=128, qk_norm=True, max_length=40960)
-_GEMMA_2 = ModelConfig(
+_QWEN = decoder(V=151936, rope=RopeConfig(theta=1e6))
+_QWEN2_5 = revise(_QWEN, qkv_bias=True, max_length=131072)
+_QWEN3 = revise(_QWEN, K=8, N=8, H=128, qk_norm=True, max_length=40960)
+_GEMMA_2 = decoder(
+  windows=(4096, None),
   H=256,
   V=256000,
-  layers=2,
-  attention=("window", "full"),
-  window=4096,
   max_length=8192,
   tied=True,
   embed_scale="root_width",
@@ -106,15 +104,16 @@ _GEMMA_2 = ModelConfig(
   post_norms=True,
   activation="gelu_tanh",
   query_width=256.0,
-  attention_cap=50.0,
+  cap=50.0,
   logit_cap=30.0,
 )
 
 
 def _tuning(model: ModelConfig) -> TrainConfig:
-  """Training that goes on from published weights: bfloat16, recomputed blocks, a small learning rate."""
+  """Returns a run that goes on from published weights: bfloat16, recomputed blocks, a small rate."""
   return TrainConfig(
-    model=dataclasses.replace(model, dtype="bfloat16", remat="full"),
+    model=model,
+    compute=ComputeConfig(dtype="bfloat16", remat="full"),
     data=DataConfig(length=4096),
     optimizer=OptimizerConfig(learning_rate=1e-5, warmup=20),
   )

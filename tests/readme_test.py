@@ -19,18 +19,38 @@ def run(arguments: list[str], folder: Path) -> str:
   return finished.stdout
 
 
+def examples() -> list[str]:
+  """Returns the Python programs in README."""
+  return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def code_lines(example: str) -> int:
+  """Returns how many lines of an example are neither blank nor imports."""
+  lines = [line for line in example.splitlines() if line]
+  return len([line for line in lines if not line.startswith(("from", "import"))])
+
+
 @pytest.mark.slow
 def test_the_python_example_runs(tmp_path):
-  (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-  assert (
-    len([line for line in example.splitlines() if line and not line.startswith(("from", "import"))])
-    <= 10
-  )
+  example = examples()[0]
+  assert code_lines(example) <= 10
   printed = run([sys.executable, "-c", example], tmp_path)
   assert float(re.search(r"held-out text: ([\d.]+) bits per byte", printed)[1]) < 4.5
   records = [json.loads(line) for line in (tmp_path / "runs/example/metrics.jsonl").open()]
   for key in records[0]:
     assert f"`{key}`" in README
+
+
+@pytest.mark.slow
+def test_a_task_of_ones_own_trains_resumes_is_evaluated_and_plotted(tmp_path):
+  _, example = examples()
+  assert code_lines(example) < 30
+  printed = run([sys.executable, "-c", example], tmp_path)
+  assert "resuming at step 400" in printed and "right in 100% of all sums" in printed
+  folder = tmp_path / "runs/addition"
+  evals = [json.loads(line) for line in (folder / "eval.jsonl").open()]
+  assert [record["step"] for record in evals] == list(range(100, 700, 100))
+  assert (folder / "loss.png").is_file() and (folder / "checkpoints/00000600").is_dir()
 
 
 @pytest.mark.slow
@@ -49,7 +69,8 @@ def test_the_commands_run_as_written_but_smaller(tmp_path):
     "checkpoint",
   ]
   smaller = {
-    "train": "--steps 4 --model.D 32 --model.F 32 --model.H 8 --batch 2 --data.length 32 --optimizer.warmup 1",
+    "train": "--steps 4 --model.D 32 --model.pattern.0.feedforward.F 32 "
+    "--model.pattern.0.mixer.H 8 --batch 2 --data.length 32 --optimizer.warmup 1",
     "resume": "--steps 6",
     "sample": "--max-new 5",
     "eval": "--batches 1",

@@ -13,7 +13,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
-  "--data.source text --data.length 32 --model.D 16 --model.F 16 --model.H 8 "
+  "--data.source text --data.length 32 --model.D 16 "
+  "--model.pattern.0.feedforward.F 16 --model.pattern.0.mixer.H 8 "
   "--optimizer.warmup 1 --ema 0.9 --mesh.data 1 --eval_batches 1"
 ).split()
 

@@ -43,7 +43,7 @@ def first_run(folder: Path, steps: int, *flags: str) -> Repeats:
   write_corpus(folder / "text")
   half = str(steps // 2)
   every = ["--steps", str(steps), "--save_every", half, "--eval_every", half]
-  every += ["--batch", "8", "--model.K", "2", *SMALL, *flags]
+  every += ["--batch", "8", "--model.pattern.0.mixer.K", "2", *SMALL, *flags]
   return Repeats(folder, _train(folder, "micro", "--run", "first", *every))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jaxlm.checkpoint import manifest
 from jaxlm.checkpoint.folder import (
@@ -16,7 +15,7 @@ from jaxlm.checkpoint.folder import (
   size_of,
 )
 from jaxlm.config import TrainConfig
-from jaxlm.config_json import to_dict
+from jaxlm.config_json import flatten, to_dict
 
 
 def verify(folder: Path) -> int:
@@ -49,8 +48,10 @@ def show(folder: Path, config: TrainConfig) -> int:
     print(f"step {step}: {_size(checkpoint_path(folder, step))}")
   _print_set_aside(folder)
   print("configuration, where it differs from the defaults")
-  for name, value in _differences(to_dict(config), to_dict(TrainConfig())):
-    print(f"  {name} = {value!r}")
+  defaults = flatten(to_dict(TrainConfig()))
+  for name, value in flatten(to_dict(config)).items():
+    if value != defaults.get(name):
+      print(f"  {name} = {value!r}")
   print(f"arrays of step {newest}")
   for name, kind in _arrays(checkpoint_path(folder, newest)):
     print(f"  {kind:<22} {name}")
@@ -64,17 +65,6 @@ def _print_set_aside(folder: Path) -> None:
 
 def _size(path: Path) -> str:
   return f"{size_of(path) / 1e6:,.2f} MB"
-
-
-def _differences(
-  values: dict[str, Any], others: dict[str, Any], path: str = ""
-) -> Iterator[tuple[str, Any]]:
-  """Yields the path and value of each field that differs from the one in `others`."""
-  for name, value in values.items():
-    if isinstance(value, dict):
-      yield from _differences(value, others[name], f"{path}{name}.")
-    elif value != others[name]:
-      yield path + name, value
 
 
 def _arrays(path: Path) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ import tyro
 
 from jaxlm.cli.inspection import checkpoint, evaluate, kernels, plot, replay
 from jaxlm.cli.presets import list_presets, nearest
+from jaxlm.cli.tokenize import tokenize
 from jaxlm.cli.training import RESUMABLE, resume, train
 from jaxlm.cli.weights import convert, sample
 from pallas_kernels.common.errors import UserError
@@ -28,6 +29,7 @@ usage: jaxlm COMMAND ...
   convert FROM TO        a run to a Hugging Face checkpoint, or a checkpoint to a run to be tuned
   checkpoint verify DIR  whether the files of a run's checkpoints are as they were written; show
                          lists what they hold
+  tokenize SOURCE STORE  text of any size into a token store, for --data.source STORE
   kernels report         what the TPU compiler made of the kernels: cycles, MXU use, bytes
 
 presets, or your own function as module:function, or the config.json of a run to repeat it
@@ -43,6 +45,7 @@ BY_SIGNATURE: dict[str, Callable[..., int]] = {
   "replay": replay,
   "convert": convert,
   "checkpoint": checkpoint,
+  "tokenize": tokenize,
 }
 """Commands whose flags are the parameters of a function, and whose help is its docstring."""
 BY_ARGUMENTS: dict[str, Callable[[list[str]], int]] = {

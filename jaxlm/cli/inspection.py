@@ -26,7 +26,7 @@ def evaluate(run: tyro.conf.Positional[Path], batches: int | None = None) -> int
   loss, tokens = values["heldout_loss"], values["tokens"]
   print(f"step {saved.step}: held-out loss {loss:.4f} nats per token over {tokens:,} tokens")
   print("bits per byte on the same text")
-  for name, bits in {"this model": values["bits_per_byte"], **baselines(text.corpus)}.items():
+  for name, bits in {"this model": values["bits_per_byte"], **baselines(text.store)}.items():
     print(f"  {name:<18}{bits:.3f}")
   return 0
 

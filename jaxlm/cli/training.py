@@ -43,7 +43,10 @@ def _parse_train(preset: str, flags: list[str]) -> TrainConfig:
     default = load_preset(preset)
   if not default.run:
     default = dataclasses.replace(default, run=f"runs/{preset.rpartition(':')[2]}")
-  return tyro.cli(TrainConfig, default=default, args=flags, prog=f"jaxlm train {preset}")
+  # a layer's mixer stays of its kind: a union of dataclasses gives flags, not subcommands
+  options = (tyro.conf.AvoidSubcommands,)
+  prog = f"jaxlm train {preset}"
+  return tyro.cli(TrainConfig, default=default, args=flags, prog=prog, config=options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

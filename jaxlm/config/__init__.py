@@ -6,19 +6,29 @@ the rule. No jax here: `--help` stays fast.
 """
 
 from jaxlm.config.checks import check, check_finite
+from jaxlm.config.compute import ComputeConfig
 from jaxlm.config.data import DataConfig
-from jaxlm.config.model import ModelConfig, RopeConfig
+from jaxlm.config.layers import decoder, rearrange, revise
+from jaxlm.config.model import AttentionConfig, LayerSpec, MlpConfig, ModelConfig
 from jaxlm.config.optimizer import OptimizerConfig
+from jaxlm.config.rope import RopeConfig
 from jaxlm.config.train import TrainConfig
 from sharding.mesh import MeshConfig
 
 __all__ = [
+  "AttentionConfig",
+  "ComputeConfig",
   "DataConfig",
+  "LayerSpec",
   "MeshConfig",
+  "MlpConfig",
   "ModelConfig",
   "OptimizerConfig",
   "RopeConfig",
   "TrainConfig",
   "check",
   "check_finite",
+  "decoder",
+  "rearrange",
+  "revise",
 ]

@@ -7,6 +7,7 @@ import math
 from typing import Literal
 
 from jaxlm.config.checks import check, check_finite
+from jaxlm.config.compute import ComputeConfig
 from jaxlm.config.data import DataConfig
 from jaxlm.config.model import ModelConfig
 from jaxlm.config.optimizer import OptimizerConfig
@@ -62,6 +63,7 @@ class TrainConfig:
   keep_freed_memory: bool = True
   """on CPU under Linux: let malloc keep what a step frees (faster, about 1.5x the memory)"""
   model: ModelConfig = ModelConfig()
+  compute: ComputeConfig = ComputeConfig()
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()

@@ -1,24 +1,23 @@
-"""Where text comes from: files, the standard library of the running Python, or the Hugging Face Hub.
+"""Finds text: files, the standard library of the running Python, or a dataset of the Hugging Face Hub.
 
-Training and held-out documents are told apart by a hash of their names, so that a document keeps its side when others
-come or go.
+A source gives the pieces of its documents in an order that does not change, from any position on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 from jaxlm.config import DataConfig
-from jaxlm.data.formats import ENDINGS, Document, Reader, no_field
+from jaxlm.data.formats import ENDINGS, TEXT, Piece, Reader, missing_field
 from pallas_kernels.common.errors import UserError, import_extra
-
-__all__ = ["Corpus", "Document", "read_corpus"]
 
 INSTALLED = frozenset(("site-packages", "dist-packages", "__pycache__"))
 TESTS = frozenset(("test", "tests", "idle_test"))
@@ -26,73 +25,109 @@ TABLES = frozenset(("encodings", "pydoc_data"))  # written by programs
 PLATFORM = ("config-", "_sysconfigdata")  # differ from one build of Python to the next
 
 
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-  train: tuple[Document, ...]
-  heldout: tuple[Document, ...]
-  report: str
-  """one line for the log: where the text is from and how much there is"""
+class Source(Protocol):
+  @property
+  def identity(self) -> str:
+    """Digest that changes when the source does: names, sizes and times of files, or a revision."""
+
+  @property
+  def notes(self) -> tuple[str, ...]:
+    """What the log says about the source."""
+
+  @property
+  def expected_size(self) -> int | None:
+    """Bytes of text that the source seems to hold, where that is known without reading it."""
+
+  @property
+  def single_size(self) -> int | None:
+    """Bytes of the document, where the source is sure to hold only one."""
+
+  def pieces(self, reader: Reader) -> Iterator[Piece]:
+    """Yields the pieces from the reader's position on, which it moves.
+
+    Raises UserError that names the file and the rule for what is damaged or not text.
+    """
 
 
-def read_corpus(config: DataConfig) -> Corpus:
-  """The documents of `config.source`, split into training and held-out text.
+def open_source(config: DataConfig) -> Source:
+  """Finds the text of `config.source` without reading it.
 
-  Raises ValueError that names the file and the rule for a source that is missing, empty, damaged or not UTF-8, and
-  ImportError that names the extra for a format whose reader is not installed.
+  Raises UserError for a source that is missing or holds no file of a known kind, and
+  MissingExtraError that names the extra for the Hub where its libraries are not installed.
   """
-  reader, notes = Reader(config), list[str]()
   if config.source == "stdlib":
-    stream = _stdlib(reader, notes)
-  elif config.source.startswith("hf:"):
-    stream = _hub(reader, notes)
-  else:
-    stream = _files(reader, notes)
-  documents, empty = list[Document](), 0
-  for document in stream:
-    if document.text:
-      documents.append(document)
-    if reader.full:
-      notes.append(f"stopped at data.max_bytes={config.max_bytes}")
-      break
-    empty += not document.text
-  if not documents:
-    raise UserError(
-      f"data.source={config.source!r}: holds no text ({'; '.join([*notes, f'{empty} empty documents'])})"
-    )
-  train, heldout = _split(documents, config.holdout)
-  if empty:
-    notes.append(f"{empty} empty documents left out")
-  if reader.replaced:
-    notes.append(f"{reader.replaced} invalid UTF-8 sequences replaced")
-  counts = f"{len(documents)} documents, {reader.bytes_read} bytes: {len(train)} train, {len(heldout)} held out"
-  return Corpus(train, heldout, "; ".join([f"{config.source}: {counts}", *notes]))
-
-
-def _files(reader: Reader, notes: list[str]) -> Iterator[Document]:
-  root = Path(reader.config.source).expanduser()
-  source = f"data.source={reader.config.source!r}"
-  if not reader.config.source or not root.exists():
-    raise UserError(f"{source}: no such file or folder (or hf:owner/dataset, or stdlib)")
+    return _stdlib()
+  if config.source.startswith("hf:"):
+    return _open_hub(config)
+  name = f"data.source={config.source!r}"
+  root = Path(config.source).expanduser()
+  if not config.source or not root.exists():
+    raise UserError(f"{name}: no such file or folder (or hf:owner/dataset, or stdlib)")
   if not root.is_dir():
     if not root.name.lower().endswith(ENDINGS):
-      raise UserError(f"{source}: unknown ending, known are {' '.join(ENDINGS)}")
-    notes.append("1 file")
-    yield from reader.read(root, root.name)
-    return
+      raise UserError(f"{name}: unknown ending, known are {' '.join(ENDINGS)}")
+    return FileSource(root.parent, (root.name,), ("1 file",))
   names, links = _walk(root, ENDINGS)
-  notes.append(f"{len(names)} files")
+  if not names:
+    raise UserError(f"{name}: no file ends in {' '.join(ENDINGS)} ({links} links not followed)")
+  notes = [f"{len(names)} files"]
   if links:
     notes.append(f"{links} links not followed")
-  if not names:
-    raise UserError(f"{source}: no file ends in {' '.join(ENDINGS)} ({links} links not followed)")
-  for name in names:
-    yield from reader.read(root / name, name)
+  return FileSource(root, tuple(names), tuple(notes))
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSource:
+  """Files of a folder, in the order of their names."""
+
+  root: Path
+  names: tuple[str, ...]
+  notes: tuple[str, ...]
+  skip_invalid: bool = False
+  """Leaves out files that are not text, with a note, instead of refusing them; each is held whole."""
+
+  @property
+  def identity(self) -> str:
+    root = self.root.resolve()
+    stats = [(name, (root / name).stat()) for name in self.names]
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return digest(["files", str(root), files])
+
+  @property
+  def expected_size(self) -> int | None:
+    return sum((self.root / name).stat().st_size for name in self.names)
+
+  @property
+  def single_size(self) -> int | None:
+    if len(self.names) == 1 and self.names[0].lower().endswith(TEXT):
+      return self.expected_size
+    return None
+
+  def pieces(self, reader: Reader) -> Iterator[Piece]:
+    while reader.position.file < len(self.names) and not reader.position.full:
+      name = self.names[reader.position.file]
+      if self.skip_invalid:
+        yield from self._valid_pieces(reader, name)
+      else:
+        yield from reader.read(self.root / name, name)
+      reader.next_file()
+
+  def _valid_pieces(self, reader: Reader, name: str) -> list[Piece]:
+    before = reader.position
+    try:
+      return list(reader.read(self.root / name, name))
+    except UserError as error:
+      reader.position = before._replace(left_out=(*before.left_out, str(error)))
+      return []
 
 
 def _walk(
   root: Path, endings: tuple[str, ...], skip: frozenset[str] = frozenset()
 ) -> tuple[list[str], int]:
-  """Relative POSIX paths of the files with these endings, sorted, and the number of links met (none is followed)."""
+  """Returns relative POSIX paths of files with these endings, sorted, and the number of links.
+
+  No link is followed.
+  """
   names, links = list[str](), 0
 
   def fail(error: OSError) -> None:
@@ -108,69 +143,76 @@ def _walk(
   return sorted(names), links
 
 
-def _stdlib(reader: Reader, notes: list[str]) -> Iterator[Document]:
+def _stdlib() -> FileSource:
   root = Path(sysconfig.get_path("stdlib"))
   names = _walk(root, (".py",), INSTALLED | TESTS | TABLES)[0] if root.is_dir() else []
   names = [name for name in names if not name.startswith(PLATFORM)]
   if not names:
-    raise UserError(
-      f"data.source='stdlib': this Python keeps no sources in {root}; name a file or folder instead"
-    )
-  notes.append(f"Python {platform.python_version()}")
-  for name in names:
+    rule = f"this Python keeps no sources in {root}; name a file or folder instead"
+    raise UserError(f"data.source='stdlib': {rule}")
+  return FileSource(root, tuple(names), (f"Python {platform.python_version()}",), skip_invalid=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class HubSource:
+  """A split of a dataset on the Hub at one revision, streamed."""
+
+  name: str
+  split: str
+  revision: str
+  text_field: str
+
+  expected_size = None
+  single_size = None
+
+  @property
+  def identity(self) -> str:
+    return digest(["hub", self.name, self.split, self.revision])
+
+  @property
+  def notes(self) -> tuple[str, ...]:
+    return (f"revision {self.revision}",)
+
+  def pieces(self, reader: Reader) -> Iterator[Piece]:
+    if reader.position.full:
+      return
+    source = f"hf:{self.name}:{self.split}"
+    first = reader.position.record
+    records = self._records()
+    if first:
+      records = records.skip(first)
+    for index, record in enumerate(records, start=first):
+      where = f"{source}:{index}"
+      if self.text_field not in record:
+        raise missing_field(where, self.text_field, list(record))
+      yield from reader.record(f"{self.name}:{self.split}:{index}", record[self.text_field], where)
+      if reader.position.full:
+        return
+
+  def _records(self) -> Any:
+    datasets = import_extra("datasets", "hf", f"data.source='hf:{self.name}'")
     try:
-      yield from reader.read(root / name, name)
-    except UserError as error:
-      notes.append(f"left out {error}")
+      return datasets.load_dataset(
+        self.name, split=self.split, streaming=True, revision=self.revision
+      )
+    except (OSError, ValueError) as error:
+      raise UserError(f"data.source='hf:{self.name}': {error}") from error
 
 
-def _hub(reader: Reader, notes: list[str]) -> Iterator[Document]:
-  config = reader.config
-  datasets = import_extra("datasets", "hf", f"data.source={config.source!r}")
-  hub = import_extra("huggingface_hub", "hf", f"data.source={config.source!r}")
+def _open_hub(config: DataConfig) -> HubSource:
+  purpose = f"data.source={config.source!r}"
+  import_extra("datasets", "hf", purpose)
+  hub = import_extra("huggingface_hub", "hf", purpose)
   name, _, split = config.source.removeprefix("hf:").partition(":")
-  split = split or "train"
   try:
     # Asked first and then pinned, so that the report names what was read.
     revision = hub.HfApi().dataset_info(name).sha
-    records = datasets.load_dataset(name, split=split, streaming=True, revision=revision)
   except (OSError, ValueError) as error:
-    raise UserError(f"data.source={config.source!r}: {error}") from error
-  notes.append(f"revision {revision}")
-  for index, record in enumerate(records):
-    where = f"{config.source}:{index}"
-    if config.text_field not in record:
-      raise no_field(where, config.text_field, list(record))
-    yield reader.record(f"{name}:{split}:{index}", record[config.text_field], where)
+    raise UserError(f"{purpose}: {error}") from error
+  return HubSource(name, split or "train", revision, config.text_field)
 
 
-def _split(
-  documents: list[Document], holdout: float
-) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
-  if len(documents) == 1:
-    return _split_text(documents[0], holdout)
-  places = [_place(document.name) for document in documents]
-  # Both sides get at least one: the border moves to just past the nearest document.
-  border = min(max(holdout, min(places)), sorted(places)[-2])
-  train = tuple(document for document, place in zip(documents, places) if place > border)
-  heldout = tuple(document for document, place in zip(documents, places) if place <= border)
-  return train, heldout
-
-
-def _place(name: str) -> float:
-  """A number in [0, 1) that depends on the name alone."""
-  digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-  return int.from_bytes(digest) / 2**64
-
-
-def _split_text(
-  document: Document, holdout: float
-) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
-  """A single document by position: its tail, from a line break if one is near, is held out."""
-  name, text = document
-  if len(text) < 2:
-    raise UserError(f"{name}: one character is too short to keep {holdout} of it for evaluation")
-  cut = min(max(round(len(text) * (1 - holdout)), 1), len(text) - 1)
-  reach = min(cut, len(text) - cut) // 2
-  cut = text.rfind("\n", cut - reach, cut) + 1 or cut
-  return (Document(name, text[:cut]),), (Document(name, text[cut:]),)
+def digest(value: Any) -> str:
+  """Returns a digest of a value of JSON, 32 hexadecimal digits of BLAKE2b."""
+  text = json.dumps(value, sort_keys=True)  # ASCII, whatever file names hold
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

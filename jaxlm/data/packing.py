@@ -1,4 +1,4 @@
-"""A stream of tokens cut into rows for training and evaluation; pure numpy.
+"""Cuts a stream of tokens into rows for training and evaluation.
 
 The stream is eos, document, eos, document, ..., eos, so that the first token of a document is predicted too, from the
 eos before it. A row predicts a span of the stream from the tokens one place earlier:
@@ -6,17 +6,22 @@ eos before it. A row predicts a span of the stream from the tokens one place ear
   windows  spans of `length` tokens one after another, whatever documents they touch
   packed   whole documents side by side in a row; segments keep attention and positions apart
 
-Either way each token but the first eos is the target of exactly one position.
+Either way each token but the first eos is the target of exactly one position. Rows hold no tokens: they read theirs
+from a token store when they are built. `windows` needs no memory; `packed` holds the borders and the order of all
+documents, 24 bytes per cut of a document (96 while it is made).
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import tensorstore as ts
+
+from jaxlm.data.arrays import read_spans
 
 # B rows of a batch, T positions of a row, S tokens of the stream, D documents, C cuts of documents, R rows in all
 
@@ -46,7 +51,7 @@ class Rows(Protocol):
 def join(
   documents: Iterable[np.ndarray], eos: int, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The stream of all documents, and where its D + 1 eos are: tokens_S of `dtype`, borders_D int64."""
+  """Returns the stream of all documents, of `dtype`, and the places of its D + 1 eos, int64."""
   end = np.array([eos], dtype)
   parts, sizes = [end], [0]
   for document in documents:
@@ -57,37 +62,48 @@ def join(
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-  """Row r predicts the stream's tokens r * length + 1 to (r + 1) * length."""
+  """Row r predicts tokens r * length + 1 to (r + 1) * length of a stream of which `size` are used."""
 
-  tokens_S: np.ndarray
+  tokens_S: ts.TensorStore
+  size: int
   length: int
 
   def __len__(self) -> int:
-    return -(-(len(self.tokens_S) - 1) // self.length)
+    return -(-(self.size - 1) // self.length)
 
   def take(self, index_B: np.ndarray) -> Batch:
     starts_B = np.asarray(index_B, np.int64) * self.length
-    place_BX = starts_B[:, None] + np.arange(self.length + 1)  # X = T + 1
-    last = len(self.tokens_S) - 1
-    row_BX = self.tokens_S[np.minimum(place_BX, last)].astype(np.int32)
-    return Batch(row_BX[:, :-1], row_BX[:, 1:], (place_BX[:, 1:] <= last).astype(np.float32))
+    sizes_B = np.clip(self.size - starts_B, 0, self.length + 1)
+    row_BX = np.zeros((len(starts_B), self.length + 1), np.int32)  # X = T + 1
+    # A row past the end reads its first token from within the stream.
+    spans = read_spans(self.tokens_S, np.minimum(starts_B, self.size), sizes_B)
+    for row_X, span in zip(row_BX, spans):
+      row_X[: len(span)] = span
+    weights_BT = (np.arange(1, self.length + 1) < sizes_B[:, None]).astype(np.float32)
+    return Batch(row_BX[:, :-1], row_BX[:, 1:], weights_BT)
 
 
-def windows(tokens_S: np.ndarray, length: int, *, keep_last: bool = False) -> Windows:
-  """Rows of `length` targets, each token the target of one; the last, incomplete one is dropped, or padded."""
-  count = (len(tokens_S) - 1) // length
-  return Windows(tokens_S if keep_last else tokens_S[: count * length + 1], length)
+def windows(
+  tokens_S: np.ndarray | ts.TensorStore, length: int, *, keep_last: bool = False
+) -> Windows:
+  """Returns rows of `length` targets; the last, incomplete one is dropped, or padded."""
+  tokens_S = _as_store(tokens_S)
+  size = tokens_S.shape[0]
+  return Windows(tokens_S, size if keep_last else (size - 1) // length * length + 1, length)
+
+
+def _as_store(tokens_S: np.ndarray | ts.TensorStore) -> ts.TensorStore:
+  return ts.array(tokens_S) if isinstance(tokens_S, np.ndarray) else tokens_S
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-  """Row r holds the cuts order_C[rows_R[r] : rows_R[r + 1]], each `sizes_C` targets from stream place `starts_C`."""
+  """Row r holds cuts rows_R[r] to rows_R[r + 1], each `sizes_C` targets from stream place `starts_C`."""
 
-  tokens_S: np.ndarray
+  tokens_S: ts.TensorStore
   length: int
   starts_C: np.ndarray
   sizes_C: np.ndarray
-  order_C: np.ndarray
   rows_R: np.ndarray
 
   def __len__(self) -> int:
@@ -95,47 +111,54 @@ class Packed:
 
   def take(self, index_B: np.ndarray) -> Batch:
     shape = (len(index_B), self.length)
-    inputs_BT, targets_BT, positions_BT, segment_ids_BT = (
-      np.zeros(shape, np.int32) for _ in range(4)
+    inputs_BT = np.zeros(shape, np.int32)
+    targets_BT = np.zeros(shape, np.int32)
+    positions_BT = np.zeros(shape, np.int32)
+    segment_ids_BT = np.zeros(shape, np.int32)
+    cuts = [self._cuts(row) for row in index_B]
+    sizes = [self.sizes_C[cut] for cut in cuts]
+    spans = iter(
+      read_spans(
+        self.tokens_S,
+        np.concatenate([self.starts_C[cut] for cut in cuts]),
+        np.concatenate(sizes) + 1,
+      )
     )
-    for b, row in enumerate(index_B):
-      at = 0
-      for segment, cut in enumerate(self._cuts(row), start=1):
-        start, size = self.starts_C[cut], self.sizes_C[cut]
-        here = slice(at, at + size)
-        inputs_BT[b, here] = self.tokens_S[start : start + size]
-        targets_BT[b, here] = self.tokens_S[start + 1 : start + size + 1]
+    for b, sizes_of_row in enumerate(sizes):
+      start = 0
+      for segment, size in enumerate(sizes_of_row, start=1):
+        here, span = slice(start, start + size), next(spans)
+        inputs_BT[b, here] = span[:-1]
+        targets_BT[b, here] = span[1:]
         positions_BT[b, here] = np.arange(size)
         segment_ids_BT[b, here] = segment
-        at += size
-    return Batch(
-      inputs_BT, targets_BT, (segment_ids_BT > 0).astype(np.float32), positions_BT, segment_ids_BT
-    )
+        start += size
+    weights_BT = (segment_ids_BT > 0).astype(np.float32)
+    return Batch(inputs_BT, targets_BT, weights_BT, positions_BT, segment_ids_BT)
 
-  def _cuts(self, row: int) -> np.ndarray:
-    return (
-      self.order_C[self.rows_R[row] : self.rows_R[row + 1]] if row < len(self) else self.order_C[:0]
-    )
+  def _cuts(self, row: int) -> slice:
+    return slice(*self.rows_R[row : row + 2]) if row < len(self) else slice(0)
 
 
-def pack(tokens_S: np.ndarray, borders_D: np.ndarray, length: int) -> Packed:
-  """Whole documents into rows: the longest first, each into the fullest row that has room (best-fit decreasing).
+def pack(tokens_S: np.ndarray | ts.TensorStore, borders_D: np.ndarray, length: int) -> Packed:
+  """Packs whole documents into rows: the longest first, each into the fullest row that has room.
 
-  A document of n tokens takes n + 1 positions: the inputs are the eos before it and its tokens, the targets its tokens
-  and the eos after it. No position is spent on predicting across a border, so all but padding has weight 1. A longer
-  document is split into full rows and a rest; each part after the first starts from the last token of the part before
-  it, at position 0, and sees nothing earlier.
+  This is best-fit decreasing. A document of n tokens takes n + 1 positions: the inputs are the eos
+  before it and its tokens, the targets its tokens and the eos after it. No position is spent on
+  predicting across a border, so all but padding has weight 1. A longer document is split into full
+  rows and a rest; each part after the first starts from the last token of the part before it, at
+  position 0, and sees nothing earlier.
   """
   starts_C, sizes_C = _cut(borders_D, length)
   order_C = np.argsort(-sizes_C, kind="stable")
   row_C = _best_fit(sizes_C[order_C], length)
   order_C = order_C[np.argsort(row_C, kind="stable")]
   rows_R = np.concatenate([[0], np.cumsum(np.bincount(row_C))])
-  return Packed(tokens_S, length, starts_C, sizes_C, order_C, rows_R)
+  return Packed(_as_store(tokens_S), length, starts_C[order_C], sizes_C[order_C], rows_R)
 
 
 def _cut(borders_D: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-  """Start and size of each document's parts of at most `length` targets."""
+  """Returns start and size of each document's parts of at most `length` targets."""
   sizes_D = np.diff(borders_D)
   parts_D = -(-sizes_D // length)
   part_C = np.arange(parts_D.sum()) - np.repeat(np.cumsum(parts_D) - parts_D, parts_D)
@@ -144,11 +167,14 @@ def _cut(borders_D: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _best_fit(sizes_C: np.ndarray, length: int) -> np.ndarray:
-  """The row of each size: the open row with the least room that suffices, or a new one. O(C log length)."""
+  """Returns the row of each size: the open row with the least room that suffices, or a new one.
+
+  Takes O(C log length) steps.
+  """
   rows_by_room: dict[int, list[int]] = {}
   rooms: list[int] = []  # the keys of rows_by_room, sorted
   rows, count = np.empty(len(sizes_C), np.int64), 0
-  for c, size in enumerate(sizes_C.tolist()):
+  for c, size in enumerate(_as_ints(sizes_C)):
     at = bisect.bisect_left(rooms, size)
     if at == len(rooms):
       row, room, count = count, length, count + 1
@@ -164,3 +190,9 @@ def _best_fit(sizes_C: np.ndarray, length: int) -> np.ndarray:
         bisect.insort(rooms, room)
       rows_by_room[room].append(row)
   return rows
+
+
+def _as_ints(values: np.ndarray) -> Iterator[int]:
+  """Yields the values as Python's integers, of which it never holds many."""
+  for start in range(0, len(values), 1 << 16):
+    yield from values[start : start + (1 << 16)].tolist()

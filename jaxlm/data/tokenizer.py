@@ -1,7 +1,8 @@
-"""Text to token ids and back: bytes, or a byte-pair encoding through the `tokenizers` library."""
+"""Turns text into token ids and back: bytes, or a byte-pair encoding through the `tokenizers` library."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,13 +12,13 @@ import numpy as np
 import tokenizers
 
 from jaxlm.config import DataConfig
-from jaxlm.data.formats import Document
 from pallas_kernels.common.errors import UserError
 
 FILE = "tokenizer.json"
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>")
-PIECE = 1 << 15  # characters that are encoded as one text
-BATCH = 128  # pieces that the library encodes in parallel; it needs some 100 bytes per token while it does
+BATCH = (
+  128  # texts that the library encodes in parallel; it needs some 100 bytes per token while it does
+)
 
 
 class Tokenizer(Protocol):
@@ -28,12 +29,16 @@ class Tokenizer(Protocol):
 
   @property
   def eos(self) -> int:
-    """Stands between documents; `encode` never gives it."""
+    """Id that stands between documents; `encode` never gives it."""
+
+  @property
+  def digest(self) -> str:
+    """Identifies the tokenizer: two with the same digest give the same ids."""
 
   def encode(self, text: str) -> np.ndarray: ...
 
   def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """The ids of each text, with memory that grows with the longest text, not with their number."""
+    """Yields the ids of each text; memory grows with the longest text, not with their number."""
 
   def decode(self, ids: np.ndarray | Sequence[int]) -> str: ...
 
@@ -46,6 +51,7 @@ class ByteTokenizer:
 
   vocab_size = 256
   eos = 0
+  digest = "bytes"
 
   def encode(self, text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), np.uint8)
@@ -54,18 +60,18 @@ class ByteTokenizer:
     return map(self.encode, texts)
 
   def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-    """Text of the bytes; U+FFFD where they are not UTF-8, as in the middle of a character."""
+    """Returns the text of the bytes, with U+FFFD where they are not UTF-8."""
     return bytes(map(int, ids)).decode(errors="replace")
 
   def save(self, folder: Path) -> None:
-    """Nothing to write: the configuration says `bytes`."""
+    """Writes nothing: the configuration says `bytes`."""
 
 
 class BPETokenizer:
-  """A tokenizer.json of the `tokenizers` library.
+  """Encodes by a tokenizer.json of the `tokenizers` library.
 
-  Text that spells a special token is encoded as ordinary text, and a truncation or padding that the file asks for is
-  switched off. Texts over 32,768 characters are encoded in pieces cut at line breaks.
+  Text that spells a special token is encoded as ordinary text, and a truncation or padding that the
+  file asks for is switched off.
   """
 
   def __init__(self, model: tokenizers.Tokenizer, name: str = "tokenizer") -> None:
@@ -82,30 +88,32 @@ class BPETokenizer:
 
   @classmethod
   def load(cls, path: Path) -> BPETokenizer:
-    """Reads a tokenizer.json; ValueError names the file where it is missing, damaged, or has no end-of-text token."""
+    """Reads a tokenizer.json; raises UserError where it is missing, damaged, or has no end of text."""
     if not path.is_file():
       raise UserError(f"data.tokenizer={str(path)!r}: no such file (or bytes, or bpe:SIZE)")
+    return cls.parse(path.read_bytes(), f"data.tokenizer={str(path)!r}")
+
+  @classmethod
+  def parse(cls, content: bytes, name: str) -> BPETokenizer:
+    """Reads the content of a tokenizer.json; UserError begins with `name`."""
     try:
-      model = tokenizers.Tokenizer.from_file(str(path))
+      model = tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises Exception itself
-      raise UserError(f"data.tokenizer={str(path)!r}: not a tokenizer.json: {error}") from error
-    return cls(model, f"data.tokenizer={str(path)!r}")
+      raise UserError(f"{name}: not a tokenizer.json: {error}") from error
+    return cls(model, name)
+
+  @property
+  def digest(self) -> str:
+    return hashlib.blake2b(self.model.to_str().encode(), digest_size=16).hexdigest()
 
   def encode(self, text: str) -> np.ndarray:
     return next(self.encode_all([text]))
 
   def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    stream = ((piece, last) for text in texts for piece, last in pieces(text))
-    parts = list[np.ndarray]()
-    while batch := list(itertools.islice(stream, BATCH)):
-      encoded = self.model.encode_batch_fast(
-        [piece for piece, _ in batch], add_special_tokens=False
-      )
-      for encoding, (_, last) in zip(encoded, batch):
-        parts.append(np.array(encoding.ids, self.dtype))
-        if last:
-          yield np.concatenate(parts)
-          parts = []
+    rest = iter(texts)
+    while batch := list(itertools.islice(rest, BATCH)):
+      for encoding in self.model.encode_batch_fast(batch, add_special_tokens=False):
+        yield np.array(encoding.ids, self.dtype)
 
   def decode(self, ids: np.ndarray | Sequence[int]) -> str:
     return self.model.decode([int(id) for id in ids], skip_special_tokens=False)
@@ -114,20 +122,11 @@ class BPETokenizer:
     self.model.save(str(Path(folder) / FILE))
 
 
-def pieces(text: str, size: int = PIECE) -> Iterator[tuple[str, bool]]:
-  """At least one part of at most `size` characters, cut at line breaks where there are any; True with the last."""
-  start = 0
-  while len(text) - start > size:
-    stop = text.rfind("\n", start, start + size) + 1 or start + size
-    yield text[start:stop], False
-    start = stop
-  yield text[start:], True
-
-
 def train_bpe(texts: Iterable[str], size: int) -> BPETokenizer:
-  """Byte-level BPE of exactly `size` tokens; the same texts give the same tokens. Id 0 is <|endoftext|>.
+  """Trains a byte-level BPE of exactly `size` tokens; the same texts give the same. Id 0 is <|endoftext|>.
 
-  Raises ValueError where the texts have too few different words for `size` tokens.
+  Memory grows with the number of different words, not with the texts. Raises UserError where the
+  texts have too few different words for `size` tokens.
   """
   model = tokenizers.Tokenizer(tokenizers.models.BPE())
   model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -138,27 +137,27 @@ def train_bpe(texts: Iterable[str], size: int) -> BPETokenizer:
     initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
   )
-  model.train_from_iterator((piece for text in texts for piece, _ in pieces(text)), trainer)
-  if (found := model.get_vocab_size()) < size:
-    raise UserError(
-      f"data.tokenizer='bpe:{size}': the training text yields only {found} tokens, bpe:{found} at most"
-    )
+  model.train_from_iterator(texts, trainer)
+  if (got := model.get_vocab_size()) < size:
+    rule = f"the training text yields only {got} tokens, bpe:{got} at most"
+    raise UserError(f"data.tokenizer='bpe:{size}': {rule}")
   return BPETokenizer(model)
 
 
-def make_tokenizer(config: DataConfig, documents: Iterable[Document]) -> Tokenizer:
-  """The tokenizer that `config.tokenizer` asks for; `bpe:SIZE` is trained on the documents."""
+def make_tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
+  """Returns the tokenizer that `config.tokenizer` asks for; `bpe:SIZE` is trained on the texts."""
   if config.tokenizer == "bytes":
     return ByteTokenizer()
   if config.tokenizer.startswith("bpe:"):
-    return train_bpe(
-      (document.text for document in documents), int(config.tokenizer.removeprefix("bpe:"))
-    )
+    return train_bpe(texts, int(config.tokenizer.removeprefix("bpe:")))
   return BPETokenizer.load(Path(config.tokenizer).expanduser())
 
 
 def load_tokenizer(folder: Path, config: DataConfig, vocabulary: int | None = None) -> Tokenizer:
-  """The tokenizer that a run wrote into its folder by `save`; ValueError where its ids go beyond the `vocabulary`."""
+  """Returns the tokenizer that a run wrote into its folder by `save`.
+
+  Raises UserError where its ids go beyond the `vocabulary`.
+  """
   if config.tokenizer == "bytes":
     return ByteTokenizer()
   tokenizer = BPETokenizer.load(Path(folder) / FILE)
@@ -168,8 +167,9 @@ def load_tokenizer(folder: Path, config: DataConfig, vocabulary: int | None = No
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocabulary: int, path: Path) -> None:
-  """ValueError where a tokenizer gives ids that a model does not have: an embedding is not checked for them."""
+  """Raises UserError where a tokenizer gives ids that a model does not have: no embedding checks them."""
   if tokenizer.vocab_size > vocabulary:
-    raise UserError(
-      f"{path}: has {tokenizer.vocab_size} ids, more than model.V={vocabulary}; it is another tokenizer"
+    rule = (
+      f"has {tokenizer.vocab_size} ids, more than model.V={vocabulary}; it is another tokenizer"
     )
+    raise UserError(f"{path}: {rule}")

@@ -1,7 +1,6 @@
-"""Decoding: caches, sampling, generation."""
+"""Decodes: samples and generates text with a cache, which `Transformer.init_cache` makes."""
 
-from jaxlm.decode.cache import init_cache
 from jaxlm.decode.generate import generate
 from jaxlm.decode.sampling import Sampler
 
-__all__ = ["Sampler", "generate", "init_cache"]
+__all__ = ["Sampler", "generate"]

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.config import ModelConfig, check
-from jaxlm.decode.cache import init_cache
+from jaxlm.config import ComputeConfig, ModelConfig, check
 from jaxlm.decode.sampling import Sampler, sample
 from jaxlm.models import Transformer
 
@@ -27,6 +26,7 @@ def generate(
   max_new: int,
   key: jax.Array | None = None,
   eos: int | None = None,
+  compute: ComputeConfig | None = None,
 ) -> np.ndarray:
   """Continues every prompt by `max_new` tokens: int32 [B, max_new].
 
@@ -49,15 +49,16 @@ def generate(
       0 <= extreme < config.V, "prompt_ids", extreme, f"ids run from 0 to V - 1 = {config.V - 1}"
     )
   key = jax.random.key(0) if key is None else key
+  model = Transformer(config, compute or ComputeConfig())
   lengths_B = jnp.array(lengths, jnp.int32)
   return np.asarray(
-    _generate(config, sampler or Sampler(), max_new, eos, params, ids_BT, lengths_B, key)
+    _generate(model, sampler or Sampler(), max_new, eos, params, ids_BT, lengths_B, key)
   )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _generate(
-  config: ModelConfig,
+  model: Transformer,
   sampler: Sampler,
   max_new: int,
   eos: int | None,
@@ -66,9 +67,8 @@ def _generate(
   lengths_B,
   key,
 ):
-  model = Transformer(config)
   B, T = ids_BT.shape
-  cache: Any = init_cache(config, B, T + max_new)
+  cache = model.init_cache(B, T + max_new)
   positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
   # Slots behind a short prompt hold padding until decoding overwrites them; no query looks ahead of its position.
   logits_BTV, cache = model.apply(params, ids_BT, positions=positions_BT, cache=cache)

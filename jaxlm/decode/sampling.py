@@ -1,10 +1,12 @@
-"""From logits to the next token: temperature, top-k, top-p, min-p, in that order.
+"""Draws the next token from logits: temperature, top-k, top-p, min-p, in that order.
 
-The order is that of transformers' generation and of vLLM: each filter sees the distribution that the one before it
-left. Top-k: arXiv:1805.04833, section 5.4. Top-p (nucleus): arXiv:1904.09751, section 3.1. Min-p: arXiv:2407.01082,
-section 3, whose experiments divide by the temperature first, as here; a temperature above 1 then softens the cut.
-Tokens are removed by the logit -inf, filters return float32, none ever removes the most likely token, and tokens with
-equal logits stay or go together, so that no result hangs on the order of the vocabulary.
+The order is that of transformers' generation and of vLLM: each filter sees the distribution that
+the one before it left. Top-k: arXiv:1805.04833, section 5.4. Top-p (nucleus): arXiv:1904.09751,
+section 3.1. Min-p: arXiv:2407.01082, section 3, whose experiments divide by the temperature first,
+as here; a temperature above 1 then softens the cut. Tokens are removed by the logit -inf, filters
+return float32, none ever removes the most likely token, and tokens with equal logits stay or go
+together, so that no result hangs on the order of the vocabulary. All functions take float logits
+[B, V] and raise UserError for others.
 """
 
 # B batch, V vocabulary
@@ -18,11 +20,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import check
+from pallas_kernels.common.checks import check_dtype, check_shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
-  """How the next token is chosen; hashable, hence static under jit. ValueError when a field is out of range."""
+  """Says how the next token is chosen; hashable, hence static under jit.
+
+  Raises UserError when a field is out of range.
+  """
 
   temperature: float = 1.0
   """logits are divided by this; 0 takes the most likely token"""
@@ -42,11 +48,13 @@ class Sampler:
 
 
 def sample(logits_BV: jax.Array, key: jax.Array, sampler: Sampler) -> jax.Array:
-  """One token per row, int32 [B], independent between rows; the lowest id wins a tie at temperature 0.
+  """Returns one token per row, int32 [B], drawn independently.
 
-  Where several logits are +inf, these share the probability. A row that is all -inf or has a NaN has no
-  distribution; what comes back for it is some id of the vocabulary.
+  At temperature 0 the lowest id wins a tie. Where several logits are +inf, these share the
+  probability. A row that is all -inf or has a NaN has no distribution; what comes back for it is
+  some id of the vocabulary.
   """
+  _check(logits_BV)
   if sampler.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   logits_BV = _below_max(logits_BV) / sampler.temperature
@@ -57,7 +65,8 @@ def sample(logits_BV: jax.Array, key: jax.Array, sampler: Sampler) -> jax.Array:
 
 
 def apply_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
-  """Keeps tokens whose logit is at least the k-th largest (so more than k at a tie there); k = 0 keeps all."""
+  """Keeps tokens whose logit is at least the k-th largest (more than k at a tie there); 0 keeps all."""
+  _check(logits_BV)
   logits_BV = logits_BV.astype(jnp.float32)
   if k == 0:
     return logits_BV
@@ -68,8 +77,10 @@ def apply_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
 def apply_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
   """Keeps tokens when all strictly likelier ones together hold less than `p`; p = 1 keeps all.
 
-  So the token that crosses `p` stays, and without ties the kept ones are the fewest that hold at least `p`.
+  So the token that crosses `p` stays, and without ties the kept ones are the fewest that hold at
+  least `p`.
   """
+  _check(logits_BV)
   logits_BV = logits_BV.astype(jnp.float32)
   if p == 1:
     return logits_BV
@@ -81,15 +92,21 @@ def apply_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
 
 
 def apply_min_p(logits_BV: jax.Array, p: float) -> jax.Array:
-  """Keeps tokens with probability at least `p` times the largest; p = 0 keeps all, p = 1 those tied for the largest."""
+  """Keeps tokens with probability at least `p` times the largest; p = 0 keeps all."""
+  _check(logits_BV)
   logits_BV = logits_BV.astype(jnp.float32)
   if p == 0:
     return logits_BV
   return jnp.where(_below_max(logits_BV) >= math.log(p), logits_BV, -jnp.inf)
 
 
+def _check(logits_BV: jax.Array) -> None:
+  check_shape("logits_BV", logits_BV, (None, None))
+  check_dtype("logits_BV", logits_BV, jnp.floating)
+
+
 def _below_max(logits_BV: jax.Array) -> jax.Array:
-  """Logits minus the row's largest, float32: the same distribution, exact near 1e4, and finite where that is +inf."""
+  """Subtracts each row's largest logit in float32: exact near 1e4, and finite where that is +inf."""
   logits_BV = logits_BV.astype(jnp.float32)
   max_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
   return jnp.where(logits_BV == max_B1, 0.0, logits_BV - max_B1)

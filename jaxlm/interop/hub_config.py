@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import ModelConfig, decoder, rearrange
 from jaxlm.interop.fields import Fields
 from jaxlm.interop.hub_folder import MAX_CONFIG_BYTES
 from jaxlm.interop.hub_rope import read_rope
@@ -60,8 +60,7 @@ FAMILIES = {
   ),
 }
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-Kind = Literal["full", "window"]
-KINDS: dict[str, Kind] = {"full_attention": "full", "sliding_attention": "window"}
+FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
 # Book-keeping, generation, initialisation and how to compute: no effect on a forward pass.
 _IGNORED_FIELDS = (
   "_name_or_path",
@@ -101,7 +100,7 @@ def parse_config(values: dict[str, Any], where: str) -> tuple[ModelConfig, str |
     f"must be [{family.architecture!r}] for model_type {name!r}",
   )
   try:
-    config = ModelConfig(**_read_model(fields, family, where))
+    config = rearrange(decoder(**_read_model(fields, family, where)))
     dtype = _read_dtype(fields)
     fields.refuse_unread(_IGNORED_FIELDS)
   except UserError as error:  # ModelConfig does not know the file
@@ -142,62 +141,48 @@ def _read_model(fields: Fields, family: Family, where: str) -> dict[str, Any]:
     "qkv_bias": bias,
     "out_bias": bias,
     **family.switches,
-    **_read_windows(fields, family, layers),
+    "windows": _read_windows(fields, family, layers),
     **(_read_llama(fields) if family is FAMILIES["llama"] else {}),
     **(_read_gemma(fields) if family is FAMILIES["gemma2"] else {}),
   }
 
 
 def _read_llama(fields: Fields) -> dict[str, Any]:
-  return {"mlp_bias": fields.read("mlp_bias", bool, False)}
+  return {"bias": fields.read("mlp_bias", bool, False)}
 
 
 def _read_gemma(fields: Fields) -> dict[str, Any]:
   fields.expect("use_bidirectional_attention", False, "must be false: attention here is causal")
   return {
     "query_width": fields.read("query_pre_attn_scalar", float, 256.0),
-    "attention_cap": fields.read("attn_logit_softcapping", float, 50.0, optional=True),
+    "cap": fields.read("attn_logit_softcapping", float, 50.0, optional=True),
     "logit_cap": fields.read("final_logit_softcapping", float, 30.0, optional=True),
   }
 
 
-def _read_windows(fields: Fields, family: Family, layers: int) -> dict[str, Any]:
-  """Returns `attention`, the shortest pattern that repeats to the list of layers, and `window`."""
+def _read_windows(fields: Fields, family: Family, layers: int) -> list[int | None]:
+  """Returns the window of each layer, None for full attention."""
   if family.windows == "none":
-    return {}
+    return [None] * layers
   used = family.windows == "even" or fields.read("use_sliding_window", bool, False)
   window = fields.read("sliding_window", int, 4096, optional=True)
   fields.expect("sliding_window_size", window, f"contradicts sliding_window={window}")
   first = fields.read("max_window_layers", int, 28, least=0) if family.windows == "some" else 0
   listed = fields.read("layer_types", list, None, optional=True)
   if listed is not None:
-    if len(listed) != layers or not all(isinstance(kind, str) and kind in KINDS for kind in listed):
-      raise fields.error("layer_types", listed, f"must be {layers} of {', '.join(KINDS)}")
-    kinds = tuple(KINDS[kind] for kind in listed)
+    known = all(isinstance(kind, str) and kind in LAYER_TYPES for kind in listed)
+    if len(listed) != layers or not known:
+      raise fields.error("layer_types", listed, f"must be {layers} of {', '.join(LAYER_TYPES)}")
+    kinds = listed
   elif family.windows == "even":
-    kinds = tuple(
-      KINDS["full_attention" if layer % 2 else "sliding_attention"] for layer in range(layers)
-    )
+    kinds = [FULL if layer % 2 else SLIDING for layer in range(layers)]
   else:
-    alike = not used or window is None
-    kinds = tuple(
-      KINDS["full_attention" if alike or layer < first else "sliding_attention"]
-      for layer in range(layers)
-    )
-  attention = shortest_pattern(kinds)
-  if "window" not in attention:
-    return {"attention": attention}
-  if not used or window is None:
-    raise fields.error(
-      "layer_types", listed, "has windows, which use_sliding_window or sliding_window switches off"
-    )
-  return {"attention": attention, "window": window}
-
-
-def shortest_pattern(kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
-  """Returns the shortest tuple that repeats to `kinds`."""
-  lengths = (n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0)
-  return next(kinds[:n] for n in lengths if kinds[:n] * (len(kinds) // n) == kinds)
+    all_full = not used or window is None
+    kinds = [FULL if all_full or layer < first else SLIDING for layer in range(layers)]
+  if SLIDING in kinds and (not used or window is None):
+    rule = "has windows, which use_sliding_window or sliding_window switches off"
+    raise fields.error("layer_types", listed, rule)
+  return [window if kind == SLIDING else None for kind in kinds]
 
 
 def _read_dtype(fields: Fields) -> str | None:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
-from jaxlm.config import ModelConfig, RopeConfig
+from jaxlm.config import AttentionConfig, ModelConfig, RopeConfig
 from jaxlm.interop.hub_config import (
   ACTIVATIONS,
   FAMILIES,
-  KINDS,
+  FULL,
+  SLIDING,
   Family,
   parse_config,
-  shortest_pattern,
 )
 from jaxlm.interop.hub_rope import write_rope
 from pallas_kernels.common.errors import UserError
 
-# Fields that say how to compute: a config.json does not hold them.
-_COMPUTE_FIELDS = ("dtype", "attention_implementation", "remat", "scan")
 # Fields of the rotary embedding that each scaling reads, besides theta.
 _ROPE_FIELDS = {
   "none": (),
@@ -38,33 +37,45 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
   lost_fields = {name: _differences(config, values) for name, values in attempts.items()}
   nearest = min(lost_fields, key=lambda name: len(lost_fields[name]))
   if lost_fields[nearest]:
-    names = lost_fields[nearest]
-    listed = ", ".join(f"model.{name}={getattr(config, name)!r}" for name in names)
     rule = f"no {' or '.join(FAMILIES)} model can have this (the nearest is {nearest})"
-    raise UserError(f"{listed}: {rule}")
+    raise UserError(f"{', '.join(lost_fields[nearest])}: {rule}")
   return attempts[nearest]
 
 
 def _differences(config: ModelConfig, values: dict[str, Any]) -> list[str]:
-  """Returns the fields in which `config` differs from the model that `values` describe."""
+  """Returns "path=value" of the fields in which `config` differs from what `values` describe."""
   try:
     back, _ = parse_config(values, "written")
   except ValueError:
-    return [field.name for field in dataclasses.fields(config)]
-  ignored_fields = set(_COMPUTE_FIELDS)
+    return [f"model.{field.name}" for field in dataclasses.fields(config)]
+  ignored_fields = {"prefix", "pattern", "remainder"}  # the layers are compared one by one
   if config.max_length is None:
     ignored_fields.add("max_length")
-  if "window" not in config.attention:
-    ignored_fields.add("window")
-  if (config.query_width or config.H) == (back.query_width or back.H):
-    ignored_fields.add("query_width")
-  pattern = shortest_pattern(config.attention * (config.layers // len(config.attention)))
-  config = dataclasses.replace(config, attention=pattern, rope=_used_fields(config.rope))
-  names = [field.name for field in dataclasses.fields(config) if field.name not in ignored_fields]
-  return [name for name in names if getattr(config, name) != getattr(back, name)]
+  lost_fields = _unequal_fields("model", config, back, ignored_fields)
+  for ours, theirs in zip(config.layer_specs, back.layer_specs):
+    lost_fields += _unequal_fields("mixer", _used_fields(ours.mixer), _used_fields(theirs.mixer))
+    lost_fields += _unequal_fields("feedforward", ours.feedforward, theirs.feedforward)
+  return list(dict.fromkeys(lost_fields))
 
 
-def _used_fields(rope: RopeConfig) -> RopeConfig:
+def _unequal_fields(
+  path: str, ours: Any, theirs: Any, ignored_fields: Collection[str] = ()
+) -> list[str]:
+  names = [field.name for field in dataclasses.fields(ours) if field.name not in ignored_fields]
+  return [
+    f"{path}.{name}={getattr(ours, name)!r}"
+    for name in names
+    if getattr(ours, name) != getattr(theirs, name)
+  ]
+
+
+def _used_fields(mixer: AttentionConfig) -> AttentionConfig:
+  """Returns `mixer` with the query width stated, and defaults where its rope reads nothing."""
+  rope = _used_rope_fields(mixer.rope)
+  return dataclasses.replace(mixer, rope=rope, query_width=mixer.query_width or float(mixer.H))
+
+
+def _used_rope_fields(rope: RopeConfig) -> RopeConfig:
   """Returns `rope` with the defaults in the fields that its scaling does not read."""
   if rope.scaling == "yarn":
     return dataclasses.replace(rope, low_freq_factor=1.0, high_freq_factor=4.0)
@@ -73,36 +84,37 @@ def _used_fields(rope: RopeConfig) -> RopeConfig:
 
 
 def _write(c: ModelConfig, name: str, dtype: str) -> dict[str, Any]:
-  family = FAMILIES[name]
+  """Returns a config.json of this family, from the first layer and every layer's window."""
+  family, mixer, feedforward = FAMILIES[name], c.layer_specs[0].mixer, c.layer_specs[0].feedforward
   lengths = {} if c.max_length is None else {"max_position_embeddings": c.max_length}
-  if c.rope.scaling == "dynamic":
-    lengths = {"max_position_embeddings": c.rope.original_length}
+  if mixer.rope.scaling == "dynamic":
+    lengths = {"max_position_embeddings": mixer.rope.original_length}
   activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
   values = {
     "architectures": [family.architecture],
     "model_type": name,
     "vocab_size": c.V,
     "hidden_size": c.D,
-    "intermediate_size": c.F,
+    "intermediate_size": feedforward.F,
     "num_hidden_layers": c.layers,
-    "num_attention_heads": c.N,
-    "num_key_value_heads": c.K,
-    "head_dim": c.H,
+    "num_attention_heads": mixer.N,
+    "num_key_value_heads": mixer.K,
+    "head_dim": mixer.H,
     **lengths,
     "rms_norm_eps": c.norm_eps,
-    family.activation_key: activations[c.activation],
+    family.activation_key: activations[feedforward.activation],
     "tie_word_embeddings": c.tied,
-    **write_rope(c.rope),
+    **write_rope(mixer.rope),
     "torch_dtype": dtype,
   }
   if family.bias_key:
-    values["attention_bias"] = c.qkv_bias
+    values["attention_bias"] = mixer.qkv_bias
   if name == "llama":
-    values["mlp_bias"] = c.mlp_bias
+    values["mlp_bias"] = feedforward.bias
   if name == "gemma2":
-    width = c.query_width or c.H
+    width = mixer.query_width or mixer.H
     values["query_pre_attn_scalar"] = int(width) if width == int(width) else width
-    values["attn_logit_softcapping"] = c.attention_cap
+    values["attn_logit_softcapping"] = mixer.cap
     values["final_logit_softcapping"] = c.logit_cap
   return values | _write_windows(c, family)
 
@@ -110,14 +122,13 @@ def _write(c: ModelConfig, name: str, dtype: str) -> dict[str, Any]:
 def _write_windows(c: ModelConfig, family: Family) -> dict[str, Any]:
   if family.windows == "none":
     return {}
-  kinds = c.attention * (c.layers // len(c.attention))
-  names = {ours: theirs for theirs, ours in KINDS.items()}
-  window = c.window if "window" in kinds else None
+  windows = [spec.mixer.window for spec in c.layer_specs]
+  window = next((window for window in windows if window), None)
   values: dict[str, Any] = {
-    "layer_types": [names[kind] for kind in kinds],
+    "layer_types": [SLIDING if window else FULL for window in windows],
     "sliding_window": window,
   }
   if family.windows == "some":
-    first = kinds.index("window") if window else c.layers
+    first = next((layer for layer, window in enumerate(windows) if window), c.layers)
     values |= {"use_sliding_window": window is not None, "max_window_layers": first}
   return values

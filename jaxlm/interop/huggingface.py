@@ -5,12 +5,11 @@ Only safetensors are read; pickle never is.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +38,7 @@ def load(path: str | Path, dtype: DTypeLike | None = None) -> tuple[ModelConfig,
 
   The weights get `dtype` (a name such as "bfloat16", or a jax or numpy dtype), by default that of
   the files, which then must all have the dtype that config.json states. They go tensor by tensor
-  to where the current mesh wants them (`jax.set_mesh`; without one, to the first device). The
-  configuration computes in bfloat16 if the weights are bfloat16, else in float32.
+  to where the current mesh wants them (`jax.set_mesh`; without one, to the first device).
 
   Raises UserError, naming file, tensor and rule, before it allocates anything: for an unknown
   architecture, fields of config.json that are unknown or contradict each other, and tensors that
@@ -57,7 +55,7 @@ def load(path: str | Path, dtype: DTypeLike | None = None) -> tuple[ModelConfig,
       sources = [_source(weight, tensors[name], files) for name in weight.names]
       array = assemble(_leaf_at(targets, weight.path), sources, weight.stacked, pool)
       _insert(params, weight.path, array)
-  return config, {"params": params}
+  return config, params
 
 
 def inspect(
@@ -69,28 +67,24 @@ def inspect(
   Refuses everything that `load` refuses, except a tied head that is not the embedding and a mesh
   that does not fit.
   """
-  wanted = resolve_dtype(dtype)
+  wanted = None if dtype is None else resolve_dtype(dtype)
   config, stated = read_config(folder / CONFIG)
   tensors = find_tensors(folder)
   weight_dtype = check_tensors(config, tensors, folder, stated, wanted)
-  compute: Literal["bfloat16", "float32"]
-  compute = "bfloat16" if weight_dtype == jnp.bfloat16 else "float32"
-  return dataclasses.replace(config, dtype=compute), tensors, weight_dtype
+  return config, tensors, weight_dtype
 
 
-def resolve_dtype(dtype: DTypeLike | None) -> np.dtype | None:
-  """Returns the numpy dtype of a name or of a jax or numpy dtype; None stays None.
+def resolve_dtype(dtype: DTypeLike) -> np.dtype:
+  """Returns the numpy dtype of a name or of a jax or numpy dtype.
 
   Raises UserError for anything but float32, bfloat16 and float16.
   """
-  if dtype is None:
-    return None
+  rule = "must be float32, bfloat16 or float16, as a name or a dtype"
   try:
     resolved = np.dtype(jnp.dtype(dtype))
   except TypeError:
-    resolved = None
-  known = resolved in safetensors.DTYPES.values()
-  check(known, "dtype", dtype, "must be float32, bfloat16 or float16, as a name or a dtype")
+    raise UserError(f"dtype={dtype!r}: {rule}") from None
+  check(resolved in safetensors.DTYPES.values(), "dtype", dtype, rule)
   return resolved
 
 
@@ -110,10 +104,8 @@ def _target_arrays(config: ModelConfig, dtype: np.dtype, folder: Path) -> Any:
   Raises UserError where they do not divide over it.
   """
   mesh = jax.sharding.get_mesh()
-  count = max(mesh.size, 1)  # of rows and positions, which divides over any axis
-  ids_BT = jnp.zeros((count, count), jnp.int32)
   try:
-    abstract = jax.eval_shape(Transformer(config).init, jax.random.key(0), ids_BT)
+    abstract = jax.eval_shape(Transformer(config).init, jax.random.key(0))
   except ValueError as error:
     raise UserError(f"{folder}: {error}") from error
 
@@ -121,7 +113,7 @@ def _target_arrays(config: ModelConfig, dtype: np.dtype, folder: Path) -> Any:
     sharding = None if mesh.empty else NamedSharding(mesh, jax.typeof(x).sharding.spec)
     return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
 
-  return jax.tree.map(target, abstract)["params"]
+  return jax.tree.map(target, abstract)
 
 
 def save(
@@ -140,7 +132,7 @@ def save(
   folder = Path(path)
   if any((folder / name).exists() for name in (CONFIG, SINGLE, INDEX)):
     raise UserError(f"{folder}: holds a checkpoint or a run already")
-  leaves = {weight: _checked_leaf(params, weight, config) for weight in weights(config)}
+  leaves = {weight: _checked_leaf(params, weight) for weight in weights(config)}
   dtypes = {np.dtype(leaf.dtype) for leaf in leaves.values()}
   if len(dtypes) > 1 or not dtypes <= set(safetensors.DTYPES.values()):
     listed = ", ".join(sorted(map(str, dtypes)))
@@ -169,12 +161,12 @@ def save(
   _write_json(folder / CONFIG, description)
 
 
-def _checked_leaf(params: Any, weight: Weight, config: ModelConfig) -> jax.Array:
+def _checked_leaf(params: Any, weight: Weight) -> jax.Array:
   where, shape = ".".join(weight.path), weight.shape
   if weight.stacked:
-    shape = (config.layers // len(config.attention), *shape)
+    shape = (len(weight.names), *shape)
   try:
-    leaf = _leaf_at(params["params"], weight.path)
+    leaf = _leaf_at(params, weight.path)
   except (KeyError, TypeError):
     raise UserError(f"params: {where} is missing") from None
   check(leaf.shape == shape, f"params: {where} of shape", leaf.shape, f"must be {shape}")

@@ -1,7 +1,7 @@
 """Lists which parameter of this project's tree is which tensor of a Hub checkpoint.
 
-The tree stacks blocks of one kind on a leading axis: with a pattern of P kinds, layer i is row
-i // P of stack i % P. The Hub has one tensor per layer, and matrices as [out, in].
+The tree stacks the repeats of each of `ModelConfig.stacks` on a leading axis. The Hub has one
+tensor per layer, and matrices as [out, in].
 """
 
 # D model, N query heads, K key heads, H head width, F feed-forward, V vocabulary
@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import LayerSpec, ModelConfig
 
 Path = tuple[str, ...]
 
@@ -44,55 +44,55 @@ class Weight(NamedTuple):
 
 def weights(c: ModelConfig) -> Iterator[Weight]:
   """Yields all parameters of the model, stack by stack."""
-  yield Weight(
-    ("embed",), (c.V, c.D), ("model.embed_tokens.weight",), stacked=False, transposed=False
-  )
-  pattern = len(c.attention)
-  for stack in range(pattern):
-    for (module, parameter), (suffix, shape) in _block(c).items():
-      names = tuple(f"model.layers.{layer}.{suffix}" for layer in range(stack, c.layers, pattern))
-      path = ("blocks", str(stack), *module.split("/"), parameter)
-      yield Weight(path, shape, names, stacked=True, transposed=len(shape) == 2)
-  yield Weight(("norm", "w_D"), (c.D,), ("model.norm.weight",), stacked=False, transposed=False)
+  embed, name = ("embed", "weight"), "model.embed_tokens.weight"
+  yield Weight(embed, (c.V, c.D), (name,), stacked=False, transposed=False)
+  first = 0
+  for index, (specs, repeats) in enumerate(c.stacks):
+    end = first + len(specs) * repeats
+    for place, spec in enumerate(specs):
+      layers = range(first + place, end, len(specs))
+      for (module, parameter), (suffix, shape) in _block(c, spec).items():
+        names = tuple(f"model.layers.{layer}.{suffix}" for layer in layers)
+        path = ("stacks", str(index), str(place), *module.split("/"), parameter)
+        yield Weight(path, shape, names, stacked=True, transposed=len(shape) == 2)
+    first = end
+  yield Weight(("norm", "weight"), (c.D,), ("model.norm.weight",), stacked=False, transposed=False)
   if not c.tied:
-    yield Weight(("head",), (c.D, c.V), ("lm_head.weight",), stacked=False, transposed=True)
+    head = ("head", "weight")
+    yield Weight(head, (c.D, c.V), ("lm_head.weight",), stacked=False, transposed=True)
 
 
 def tensor_count(c: ModelConfig) -> int:
   """Returns how many tensors `weights` names, without listing them."""
-  return c.layers * len(_block(c)) + (2 if c.tied else 3)
+  return sum(len(_block(c, spec)) for spec in c.layer_specs) + (2 if c.tied else 3)
 
 
-def _block(c: ModelConfig) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
-  """Maps (module, parameter) of a block to the name below the layer and the shape."""
-  Q, Z = c.N * c.H, c.K * c.H
-  table: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {
-    ("attention", "w_q"): ("self_attn.q_proj.weight", (c.D, Q)),
-    ("attention", "w_k"): ("self_attn.k_proj.weight", (c.D, Z)),
-    ("attention", "w_v"): ("self_attn.v_proj.weight", (c.D, Z)),
-    ("attention", "w_o"): ("self_attn.o_proj.weight", (Q, c.D)),
-    ("mlp", "w_gate"): ("mlp.gate_proj.weight", (c.D, c.F)),
-    ("mlp", "w_up"): ("mlp.up_proj.weight", (c.D, c.F)),
-    ("mlp", "w_down"): ("mlp.down_proj.weight", (c.F, c.D)),
-    ("attention_norm", "w_D"): ("input_layernorm.weight", (c.D,)),
+def _block(c: ModelConfig, spec: LayerSpec) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
+  """Maps (module, parameter) of a layer to its name below the layer on the Hub, and its shape."""
+  mixer, F, feedforward_bias = spec.mixer, spec.feedforward.F, spec.feedforward.bias
+  Q, Z = mixer.N * mixer.H, mixer.K * mixer.H
+  linears = {
+    ("mixer/q", "self_attn.q_proj"): ((c.D, Q), mixer.qkv_bias),
+    ("mixer/k", "self_attn.k_proj"): ((c.D, Z), mixer.qkv_bias),
+    ("mixer/v", "self_attn.v_proj"): ((c.D, Z), mixer.qkv_bias),
+    ("mixer/o", "self_attn.o_proj"): ((Q, c.D), mixer.out_bias),
+    ("feedforward/gate", "mlp.gate_proj"): ((c.D, F), feedforward_bias),
+    ("feedforward/up", "mlp.up_proj"): ((c.D, F), feedforward_bias),
+    ("feedforward/down", "mlp.down_proj"): ((F, c.D), feedforward_bias),
   }
+  norms = {"mixer_norm": "input_layernorm", "feedforward_norm": "post_attention_layernorm"}
   if c.post_norms:
-    table |= {
-      ("attention_post_norm", "w_D"): ("post_attention_layernorm.weight", (c.D,)),
-      ("mlp_norm", "w_D"): ("pre_feedforward_layernorm.weight", (c.D,)),
-      ("mlp_post_norm", "w_D"): ("post_feedforward_layernorm.weight", (c.D,)),
-    }
-  else:
-    table[("mlp_norm", "w_D")] = ("post_attention_layernorm.weight", (c.D,))
-  if c.qk_norm:
-    table[("attention/q_norm", "w_D")] = ("self_attn.q_norm.weight", (c.H,))
-    table[("attention/k_norm", "w_D")] = ("self_attn.k_norm.weight", (c.H,))
-  if c.qkv_bias:
-    for letter, width in (("q", Q), ("k", Z), ("v", Z)):
-      table[("attention", f"b_{letter}")] = (f"self_attn.{letter}_proj.bias", (width,))
-  if c.out_bias:
-    table[("attention", "b_o")] = ("self_attn.o_proj.bias", (c.D,))
-  if c.mlp_bias:
-    for name, width in (("gate", c.F), ("up", c.F), ("down", c.D)):
-      table[("mlp", f"b_{name}")] = (f"mlp.{name}_proj.bias", (width,))
+    norms["mixer_post_norm"] = "post_attention_layernorm"
+    norms["feedforward_norm"] = "pre_feedforward_layernorm"
+    norms["feedforward_post_norm"] = "post_feedforward_layernorm"
+
+  table: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
+  for (module, name), (shape, biased) in linears.items():
+    table[(module, "weight")] = (f"{name}.weight", shape)
+    if biased:
+      table[(module, "bias")] = (f"{name}.bias", shape[1:])
+  table |= {(module, "weight"): (f"{name}.weight", (c.D,)) for module, name in norms.items()}
+  if mixer.qk_norm:
+    for name in ("q_norm", "k_norm"):
+      table[(f"mixer/{name}", "weight")] = (f"self_attn.{name}.weight", (mixer.H,))
   return table

@@ -1,6 +1,6 @@
 """Models: pure functions of arrays and the thin modules that own their parameters."""
 
-from jaxlm.models.head import Head, head
-from jaxlm.models.transformer import Transformer
+from jaxlm.models.head import Head
+from jaxlm.models.transformer import Transformer, roles
 
-__all__ = ["Head", "Transformer", "head"]
+__all__ = ["Head", "Transformer", "roles"]

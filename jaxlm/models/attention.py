@@ -1,19 +1,19 @@
-"""Grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245): weights, rotary embedding, cache, dispatch."""
+"""Grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245) with rotary embedding."""
 
 # B batch, T query positions, S key positions, D model, N query heads, K key heads, H head width, R = H / 2
 
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import AttentionConfig, ComputeConfig, ModelConfig
 from jaxlm.models import dense_attention
 from jaxlm.models.blocked_attention import blocked
-from jaxlm.models.linear import linear, sharded_normal, sharded_zeros
+from jaxlm.models.linear import Linear, Roles, declare_parts
 from jaxlm.models.norms import RMSNorm
 from jaxlm.models.rope import apply_rope, rope_tables
 from sharding.rules import all_gather, is_sharded, spec
@@ -27,7 +27,10 @@ _DENSE = {
 
 
 class KVCache(NamedTuple):
-  """Keys and values of one layer; slot s holds position s. Keys are rotated, except under dynamic scaling."""
+  """Keys and values of one layer; slot s holds position s.
+
+  Keys are rotated, except under dynamic scaling.
+  """
 
   k_BSKH: jax.Array
   v_BSKH: jax.Array
@@ -84,43 +87,55 @@ def _announce(line: str) -> None:
 
 
 class Attention(nn.Module):
-  """q, k, v and output projections round causal attention.
+  """Projects to queries, keys and values, attends causally, projects back."""
 
-  Weights: w_q [D, NH], w_k and w_v [D, KH], w_o [NH, D]; their biases b_q, b_k, b_v, b_o; q_norm and k_norm [H].
-  """
-
+  spec: AttentionConfig
   config: ModelConfig
-  kind: str
+  compute: ComputeConfig
+  layers: tuple[int, ...]
 
-  @nn.compact
-  def __call__(self, x_BTD: jax.Array, context: Context, cache: KVCache | None = None):
-    """x [B, T, D] -> (the layer's output [B, T, D], the cache with these T positions written, or None)."""
-    c = self.config
-    B, T, D = x_BTD.shape
-    x_BTD = all_gather(x_BTD, "batch", "length", None)
-    w_q = self.param("w_q", sharded_normal, (D, c.N * c.H), D**-0.5, "embed", "heads")
-    w_k = self.param("w_k", sharded_normal, (D, c.K * c.H), D**-0.5, "embed", "kv_heads")
-    w_v = self.param("w_v", sharded_normal, (D, c.K * c.H), D**-0.5, "embed", "kv_heads")
-    out_std = (c.N * c.H * 2 * c.layers) ** -0.5
-    w_o = self.param("w_o", sharded_normal, (c.N * c.H, D), out_std, "heads", "embed")
-    b_q = b_k = b_v = b_o = None
-    if c.qkv_bias:
-      b_q = self.param("b_q", sharded_zeros, (c.N * c.H,), "heads")
-      b_k, b_v = (
-        self.param(name, sharded_zeros, (c.K * c.H,), "kv_heads") for name in ("b_k", "b_v")
-      )
-    if c.out_bias:
-      b_o = self.param("b_o", sharded_zeros, (D,), None)
-
-    q_BTNH, k_BTKH, v_BTKH = (
-      _split_heads(linear(x_BTD, w, (None, "heads"), _HEADS, b), c.H)
-      for w, b in ((w_q, b_q), (w_k, b_k), (w_v, b_v))
-    )
+  def setup(self) -> None:
+    c, D = self.spec, self.config.D
+    Q, Z = c.N * c.H, c.K * c.H
+    for heads, axis in ((c.N, "heads"), (c.K, "kv_heads")):
+      spec((heads,), axis)  # refuses a mesh that would split a head
+    options: dict[str, Any] = {"dtype": self.compute.dtype, "layers": self.layers}
+    inner = {"out": _HEADS, "biased": c.qkv_bias, **options}
+    self.q = Linear((D, Q), D**-0.5, ("embed", "heads"), **inner)
+    self.k = Linear((D, Z), D**-0.5, ("embed", "kv_heads"), **inner)
+    self.v = Linear((D, Z), D**-0.5, ("embed", "kv_heads"), **inner)
+    out_std = (Q * 2 * self.config.layers) ** -0.5
+    outer = {"out": ("batch", "norm_length", None), "biased": c.out_bias, **options}
+    self.o = Linear((Q, D), out_std, ("heads", "embed"), **outer)
     if c.qk_norm:
-      q_BTNH, k_BTKH = RMSNorm(c, name="q_norm")(q_BTNH), RMSNorm(c, name="k_norm")(k_BTKH)
+      self.q_norm = RMSNorm(c.H, self.config.norm_eps, self.config.norm_offset)
+      self.k_norm = RMSNorm(c.H, self.config.norm_eps, self.config.norm_offset)
+
+  def declare(self) -> Roles:
+    """Creates the parameters and returns their roles."""
+    norms = ("q_norm", "k_norm") if self.spec.qk_norm else ()
+    return declare_parts(self, "q", "k", "v", "o", *norms)
+
+  @staticmethod
+  def init_cache(spec: AttentionConfig, batch: int, length: int, dtype: str) -> KVCache:
+    """Returns an empty cache of one layer; a windowed layer keeps all `length` positions too."""
+    zeros = jnp.zeros((batch, length, spec.K, spec.H), dtype)
+    return KVCache(zeros, zeros)
+
+  def __call__(
+    self, x_BTD: jax.Array, context: Context, cache: KVCache | None = None
+  ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
+    """Returns the layer's output [B, T, D], its updated cache or None, and no statistics."""
+    c = self.spec
+    B, T, _ = x_BTD.shape
+    x_BTD = all_gather(x_BTD, "batch", "length", None)
+    q_BTNH = _split_heads(self.q(x_BTD), c.H)
+    k_BTKH = _split_heads(self.k(x_BTD), c.H)
+    v_BTKH = _split_heads(self.v(x_BTD), c.H)
+    if c.qk_norm:
+      q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
     if c.query_width is not None:
       q_BTNH = q_BTNH * (c.H / c.query_width) ** 0.5  # attention itself divides by the root of H
-    window = c.window if self.kind == "window" else None
     tables = rope_tables(c.rope, context.positions_BT, c.H, context.length)
     q_BTNH = apply_rope(q_BTNH, *tables)
     if cache is None:
@@ -129,17 +144,14 @@ class Attention(nn.Module):
         apply_rope(k_BTKH, *tables),
         v_BTKH,
         segment_ids_BT=context.segment_ids_BT,
-        window=window,
-        cap=c.attention_cap,
-        implementation=c.attention_implementation,
+        window=c.window,
+        cap=c.cap,
+        implementation=self.compute.attention_implementation,
       )
     else:
-      cache, o_BTNH = _attend_cached(q_BTNH, k_BTKH, v_BTKH, cache, context, c, window)
+      cache, o_BTNH = _attend_cached(q_BTNH, k_BTKH, v_BTKH, cache, context, c)
     o_BTNH = checkpoint_name(o_BTNH, "attention_out")
-    o_BTD = linear(
-      o_BTNH.reshape(B, T, c.N * c.H), w_o, ("heads", None), ("batch", "norm_length", None), b_o
-    )
-    return o_BTD, cache
+    return self.o(o_BTNH.reshape(B, T, c.N * c.H)), cache, {}
 
 
 _HEADS = ("batch", "length", "act_heads")
@@ -156,22 +168,26 @@ def _split_heads(x_BTZ: jax.Array, H: int) -> jax.Array:
 
 
 def _attend_cached(
-  q_BTNH, k_BTKH, v_BTKH, cache: KVCache, context: Context, c: ModelConfig, window: int | None
-):
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  cache: KVCache,
+  context: Context,
+  c: AttentionConfig,
+) -> tuple[KVCache, jax.Array]:
   """Writes T positions into the cache and attends to all positions up to each query's own."""
   S = cache.k_BSKH.shape[1]
-  late = (
-    c.rope.scaling == "dynamic"
-  )  # frequencies change with the length, so its keys are rotated when read
-  if not late:
+  # dynamic frequencies change with the length, so these keys are rotated when they are read
+  rotate_on_read = c.rope.scaling == "dynamic"
+  if not rotate_on_read:
     k_BTKH = apply_rope(k_BTKH, *rope_tables(c.rope, context.positions_BT, c.H, context.length))
   rows_B1 = jnp.arange(q_BTNH.shape[0])[:, None]
   k_BSKH = cache.k_BSKH.at[rows_B1, context.positions_BT].set(k_BTKH.astype(cache.k_BSKH.dtype))
   v_BSKH = cache.v_BSKH.at[rows_B1, context.positions_BT].set(v_BTKH.astype(cache.v_BSKH.dtype))
   s_BS = jnp.arange(S)[None]
-  keys_BSKH = (
-    apply_rope(k_BSKH, *rope_tables(c.rope, s_BS, c.H, context.length)) if late else k_BSKH
-  )
-  mask_BTS = dense_attention.causal_mask(context.positions_BT, s_BS, window)
-  o_BTNH = dense_attention.attend(q_BTNH, keys_BSKH, v_BSKH, mask_BTS, c.attention_cap)
+  keys_BSKH = k_BSKH
+  if rotate_on_read:
+    keys_BSKH = apply_rope(k_BSKH, *rope_tables(c.rope, s_BS, c.H, context.length))
+  mask_BTS = dense_attention.causal_mask(context.positions_BT, s_BS, c.window)
+  o_BTNH = dense_attention.attend(q_BTNH, keys_BSKH, v_BSKH, mask_BTS, c.cap)
   return KVCache(k_BSKH, v_BSKH), o_BTNH

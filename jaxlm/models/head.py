@@ -4,13 +4,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
-
-from jaxlm.config import ModelConfig
-from sharding.rules import all_gather
 
 
 class Head(NamedTuple):
@@ -21,11 +17,3 @@ class Head(NamedTuple):
   layout: Literal["vd", "dv"]
   """the weight is [V, D], a tied embedding, or [D, V]"""
   cap: float | None
-
-
-def head(config: ModelConfig, params: Any) -> Head:
-  """The head of `Transformer(config)` with these parameters."""
-  weights, dtype = params["params"], jnp.dtype(config.dtype)
-  if config.tied:
-    return Head(all_gather(weights["embed"].astype(dtype), "vocab", None), "vd", config.logit_cap)
-  return Head(all_gather(weights["head"].astype(dtype), None, "vocab"), "dv", config.logit_cap)

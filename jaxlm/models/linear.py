@@ -1,48 +1,115 @@
-"""Weights of linear maps: how they start, how they are sharded, and the one contraction that uses them."""
+"""The one contraction with a weight: how weights start, how they are sharded, how they are used.
+
+Products accumulate in float32 and are cast to the compute type. Where `tensor` splits the
+contracted axis, the devices' partial products are summed in the compute type.
+"""
 
 # B batch, T positions, D input width, F output width
 
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from sharding.rules import Names, all_gather, axes_in, is_sharded, shard, spec
 
+Roles = dict[str, Any]
+"""A tree with the structure of parameters: "embedding", "matrix", "head", "norm" or "bias"."""
+
 
 def sharded_normal(
   key: jax.Array, shape: tuple[int, ...], std: float, *names: str | None
 ) -> jax.Array:
-  """Normal float32 weights with this standard deviation, placed by their logical axis names."""
+  """Draws normal float32 weights of this standard deviation, sharded by their logical axes."""
   return shard(std * jax.random.normal(key, shape, jnp.float32), *names)
 
 
 def sharded_zeros(key: jax.Array, shape: tuple[int, ...], *names: str | None) -> jax.Array:
-  """float32 biases at 0, placed by their logical axis names."""
+  """Returns float32 zeros, sharded by their logical axes."""
   return shard(jnp.zeros(shape, jnp.float32), *names)
 
 
-def linear(
-  x_BTD: jax.Array, w_DF: jax.Array, weight: Names, out: Names, bias_F: jax.Array | None = None
-) -> jax.Array:
-  """x w + bias: [B, T, D] times [D, F] in x's dtype.
+class Linear(nn.Module):
+  """Multiplies by a weight [D, F] and adds a bias [F]: every contraction with a weight is one.
 
-  `weight` names the weight's axes where it is used (gathered over the others), `out` those of the result. Where the
-  contracted axis is split, the partial products are summed on the way to `out` (reduce-scatter). On one device B and T
-  are merged: a weight gradient that contracts two axes makes XLA on CPU write transposed copies.
+  `axes` are the logical axes of the weight as it is stored, `out` those of the result [B, T, F].
+  """
+
+  shape: tuple[int, int]
+  std: float
+  axes: Names
+  out: Names
+  dtype: str
+  biased: bool = False
+  role: str = "matrix"
+  out_dtype: str | None = None
+  """of the result; by default `dtype`, the compute type"""
+  layers: tuple[int, ...] = ()
+  """the layers that this module computes (a scan computes several by one module); none: the head"""
+
+  def setup(self) -> None:
+    self.weight = self.param("weight", sharded_normal, self.shape, self.std, *self.axes)
+    self.bias = None
+    if self.biased:
+      self.bias = self.param("bias", sharded_zeros, self.shape[1:], self.axes_in_use[1])
+
+  def declare(self) -> Roles:
+    """Creates the parameters and returns their roles."""
+    return {"weight": self.role} | ({"bias": "bias"} if self.biased else {})
+
+  @property
+  def axes_in_use(self) -> Names:
+    """The logical axes that still split the weight where it is used: `embed` is gathered."""
+    return tuple(None if axis == "embed" else axis for axis in self.axes)
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """The name of this contraction in each of its layers, as in "layers.3.mixer.q", or "head"."""
+    path = ".".join(self.path)
+    return tuple(f"layers.{layer}.{path}" for layer in self.layers) or (path or "head",)
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    """Returns x w + bias [B, T, F] in `out_dtype`."""
+    w_DF = all_gather(self.weight.astype(self.dtype), *self.axes_in_use)
+    y_BTF = matmul(x_BTD, w_DF, self.axes_in_use, self.out, self.out_dtype or self.dtype)
+    return add_bias(y_BTF, self.bias, self.out)
+
+
+def matmul(
+  x_BTD: jax.Array, w_DF: jax.Array, axes: Names, out: Names, dtype: str | jnp.dtype
+) -> jax.Array:
+  """Contracts [B, T, D] with [D, F] in float32 and returns [B, T, F] in `dtype`.
+
+  `axes` are the logical axes of `w_DF`, `out` those of the result. Where D is split, the partial
+  products are summed on the way to `out` (reduce-scatter). On one device B and T are merged: a
+  weight gradient that contracts two axes makes XLA on CPU write transposed copies.
   """
   B, T, D = x_BTD.shape
   F = w_DF.shape[1]
-  w_DF = all_gather(w_DF.astype(x_BTD.dtype), *weight)
   if not is_sharded():
-    return add_bias(jnp.dot(x_BTD.reshape(B * T, D), w_DF).reshape(B, T, F), bias_F, out)
+    y_ZF = jnp.dot(x_BTD.reshape(B * T, D), w_DF, preferred_element_type=jnp.float32)
+    return y_ZF.astype(dtype).reshape(B, T, F)
   partial = spec((B, T, F), "batch", "length", out[2])
-  summed_axes = axes_in(spec((D,), weight[0]))
-  y_BTF = jnp.einsum("btd,df->btf", x_BTD, w_DF, out_sharding=P(*partial, unreduced=summed_axes))
-  return add_bias(shard(y_BTF, *out), bias_F, out)
+  summed_axes = axes_in(spec((D,), axes[0]))
+  y_BTF = jnp.einsum(
+    "btd,df->btf",
+    x_BTD,
+    w_DF,
+    preferred_element_type=jnp.float32,
+    out_sharding=P(*partial, unreduced=summed_axes),
+  )
+  return shard(y_BTF.astype(dtype), *out)
 
 
 def add_bias(x_BTF: jax.Array, bias_F: jax.Array | None, names: Names) -> jax.Array:
-  """x + bias, in x's dtype. On a mesh as a product with ones, whose gradient may stay unsummed per device."""
+  """Adds the bias in x's dtype.
+
+  On a mesh it is a product with ones, whose gradient may stay unsummed per device.
+  """
   if bias_F is None:
     return x_BTF
   bias_F = bias_F.astype(x_BTF.dtype)
@@ -53,3 +120,8 @@ def add_bias(x_BTF: jax.Array, bias_F: jax.Array | None, names: Names) -> jax.Ar
   return x_BTF + jnp.einsum(
     "bt,f->btf", ones_BT, bias_F, out_sharding=sharding, precision="highest"
   )
+
+
+def declare_parts(module: nn.Module, *names: str) -> Roles:
+  """Creates the parameters of these submodules and returns their roles by name."""
+  return {name: getattr(module, name).declare() for name in names}

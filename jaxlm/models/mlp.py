@@ -3,19 +3,23 @@
 # B batch, T positions, D model, F feed-forward width
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import ModelConfig
-from jaxlm.models.linear import linear, sharded_normal, sharded_zeros
+from jaxlm.config import ComputeConfig, MlpConfig, ModelConfig
+from jaxlm.models.linear import Linear, Roles, declare_parts
 from sharding.rules import all_gather
 
 
 @jax.custom_vjp
 def swiglu(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
-  """silu(gate) up. Its backward pass keeps nothing but the two arguments; reverse-mode gradients only."""
+  """Returns silu(gate) up. Its backward pass keeps only the two arguments.
+
+  It has reverse-mode gradients only.
+  """
   return jax.nn.silu(gate_BTF) * up_BTF
 
 
@@ -29,11 +33,10 @@ def _swiglu_backward(
   residuals: tuple[jax.Array, jax.Array], dy_BTF: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   gate_BTF, up_BTF = residuals
-  # the sigmoid as a tanh: cheap, and not a term of the forward pass, which XLA would then store and load
+  # the sigmoid as a tanh: cheap, and no term of the forward pass, which XLA would store and load
   share_BTF = 0.5 * jnp.tanh(0.5 * gate_BTF) + 0.5
-  return dy_BTF * up_BTF * share_BTF * (
-    1 + gate_BTF * (1 - share_BTF)
-  ), dy_BTF * gate_BTF * share_BTF
+  slope_BTF = share_BTF * (1 + gate_BTF * (1 - share_BTF))
+  return dy_BTF * up_BTF * slope_BTF, dy_BTF * gate_BTF * share_BTF
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -47,26 +50,28 @@ _GATED: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 
 class Mlp(nn.Module):
-  """down(act(gate(x)) up(x)). Weights: w_gate and w_up [D, F], w_down [F, D]; with biases b_gate, b_up, b_down."""
+  """Computes down(act(gate(x)) up(x))."""
 
+  spec: MlpConfig
   config: ModelConfig
+  compute: ComputeConfig
+  layers: tuple[int, ...]
 
-  @nn.compact
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    c = self.config
+  def setup(self) -> None:
+    D, F, dtype = self.config.D, self.spec.F, self.compute.dtype
+    options: dict[str, Any] = {"biased": self.spec.bias, "layers": self.layers, "dtype": dtype}
+    inner, outer = ("batch", "length", "act_mlp"), ("batch", "norm_length", None)
+    self.gate = Linear((D, F), D**-0.5, ("embed", "mlp"), inner, **options)
+    self.up = Linear((D, F), D**-0.5, ("embed", "mlp"), inner, **options)
+    down_std = (F * 2 * self.config.layers) ** -0.5
+    self.down = Linear((F, D), down_std, ("mlp", "embed"), outer, **options)
+
+  def declare(self) -> Roles:
+    """Creates the parameters and returns their roles."""
+    return declare_parts(self, "gate", "up", "down")
+
+  def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the layer's output [B, T, D] and its statistics, of which there are none."""
     x_BTD = all_gather(x_BTD, "batch", "length", None)
-    w_gate = self.param("w_gate", sharded_normal, (c.D, c.F), c.D**-0.5, "embed", "mlp")
-    w_up = self.param("w_up", sharded_normal, (c.D, c.F), c.D**-0.5, "embed", "mlp")
-    w_down = self.param(
-      "w_down", sharded_normal, (c.F, c.D), (c.F * 2 * c.layers) ** -0.5, "mlp", "embed"
-    )
-    b_gate = b_up = b_down = None
-    if c.mlp_bias:
-      b_gate, b_up = (self.param(name, sharded_zeros, (c.F,), "mlp") for name in ("b_gate", "b_up"))
-      b_down = self.param("b_down", sharded_zeros, (c.D,), None)
-    gate_BTF, up_BTF = (
-      linear(x_BTD, w, (None, "mlp"), ("batch", "length", "act_mlp"), b)
-      for w, b in ((w_gate, b_gate), (w_up, b_up))
-    )
-    inner_BTF = _GATED[c.activation](gate_BTF, up_BTF)
-    return linear(inner_BTF, w_down, ("mlp", None), ("batch", "norm_length", None), b_down)
+    inner_BTF = _GATED[self.spec.activation](self.gate(x_BTD), self.up(x_BTD))
+    return self.down(inner_BTF), {}

@@ -6,12 +6,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import ModelConfig
+from jaxlm.models.linear import Roles
 from sharding.rules import all_gather, is_sharded
 
 
 def rms_norm(x_ZD: jax.Array, w_D: jax.Array, eps: float, offset: int = 0) -> jax.Array:
-  """(offset + w) x / sqrt(mean(x^2) + eps) over the last axis; all in float32, result in x's dtype."""
+  """Returns (offset + w) x / sqrt(mean(x^2) + eps) over the last axis, in x's dtype.
+
+  Everything is computed in float32.
+  """
   x32_ZD = x_ZD.astype(jnp.float32)
   unit_ZD = x32_ZD * jax.lax.rsqrt(jnp.mean(jnp.square(x32_ZD), axis=-1, keepdims=True) + eps)
   y_ZD = scale_features(unit_ZD, w_D)
@@ -21,7 +24,10 @@ def rms_norm(x_ZD: jax.Array, w_D: jax.Array, eps: float, offset: int = 0) -> ja
 
 
 def scale_features(x_ZD: jax.Array, w_D: jax.Array) -> jax.Array:
-  """x w along the last axis. On a mesh as an einsum, the form whose weight gradient may stay unsummed per device."""
+  """Multiplies the last axis by w.
+
+  On a mesh it is an einsum, the form whose weight gradient may stay unsummed per device.
+  """
   if not is_sharded():
     return x_ZD * jnp.expand_dims(w_D, range(x_ZD.ndim - 1))
   sharding = jax.typeof(x_ZD).sharding.spec
@@ -29,13 +35,20 @@ def scale_features(x_ZD: jax.Array, w_D: jax.Array) -> jax.Array:
 
 
 class RMSNorm(nn.Module):
-  """Owns the weight [D], with which the norm starts as a factor of one."""
+  """Owns the weight [width], with which the norm starts as a factor of one."""
 
-  config: ModelConfig
+  width: int
+  eps: float
+  offset: int = 0
 
-  @nn.compact
+  def setup(self) -> None:
+    start = nn.initializers.constant(1 - self.offset)
+    self.weight = self.param("weight", start, (self.width,), jnp.float32)
+
+  def declare(self) -> Roles:
+    """Creates the parameters and returns their roles."""
+    return {"weight": "norm"}
+
   def __call__(self, x_ZD: jax.Array) -> jax.Array:
-    c = self.config
-    start = nn.initializers.constant(1 - c.norm_offset)
-    w_D = self.param("w_D", start, x_ZD.shape[-1:], jnp.float32)
-    return rms_norm(x_ZD, all_gather(w_D, None), c.norm_eps, c.norm_offset)
+    """Norms the last axis; result in x's dtype."""
+    return rms_norm(x_ZD, all_gather(self.weight, None), self.eps, self.offset)

@@ -1,9 +1,10 @@
 """Rotary position embedding and its extensions to longer contexts.
 
-Su et al., arXiv:2104.09864: pair j of a head turns by position * theta^(-2j / width). Pairs are half-split: entry j
-goes with entry j + width / 2, as in the published Llama and Qwen weights. Linear interpolation: arXiv:2306.15595.
-NTK-aware, dynamic and YaRN: arXiv:2309.00071, section 3, with YaRN's ramp linear in the index of the pair, as in its
-released code. llama3: Llama 3.1's released code.
+Su et al., arXiv:2104.09864: pair j of a head turns by position * theta^(-2j / width). Pairs are
+half-split: entry j goes with entry j + width / 2, as in the published Llama and Qwen weights.
+Linear interpolation: arXiv:2306.15595. NTK-aware, dynamic and YaRN: arXiv:2309.00071, section 3,
+with YaRN's ramp linear in the index of the pair, as in its released code. llama3: Llama 3.1's
+released code.
 """
 
 # B batch, T positions, N heads, H head width, R = H // 2 rotated pairs
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import RopeConfig, check
+from pallas_kernels.common.checks import check_dtype, check_shape
 
 Angles = tuple[jax.Array, jax.Array]  # cosines and sines [B, T, R]
 
@@ -24,26 +26,35 @@ Angles = tuple[jax.Array, jax.Array]  # cosines and sines [B, T, R]
 def rope_tables(
   rope: RopeConfig, positions_BT: jax.Array, width: int, length: int | jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines of the angles at `positions_BT`, float32 [B, T, width / 2], attention factor included.
+  """Returns cosines and sines of the angles, float32 [B, T, width / 2], times the attention factor.
 
-  `positions_BT` is int32 [B or 1, T]; `length` as in `frequencies`.
+  `positions_BT` holds integers [B or 1, T]; `length` as in `frequencies`. Raises UserError for
+  positions of another shape or dtype.
   """
+  check_shape("positions_BT", positions_BT, (None, None))
+  check_dtype("positions_BT", positions_BT, jnp.integer)
   f_R, attention_factor = frequencies(rope, width, length)
-  angles_BTR = positions_BT[..., None].astype(jnp.float32) * f_R[None, None]
+  f_BR = jnp.atleast_2d(f_R)  # one row for all, or one for each row of the batch
+  angles_BTR = positions_BT[..., None].astype(jnp.float32) * f_BR[:, None]
   tables_BTH = attention_factor * jnp.concatenate(
     (jnp.cos(angles_BTR), jnp.sin(angles_BTR)), axis=-1
   )
-  # behind a concatenation XLA on CPU keeps the tables; otherwise it computes them again in every rotation
+  # behind a concatenation XLA on CPU keeps the tables; otherwise every rotation computes them again
   cos_BTR, sin_BTR = jnp.split(jax.lax.optimization_barrier(tables_BTH), 2, axis=-1)
   return cos_BTR, sin_BTR
 
 
 @jax.custom_vjp
 def apply_rope(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
-  """Turns every pair (x[j], x[j + R]) of every head by its angle, in float32; the result has the dtype of `x_BTNH`.
+  """Turns every pair (x[j], x[j + R]) of every head by its angle, in float32, and returns x's dtype.
 
-  The angles are constants: no gradient reaches `cos_BTR` and `sin_BTR`.
+  `cos_BTR` and `sin_BTR` are [B or 1, T, R] for `x_BTNH` [B, T, N, 2 R], else UserError. They are
+  constants: no gradient reaches them.
   """
+  check_shape("cos_BTR", cos_BTR, (None, None, None))
+  check_shape("sin_BTR", sin_BTR, cos_BTR.shape)
+  shared, length, pairs = cos_BTR.shape
+  check_shape("x_BTNH", x_BTNH, (None if shared == 1 else shared, length, None, 2 * pairs))
   cos_BTNR, sin_BTNR = cos_BTR[:, :, None], sin_BTR[:, :, None]
   left_BTNR, right_BTNR = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   turned = (
@@ -63,7 +74,7 @@ def _apply_rope_forward(
 def _apply_rope_backward(
   angles: Angles, dy_BTNH: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The transpose of a rotation is the rotation by the opposite angle: as fast as the forward pass."""
+  """Rotates by the opposite angle, the transpose of a rotation: as fast as the forward pass."""
   cos_BTR, sin_BTR = angles
   return apply_rope(dy_BTNH, cos_BTR, -sin_BTR), jnp.zeros_like(cos_BTR), jnp.zeros_like(sin_BTR)
 
@@ -72,11 +83,12 @@ apply_rope.defvjp(_apply_rope_forward, _apply_rope_backward)
 
 
 def frequencies(rope: RopeConfig, width: int, length: int | jax.Array) -> tuple[jax.Array, float]:
-  """Radians per position of each pair, float32 [width / 2], and the factor on cos and sin.
+  """Returns radians per position of each pair, float32 [width / 2], and the factor on cos and sin.
 
-  `length` is the number of positions seen so far (a Python int, or an int32 scalar that may be traced); dynamic
-  scaling alone reads it, and keys cached under it must be cached before rotation. Raises ValueError when `width` is
-  odd or too small for the scaling, and when YaRN's two borders are out of order.
+  `length` is the number of positions seen so far: an int, or int32 of any shape, which may be
+  traced. Dynamic scaling alone reads it: it returns [..., width / 2], and keys cached under it must
+  be cached before rotation. Raises UserError when `width` is odd or too small for the scaling, and
+  when YaRN's two borders are out of order.
   """
   check(
     width >= 2 and width % 2 == 0,
@@ -91,10 +103,15 @@ def frequencies(rope: RopeConfig, width: int, length: int | jax.Array) -> tuple[
     case "linear":
       f_R = f_R / rope.factor
     case "ntk" | "dynamic":
-      # theta' = theta * stretch^(width / (width - 2)), so that the slowest pair slows down by exactly `stretch`.
+      # theta' = theta * stretch^(width / (width - 2)): the slowest pair slows down by `stretch`
       check(width > 2, "width", width, f"{rope.scaling} scaling needs a width above 2")
-      stretch = rope.factor if rope.scaling == "ntk" else _dynamic_stretch(rope, length)
-      f_R = f_R * stretch ** (-2 * index_R / (width - 2))
+      exponent_R = -2 * index_R / (width - 2)
+      if rope.scaling == "ntk":
+        f_R = f_R * rope.factor**exponent_R
+      else:
+        stretch = _dynamic_stretch(rope, length)[..., None]
+        leading = tuple(range(stretch.ndim - 1))
+        f_R = np.expand_dims(f_R, leading) * stretch ** np.expand_dims(exponent_R, leading)
     case "yarn":
       f_R = _by_parts(f_R, rope.factor, 1 - _yarn_ramp(rope, index_R, width))
       attention_factor = _yarn_attention_factor(rope)
@@ -106,18 +123,21 @@ def frequencies(rope: RopeConfig, width: int, length: int | jax.Array) -> tuple[
 
 
 def _by_parts(f_R: np.ndarray, factor: float, kept_R: np.ndarray) -> np.ndarray:
-  """Between f / factor (kept = 0) and f (kept = 1)."""
+  """Interpolates between f / factor (kept = 0) and f (kept = 1)."""
   return (1 - kept_R) * f_R / factor + kept_R * f_R
 
 
 def _dynamic_stretch(rope: RopeConfig, length: int | jax.Array) -> jax.Array:
-  """factor * l / L - (factor - 1) with l = max(length, L), float32, and exactly 1 up to the original length L."""
-  beyond = jnp.maximum(length - rope.original_length, 0) / rope.original_length
+  """Returns factor * l / L - (factor - 1), float32, with l = max(length, L): exactly 1 up to L."""
+  beyond = jnp.maximum(jnp.asarray(length) - rope.original_length, 0) / rope.original_length
   return 1 + rope.factor * beyond.astype(jnp.float32)
 
 
 def _yarn_ramp(rope: RopeConfig, index_R: np.ndarray, width: int) -> np.ndarray:
-  """0 for pairs that turn more than beta_fast times within the original length, 1 under beta_slow, linear between."""
+  """Returns 0 for pairs that turn over beta_fast times within the original length, 1 under beta_slow.
+
+  Between them the ramp is linear in the index of the pair.
+  """
 
   def border(rotations: float) -> float:
     return (
@@ -130,14 +150,14 @@ def _yarn_ramp(rope: RopeConfig, index_R: np.ndarray, width: int) -> np.ndarray:
   if rope.truncate:
     low, high = math.floor(low), math.ceil(high)
   low, high = max(low, 0), min(high, width - 1)
-  rule = f"yarn's ramp from pair {low} to {high} runs backwards (beta_slow={rope.beta_slow}, theta={rope.theta}, "
-  rule += f"original_length={rope.original_length}, width={width})"
+  rule = f"yarn's ramp from pair {low} to {high} runs backwards (beta_slow={rope.beta_slow}, "
+  rule += f"theta={rope.theta}, original_length={rope.original_length}, width={width})"
   check(low <= high, "model.rope.beta_fast", rope.beta_fast, rule)
   return np.clip((index_R - low) / (high - low or 0.001), 0, 1)
 
 
 def _yarn_attention_factor(rope: RopeConfig) -> float:
-  """The given factor, or the quotient of the two mscales' logarithms, or 0.1 ln(factor) + 1."""
+  """Returns the given factor, or the quotient of both mscales' growth, or 0.1 ln(factor) + 1."""
 
   def growth(mscale: float) -> float:
     return 0.1 * mscale * math.log(rope.factor) + 1

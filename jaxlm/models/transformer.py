@@ -1,160 +1,264 @@
-"""The decoder: embed -> blocks -> norm -> head. Blocks of one kind are stacked on a leading axis and run by scan."""
+"""The decoder: embed, run the stacks of layers, finish. Equal layers are stacked and run by a scan."""
 
-# B batch, T positions, D model, V vocabulary, L layers of one kind
+# B batch, T positions, D model, V vocabulary, R repeats of one stack
 
-import functools
+from __future__ import annotations
+
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.config import ModelConfig
-from jaxlm.models.attention import Attention, Context, KVCache
+from jaxlm.config import ComputeConfig, ModelConfig
+from jaxlm.models.attention import Context
+from jaxlm.models.block import MIXERS, Block
 from jaxlm.models.dense_attention import soft_cap
-from jaxlm.models.linear import linear, sharded_normal
-from jaxlm.models.mlp import Mlp
+from jaxlm.models.embedding import Embedding
+from jaxlm.models.head import Head
+from jaxlm.models.linear import Linear, Roles
 from jaxlm.models.norms import RMSNorm
-from sharding.rules import all_gather, is_sharded, out_sharding, shard
+from pallas_kernels.common.platform import platform
+from sharding.rules import all_gather
+
+Params = dict[str, Any]
 
 _REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
-  "names": jax.checkpoint_policies.save_only_these_names("attention_out", "mlp_in"),
+  "names": jax.checkpoint_policies.save_only_these_names("attention_out", "feedforward_in"),
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-_UNROLLED_LAYERS = (
-  8  # on CPU a Python loop over a few layers is faster than scan; more cost too much compile time
-)
+# on CPU a Python loop over a few layers is faster than scan; more cost too much compile time
+_UNROLLED_LAYERS = 8
 
 
-class Block(nn.Module):
-  """Pre-norm residual block: x += attention(norm(x)); x += mlp(norm(x)), both normed again under `post_norms`."""
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+  """A causal language model: functions of parameters, which are a plain nested dict.
 
-  config: ModelConfig
-  kind: str
-
-  @nn.compact
-  def __call__(self, x_BTD: jax.Array, context: Context, cache: KVCache | None = None):
-    """x [B, T, D] -> (x [B, T, D], this layer's updated cache or None)."""
-    c = self.config
-    normed_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
-    mixed_BTD, cache = Attention(c, self.kind, name="attention")(normed_BTD, context, cache)
-    if c.post_norms:
-      mixed_BTD = RMSNorm(c, name="attention_post_norm")(mixed_BTD)
-    x_BTD = checkpoint_name(x_BTD + mixed_BTD, "mlp_in")
-    fed_BTD = Mlp(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BTD))
-    if c.post_norms:
-      fed_BTD = RMSNorm(c, name="mlp_post_norm")(fed_BTD)
-    return x_BTD + fed_BTD, cache
-
-
-class Transformer(nn.Module):
-  """A causal language model.
-
-  Parameters: `embed` [V, D], `blocks` {"0": ..., "1": ...} one stack per entry of `config.attention` with leading
-  axis L = layers / entries (layer i is row i // entries of stack i % entries), `norm`, and `head` [D, V] unless tied.
+  Parameters: `embed`; `stacks` {"0": {"0": ..., ...}, ...} with an entry for each of
+  `config.stacks`, and in it one for each spec of a repeat, whose arrays have a leading axis R;
+  `norm`; and `head` unless tied.
   """
 
   config: ModelConfig
+  compute: ComputeConfig = ComputeConfig()
 
-  @nn.compact
-  def __call__(
-    self, ids_BT: jax.Array, *, positions=None, segment_ids=None, cache=None, logits: bool = True
-  ):
-    """ids [B, T] int32 -> logits [B, T, V] float32; with a `cache`, (logits, updated cache).
+  def init(self, key: jax.Array) -> Params:
+    """Draws float32 parameters, on a mesh sharded from the start; no forward pass is traced."""
 
-    positions: int32 [B or 1, T], by default 0 .. T-1. segment_ids: int32 [B, T], for packed rows; attention stays
-    within a segment. cache: from `jaxlm.decode.init_cache`; the T positions are written into it and see what is there.
-    logits: False gives, in place of logits, the states [B, T, D] that the head (`jaxlm.models.head`) multiplies.
+    def draw(module: nn.Module, repeats: int | None, number: int) -> Params:
+      def declare(key: jax.Array) -> Params:
+        return module.init(key, method="declare")["params"]
+
+      own_key = jax.random.fold_in(key, number)
+      return (
+        declare(own_key)
+        if repeats is None
+        else jax.vmap(declare)(jax.random.split(own_key, repeats))
+      )
+
+    return self._map_modules(draw)
+
+  def apply(
+    self,
+    params: Params,
+    ids_BT: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    cache: Any = None,
+    logits: bool = True,
+  ) -> Any:
+    """Returns logits [B, T, V] in float32 of ids [B, T] int32; with a `cache`, also its update.
+
+    positions: int32 [B or 1, T], by default 0 .. T-1.
+    segment_ids: int32 [B, T], for packed rows; attention stays within a segment.
+    cache: from `jaxlm.decode.init_cache`; the T positions are written and see what is there.
+    logits: False gives, in place of logits, the states [B, T, D] that `head` multiplies.
     """
-    c = self.config
-    dtype = jnp.dtype(c.dtype)
-    positions_BT = jnp.arange(ids_BT.shape[1])[None] if positions is None else positions
-    length = ids_BT.shape[1] if cache is None else jnp.max(positions_BT) + 1
+    T = ids_BT.shape[1]
+    positions_BT = jnp.arange(T)[None] if positions is None else positions
+    length = T if cache is None else jnp.max(positions_BT) + 1
     context = Context(positions_BT, length, segment_ids)
-
-    embed_VD = self.param("embed", sharded_normal, (c.V, c.D), c.D**-0.5, "vocab", "embed")
-    x_BTD = _lookup(embed_VD, ids_BT).astype(dtype)
-    if c.embed_scale == "root_width":
-      x_BTD = x_BTD * jnp.asarray(c.D**0.5, dtype)
-    blocks = [Block(c, kind, parent=None) for kind in c.attention]
-    stacks = self.param("blocks", _init_stacks, blocks, c.layers // len(blocks), x_BTD, context)
-    x_BTD, cache = _run(blocks, stacks, x_BTD, context, cache, c)
-    x_BTD = all_gather(RMSNorm(c, name="norm")(x_BTD), "batch", "length", None)
-    if c.tied:
-      head_DV = embed_VD.T
-    else:
-      head_DV = self.param("head", sharded_normal, (c.D, c.V), c.D**-0.5, "embed", "vocab")
-    if not logits:
-      return x_BTD if cache is None else (x_BTD, cache)
-    logits_BTV = linear(x_BTD, head_DV, (None, "vocab"), ("batch", "length", "act_vocab")).astype(
-      jnp.float32
-    )
-    logits_BTV = soft_cap(logits_BTV, c.logit_cap)
-    return logits_BTV if cache is None else (logits_BTV, cache)
-
-
-def _lookup(embed_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-  """Rows of the embedding; on a mesh each device looks up its own part of T in the gathered table."""
-  if not is_sharded():
-    return embed_VD[ids_BT]
-  ids_BT = shard(ids_BT, "batch", "norm_length")
-  shape = (*ids_BT.shape, embed_VD.shape[1])
-  table_VD = all_gather(embed_VD, None, None)
-  return table_VD.at[ids_BT].get(out_sharding=out_sharding(shape, "batch", "norm_length", None))
-
-
-def _init_stacks(
-  key: jax.Array, blocks: list[Block], L: int, x_BTD: jax.Array, context: Context
-) -> dict[str, Any]:
-  def stack(block: Block, key: jax.Array) -> Any:
-    return jax.vmap(lambda key: block.init(key, x_BTD, context)["params"])(jax.random.split(key, L))
-
-  return {str(i): stack(block, jax.random.fold_in(key, i)) for i, block in enumerate(blocks)}
-
-
-def _run(
-  blocks: list[Block], stacks: dict, x_BTD: jax.Array, context: Context, cache, c: ModelConfig
-):
-  """All layers in order; `cache` has the structure {"0": KVCache stacked on L, ...} of the stacks, or is None."""
-
-  def apply(block: Block, params: Any, x_BTD: jax.Array, layer_cache: KVCache | None):
-    return block.apply({"params": params}, x_BTD, context, layer_cache)
-
-  def group(x_BTD: jax.Array, params_and_cache: Any):
-    params, caches = params_and_cache
+    x_BTD = self.embed(params, ids_BT)
     updated = {}
-    for i, block in enumerate(blocks):
-      run: Callable = functools.partial(apply, block)
-      if c.remat != "none":
-        run = jax.checkpoint(run, policy=_REMAT_POLICIES[c.remat], prevent_cse=not scanned)
-      x_BTD, updated[str(i)] = run(params[str(i)], x_BTD, caches[str(i)])
-    return x_BTD, updated
+    for index in range(len(self.config.stacks)):
+      name = str(index)
+      before = None if cache is None else cache[name]
+      stack = params["stacks"][name]
+      x_BTD, updated[name], _ = self.run_stack(index, stack, x_BTD, context, before)
+    out = self.finish(params, x_BTD, logits=logits)
+    return out if cache is None else (out, updated)
 
-  scanned = _use_scan(c)
-  no_cache = {str(i): None for i in range(len(blocks))}
-  per_group = (stacks, no_cache if cache is None else cache)
-  if scanned:
-    x_BTD, updated = jax.lax.scan(group, x_BTD, per_group)
-  else:
-    outs = []
-    for group_args in _unstack(per_group, c.layers // len(blocks)):
-      x_BTD, out = group(x_BTD, group_args)
-      outs.append(out)
-    updated = jax.tree.map(lambda *layers: jnp.stack(layers), *outs)
-  return x_BTD, None if cache is None else updated
+  def embed(self, params: Params, ids_BT: jax.Array) -> jax.Array:
+    """Returns the states before the first layer, [B, T, D] in the compute type."""
+    x_BTD = _call(self._embedding, params["embed"], ids_BT)
+    if self.config.embed_scale == "root_width":
+      x_BTD = x_BTD * jnp.asarray(self.config.D**0.5, x_BTD.dtype)
+    return x_BTD
+
+  def run_stack(
+    self, index: int, stack: Params, x_BTD: jax.Array, context: Context, cache: Any = None
+  ) -> tuple[jax.Array, Any, Any]:
+    """Runs layers of stack `index` of the configuration: all, or any slice of their repeats.
+
+    `stack` and `cache` have a leading axis of as many repeats as are to be run. Returns x, the
+    updated cache or None, and the layers' statistics, both stacked likewise.
+    """
+    blocks = self.blocks(index)
+    repeats = jax.tree.leaves(stack)[0].shape[0]
+    scanned = self._scans and repeats > 1
+    runs = {name: self._with_remat(block, scanned) for name, block in blocks.items()}
+
+    def run_repeat(x_BTD: jax.Array, one_repeat: Any) -> tuple[jax.Array, Any]:
+      params, caches = one_repeat
+      updated, statistics = {}, {}
+      for name, run in runs.items():
+        before = None if caches is None else caches[name]
+        x_BTD, updated[name], statistics[name] = run(params[name], x_BTD, context, before)
+      return x_BTD, (updated, statistics)
+
+    if scanned:
+      x_BTD, (updated, statistics) = jax.lax.scan(run_repeat, x_BTD, (stack, cache))
+    else:
+      outs = []
+      for one_repeat in _unstack((stack, cache), repeats):
+        x_BTD, out = run_repeat(x_BTD, one_repeat)
+        outs.append(out)
+      updated, statistics = jax.tree.map(lambda *layers: jnp.stack(layers), *outs)
+    return x_BTD, None if cache is None else updated, statistics
+
+  def finish(self, params: Params, x_BTD: jax.Array, *, logits: bool = True) -> jax.Array:
+    """Norms the last states and returns float32 logits [B, T, V]; or the normed states alone."""
+    x_BTD = _call(self._norm, params["norm"], x_BTD)
+    x_BTD = all_gather(x_BTD, "batch", "length", None)
+    if not logits:
+      return x_BTD
+    head = {"weight": params["embed"]["weight"].T} if self.config.tied else params["head"]
+    return soft_cap(_call(self._head, head, x_BTD), self.config.logit_cap)
+
+  def head(self, params: Params) -> Head:
+    """Returns what makes logits of the normed states, for losses that never hold all logits."""
+    c, dtype = self.config, jnp.dtype(self.compute.dtype)
+    if c.tied:
+      w_VD = params["embed"]["weight"].astype(dtype)
+      return Head(all_gather(w_VD, "vocab", None), "vd", c.logit_cap)
+    return Head(
+      all_gather(params["head"]["weight"].astype(dtype), None, "vocab"), "dv", c.logit_cap
+    )
+
+  def init_cache(self, batch: int, length: int) -> Any:
+    """Returns empty decode caches, in the compute type, in the structure of the stacks.
+
+    They hold `length` positions of `batch` rows in every layer.
+    """
+
+    def stacked(spec: Any, repeats: int) -> Any:
+      mixer = MIXERS[type(spec.mixer)]
+      one = mixer.init_cache(spec.mixer, batch, length, self.compute.dtype)
+      return jax.tree.map(lambda x: jnp.zeros((repeats, *x.shape), x.dtype), one)
+
+    return {
+      str(index): {str(place): stacked(spec, repeats) for place, spec in enumerate(specs)}
+      for index, (specs, repeats) in enumerate(self.config.stacks)
+    }
+
+  def blocks(self, index: int) -> dict[str, Block]:
+    """Returns the blocks of one repeat of stack `index`, in order; each knows its layers."""
+    stacks = self.config.stacks
+    specs, repeats = stacks[index]
+    first = sum(len(specs) * repeats for specs, repeats in stacks[:index])
+    period = len(specs)
+    return {
+      str(place): Block(
+        spec,
+        self.config,
+        self.compute,
+        tuple(range(first + place, first + period * repeats, period)),
+        parent=None,
+      )
+      for place, spec in enumerate(specs)
+    }
+
+  @property
+  def _embedding(self) -> Embedding:
+    return Embedding(self.config.V, self.config.D, self.compute.dtype, parent=None)
+
+  @property
+  def _norm(self) -> RMSNorm:
+    c = self.config
+    return RMSNorm(c.D, c.norm_eps, c.norm_offset, parent=None)
+
+  @property
+  def _head(self) -> Linear:
+    """The head, which also multiplies by a tied embedding."""
+    c = self.config
+    out = ("batch", "length", "act_vocab")
+    options: dict[str, Any] = {"role": "head", "out_dtype": "float32", "dtype": self.compute.dtype}
+    return Linear((c.D, c.V), c.D**-0.5, ("embed", "vocab"), out, parent=None, **options)
+
+  @property
+  def _scans(self) -> bool:
+    if self.compute.scan == "auto":
+      return platform() != "cpu" or self.config.layers > _UNROLLED_LAYERS
+    return self.compute.scan == "always"
+
+  def _with_remat(self, block: Block, scanned: bool) -> Callable:
+    def run(params: Params, x_BTD: jax.Array, context: Context, cache: Any) -> Any:
+      return _call(block, params, x_BTD, context, cache)
+
+    remat = self.compute.remat
+    if remat == "none":
+      return run
+    return jax.checkpoint(run, policy=_REMAT_POLICIES[remat], prevent_cse=not scanned)
+
+  def _map_modules(self, create: Callable[[nn.Module, int | None, int], Any]) -> dict[str, Any]:
+    """Calls create(module, repeats or None, a number of its own) for all; a tree like params."""
+    tree: dict[str, Any] = {
+      "embed": create(self._embedding, None, 0),
+      "norm": create(self._norm, None, 1),
+    }
+    if not self.config.tied:
+      tree["head"] = create(self._head, None, 2)
+    tree["stacks"], number = {}, 3
+    for index, (_, repeats) in enumerate(self.config.stacks):
+      stack = tree["stacks"][str(index)] = {}
+      for name, block in self.blocks(index).items():
+        stack[name] = create(block, repeats, number)
+        number += 1
+    return tree
 
 
-def _use_scan(c: ModelConfig) -> bool:
-  if c.scan == "auto":
-    return jax.default_backend() != "cpu" or c.layers > _UNROLLED_LAYERS
-  return c.scan == "always"
+def roles(config: ModelConfig) -> Roles:
+  """Returns each parameter's role in a tree like params.
+
+  One of "embedding", "matrix", "head", "norm" and "bias": what an optimizer groups by.
+  """
+
+  def declared(module: nn.Module, repeats: int | None, number: int) -> Roles:
+    found: list[Roles] = []
+
+    def declare(key: jax.Array) -> None:
+      found.append(module.init_with_output(key, method="declare")[0])
+
+    jax.eval_shape(declare, jax.random.key(0))
+    return found[0]
+
+  return Transformer(config)._map_modules(declared)
 
 
-def _unstack(tree: Any, L: int) -> list[Any]:
-  """One tree per row of the leading axis. By `split`, whose gradient is one concatenation instead of L padded sums."""
+def _call(module: nn.Module, params: Params, *arguments: Any) -> Any:
+  return module.apply({"params": params}, *arguments)
+
+
+def _unstack(tree: Any, R: int) -> list[Any]:
+  """Returns one tree per row of the leading axis.
+
+  By `split`, whose gradient is one concatenation instead of R padded sums.
+  """
   leaves, structure = jax.tree.flatten(tree)
-  columns = [[part[0] for part in jnp.split(leaf, L)] for leaf in leaves]
+  columns = [[part[0] for part in jnp.split(leaf, R)] for leaf in leaves]
   return [jax.tree.unflatten(structure, row) for row in zip(*columns)]

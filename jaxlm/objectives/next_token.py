@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.models.head import Head
 from jaxlm.objectives.weighted import Weighted
+from pallas_kernels.common.checks import check_dtype, check_shape
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from sharding.rules import is_sharded
 
@@ -22,8 +23,10 @@ def token_logprobs(
   """Returns (log-probability of each target, log of each softmax normaliser), in nats.
 
   Both are float32 [B, T] and differentiable. `states_BTD`: what the head multiplies
-  (`Transformer.apply(..., logits=False)`). `implementation`: as in TrainConfig.
+  (`Transformer.apply(..., logits=False)`). `implementation`: as in TrainConfig. Raises UserError
+  where shapes or dtypes do not fit.
   """
+  _check_tokens(states_BTD, targets_BT)
   loss_N, lse_N = _cross_entropy(
     states_BTD, head, targets_BT, implementation, reduction="none", return_lse=True
   )
@@ -49,6 +52,8 @@ def next_token_loss(
   2204.02311, section 5). Other arguments as in `token_logprobs`. Where a weight is 0, neither state
   nor target matter.
   """
+  _check_tokens(states_BTD, targets_BT)
+  check_shape("weights_BT", weights_BT, targets_BT.shape)
   weights_N = merge_tokens(weights_BT)
   minimised, lse_N = _cross_entropy(
     states_BTD,
@@ -69,6 +74,14 @@ def next_token_loss(
     "loss": Weighted(plain, tokens, weight=0.0),
     "loss_with_z": Weighted(minimised, tokens),
   }
+
+
+def _check_tokens(states_BTD: jax.Array, targets_BT: jax.Array) -> None:
+  """Refuses what merging [B, T] to [N] would hide, such as targets [T, B]."""
+  check_shape("states_BTD", states_BTD, (None, None, None))
+  check_dtype("states_BTD", states_BTD, jnp.floating)
+  check_shape("targets_BT", targets_BT, states_BTD.shape[:2])
+  check_dtype("targets_BT", targets_BT, jnp.integer)
 
 
 def _cross_entropy(

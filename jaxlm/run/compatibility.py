@@ -12,10 +12,10 @@ from jaxlm.run.environment import differences, starts
 from jaxlm.run.run_folder import RunFolder
 from pallas_kernels.common.errors import UserError
 
-FREE_OF_MODEL = ("max_length", "dtype", "attention_implementation", "remat", "scan")
+FREE_OF_MODEL = ("max_length",)
 """Fields of the model that change no weight."""
-FREE_OF_DATA = ("threads",)
-"""Fields of the data that change no row."""
+ROWS = ("length", "layout")
+"""Fields of the data that decide how text is cut into rows; the text itself is told by its digests."""
 
 
 def check_compatible(
@@ -24,9 +24,9 @@ def check_compatible(
   """Raises UserError where `config` contradicts the run's checkpoint of `step`, and names the fields.
 
   The model, the update rule and whether an average is kept decide what arrays a checkpoint holds;
-  seed and initial weights are in them. After step 0 its position in the data counts batches of rows
-  of a certain text, so batch size and data may not change either, but for data with `other_data`.
-  The tokenizer never may.
+  seed, initial weights and the tokenizer's vocabulary are in them. After step 0 its position in the
+  data counts batches of rows, so batch size and rows may not change either, but for rows with
+  `other_data`.
   Compares with the last start of the run, or where it never started with its config.json.
   """
   started = [start["config"] for start in starts(folder) if isinstance(start.get("config"), dict)]
@@ -42,7 +42,7 @@ def check_compatible(
 def _fixed_fields(config: Mapping[str, Any], step: int, other_data: bool) -> dict[str, Any]:
   """Returns the fields that the checkpoint of `step` fixes, as nested dicts."""
   model, data = config.get("model", {}), config.get("data", {})
-  fixed = {
+  fixed: dict[str, Any] = {
     "model": {name: value for name, value in model.items() if name not in FREE_OF_MODEL},
     "optimizer": {"name": config.get("optimizer", {}).get("name")},
     "ema": "kept" if config.get("ema") else "not kept",
@@ -53,5 +53,5 @@ def _fixed_fields(config: Mapping[str, Any], step: int, other_data: bool) -> dic
   if step > 0:
     fixed["batch"] = config.get("batch")
   if step > 0 and not other_data:
-    fixed["data"] = {name: value for name, value in data.items() if name not in FREE_OF_DATA}
+    fixed["data"] |= {name: data.get(name) for name in ROWS}
   return fixed

@@ -35,7 +35,7 @@ def convert(source: str | Path, target: str | Path, dtype: DTypeLike | None = No
   be None or float32. tokenizer.json is copied. Returns a line that says what was written. Raises
   UserError as `huggingface.load` and `save` do.
   """
-  weight_dtype = huggingface.resolve_dtype(dtype) or np.dtype(np.float32)
+  weight_dtype = huggingface.resolve_dtype("float32" if dtype is None else dtype)
   if huggingface.is_checkpoint(source):
     if weight_dtype != np.float32:
       raise UserError(f"dtype={weight_dtype}: the weights of a run are float32")

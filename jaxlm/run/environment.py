@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import jax
 import jaxlm
 from jaxlm.checkpoint.atomic import write_text
 from jaxlm.config import TrainConfig
-from jaxlm.config_json import to_dict
+from jaxlm.config_json import flatten, to_dict
 from jaxlm.run.run_folder import RunFolder
 
 PACKAGES = (
@@ -103,21 +102,12 @@ def record_start(folder: RunFolder, step: int, config: TrainConfig) -> list[str]
   return differences({name: before[-1].get(name) for name in now}, now) if before else []
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
   """Returns a line "path: before -> now" for each value that differs; a missing one is None."""
-  old, new = _flat(before), _flat(now)
+  old, new = flatten(before), flatten(now)
   names = [*new, *(name for name in old if name not in new)]
   return [
     f"{name}: {old.get(name)} -> {new.get(name)}"
     for name in names
     if old.get(name) != new.get(name)
   ]
-
-
-def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-  """Returns the values of nested mappings by their paths, joined by dots."""
-  flat: dict[str, Any] = {}
-  for name, value in values.items():
-    inner = isinstance(value, Mapping)
-    flat |= _flat(value, f"{path}{name}.") if inner else {f"{path}{name}": value}
-  return flat

@@ -109,8 +109,8 @@ def diagnose(config: TrainConfig, params: Any, batch: Batch) -> list[str]:
   lines = (
     [f"weights that are not finite: {', '.join(wrong)}"] if wrong else ["the weights are finite"]
   )
-  model = dataclasses.replace(config.model, scan="never", remat="none")
-  eager = dataclasses.replace(config, model=model)
+  compute = dataclasses.replace(config.compute, scan="never", remat="none")
+  eager = dataclasses.replace(config, compute=compute)
   for part in range(config.accumulate):
     rows = jax.tree.map(lambda x, part=part: jnp.asarray(x[part :: config.accumulate]), batch)
     first, loss = first_not_finite(eager, params, rows)
@@ -135,37 +135,38 @@ def diagnose(config: TrainConfig, params: Any, batch: Batch) -> list[str]:
 
 
 def first_not_finite(config: TrainConfig, params: Any, batch: Batch) -> tuple[str, float]:
-  """(the innermost module whose output is the first that is not finite, or "", the loss), run without jit."""
-  found: list[str] = []
-  blocks: list[Block] = []  # begun so far
+  """Returns the innermost module whose output is the first that is not finite, and the loss.
+
+  The module is "" if all are finite. Runs without jit, to the logits, which the loss does without.
+  """
+  bad_modules: list[str] = []
+  layers = 0  # begun so far
 
   def watch(run: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-    module = context.module
-    if (
-      context.method_name != "__call__" or module.is_initializing()
-    ):  # for the shapes of parameters alone
+    nonlocal layers
+    if context.method_name != "__call__":
       return run(*args, **kwargs)
-    if isinstance(module, Block):
-      blocks.append(module)
+    layers += isinstance(context.module, Block)
     result = run(*args, **kwargs)
     if not all(map(_finite, jax.tree.leaves(result))):
-      path = ".".join(module.path)
-      top = not isinstance(module, Block) and not path
-      found.append(
-        "the head"
-        if top
-        else path
-        if path == "norm"
-        else f"block {len(blocks) - 1}: {path or 'its sum'}"
-      )
+      bad_modules.append(_describe(context.module, layers))
     return result
 
-  with nn.intercept_methods(watch):  # to the logits, which the loss itself does without
-    Transformer(config.model).apply(
+  with nn.intercept_methods(watch):
+    Transformer(config.model, config.compute).apply(
       params, batch.inputs_BT, positions=batch.positions_BT, segment_ids=batch.segment_ids_BT
     )
   loss = TextTask(config).objective(params, {}, batch, jax.random.key(0))["loss"].mean()
-  return (found[0] if found else ""), float(loss)
+  return (bad_modules[0] if bad_modules else ""), float(loss)
+
+
+def _describe(module: nn.Module, layers: int) -> str:
+  """Returns the name of a module that ran when `layers` layers had begun."""
+  if module.path:
+    return f"block {layers - 1}: {'.'.join(module.path)}"
+  if isinstance(module, Block):
+    return f"block {layers - 1}: its sum"
+  return {"Embedding": "the embedding", "RMSNorm": "norm"}.get(type(module).__name__, "the head")
 
 
 def _finite(x: Any) -> bool:
@@ -173,4 +174,4 @@ def _finite(x: Any) -> bool:
 
 
 def _name(path: tuple) -> str:
-  return "/".join(str(key.key) for key in path[1:])
+  return "/".join(str(key.key) for key in path)

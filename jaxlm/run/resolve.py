@@ -22,20 +22,16 @@ def with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
 def with_initial_model(config: TrainConfig) -> TrainConfig:
   """With the model of the checkpoint that training starts from, and its tokenizer in place of `bytes`, if it has one.
 
-  How to compute (dtype, attention_implementation, remat, scan) stays as configured. ValueError as `huggingface.load`.
+  ValueError as `huggingface.load`.
   """
   if not config.init:
     return config
   folder = huggingface.local_folder(config.init)
   model, _, _ = huggingface.inspect(folder, "float32")
-  computing = {
-    name: getattr(config.model, name)
-    for name in ("dtype", "attention_implementation", "remat", "scan")
-  }
   data = config.data
   if data.tokenizer == "bytes" and (folder / TOKENIZER_FILE).is_file():
     data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER_FILE))
-  return dataclasses.replace(config, model=dataclasses.replace(model, **computing), data=data)
+  return dataclasses.replace(config, model=model, data=data)
 
 
 def check_mesh(config: TrainConfig) -> None:
@@ -61,6 +57,9 @@ def check_mesh(config: TrainConfig) -> None:
     model.D,
     f"must be a multiple of mesh.fsdp={sizes['fsdp']}",
   )
-  for name in ("N", "K", "F", "V"):
-    size = getattr(model, name)
-    check(size % tensor == 0, f"model.{name}", size, f"must be a multiple of mesh.tensor={tensor}")
+  rule = f"must be a multiple of mesh.tensor={tensor}"
+  check(model.V % tensor == 0, "model.V", model.V, rule)
+  for spec in model.layer_specs:
+    for name, size in (("mixer.N", spec.mixer.N), ("mixer.K", spec.mixer.K)):
+      check(size % tensor == 0, name, size, rule)
+    check(spec.feedforward.F % tensor == 0, "feedforward.F", spec.feedforward.F, rule)

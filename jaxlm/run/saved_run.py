@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from jaxlm.checkpoint.checkpoint import restore_weights
 from jaxlm.checkpoint.folder import checkpoint_path, newest_sound
-from jaxlm.config import DataConfig, MeshConfig, TrainConfig
+from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig
 from jaxlm.data.loader import TextData, load_text
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, check_vocabulary, load_tokenizer
@@ -58,7 +58,10 @@ class SavedRun:
     model, params = huggingface.load(folder)
     check_vocabulary(tokenizer, model.V, folder / TOKENIZER_FILE)
     config = TrainConfig(
-      model=model, data=DataConfig(tokenizer=str(folder / TOKENIZER_FILE)), mesh=MeshConfig(data=1)
+      model=model,
+      compute=ComputeConfig(dtype=_compute_type(params)),
+      data=DataConfig(tokenizer=str(folder / TOKENIZER_FILE)),
+      mesh=MeshConfig(data=1),
     )
     return cls(config, tokenizer, params, 0, tuple(tokenizer.model.encode("").ids))
 
@@ -68,7 +71,14 @@ class SavedRun:
     prompt_ids = [[*self.start_ids, *self.tokenizer.encode(prompt)]]
     key = jax.random.key(seed)
     ids_M = generate(
-      self.config.model, self.params, prompt_ids, sampler=sampler, max_new=max_new, key=key, eos=eos
+      self.config.model,
+      self.params,
+      prompt_ids,
+      compute=self.config.compute,
+      sampler=sampler,
+      max_new=max_new,
+      key=key,
+      eos=eos,
     )[0]
     ends = (ids_M == eos).nonzero()[0]
     return self.tokenizer.decode(ids_M[: ends[0]] if len(ends) else ids_M)
@@ -80,3 +90,9 @@ class SavedRun:
       rows = local_rows(self.config.batch)
       values = TextTask(self.config, text).evaluate(self.params, {}, rows, limit)
     return text, values
+
+
+def _compute_type(params: Any) -> Literal["bfloat16", "float32"]:
+  """Returns bfloat16 for weights of that type, else float32."""
+  kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+  return "bfloat16" if kinds == {"bfloat16"} else "float32"

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from jaxlm.config import TrainConfig
 from jaxlm.data.baselines import baselines
 from jaxlm.data.loader import Batch, TextData, heldout_batches, load_text, train_loader
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.interop import huggingface
-from jaxlm.models import Transformer, head
+from jaxlm.models import Transformer, roles
 from jaxlm.objectives import Weighted, next_token_loss
 from jaxlm.run.lock import only_writer
 from jaxlm.run.loop import (
@@ -33,7 +32,6 @@ from jaxlm.train.evaluate import make_evaluator
 from jaxlm.train.task import Batches, Start, Task
 from sharding.batches import globalize
 from sharding.multihost import run_on_main_process
-from sharding.rules import shard
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -91,6 +89,7 @@ class TextTask(Task):
 
   def __init__(self, config: TrainConfig, text: TextData | None = None):
     self.config, self._text = config, text
+    self.model = Transformer(config.model, config.compute)
     self._evaluate = make_evaluator(self.objective)
 
   @property
@@ -99,9 +98,7 @@ class TextTask(Task):
     return self._text
 
   def init(self, key: jax.Array) -> Start:
-    shape = (self.config.batch, self.config.data.length)
-    ids_BT = shard(jnp.zeros(shape, jnp.int32), "batch", None)
-    return Start(Transformer(self.config.model).init(key, ids_BT))
+    return Start(self.model.init(key))
 
   def pretrained(self) -> Start | None:
     if not self.config.init:
@@ -114,7 +111,7 @@ class TextTask(Task):
   def objective(
     self, params: Any, model_state: Any, batch: Batch, key: jax.Array
   ) -> dict[str, Weighted]:
-    states_BTD: Any = Transformer(self.config.model).apply(
+    states_BTD = self.model.apply(
       params,
       batch.inputs_BT,
       positions=batch.positions_BT,
@@ -123,7 +120,7 @@ class TextTask(Task):
     )
     return next_token_loss(
       states_BTD,
-      head(self.config.model, params),
+      self.model.head(params),
       batch.targets_BT,
       batch.weights_BT,
       self.config.z_loss,
@@ -152,7 +149,7 @@ class TextTask(Task):
     }
 
   def roles(self, params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(_role, params)
+    return roles(self.config.model)
 
   def flops(self, batch: Batch) -> float:
     per_token = train_flops_per_token(self.config.model, self.config.data.length)
@@ -163,17 +160,7 @@ class TextTask(Task):
     record_text(RunFolder(folder), self.text)
 
   def references(self) -> dict[str, float]:
-    return baselines(self.text.corpus)
+    return baselines(self.text.store)
 
   def describe(self) -> str:
     return self.text.report.splitlines()[-1]
-
-
-def _role(path: tuple, w: jax.Array) -> str:
-  """Returns the role of a parameter of `Transformer` by its name."""
-  name = path[-1].key
-  if name in ("embed", "head"):
-    return {"embed": "embedding", "head": "head"}[name]
-  if name.startswith("b_"):
-    return "bias"
-  return "norm" if name == "w_D" or "norm" in path[-2].key else "matrix"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxlm.checkpoint.atomic import write_text
-from jaxlm.data.corpus import Document
 from jaxlm.data.loader import TextData
 from jaxlm.run.metrics import print_status
 from jaxlm.run.run_folder import RunFolder
@@ -20,29 +18,11 @@ from pallas_kernels.common.errors import UserError
 SIDES = {"train": "training", "heldout": "held-out"}
 
 
-def digest_text(text: TextData) -> dict[str, str]:
-  """Returns a digest of the documents of each side, "train" and "heldout".
-
-  It depends on their texts and order alone, not on their names or how they are cut into rows.
-  """
-  sides = {"train": text.corpus.train, "heldout": text.corpus.heldout}
-  return {side: _digest(documents) for side, documents in sides.items()}
-
-
-def _digest(documents: Iterable[Document]) -> str:
-  digest = hashlib.blake2b(digest_size=16)
-  for document in documents:
-    content = document.text.encode()
-    digest.update(len(content).to_bytes(8))
-    digest.update(content)
-  return digest.hexdigest()
-
-
 def check_same_everywhere(text: TextData) -> None:
   """Raises UserError in every process where not all processes have read the same text."""
   if jax.process_count() == 1:
     return
-  words = np.frombuffer(bytes.fromhex("".join(digest_text(text).values())), np.int32)
+  words = np.frombuffer(bytes.fromhex("".join(text.digests.values())), np.int32)
   words_of_processes = multihost_utils.process_allgather(words)
   differs = (words_of_processes != words_of_processes[0]).any(axis=1)
   if differs.any():
@@ -53,12 +33,12 @@ def check_same_everywhere(text: TextData) -> None:
 
 def record_text(folder: RunFolder, text: TextData) -> None:
   """Writes the digests of a run's text into its folder."""
-  write_text(folder.text, json.dumps(digest_text(text), indent=2) + "\n")
+  write_text(folder.text, json.dumps(text.digests, indent=2) + "\n")
 
 
 def check_text(folder: RunFolder, text: TextData, *, other_text: bool) -> None:
   """Raises UserError where `text` is not what the run was trained on; with `other_text`, prints it."""
-  changes = changed_text(folder, digest_text(text))
+  changes = changed_text(folder, text.digests)
   if not changes:
     return
   message = f"data.source={text.config.source!r}: not the text of the run so far"

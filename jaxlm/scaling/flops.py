@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jaxlm.config import ModelConfig, check
+from jaxlm.config import AttentionConfig, LayerSpec, ModelConfig, check
 
 
 class Parameters(NamedTuple):
@@ -15,7 +15,7 @@ class Parameters(NamedTuple):
   embedding: int
   """V D"""
   blocks: int
-  """attention, feed-forward and norms of all blocks"""
+  """mixers, feed-forwards and norms of all layers"""
   head: int
   """final norm, and the output matrix D V unless it is tied to the embedding"""
 
@@ -25,48 +25,56 @@ class Parameters(NamedTuple):
 
 
 def parameter_count(config: ModelConfig) -> Parameters:
-  """Parameters of an RMSNorm, grouped-query decoder with gated feed-forward, its biases and extra norms included."""
-  block = _block_matrices(config) + _block_vectors(config)
+  """Returns the parameters of an RMSNorm decoder by part, biases and extra norms included."""
+  blocks = sum(
+    _matrix_entries(config, spec) + _vector_entries(config, spec) for spec in config.layer_specs
+  )
   head = config.D if config.tied else config.D + config.D * config.V
-  return Parameters(embedding=config.V * config.D, blocks=config.layers * block, head=head)
+  return Parameters(embedding=config.V * config.D, blocks=blocks, head=head)
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
-  """Matmul FLOPs of forward and backward per token, a multiply-add as 2, for causal rows of `length` tokens.
+  """Returns matmul FLOPs of forward and backward per token, for causal rows of `length` tokens.
 
-  6 (layers (2 D N H + 2 D K H + 3 D F) + D V) + sum over layers of 12 N H P / T, where T is `length` and P the pairs of
-  a query and a key it sees: T (T + 1) / 2, less in a "window" layer. The head counts even when tied, the embedding
-  lookup does not; nor do norms, softmax, rotary embedding and recomputation.
+  A multiply-add counts as 2. The sum over layers of 6 (2 D N H + 2 D K H + 3 D F) + 12 N H P / T,
+  plus 6 D V, where T is `length` and P the pairs of a query and a key it sees: T (T + 1) / 2, less
+  in a layer with a window. The head counts even when tied, the embedding lookup does not; nor do
+  norms, softmax, rotary embedding and recomputation.
 
-  Published MFU mostly follows PaLM (arXiv:2204.02311, appendix B), whose attention term 12 layers N H T counts every
-  key for every query: about twice the causal one, so MFU from this count is the lower.
+  Published MFU mostly follows PaLM (arXiv:2204.02311, appendix B), whose attention term
+  12 layers N H T counts every key for every query: about twice the causal one, so MFU from this
+  count is the lower.
   """
   check(length >= 1, "length", length, "must be at least 1")
-  matrices = config.layers * _block_matrices(config) + config.D * config.V
-  kinds = config.attention * (config.layers // len(config.attention))
-  pairs = sum(
-    _causal_pairs(length, config.window if kind == "window" else length) for kind in kinds
+  layers = sum(
+    6 * _matrix_entries(config, spec) + _attention_flops(spec.mixer, length)
+    for spec in config.layer_specs
   )
-  return 6 * matrices + 12 * config.N * config.H * pairs / length
+  return layers + 6 * config.D * config.V
 
 
-def _block_matrices(config: ModelConfig) -> int:
-  """Entries of one block's matrices: q and o, k and v, gate, up and down."""
-  return (
-    2 * config.D * config.N * config.H
-    + 2 * config.D * config.K * config.H
-    + 3 * config.D * config.F
-  )
+def _attention_flops(mixer: AttentionConfig, length: int) -> float:
+  """Returns the FLOPs per token of the products of queries with keys, and of weights with values."""
+  pairs = _causal_pairs(length, mixer.window or length)
+  return 12 * mixer.N * mixer.H * pairs / length
 
 
-def _block_vectors(config: ModelConfig) -> int:
-  """Entries of one block's norms and biases."""
-  norms = (4 if config.post_norms else 2) * config.D + (2 * config.H if config.qk_norm else 0)
-  attention = (config.N + 2 * config.K) * config.H * config.qkv_bias + config.D * config.out_bias
-  return norms + attention + (2 * config.F + config.D) * config.mlp_bias
+def _matrix_entries(config: ModelConfig, spec: LayerSpec) -> int:
+  """Counts one layer's matrices: q and o, k and v, gate, up and down."""
+  mixer = spec.mixer
+  heads = 2 * config.D * mixer.N * mixer.H + 2 * config.D * mixer.K * mixer.H
+  return heads + 3 * config.D * spec.feedforward.F
+
+
+def _vector_entries(config: ModelConfig, spec: LayerSpec) -> int:
+  """Counts one layer's norms and biases."""
+  mixer, F = spec.mixer, spec.feedforward.F
+  norms = (4 if config.post_norms else 2) * config.D + (2 * mixer.H if mixer.qk_norm else 0)
+  attention = (mixer.N + 2 * mixer.K) * mixer.H * mixer.qkv_bias + config.D * mixer.out_bias
+  return norms + attention + (2 * F + config.D) * spec.feedforward.bias
 
 
 def _causal_pairs(length: int, window: int) -> int:
-  """Pairs of a query and one of the last `window` keys up to itself, over a row of `length` tokens."""
+  """Counts pairs of a query and one of the last `window` keys up to itself, in a whole row."""
   ramp = min(length, window)
   return ramp * (ramp + 1) // 2 + (length - ramp) * window

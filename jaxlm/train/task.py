@@ -62,7 +62,8 @@ class Task(abc.ABC):
   ) -> dict[str, Weighted]:
     """Returns named terms, "loss" among them; minimised is the sum of weight * num / den.
 
-    `params` has trained and frozen weights in one tree. `key` differs for every step and
+    `params` has trained and frozen weights in one tree; on a mesh they are typed so that only
+    contractions may use them (`sharding.rules.defer_reduction`). `key` differs for every step and
     micro-batch. No denominator may depend on `params`.
     """
 

@@ -35,12 +35,12 @@ def is_number(value: Any) -> bool:
 
 
 def check_shape(argument: str, array: Any, shape: tuple[int | None, ...]) -> None:
-  """Raises UserError unless the array has this shape; None stands for any size, [] for a scalar."""
+  """Raises UserError unless the array has this shape; None stands for any size."""
   good = array.ndim == len(shape) and all(
     want is None or size == want for size, want in zip(array.shape, shape)
   )
-  wanted = ", ".join("*" if size is None else str(size) for size in shape)
-  check(good, f"{argument}.shape", tuple(array.shape), f"must be ({wanted}); * is any size")
+  wanted = str(tuple("any" if size is None else size for size in shape)).replace("'", "")
+  check(good, f"{argument}.shape", tuple(array.shape), f"must be {wanted}")
 
 
 def check_dtype(argument: str, array: Any, kind: Any) -> None:

@@ -1,4 +1,4 @@
-"""The project's one table of accelerators, per device as JAX counts devices. Imports no jax.
+"""The project's one table of accelerators, per device as JAX counts them. Imports no jax.
 
 Vendors mix conventions. Here FLOP/s are dense (half of NVIDIA's figures "with sparsity"), rates
 and sizes are in FLOP/s, bytes and bytes/s, and the interconnect is what one device can send (half
@@ -29,7 +29,7 @@ class TensorCore:
   mxu_side: int
   """Rows and columns of a matrix unit's systolic array."""
   mxu_cycles: int
-  """Cycles for which 8 sublanes of 32-bit data keep a matrix unit busy (bfloat16 packs two rows)."""
+  """Cycles for which 8 sublanes of 32-bit data keep a matrix unit busy; bfloat16 packs two."""
   vmem_bytes: int
   """Vector memory of one core."""
   delay_slots: int
@@ -276,5 +276,5 @@ CORES = {chip.name: chip.core for chip in _CHIPS if chip.core is not None}
 
 
 def find_chip(device_kind: str) -> Chip | None:
-  """Returns the chip with exactly this `jax.Device.device_kind`, or None: a near name is another."""
+  """Returns the chip with exactly this `jax.Device.device_kind`; None for a near name."""
   return next((chip for chip in CHIPS.values() if device_kind in chip.device_kinds), None)

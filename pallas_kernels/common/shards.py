@@ -34,12 +34,15 @@ def run_on_shards(
   arrays: tuple[jax.Array | None, ...],
   layouts: tuple[tuple[Axes | None, ...], ...],
   out_specs: Any,
+  *,
+  check_vma: bool = True,
 ) -> Any:
   """Calls `function(*shards)` on every device.
 
   `layouts` has, for each array, the mesh axes of each of its dimensions (None or () for a whole
-  dimension). Arrays that are None stay None. Arrays whose type says `reduced` over some axes stay so: their
-  gradients leave as the devices' unsummed shares.
+  dimension). Arrays that are None stay None. Arrays whose type says `reduced` over some axes stay
+  so: their gradients leave as the devices' unsummed shares. `check_vma=False` is for kernels that
+  do not say over which axes their outputs vary.
   """
 
   def reshard(array: jax.Array | None, layout: tuple[Axes | None, ...]) -> jax.Array | None:
@@ -50,7 +53,8 @@ def run_on_shards(
 
   spread = tuple(reshard(array, layout) for array, layout in zip(arrays, layouts, strict=True))
   in_specs = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, spread)
-  return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)(*spread)
+  local = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
+  return local(*spread)
 
 
 def vary_together(*arrays: Any) -> Any:

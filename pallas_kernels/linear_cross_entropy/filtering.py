@@ -1,6 +1,6 @@
-"""How many tiles gradient filtering keeps: a diagnosis of the thresholds and of the order of the vocabulary."""
+"""Counts the tiles that gradient filtering keeps, to judge thresholds and vocabulary order."""
 
-# N tokens, D model, V vocabulary
+# N tokens, D model, V vocabulary; R rows and W entries of a tile
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -8,50 +8,38 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_cross_entropy import terms, tiling
-from pallas_kernels.linear_cross_entropy.blocks import Blocks
-from pallas_kernels.linear_cross_entropy.terms import Options, Rows
+from pallas_kernels.linear_cross_entropy import terms, xla
+from pallas_kernels.linear_cross_entropy.terms import Inputs, Options, RowFactors, TileSize
 
 
 class Aux(NamedTuple):
-  """Fractions of the tiles of logits whose product the backward pass does: float32 scalars, 1 without a threshold."""
+  """Fractions of the tiles of logits whose product the backward pass does, float32 scalars.
+
+  1 without a threshold.
+  """
 
   kept_e: jax.Array
   kept_c: jax.Array
 
 
-def kept_tiles(
-  embeddings_ND: jax.Array,
-  classifier: jax.Array,
-  labels_N: jax.Array,
-  bias_V: jax.Array | None,
-  rows: Rows,
-  size: Blocks,
-  options: Options,
-) -> Aux:
-  """Computes the logits once more (2NVD FLOPs), in the tiles that the backward pass in question uses."""
-  counted_N = rows.active_N
-  order_V = (
-    terms.sorted_order(embeddings_ND, classifier, bias_V, counted_N, options)
-    if options.sort
-    else None
-  )
-  weights = tiling.Weights(classifier, bias_V, order_V, options)
+def kept_tiles(inputs: Inputs, factors: RowFactors, size: TileSize, options: Options) -> Aux:
+  """Computes the logits once more (2NVD FLOPs), in tiles of the backward pass's size."""
+  N, V = inputs.labels_N.size, options.entries(inputs)
+  order_V = terms.vocabulary_order(inputs, factors.active_N, options)
+  tiles_of_V = -(-V // size.entries)
 
-  def one_tile(row_tile: jax.Array, vocabulary_tile: jax.Array) -> Aux:
-    start, fresh_R = tiling.window(row_tile, size.rows, labels_N.size)
-    e_RD, labels_R, part = tiling.take((embeddings_ND, labels_N, rows), start, size.rows)
-    tile, chosen = tiling.cut(weights, vocabulary_tile, size.entries), tiling.only(part, fresh_R)
-    x = tiling.tile_logits(jnp.where(chosen.active_N[:, None], e_RD, 0.0), tile, options)
-    bracket, spread = tiling.tile_bracket(x, tile, labels_R, chosen, options)
-    kept = (
-      terms.keeps(bracket, spread, limit) for limit in (options.threshold_e, options.threshold_c)
-    )
-    return Aux(*(jnp.asarray(flag, jnp.float32) for flag in kept))
+  def filter_tile(index: jax.Array) -> Aux:
+    start, new_R = xla.locate_run(index // tiles_of_V, size.rows, N)
+    factors_R = terms.deactivate_rows(xla.slice_rows(factors, start, size.rows), ~new_R)
+    chunk = xla.slice_chunk(inputs, start, size.rows)
+    e_RD = jnp.where(factors_R.active_N[:, None], chunk.embeddings_ND, 0.0)
+    chunk = chunk._replace(embeddings_ND=e_RD)
+    tile = xla.slice_tile(chunk, order_V, index % tiles_of_V, size.entries, options)
+    x = xla.tile_logits(chunk, tile, options)
+    gradient, spread = xla.tile_gradient(x, tile, chunk, factors_R, options)
+    kept_e = terms.passes_filter(gradient, spread, options.threshold_e)
+    kept_c = terms.passes_filter(gradient, spread, options.threshold_c)
+    return Aux(jnp.asarray(kept_e, jnp.float32), jnp.asarray(kept_c, jnp.float32))
 
-  row_tiles, vocabulary_tiles = -(-labels_N.size // size.rows), -(-weights.entries // size.entries)
-  tiles = jnp.arange(row_tiles * vocabulary_tiles)
-  kept = jax.lax.map(
-    lambda index: one_tile(index // vocabulary_tiles, index % vocabulary_tiles), tiles
-  )
+  kept = jax.lax.map(filter_tile, jnp.arange(-(-N // size.rows) * tiles_of_V))
   return jax.tree.map(jnp.mean, kept)

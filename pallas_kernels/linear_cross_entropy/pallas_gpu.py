@@ -1,9 +1,13 @@
-"""Linear cross-entropy on Hopper (Pallas Mosaic GPU). Lowered by tests, never run: no GPU was there yet.
+"""Linear cross-entropy on Hopper (Pallas Mosaic GPU).
 
-One kernel computes tiles of the logits on the tensor cores, TMA and two consumer warpgroups as in a matrix product, and
-ends each tile either with its part of the row statistics or with the gradient of its logits, in the inputs' dtype.
-The forward pass combines the parts of a run of tiles; the backward pass writes the gradient of a block of logits to
-HBM (8 MiB in bfloat16) and leaves the two products with E and C to XLA. 8NVD FLOPs together.
+One kernel computes tiles of the logits on the tensor cores, TMA and two consumer warpgroups as in a
+matrix product, and ends each tile either with its part of the row statistics or with the gradient
+of its logits, in the inputs' dtype. The forward pass combines the parts of a run of tiles; the
+backward pass writes the gradient of a block of logits to HBM (8 MiB in bfloat16) and leaves the two
+products with E and C to XLA. 8NVD FLOPs together.
+
+Values and gradients are tested in the simulator of a GPU (jax 0.12: shared memory, TMA, barriers,
+warpgroups, races); it lowers for Hopper on both versions of jax. No GPU has run it.
 """
 
 # N tokens, D model, V vocabulary; R rows and W entries of a tile; S tiles of a run
@@ -12,31 +16,40 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_cross_entropy import blocks, terms, tiling
-from pallas_kernels.linear_cross_entropy.blocks import Blocks
-from pallas_kernels.linear_cross_entropy.terms import Options, Rows, Statistics
-
-TILE = (
-  128  # rows of one warpgroup, and entries: a wgmma accumulator of 128 float32 registers a thread
+from pallas_kernels.common.platform import device_kind
+from pallas_kernels.common.shards import zeros_varying_like
+from pallas_kernels.linear_cross_entropy import terms, xla
+from pallas_kernels.linear_cross_entropy.terms import (
+  Gradients,
+  Inputs,
+  Options,
+  RowFactors,
+  Statistics,
+  TileSize,
 )
+
+# Rows of a warpgroup, and entries: a wgmma accumulator of 128 float32 registers a thread.
+TILE = 128
 WARPGROUPS = 2
 DEPTH = 64  # of D in one pipeline step: 128 bytes, the widest swizzle
 STAGES = 3  # 48 KiB each; the gradient of a tile takes 64 of the 227 KiB that a block may use
 RUN = 2048  # entries whose tiles one launch computes, and rows of the backward pass
+SWIZZLE = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128))
 
 
-def unsupported(embeddings_ND: jax.Array, classifier: jax.Array, options: Options) -> str | None:
-  """Why these inputs cannot run here; None if they can."""
-  if embeddings_ND.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"embeddings_ND.dtype={embeddings_ND.dtype}, the tensor cores take bfloat16 and float16"
-  V, (N, D) = classifier.shape[options.vocabulary_axis], embeddings_ND.shape
+def unsupported(inputs: Inputs, options: Options) -> str | None:
+  """Returns why these inputs cannot run here, or None if they can."""
+  dtype = inputs.embeddings_ND.dtype
+  if dtype not in (jnp.bfloat16, jnp.float16):
+    return f"embeddings_ND.dtype={dtype}, the tensor cores take bfloat16 and float16"
+  V, (N, D) = options.entries(inputs), inputs.embeddings_ND.shape
   if N % (TILE * WARPGROUPS) or V % TILE or D % DEPTH:
     return f"N={N}, V={V}, D={D} must be multiples of {TILE * WARPGROUPS}, {TILE} and {DEPTH}"
   if options.layout != "vd":
@@ -44,80 +57,132 @@ def unsupported(embeddings_ND: jax.Array, classifier: jax.Array, options: Option
   if options.threshold_e is not None or options.threshold_c is not None:
     return "filter_e and filter_c are not written"
   if options.interpret:
-    return "interpret=True is not written"
-  kind = blocks.device_kind()
+    return _unsupported_interpreter(options.interpret)
+  kind = device_kind()
   if not any(hopper in kind for hopper in ("H100", "H200", "GH200")):
     return f"the device is {kind!r}, not a Hopper GPU"
   return None
 
 
-def backward_tile(embeddings_ND: jax.Array, classifier: jax.Array, options: Options) -> Blocks:
-  return Blocks(TILE * WARPGROUPS, TILE)
+def _unsupported_interpreter(interpret: Any) -> str | None:
+  params = getattr(plgpu, "InterpretGPUParams", None)
+  if params is None:
+    return f"interpret= needs the GPU simulator of jax 0.12, this is jax {jax.__version__}"
+  if interpret is not True and not isinstance(interpret, params):
+    return f"interpret={interpret!r} is neither True nor plgpu.InterpretGPUParams"
+  return None
 
 
-def vector(ref: Any, start: Any, axis: int) -> jax.Array:
-  """128 numbers along the rows (0) or the entries (1) of an accumulator."""
-  whole = (
-    ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
-  )  # an argument that jax 0.12 dropped
-  layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-  return plgpu.load(ref.at[pl.ds(start, TILE)], *whole, layout=layout, optimized=False)
+def backward_tile(inputs: Inputs, options: Options) -> TileSize:
+  """Returns the rows and entries of one tile of the kernel."""
+  return TileSize(TILE * WARPGROUPS, TILE)
 
 
-def along_rows(value_R: jax.Array) -> jax.Array:
-  return jax.lax.broadcast_in_dim(value_R, (TILE, TILE), [0])
+# ------------------------------------------------------------------------------------------ kernel
 
 
-def tile_kernel(
-  *refs: Any, options: Options, inputs: int, biased: bool, end: Callable[..., None]
-) -> None:
-  """Logits of the tile at (rows, entries) of the grid, then `end(x, hit, row vectors, outputs, scratch)`."""
-  first, e_ND, c_VD, labels_N, *rest = refs
-  vectors, outputs, scratch = rest[:inputs], rest[inputs:-1], rest[-1]
-  bias_V = vectors.pop() if biased else None
+class KernelInputs(NamedTuple):
+  """What the kernel reads; arrays outside of it, references inside."""
+
+  first_tile: Any  # [2]: row and entry at which the grid of tiles begins
+  e_ND: Any
+  c_VD: Any
+  labels_N: Any
+  bias_V: Any | None
+  factors: RowFactors | None  # of the backward pass; without unit_N and active_N
+
+
+class LogitTile(NamedTuple):
+  """The logits of one warpgroup: rows of the launch's outputs, entries of the vocabulary."""
+
+  x_RW: jax.Array
+  hit_RW: jax.Array  # where an entry is the label of its row
+  row: Any  # first row, among those of the launch
+  index: Any  # of the tile, among those of the launch
+
+
+class RunStatistics(NamedTuple):
+  """Statistics of the rows of a launch, for each tile of entries: [S, N]."""
+
+  top: Any
+  mass: Any
+  target: Any
+  total: Any
+
+
+def launch(
+  finish_tile: Callable[..., None],
+  inputs: KernelInputs,
+  tiles: tuple[int, int],
+  out_type: Any,
+  scratch: Any,
+  options: Options,
+) -> Any:
+  """Runs the kernel for a grid of (rows, entries) tiles; `finish_tile` writes what is returned."""
+
+  def body(inputs: KernelInputs, out: Any) -> None:
+    def with_scratch(scratch: Any) -> None:
+      compute_tile(inputs, functools.partial(finish_tile, out=out, scratch=scratch), options)
+
+    pl.run_scoped(with_scratch, scratch, collective_axes="wg")
+
+  simulated: dict[str, Any] = {}
+  if options.interpret:
+    default: Any = plgpu.__dict__["InterpretGPUParams"]  # jax 0.12 has it
+    simulated["interpret"] = default() if options.interpret is True else options.interpret
+  (out,) = plgpu.kernel(
+    body,
+    out_type=(out_type,),
+    grid=tiles,
+    grid_names=("rows", "entries"),
+    num_threads=WARPGROUPS + 1,
+    thread_name="wg",
+    compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    **simulated,
+  )(inputs)
+  return out
+
+
+def compute_tile(inputs: KernelInputs, finish_tile: Callable[..., None], options: Options) -> None:
+  """Multiplies one tile of the grid, then calls `finish_tile(tile, factors)` in each warpgroup."""
   group = jax.lax.axis_index("wg")
-  row_tile, entry_tile = jax.lax.axis_index("rows"), jax.lax.axis_index("entries")
-  first_row, first_entry = first[0], first[1] + entry_tile * TILE
-  start = row_tile * (TILE * WARPGROUPS)
-  swizzle = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128))
+  entry_tile = jax.lax.axis_index("entries")
+  launch_row = jax.lax.axis_index("rows") * (TILE * WARPGROUPS)
+  first_row = inputs.first_tile[0] + launch_row
+  first_entry = inputs.first_tile[1] + entry_tile * TILE
 
-  def with_accumulator(run: Callable[[Any], None]) -> None:
+  def with_accumulator(run_pipeline: Callable[[Any], None]) -> None:
     @functools.partial(pl.run_scoped, acc=plgpu.ACC((TILE, TILE), jnp.float32))
     def scope(acc: Any) -> None:
-      run(acc)
+      run_pipeline(acc)
       x_RW = acc[...]
-      row = first_row + start + group * TILE
-      bias_W = None
-      if bias_V is not None:
-        bias_W = vector(bias_V, first_entry, 1)
-        bias_W = jax.lax.broadcast_in_dim(bias_W, (TILE, TILE), [1])
-      x_RW = terms.logits(x_RW, bias_W, options)
+      row = first_row + group * TILE
+      bias_RW = None
+      if inputs.bias_V is not None:
+        bias_W = load_vector(inputs.bias_V, first_entry, axis=1)
+        bias_RW = jax.lax.broadcast_in_dim(bias_W, (TILE, TILE), [1])
+      x_RW = terms.logits(x_RW, bias_RW, options)
       ids_RW = first_entry + plgpu.broadcasted_iota(
         jnp.int32, (TILE, TILE), 1, layout=plgpu.Layout.WGMMA
       )
-      hit_RW = ids_RW == along_rows(vector(labels_N, row, 0))
-      end(
-        x_RW,
-        hit_RW,
-        [vector(ref, row, 0) for ref in vectors],
-        outputs,
-        scratch.at[group],
-        start + group * TILE,
-        entry_tile,
+      hit_RW = ids_RW == along_rows(load_vector(inputs.labels_N, row, axis=0))
+      factors = jax.tree.map(
+        lambda factor_N: along_rows(load_vector(factor_N, row, axis=0)), inputs.factors
       )
+      finish_tile(LogitTile(x_RW, hit_RW, launch_row + group * TILE, entry_tile), factors, group)
 
   def multiply(_: Any, e_tile: Any, c_tile: Any, acc: Any) -> Any:
-    plgpu.wgmma(acc, e_tile.at[pl.ds(group * TILE, TILE)], plgpu.transpose_ref(c_tile, (1, 0)))
+    plgpu.wgmma(acc, e_tile.at[pl.ds(group * TILE, TILE)], c_tile.transpose((1, 0)))
     plgpu.wgmma_wait(0)
     return acc
 
   pipeline = plgpu.emit_pipeline_warp_specialized(
     multiply,
-    grid=(e_ND.shape[1] // DEPTH,),
+    grid=(inputs.e_ND.shape[1] // DEPTH,),
     memory_registers=40,
     in_specs=[
-      plgpu.BlockSpec((TILE * WARPGROUPS, DEPTH), lambda k: (0, k), transforms=swizzle),
-      plgpu.BlockSpec((TILE, DEPTH), lambda k: (0, k), transforms=swizzle),
+      plgpu.BlockSpec((TILE * WARPGROUPS, DEPTH), lambda k: (0, k), transforms=SWIZZLE),
+      plgpu.BlockSpec((TILE, DEPTH), lambda k: (0, k), transforms=SWIZZLE),
     ],
     wg_axis="wg",
     num_compute_wgs=WARPGROUPS,
@@ -125,170 +190,146 @@ def tile_kernel(
     compute_context=with_accumulator,
   )
   pipeline(
-    e_ND.at[pl.ds(first_row + start, TILE * WARPGROUPS), :], c_VD.at[pl.ds(first_entry, TILE), :]
+    inputs.e_ND.at[pl.ds(first_row, TILE * WARPGROUPS), :],
+    inputs.c_VD.at[pl.ds(first_entry, TILE), :],
   )
 
 
-def launch(
-  end: Callable[..., None],
-  first: jax.Array,
-  arrays: tuple[jax.Array, ...],
-  vectors: tuple[jax.Array, ...],
-  bias_V: jax.Array | None,
-  tiles: tuple[int, int],
-  out: list[jax.ShapeDtypeStruct],
-  scratch: Any,
-  options: Options,
-) -> Any:
-  """Runs `tile_kernel` for a grid of (rows, entries) tiles that starts at (row, entry) `first`."""
-  extra = vectors if bias_V is None else (*vectors, bias_V.astype(jnp.float32))
-  kernel = functools.partial(
-    tile_kernel, options=options, inputs=len(extra), biased=bias_V is not None, end=end
-  )
-
-  def body(*refs: Any) -> None:
-    pl.run_scoped(lambda shared: kernel(*refs, shared), scratch, collective_axes="wg")
-
-  return plgpu.kernel(
-    body,
-    out_type=out,
-    grid=tiles,
-    grid_names=("rows", "entries"),
-    num_threads=WARPGROUPS + 1,
-    thread_name="wg",
-    compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-  )(first, *arrays, *extra)
+def load_vector(ref: Any, start: Any, axis: int) -> jax.Array:
+  """Loads 128 numbers in the layout of the rows (axis 0) or the entries (1) of an accumulator."""
+  # jax 0.12 dropped the argument `idx`.
+  whole = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+  layout = plgpu.Layout.WGMMA.reduce(1 - axis)
+  return plgpu.load(ref.at[pl.ds(start, TILE)], *whole, layout=layout, optimized=False)
 
 
-def end_with_statistics(
-  x_RW: jax.Array,
-  hit_RW: jax.Array,
-  vectors: list[jax.Array],
-  outputs: list[Any],
-  scratch: Any,
-  row: Any,
-  tile: Any,
+def along_rows(value_R: jax.Array) -> jax.Array:
+  """Repeats a number of each row over the entries of a tile."""
+  return jax.lax.broadcast_in_dim(value_R, (TILE, TILE), [0])
+
+
+def write_statistics(
+  tile: LogitTile, factors: None, group: Any, *, out: RunStatistics, scratch: Any
 ) -> None:
-  """Largest logit, sum of exponentials, target's logit and total of the tile's rows."""
+  """Writes largest logit, sum of exponentials, target's logit and total of the tile's rows."""
+  x_RW = tile.x_RW
   top_R = x_RW.max(axis=1)
-  mass_R = jnp.exp(x_RW - along_rows(terms.anchor(top_R))).sum(axis=1)
-  values = (top_R, mass_R, jnp.where(hit_RW, x_RW, 0.0).sum(axis=1), x_RW.sum(axis=1))
-  for i, value_R in enumerate(values):
-    scratch[i] = value_R
+  stats = RunStatistics(
+    top=top_R,
+    mass=jnp.exp(x_RW - along_rows(terms.anchor(top_R))).sum(axis=1),
+    target=jnp.where(tile.hit_RW, x_RW, 0.0).sum(axis=1),
+    total=x_RW.sum(axis=1),
+  )
+  shared = scratch.at[group]
+  for i, value_R in enumerate(stats):
+    shared[i] = value_R
   plgpu.commit_smem()
-  for i, out in enumerate(outputs):
-    plgpu.copy_smem_to_gmem(scratch.at[i], out.at[tile, pl.ds(row, TILE)])
+  for i, ref in enumerate(out):
+    plgpu.copy_smem_to_gmem(shared.at[i], ref.at[tile.index, pl.ds(tile.row, TILE)])
   plgpu.wait_smem_to_gmem(0)
 
 
-def end_with_gradient(
-  x_RW: jax.Array,
-  hit_RW: jax.Array,
-  vectors: list[jax.Array],
-  outputs: list[Any],
-  scratch: Any,
-  row: Any,
-  tile: Any,
-  *,
-  options: Options,
+def write_gradient(
+  tile: LogitTile, factors: RowFactors, group: Any, *, out: Any, scratch: Any, options: Options
 ) -> None:
-  lse_RW, scale_RW, at_target_RW, offset_RW = map(along_rows, vectors)
-  rows = Rows(lse_RW, scale_RW, at_target_RW, offset_RW, unit_N=scale_RW, active_N=scale_RW)
-  g_RW = terms.logit_gradient(x_RW, hit_RW, rows, options) * terms.slope(x_RW, options)
-  scratch[...] = g_RW.astype(scratch.dtype)
+  """Writes d loss / d product of the tile, rounded to the inputs' dtype."""
+  g_RW = terms.logit_gradient(tile.x_RW, tile.hit_RW, factors, options)
+  g_RW = g_RW * terms.logit_slope(tile.x_RW, options)
+  shared = scratch.at[group]
+  shared[...] = g_RW.astype(shared.dtype)
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(scratch, outputs[0].at[pl.ds(row, TILE), pl.ds(tile * TILE, TILE)])
+  entries = pl.ds(tile.index * TILE, TILE)
+  plgpu.copy_smem_to_gmem(shared, out.at[pl.ds(tile.row, TILE), entries])
   plgpu.wait_smem_to_gmem(0)
+
+
+# ------------------------------------------------------------------------------------------ passes
 
 
 def run_length(size: int, step: int) -> int:
-  """The largest divisor of `size`, in steps, that is at most RUN."""
+  """Returns the largest divisor of `size` that is a multiple of `step` and at most RUN."""
   return max(length for length in range(step, min(size, RUN) + 1, step) if size % length == 0)
 
 
-def statistics(
-  embeddings_ND: jax.Array,
-  classifier_VD: jax.Array,
-  labels_N: jax.Array,
-  bias_V: jax.Array | None,
-  options: Options,
-) -> Statistics:
-  """Row statistics; the parts of one run of tiles are in memory at a time, 16 bytes a row and tile."""
-  N, V = labels_N.size, classifier_VD.shape[0]
+def kernel_inputs(
+  inputs: Inputs, row: Any, entry: Any, factors: RowFactors | None = None
+) -> KernelInputs:
+  """Returns what a launch reads, for a grid of tiles that begins at this row and entry."""
+  embeddings_ND, classifier_VD, labels_N, bias_V = inputs
+  return KernelInputs(
+    first_tile=jnp.stack([jnp.int32(row), jnp.int32(entry)]),
+    e_ND=embeddings_ND,
+    c_VD=classifier_VD,
+    labels_N=labels_N,
+    bias_V=None if bias_V is None else bias_V.astype(jnp.float32),
+    factors=None if factors is None else factors._replace(unit_N=None, active_N=None),
+  )
+
+
+def statistics(inputs: Inputs, options: Options) -> Statistics:
+  """Returns row statistics; holds the parts of one run of tiles, 16 bytes a row and tile."""
+  N, V = inputs.labels_N.size, options.entries(inputs)
   run = run_length(V, TILE)
-  out = [jax.ShapeDtypeStruct((run // TILE, N), jnp.float32)] * 4
-  scratch = plgpu.SMEM((WARPGROUPS, 4, TILE), jnp.float32)
-  arrays = (embeddings_ND, classifier_VD, labels_N)
   tiles = (N // (TILE * WARPGROUPS), run // TILE)
+  per_tile = jax.ShapeDtypeStruct((run // TILE, N), jnp.float32)
+  out_type = RunStatistics(per_tile, per_tile, per_tile, per_tile)
+  scratch = plgpu.SMEM((WARPGROUPS, 4, TILE), jnp.float32)
 
-  def body(running: Any, index: jax.Array) -> tuple[Any, None]:
-    first = jnp.stack([jnp.zeros((), jnp.int32), index * run])
-    top_SN, mass_SN, target_SN, total_SN = launch(
-      end_with_statistics, first, arrays, (), bias_V, tiles, out, scratch, options
+  def add_run(running: xla.Running, index: jax.Array) -> tuple[xla.Running, None]:
+    new = launch(
+      write_statistics, kernel_inputs(inputs, 0, index * run), tiles, out_type, scratch, options
     )
-    top_N, mass_N, target_N, total_N = running
-    new_N = jnp.maximum(top_N, jnp.max(top_SN, axis=0))
-    shift_N = terms.anchor(new_N)
-    mass_N = mass_N * jnp.exp(top_N - shift_N) + jnp.sum(
-      mass_SN * jnp.exp(terms.anchor(top_SN) - shift_N[None]), axis=0
-    )
-    return (new_N, mass_N, target_N + target_SN.sum(axis=0), total_N + total_SN.sum(axis=0)), None
-
-  zero_N = terms.zeros((N,), jnp.float32, embeddings_ND)
-  start = (zero_N - jnp.inf, zero_N, zero_N, zero_N)
-  (top_N, mass_N, target_N, total_N), _ = jax.lax.scan(
-    body, start, jnp.arange(V // run, dtype=jnp.int32)
-  )
-  return Statistics(
-    terms.finish_exponentials(top_N, mass_N), target_N, total_N if options.total else zero_N
-  )
-
-
-def gradients(
-  embeddings_ND: jax.Array,
-  classifier_VD: jax.Array,
-  labels_N: jax.Array,
-  bias_V: jax.Array | None,
-  rows: Rows,
-  options: Options,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """Gradients of E, C and b in float32, block of logits by block of logits."""
-  N, V = labels_N.size, classifier_VD.shape[0]
-  size, run = run_length(N, TILE * WARPGROUPS), run_length(V, TILE)
-  shown_ND = jnp.where(
-    rows.active_N[:, None], embeddings_ND, 0.0
-  )  # NaN of an inactive row must not reach dC
-  out = [jax.ShapeDtypeStruct((size, run), embeddings_ND.dtype)]
-  scratch = plgpu.SMEM(
-    (WARPGROUPS, TILE, TILE),
-    embeddings_ND.dtype,
-    transforms=(plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128)),
-  )
-  vectors = (rows.lse_N, rows.scale_N, rows.at_target_N, rows.offset_N)
-  end = functools.partial(end_with_gradient, options=options)
-  weights = tiling.Weights(classifier_VD, bias_V, None, options)
-
-  def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
-    sums, de_ND = carry
-    row, entry = index // (V // run) * size, index % (V // run) * run
-    tiles = (size // (TILE * WARPGROUPS), run // TILE)
-    arrays = (shown_ND, classifier_VD, labels_N)
-    (g_RW,) = launch(
-      end, jnp.stack([row, entry]), arrays, vectors, bias_V, tiles, out, scratch, options
-    )
-    e_RD = jax.lax.dynamic_slice_in_dim(shown_ND, row, size)
-    tile = tiling.cut(weights, index % (V // run), run)
-    de_ND = tiling.add_rows(de_ND, tiling.product("rv,vd->rd", g_RW, tile.classifier), row)
-    db_W = jnp.sum(g_RW, axis=0, dtype=jnp.float32)
-    return (
-      tiling.add_tile(sums, tiling.product("rv,rd->vd", g_RW, e_RD), db_W, tile, weights),
-      de_ND,
+    top_N = jnp.maximum(running.top_R, jnp.max(new.top, axis=0))
+    shift_N = terms.anchor(top_N)
+    new_mass_N = jnp.sum(new.mass * jnp.exp(terms.anchor(new.top) - shift_N[None]), axis=0)
+    return xla.Running(
+      top_R=top_N,
+      mass_R=running.mass_R * jnp.exp(running.top_R - shift_N) + new_mass_N,
+      target_R=running.target_R + new.target.sum(axis=0),
+      total_R=running.total_R + new.total.sum(axis=0),
     ), None
 
-  start = (
-    tiling.no_gradients(weights, jnp.float32, embeddings_ND),
-    terms.zeros(embeddings_ND.shape, jnp.float32, embeddings_ND),
-  )
-  blocks_of_logits = jnp.arange((N // size) * (V // run), dtype=jnp.int32)
-  (sums, de_ND), _ = jax.lax.scan(body, start, blocks_of_logits)
-  return de_ND, sums.classifier, sums.bias_V
+  runs = jnp.arange(V // run, dtype=jnp.int32)
+  running, _ = jax.lax.scan(add_run, xla.no_statistics(inputs), runs)
+  stats = running.finish()
+  if options.needs_total:
+    return stats
+  return stats._replace(total_N=zeros_varying_like((N,), jnp.float32, inputs))
+
+
+def gradients(inputs: Inputs, factors: RowFactors, options: Options) -> Gradients:
+  """Returns gradients in float32, block of logits by block of logits."""
+  N, V = inputs.labels_N.size, options.entries(inputs)
+  rows, run = run_length(N, TILE * WARPGROUPS), run_length(V, TILE)
+  tiles = (rows // (TILE * WARPGROUPS), run // TILE)
+  dtype = inputs.embeddings_ND.dtype
+  out_type = jax.ShapeDtypeStruct((rows, run), dtype)
+  scratch = plgpu.SMEM((WARPGROUPS, TILE, TILE), dtype, transforms=SWIZZLE)
+  # NaN of an inactive row must not reach the classifier's gradient.
+  active_ND = jnp.where(factors.active_N[:, None], inputs.embeddings_ND, 0.0)
+  inputs = inputs._replace(embeddings_ND=active_ND)
+  finish_tile = functools.partial(write_gradient, options=options)
+
+  def add_block(sums: Gradients, index: jax.Array) -> tuple[Gradients, None]:
+    row, entry = index // (V // run) * rows, index % (V // run) * run
+    launched = kernel_inputs(inputs, row, entry, factors)
+    g_RW = launch(finish_tile, launched, tiles, out_type, scratch, options)
+    e_RD = jax.lax.dynamic_slice_in_dim(active_ND, row, rows)
+    c_WD = jax.lax.dynamic_slice_in_dim(inputs.classifier, entry, run)
+    db_V = sums.bias_V
+    if db_V is not None:
+      db_V = add_slice(db_V, jnp.sum(g_RW, axis=0, dtype=jnp.float32), entry)
+    return Gradients(
+      embeddings_ND=add_slice(sums.embeddings_ND, xla.product("rv,vd->rd", g_RW, c_WD), row),
+      classifier=add_slice(sums.classifier, xla.product("rv,rd->vd", g_RW, e_RD), entry),
+      bias_V=db_V,
+    ), None
+
+  blocks_of_logits = jnp.arange((N // rows) * (V // run), dtype=jnp.int32)
+  return jax.lax.scan(add_block, xla.no_gradients(inputs, factors), blocks_of_logits)[0]
+
+
+def add_slice(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+  """Adds a run of rows to the rows of `total` from `start` on."""
+  old = jax.lax.dynamic_slice_in_dim(total, start, part.shape[0])
+  return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, 0)

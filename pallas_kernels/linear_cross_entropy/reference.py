@@ -1,4 +1,4 @@
-"""Materialised logits and JAX's own gradient: short, exact, and what every other implementation is compared with."""
+"""Materialised logits and JAX's own gradient: what every other implementation is compared with."""
 
 # N tokens, D model, V vocabulary
 from __future__ import annotations
@@ -7,29 +7,23 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.linear_cross_entropy import terms
-from pallas_kernels.linear_cross_entropy.terms import Options, Statistics
+from pallas_kernels.linear_cross_entropy.terms import Inputs, Options, Statistics
 
 
-def statistics(
-  embeddings_ND: jax.Array,
-  classifier: jax.Array,
-  labels_N: jax.Array,
-  bias_V: jax.Array | None,
-  options: Options,
-) -> Statistics:
-  """Row statistics from all N x V logits in float32 (float64 for float64 inputs)."""
-  dtype = terms.accumulator(embeddings_ND.dtype)
+def statistics(inputs: Inputs, options: Options) -> Statistics:
+  """Returns row statistics from all N x V logits in float32 (float64 for float64 inputs)."""
   product_NV = jnp.einsum(
     f"nd,{options.layout}->nv",
-    embeddings_ND,
-    classifier,
-    preferred_element_type=dtype,
+    inputs.embeddings_ND,
+    inputs.classifier,
+    preferred_element_type=terms.accumulator(inputs.embeddings_ND.dtype),
     precision=jax.lax.Precision.HIGHEST,
   )
-  x_NV = terms.logits(product_NV, None if bias_V is None else bias_V[None], options)
-  hit_NV = jnp.arange(x_NV.shape[1])[None] == labels_N[:, None]
+  bias_1V = None if inputs.bias_V is None else inputs.bias_V[None]
+  x_NV = terms.logits(product_NV, bias_1V, options)
+  hit_NV = jnp.arange(x_NV.shape[1])[None] == inputs.labels_N[:, None]
   return Statistics(
     jax.nn.logsumexp(x_NV, axis=1),
     jnp.sum(jnp.where(hit_NV, x_NV, 0.0), axis=1),
-    jnp.sum(x_NV, axis=1) if options.total else jnp.zeros_like(x_NV[:, 0]),
+    jnp.sum(x_NV, axis=1) if options.needs_total else jnp.zeros_like(x_NV[:, 0]),
   )

@@ -174,7 +174,7 @@ def peak_flops(chip: Chip, operands: str) -> float:
 
 
 def count_cycles(schedule: Schedule, call: Call) -> tuple[Total, float]:
-  """Returns what one grid step executes, and a core's cycles of the call; the first loop is the grid."""
+  """Returns what one grid step executes and a core's cycles; the first loop is the grid's."""
   body = next(schedule.loops(), None) if call.steps > 1 else None
   if body is None:
     step = schedule.total(schedule.root, 1.0)

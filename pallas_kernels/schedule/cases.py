@@ -1,4 +1,4 @@
-"""The kernels that the report covers, at the shapes that they are judged by."""
+"""Lists the kernels that the report covers, at the shapes that they are judged by."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENS, WIDTH, VOCABULARY = 8192, 2304, 256_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-  """A callable to compile; `kernel` picks one of its Pallas calls by a part of the name."""
+  """A function to compile; `kernel` picks one of its Pallas calls by a part of the name."""
 
   name: str
   shape: str
@@ -38,7 +38,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-  """This project's kernels, then JAX's own and, where it is installed, tokamax's at the same shapes."""
+  """Yields this project's kernels, JAX's own and, where installed, tokamax's at the same shapes."""
   yield from linear_cross_entropy_cases(
     "linear_cross_entropy",
     linear_cross_entropy_loss,
@@ -53,6 +53,7 @@ def cases() -> Iterator[Case]:
 
 
 def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+  """Returns the type of an array."""
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
@@ -70,7 +71,7 @@ def tokamax_loss(
 
 
 def with_tpu_as_default(fn: Callable[..., Any]) -> Callable[..., Any]:
-  """tokamax refuses unless the default device is a TPU; which one, it asks the mesh."""
+  """Traces `fn` with a TPU as the default device, without which tokamax refuses."""
 
   def wrapped(*args: Any) -> Any:
     with jax.default_device(chip_mesh("v5e").devices.flat[0]):
@@ -90,7 +91,7 @@ def tokamax_cases() -> Iterator[Case]:
 def linear_cross_entropy_cases(
   name: str, loss: Callable[..., jax.Array], *, classifier: tuple[int, int], kernel: str
 ) -> Iterator[Case]:
-  """Forward, and of the gradient's program the kernel with this part of a name."""
+  """Yields the forward kernel and, of the gradient's program, the kernel that `kernel` names."""
   args = (array(TOKENS, WIDTH), array(*classifier), array(TOKENS, dtype=jnp.int32))
   product = 2.0 * TOKENS * WIDTH * VOCABULARY
   shape = f"{TOKENS} x {WIDTH} x {VOCABULARY} bf16"

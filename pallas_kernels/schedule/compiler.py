@@ -20,7 +20,7 @@ from pallas_kernels.common.chips import CORES
 
 @functools.cache
 def dump_folder() -> pathlib.Path:
-  """Where this process's libtpu writes; libtpu reads its flags once, when it is first used."""
+  """Returns the folder that libtpu writes to; it reads its flags once, when it is first used."""
   folder = tempfile.mkdtemp(prefix="tpu_schedule_")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -33,7 +33,7 @@ def dump_folder() -> pathlib.Path:
 def chip_mesh(
   chip: str, shape: tuple[int, ...] = (1,), names: tuple[str, ...] = ("x",)
 ) -> jax.sharding.Mesh:
-  """A mesh of `chip`'s devices, Explicit axes: something to compile for."""
+  """Returns a mesh of `chip`'s devices with Explicit axes, to compile for."""
   dump_folder()
   topology = topologies.get_topology_desc(platform="tpu", topology_name=CORES[chip].topology)
   devices: Any = np.array(topology.devices[: int(np.prod(shape))]).reshape(shape)
@@ -43,24 +43,23 @@ def chip_mesh(
 
 
 def compile_for(fn: Callable[..., Any], args: Any, chip: str) -> Any:
-  """`jax.jit(fn).lower(...).compile()` for one device of `chip`; args are arrays or ShapeDtypeStructs."""
+  """Compiles `fn` for one device of `chip`; args are arrays or ShapeDtypeStructs."""
   mesh = chip_mesh(chip)
   here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   shapes = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), tuple(args)
   )
   with jax.set_mesh(mesh):
-    return (
-      jax.jit(lambda *args: fn(*args)).lower(*shapes).compile()
-    )  # a new function: nothing from jit's cache
+    # A new function, so that nothing comes from jit's cache.
+    return jax.jit(lambda *args: fn(*args)).lower(*shapes).compile()
 
 
 def compile_with_listings(
   fn: Callable[..., Any], args: Any, chip: str
 ) -> tuple[Any, dict[str, dict[str, str]]]:
-  """The compiled program and, for each kernel in it, the text of three listings by short name.
+  """Returns the compiled program and, for each kernel in it, three listings by short name.
 
-  RuntimeError when libtpu was in use before and does not write listings.
+  Raises RuntimeError when libtpu was in use before and does not write listings.
   """
   folder = dump_folder()
   for path in folder.iterdir():
@@ -78,7 +77,7 @@ def compile_with_listings(
         listings.setdefault(found[1], {})[kind] = path.read_text()
   if not listings:
     raise RuntimeError(
-      "libtpu wrote no listings: it was loaded in this process before pallas_kernels.schedule was used, "
-      "or the program came from JAX's persistent compilation cache"
+      "libtpu wrote no listings: it was loaded in this process before pallas_kernels.schedule "
+      "was used, or the program came from JAX's persistent compilation cache"
     )
   return compiled, listings

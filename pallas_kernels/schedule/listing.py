@@ -1,7 +1,8 @@
-"""Reads the TPU compiler's bundle listing: VLIW bundles as cycles, in a tree of loops and skippable regions.
+"""Reads the TPU compiler's listing of VLIW bundles as a tree of loops and skippable regions.
 
-Two listings of one kernel are used: the bundles after register allocation, and the functional units that each bundle
-uses. They are the last in which one bundle is one clock cycle; later ones fold idle cycles into delay fields.
+Two listings of one kernel are used: the bundles after register allocation, and the functional units
+that each bundle uses. They are the last in which one bundle is one clock cycle; later ones fold
+idle cycles into delay fields.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ class Matmul:
 
   operands: str
   rows: int
-  """rows of the left operand"""
+  """Rows of the left operand."""
   busy: int
-  """MXU time in units of TensorCore.mxu_cycles"""
+  """MXU time in units of TensorCore.mxu_cycles."""
 
 
 def matmul_kind(suffixes: str) -> Matmul:
-  """From the dotted suffixes of a vmatmul instruction."""
+  """Returns the kind of a vmatmul instruction from its dotted suffixes."""
   if ".s4" in suffixes or ".u4" in suffixes:
     return Matmul("s4", 64, 2)
   if ".s8" in suffixes or ".u8" in suffixes:
@@ -59,15 +60,15 @@ class Span:
   end: int
   loop: bool = False
   trips: int | None = None
-  """of a loop; None where the bound is dynamic"""
+  """Of a loop; None where the bound is dynamic."""
   test: tuple[str, str] | None = None
-  """of a region: comparison and operands under which it is skipped"""
+  """Of a region: comparison and operands under which it is skipped."""
   children: list[Span] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
 class Total:
-  """What one pass over a span executes, in expectation."""
+  """What one pass over a span is expected to execute."""
 
   cycles: float = 0.0
   units: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -80,13 +81,13 @@ class Total:
         mine[key] += weight * count  # type: ignore[index, assignment]
 
   def mxu_use(self, core: TensorCore) -> float:
-    """Share of the cycles in which the MXUs are busy."""
+    """Returns the share of the cycles in which the MXUs are busy."""
     busy = sum(count * kind.busy for kind, count in self.matmuls.items())
     return busy * core.mxu_cycles / (core.mxus * max(self.cycles, 1))
 
 
 class Schedule:
-  """One compiled kernel. DumpError where the listings are not what this reader knows."""
+  """One compiled kernel. Raises DumpError where the listings are not what this reader knows."""
 
   def __init__(self, bundles: str, use: str, core: TensorCore):
     self.core = core
@@ -119,11 +120,12 @@ class Schedule:
           spans.append(Span(after, target, test=skip_test(text, predicate)))
     return nest(Span(0, size), spans)
 
-  def works(self, span: Span) -> bool:
+  def multiplies(self, span: Span) -> bool:
+    """Tells whether a span holds matmuls."""
     return any(self.matmuls[span.start : span.end])
 
   def total(self, span: Span, rare: float) -> Total:
-    """One pass over `span`. Regions with matmuls run always, those without with probability `rare`.
+    """Sums one pass over `span`, in which regions without matmuls run with probability `rare`.
 
     The two sides of an if count half each; a loop with a dynamic bound counts once.
     """
@@ -132,7 +134,7 @@ class Schedule:
       out.add(self._straight(at, child.start), 1)
       if child.loop:
         weight = float(child.trips or 1)
-      elif not self.works(self.root) or self.works(child):
+      elif not self.multiplies(self.root) or self.multiplies(child):
         weight = 1.0
       else:
         weight = rare
@@ -150,6 +152,7 @@ class Schedule:
     )
 
   def loops(self, span: Span | None = None) -> Iterator[Span]:
+    """Yields the loops below `span` (None: all), outer ones first."""
     for child in (span or self.root).children:
       if child.loop:
         yield child
@@ -157,7 +160,7 @@ class Schedule:
 
 
 def read_use(text: str) -> tuple[list[str], np.ndarray]:
-  """Names of the functional units, and a row of counts for each bundle."""
+  """Returns the names of the functional units, and a row of counts for each bundle."""
   try:
     head, body = text.split("== UTILIZATION:")
     units = [unit.strip() for unit in head.split("\n")[1].split(",")]
@@ -170,6 +173,7 @@ def read_use(text: str) -> tuple[list[str], np.ndarray]:
 
 
 def nest(root: Span, spans: list[Span]) -> Span:
+  """Hangs the spans below `root` by what contains what, and returns it."""
   stack = [root]
   for span in sorted(spans, key=lambda span: (span.start, -span.end)):
     while span.start >= stack[-1].end:
@@ -181,7 +185,7 @@ def nest(root: Span, spans: list[Span]) -> Span:
 
 
 def trip_count(text: str, predicate: str) -> int | None:
-  """From `exit = next >= LIMIT; next = i + STEP; i = INIT`; None where the limit is not a constant."""
+  """Reads `exit = next >= LIMIT; next = i + STEP; i = INIT`; None where LIMIT is no constant."""
   test = re.search(
     rf"%{predicate} = scmp\.\w+\.s32\.totalorder (?:\(!?%\w+\),? )?%(\w+), (\d+)\b", text
   )
@@ -194,10 +198,13 @@ def trip_count(text: str, predicate: str) -> int | None:
 
 
 def skip_test(text: str, predicate: str) -> tuple[str, str] | None:
-  found = re.search(rf"%{predicate} = scmp\.(\w\w)\S* (%\w+, [%\w]+)", text) if predicate else None
-  return (found[1], found[2]) if found else None
+  """Returns the comparison and the operands of a branch's predicate; None where it has none."""
+  if not predicate:
+    return None
+  compare = re.search(rf"%{predicate} = scmp\.(\w\w)\S* (%\w+, [%\w]+)", text)
+  return (compare[1], compare[2]) if compare else None
 
 
 def opposite(a: Span, b: Span) -> bool:
-  """Whether one of the two regions runs exactly where the other does not."""
+  """Tells whether one of the two regions runs exactly where the other does not."""
   return bool(a.test and b.test and a.test[1] == b.test[1] and {a.test[0], b.test[0]} in OPPOSITE)

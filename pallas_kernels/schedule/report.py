@@ -1,4 +1,4 @@
-"""The report: every case on every chip, as JSON, a Markdown table and an SVG bar chart."""
+"""Writes the report: every case on every chip, as JSON, a Markdown table and an SVG chart."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ LIMITS = (
   "on data, copies that a kernel starts itself, or what XLA does around a kernel. A region that "
   "multiplies counts at every grid step: where a kernel skips it at some, more FLOPs are counted "
   "than are useful, and the time is an upper bound. Estimated is the largest of the cores', HBM's "
-  "and the copies' time; roofline is the larger of useful FLOPs / peak and needed bytes / bandwidth."
+  "and the copies' time; roofline is the larger of useful FLOPs / peak and needed bytes / "
+  "bandwidth."
 )
 
 
@@ -75,13 +76,13 @@ def report(
 
 
 def not_run() -> dict[str, str]:
-  """Comparators that are not in the table, and why."""
+  """Returns the comparators that are not in the table, and why."""
   installed = importlib.util.find_spec("tokamax") is not None
   return {} if installed else {"tokamax linear_cross_entropy": "tokamax is not installed"}
 
 
 def closing(rows: Iterable[dict[str, Any]]) -> str:
-  """What stands below the table: limits, what is not in the table, and notes on single kernels."""
+  """Returns what stands below the table: limits, what is not in it, notes on single kernels."""
   notes = dict.fromkeys(f"{r['name']}: {note}." for r in rows for note in r.get("notes", ()))
   return "\n\n".join(
     [LIMITS, *(f"Not run: {name}, {why}." for name, why in not_run().items()), *notes]
@@ -89,7 +90,7 @@ def closing(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-  """Of these packages (none: those that a schedule depends on)."""
+  """Returns the versions of these packages (none: those that a schedule depends on)."""
   found = {}
   for package in packages or PACKAGES:
     try:
@@ -100,7 +101,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def row(case: Case, chip: str) -> dict[str, Any]:
-  """One line of the table: the case, and either the finding's numbers or the error."""
+  """Returns one line of the table: the case, and either the finding's numbers or the error."""
   about = dict(name=case.name, shape=case.shape, chip=chip)
   try:
     found = analyse(case.fn, case.args, chip, flops=case.flops, kernel=case.kernel)
@@ -129,6 +130,7 @@ COLUMNS = (
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
+  """Returns the rows as a Markdown table."""
   lines = [" | ".join(name for name, _ in COLUMNS), " | ".join("---" for _ in COLUMNS)]
   for r in rows:
     cells = [get(r) for _, get in COLUMNS[:3]]
@@ -138,7 +140,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def chart(rows: Sequence[dict[str, Any]]) -> str:
-  """Horizontal bars of the share of peak, a group for each kernel, as SVG."""
+  """Returns an SVG of the shares of peak as horizontal bars, a group for each kernel."""
   measured = sorted((r for r in rows if "error" not in r), key=lambda r: r["name"])
   names = list(dict.fromkeys(r["name"] for r in measured))
   parts, y = [], 30
@@ -149,9 +151,8 @@ def chart(rows: Sequence[dict[str, Any]]) -> str:
       width = 400 * min(r["of_peak"], 1)
       parts.append(f'<text x="70" y="{y}" text-anchor="end">{r["chip"]}</text>')
       parts.append(f'<rect x="80" y="{y - 11}" width="{width:.0f}" height="13" fill="#4477aa"/>')
-      parts.append(
-        f'<text x="{86 + width:.0f}" y="{y}">{r["of_peak"]:.0%} of peak, {r["us"] / 1e3:.2f} ms</text>'
-      )
+      label = f"{r['of_peak']:.0%} of peak, {r['us'] / 1e3:.2f} ms"
+      parts.append(f'<text x="{86 + width:.0f}" y="{y}">{label}</text>')
     y += 28
   style = 'font-family="sans-serif" font-size="12"'
   return (

@@ -1,4 +1,7 @@
-"""HBM traffic of Pallas calls: their index maps replayed over the grid, as the automatic pipeline copies blocks."""
+"""Counts the HBM traffic of Pallas calls by replaying their index maps over the grid.
+
+The automatic pipeline copies a block whenever its index changes from one step to the next.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,16 @@ class Call:
   """One pallas_call of a program."""
 
   name: str
-  """empty where the program gives none"""
+  """Empty where the program gives none."""
   grid: tuple[int, ...]
   calls: int
-  """times that the program runs it: the product of the lengths of the scans around it"""
+  """Times that the program runs it: the product of the lengths of the scans around it."""
   moved: float
-  """bytes that one run copies between HBM and VMEM"""
+  """Bytes that one run copies between HBM and VMEM."""
   needed: float
-  """bytes of its operands and results, each once"""
+  """Bytes of its operands and results, each once."""
   copy_steps: int
-  """grid steps that start a copy"""
+  """Grid steps that start a copy."""
   notes: list[str]
 
   @property
@@ -42,9 +45,9 @@ class Call:
 def pallas_calls(
   jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any], calls: int = 1
 ) -> Walk:
-  """Every pallas_call below `jaxpr`. Operands that are not known are None; what follows from known ones is computed.
+  """Yields every pallas_call below `jaxpr`, and returns the values of the results.
 
-  Yields the calls and returns the values of the results.
+  Operands that are not known are None; what follows from known ones is computed.
   """
   known = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, operands))
 
@@ -78,6 +81,7 @@ def pallas_calls(
 
 
 def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+  """Yields the jaxprs among the parameters of an equation."""
   for value in params.values():
     for leaf in value if isinstance(value, tuple | list) else (value,):
       leaf = getattr(leaf, "jaxpr", leaf)
@@ -86,13 +90,14 @@ def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 
 
 def evaluate(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
-  """The results of one equation whose operands are known."""
+  """Returns the results of one equation whose operands are known."""
   with jax.default_device(jax.devices("cpu")[0]):
     results = eqn.primitive.bind(*map(jnp.asarray, values), **eqn.params)
   return results if eqn.primitive.multiple_results else [results]
 
 
 def replay(eqn: Any, values: list[Any], calls: int) -> Call:
+  """Returns the traffic of one pallas_call whose operands have these values (None: unknown)."""
   mapping, notes = eqn.params["grid_mapping"], []
   bounds = sum(not isinstance(size, int) for size in mapping.grid)
   if any(value is None for value in values[:bounds]):
@@ -126,10 +131,10 @@ def replay(eqn: Any, values: list[Any], calls: int) -> Call:
 
 
 def changes(block: Any, grid: tuple[int, ...], prefetch: list[Any], rank: int) -> np.ndarray | None:
-  """Grid steps at which the block's index differs from the step before; None where that depends on unknown data.
+  """Returns at which grid steps the block's index changes; None where that depends on data.
 
-  Unknown scalar-prefetch operands are replaced by two different fillings: if both give the same steps, as for an
-  index that is fixed during the call, the values do not matter.
+  Unknown scalar-prefetch operands are replaced by two different fillings: if both give the same
+  steps, as for an index that is fixed during the call, the values do not matter.
   """
   unknown = any(value is None for value, _ in prefetch)
   found = []
@@ -142,12 +147,13 @@ def changes(block: Any, grid: tuple[int, ...], prefetch: list[Any], rank: int) -
 
 
 def fill(aval: Any, filling: int) -> np.ndarray:
-  """Zeros, or numbers of which neighbours differ."""
+  """Returns zeros, or numbers of which neighbours differ."""
   size = math.prod(aval.shape)
   return (filling * (np.arange(size) * 7 % 5)).reshape(aval.shape).astype(aval.dtype)
 
 
 def index_changes(block: Any, grid: tuple[int, ...], scalars: list[Any], rank: int) -> np.ndarray:
+  """Returns at which grid steps the index differs from the one before, given all scalars."""
   steps = math.prod(grid)
   change = np.ones(steps, bool)
   if grid:
@@ -164,4 +170,5 @@ def index_changes(block: Any, grid: tuple[int, ...], scalars: list[Any], rank: i
 
 
 def item_size(dtype: Any) -> float:
+  """Returns the bytes of an element in HBM; half a byte for int4."""
   return 0.5 if "int4" in str(dtype) else getattr(dtype, "itemsize", 4)

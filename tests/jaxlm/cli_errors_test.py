@@ -12,7 +12,9 @@ from jaxlm.run.run_folder import RunFolder, log_to
 from pallas_kernels.common.errors import MissingExtraError, UserError, import_extra
 
 SMALL = (
-  "--mesh.data 1 --model.D 16 --model.F 16 --model.H 8 --data.length 16 --optimizer.warmup 1 "
+  "--model.D 16 "
+  "--model.pattern.0.feedforward.F 16 --model.pattern.0.mixer.H 8 "
+  "--mesh.data 1 --data.length 16 --optimizer.warmup 1 "
   "--steps 3 --eval_every 0 --save_every 0 --run run"
 ).split()
 

@@ -13,7 +13,11 @@ from benchmarks.reliability.processes import finish, run, start, start_python, w
 from jaxlm.cli import main
 from jaxlm.run.run_folder import RunFolder, read_records
 
-SMALLER = "--model.D 16 --model.F 16 --model.H 8 --data.length 32 --optimizer.warmup 1 --eval_batches 1".split()
+SMALLER = (
+  "--model.D 16 "
+  "--model.pattern.0.feedforward.F 16 --model.pattern.0.mixer.H 8 "
+  "--data.length 32 --optimizer.warmup 1 --eval_batches 1"
+).split()
 
 
 def test_help_does_not_import_jax_and_takes_less_than_a_second(tmp_path):
@@ -46,7 +50,7 @@ sys.exit("jax" in sys.modules)
   assert status == 0, printed
   for words in (
     "--model.layers",
-    "number of blocks",
+    "number of layers",
     "--optimizer.learning-rate",
     "--mesh.fsdp",
     "--temperature",
@@ -59,8 +63,8 @@ WRONG = [
   (["trian", "micro"], "command 'trian' does not exist; nearest: train"),
   (["train", "mikro"], "preset 'mikro' does not exist; nearest: micro"),
   (
-    ["train", "micro", "--model.N", "3", "--model.K", "2"],
-    "model.N=3: query heads must be a multiple of K=2",
+    ["train", "micro", "--model.pattern.0.mixer.N", "3", "--model.pattern.0.mixer.K", "2"],
+    "mixer.N=3: query heads must be a multiple of K=2",
   ),
   (
     ["train", "micro", "--batch", "6", "--accumulate", "4"],

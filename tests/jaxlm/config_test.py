@@ -1,38 +1,47 @@
+import dataclasses
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.config import (
+  AttentionConfig,
+  ComputeConfig,
   DataConfig,
+  LayerSpec,
   MeshConfig,
+  MlpConfig,
   ModelConfig,
   OptimizerConfig,
   RopeConfig,
   TrainConfig,
 )
 from jaxlm.config_json import from_dict, to_dict
+from pallas_kernels.common.errors import UserError
 
 WRONG = [
-  (RopeConfig, dict(theta=1.0), "model.rope.theta=1.0: must be above 1"),
-  (RopeConfig, dict(factor=0.5), "model.rope.factor=0.5"),
-  (RopeConfig, dict(original_length=0), "model.rope.original_length=0"),
+  (RopeConfig, dict(theta=1.0), "rope.theta=1.0: must be above 1"),
+  (RopeConfig, dict(factor=0.5), "rope.factor=0.5"),
+  (RopeConfig, dict(original_length=0), "rope.original_length=0"),
   (
     RopeConfig,
     dict(low_freq_factor=4.0),
-    "model.rope.low_freq_factor=4.0: must be below high_freq_factor=4.0",
+    "rope.low_freq_factor=4.0: must be below high_freq_factor=4.0",
   ),
   (ModelConfig, dict(layers=0), "model.layers=0: must be at least 1"),
-  (ModelConfig, dict(N=6, K=4), "model.N=6: query heads must be a multiple of K=4"),
-  (ModelConfig, dict(H=7), "model.H=7: rotary embedding needs an even head width"),
-  (ModelConfig, dict(attention=()), "model.attention=()"),
+  (AttentionConfig, dict(N=6, K=4), "mixer.N=6: query heads must be a multiple of K=4"),
+  (AttentionConfig, dict(H=7), "mixer.H=7: rotary embedding needs an even head width"),
+  (MlpConfig, dict(F=0), "feedforward.F=0: must be at least 1"),
+  (ModelConfig, dict(pattern=()), "model.pattern=()"),
   (
     ModelConfig,
-    dict(layers=3, attention=("window", "full")),
-    "model.layers=3: must be a multiple of the 2 entries",
+    dict(layers=4, prefix=(LayerSpec(),), pattern=(LayerSpec(), LayerSpec())),
+    "model.layers=4: must be 1 (prefix and remainder) plus a multiple of 2 (pattern)",
   ),
+  (ModelConfig, dict(layers=1, prefix=(LayerSpec(),) * 3), "model.layers=1: must be 3"),
   (ModelConfig, dict(norm_eps=0.0), "model.norm_eps=0.0"),
   (DataConfig, dict(length=0), "data.length=0"),
   (DataConfig, dict(holdout=1.0), "data.holdout=1.0: must lie between 0 and 1"),
@@ -71,21 +80,33 @@ def test_a_wrong_value_is_refused_by_field_value_and_rule(kind, values, message)
 
 
 @st.composite
-def train_configs(draw) -> TrainConfig:
-  attention = tuple(draw(st.lists(st.sampled_from(["full", "window"]), min_size=1, max_size=4)))
+def layer_specs(draw) -> LayerSpec:
   K = draw(st.integers(1, 8))
   scaling = draw(st.sampled_from(["none", "linear", "yarn"]))
-  model = ModelConfig(
+  rope = RopeConfig(
+    theta=draw(st.floats(2, 1e8)),
+    scaling=scaling,
+    attention_factor=draw(st.none() | st.floats(0.1, 2)) if scaling == "yarn" else None,
+  )
+  mixer = AttentionConfig(
     K=K,
     N=K * draw(st.integers(1, 4)),
     H=2 * draw(st.integers(1, 64)),
-    layers=len(attention) * draw(st.integers(1, 8)),
-    attention=attention,
-    rope=RopeConfig(
-      theta=draw(st.floats(2, 1e8)),
-      scaling=scaling,
-      attention_factor=draw(st.none() | st.floats(0.1, 2)) if scaling == "yarn" else None,
-    ),
+    window=draw(st.none() | st.integers(1, 10**6)),
+    rope=rope,
+  )
+  return LayerSpec(mixer=mixer, feedforward=MlpConfig(F=draw(st.integers(1, 10**6))))
+
+
+@st.composite
+def train_configs(draw) -> TrainConfig:
+  prefix, remainder = (tuple(draw(st.lists(layer_specs(), max_size=2))) for _ in range(2))
+  pattern = tuple(draw(st.lists(layer_specs(), min_size=1, max_size=3)))
+  model = ModelConfig(
+    prefix=prefix,
+    pattern=pattern,
+    remainder=remainder,
+    layers=len(prefix) + len(pattern) * draw(st.integers(1, 8)) + len(remainder),
     tied=draw(st.booleans()),
   )
   accumulate = draw(st.integers(1, 8))
@@ -96,6 +117,7 @@ def train_configs(draw) -> TrainConfig:
     run=draw(st.text()),
     trackers=tuple(draw(st.lists(st.sampled_from(["tensorboard", "wandb"]), max_size=2))),
     model=model,
+    compute=ComputeConfig(dtype=draw(st.sampled_from(["float32", "bfloat16"]))),
     data=DataConfig(source=draw(st.text(min_size=1)), holdout=draw(st.floats(0.001, 0.999))),
     optimizer=OptimizerConfig(
       learning_rate=draw(st.floats(1e-12, 10)), name=draw(st.sampled_from(["adamw", "muon"]))
@@ -135,5 +157,46 @@ def test_a_group_must_be_a_group():
 
 
 def test_a_wrong_value_in_a_file_is_refused_as_in_code():
-  with pytest.raises(ValueError, match="model.rope.theta=0"):
-    from_dict(TrainConfig, {"model": {"rope": {"theta": 0}}})
+  layer = {"mixer": {"rope": {"theta": 0}}}
+  with pytest.raises(ValueError, match="rope.theta=0: must be above 1"):
+    from_dict(TrainConfig, {"model": {"pattern": [layer]}})
+
+
+def test_a_wrong_layer_in_a_file_is_named_by_its_path():
+  for layer, message in (
+    ({"mixer": {"M": 3}}, "model.pattern.0.mixer.M=3: no such field; nearest:"),
+    ({"mixer": {"N": "two"}}, "model.pattern.0.mixer.N='two': must be a whole number"),
+    ({"mixer": 3}, "model.pattern.0.mixer=3: must be a group of fields"),
+    (3, "model.pattern.0=3: must be a group of fields"),
+  ):
+    with pytest.raises(UserError, match=re.escape(message)):
+      from_dict(TrainConfig, {"model": {"pattern": [layer]}})
+
+
+@dataclasses.dataclass(frozen=True)
+class Circle:
+  radius: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Square:
+  side: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+  first: Circle | Square = Circle()
+  shapes: tuple[Circle | Square, ...] = ()
+  frame: Square | None = None
+
+
+def test_one_of_several_dataclasses_carries_its_kind():
+  drawing = Drawing(Square(2), (Circle(3.0), Square(4)), Square(5))
+  values = json.loads(json.dumps(to_dict(drawing)))
+  assert values["first"] == {"kind": "Square", "side": 2} and values["frame"] == {"side": 5}
+  assert from_dict(Drawing, values) == drawing
+  assert from_dict(Drawing, to_dict(Drawing())) == Drawing()
+  with pytest.raises(UserError, match="shapes.0.kind=None: must be one of Circle, Square"):
+    from_dict(Drawing, {"shapes": [{"radius": 1.0}]})
+  with pytest.raises(UserError, match="first.radius=1.0: no such field; nearest: side"):
+    from_dict(Drawing, {"first": {"kind": "Square", "radius": 1.0}})

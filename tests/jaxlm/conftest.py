@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.interop import huggingface
-from jaxlm.models import Transformer, head
+from jaxlm.models import Transformer
 from jaxlm.objectives import next_token_loss
 from sharding.rules import defer_reduction, reduce_gradients, shard
 
@@ -35,16 +35,17 @@ def train_pass(config, params, ids_BT):
   ids_BT = shard(jnp.asarray(ids_BT), "batch", None)
   targets_BT = jnp.roll(ids_BT, -1, axis=1)
   weights_BT = jnp.ones(ids_BT.shape).at[:, -1].set(0)
+  model = Transformer(config)
 
   def loss(params):
-    states_BTD = Transformer(config).apply(params, ids_BT, logits=False)
+    states_BTD = model.apply(params, ids_BT, logits=False)
     summed = next_token_loss(
-      states_BTD, head(config, params), targets_BT, shard(weights_BT, "batch", None)
+      states_BTD, model.head(params), targets_BT, shard(weights_BT, "batch", None)
     )["loss"]
     return summed.num / weights_BT[:, 1:].size
 
   value, grads = jax.value_and_grad(loss)(defer_reduction(params))
-  return Transformer(config).apply(params, ids_BT), value, reduce_gradients(grads, params)
+  return model.apply(params, ids_BT), value, reduce_gradients(grads, params)
 
 
 @pytest.fixture(name="checkpoint", scope="session")

@@ -47,15 +47,21 @@ ABOUT = ("mesh ", "preset ", "command ", "run=")
 
 
 def paths(values: dict, path: tuple = ()) -> list[tuple]:
+  """Returns the path of every field; a layer of a list of layers is a number on the way."""
   found = []
   for name, value in values.items():
-    found += [(*path, name), *(paths(value, (*path, name)) if isinstance(value, dict) else [])]
+    found.append((*path, name))
+    if isinstance(value, dict):
+      found += paths(value, (*path, name))
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+      for place, layer in enumerate(value):
+        found += paths(layer, (*path, name, str(place)))
   return found
 
 
 def group_of(values: dict, path: tuple) -> dict:
   for name in path[:-1]:
-    values = values[name]
+    values = values[int(name)] if isinstance(values, list) else values[name]
   return values
 
 
@@ -65,7 +71,7 @@ def tampered(draw: random.Random, whole: str, every: list[tuple]) -> dict:
   for _ in range(draw.randint(1, 4)):
     path = draw.choice(every)
     with contextlib.suppress(
-      KeyError, TypeError, AttributeError
+      KeyError, TypeError, AttributeError, IndexError, ValueError
     ):  # a group that an earlier change took away
       group = group_of(values, path)
       action = draw.random()

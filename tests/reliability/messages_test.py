@@ -25,15 +25,15 @@ jaxlm train micro --model.layrs 3
 jaxlm train micro --stepz 3
 jaxlm train micro --steps many
 jaxlm train micro --optimizer.name adam
-jaxlm train micro --model.N 3 --model.K 2
-jaxlm train micro --model.H 7
-jaxlm train micro --model.layers 3 --model.attention window full
+jaxlm train micro --model.pattern.0.mixer.N 3 --model.pattern.0.mixer.K 2
+jaxlm train micro --model.pattern.0.mixer.H 7
+jaxlm train micro --model.pattern.0.mixer.window 0
 jaxlm train micro --batch 6 --accumulate 4
 jaxlm train micro --optimizer.learning_rate nan
 jaxlm train micro --stop_after soon
 jaxlm train micro --run r --mesh.data 3 --mesh.fsdp 64
 jaxlm train micro --run r --mesh.data 8 --batch 12
-jaxlm train micro --run r --mesh.data 1 --mesh.tensor 2 --model.F 33
+jaxlm train micro --run r --mesh.data 1 --mesh.tensor 2 --model.pattern.0.feedforward.F 33
 jaxlm train micro --run r --mesh.data 1 --mesh.stage 2
 {TRAIN}--data.source nowhere
 {TRAIN}--data.source empty
@@ -165,13 +165,15 @@ def test_every_message_is_the_one_in_the_file(place, capsys, monkeypatch):
 
 def test_invalid_utf8_is_replaced_and_counted_when_told_to(place, monkeypatch):
   from jaxlm.config import DataConfig
-  from jaxlm.data.corpus import read_corpus
+  from jaxlm.data.arrays import read_blocks
+  from jaxlm.data.cache import open_text
 
   (place / "latin/b.txt").write_text("fine")
-  corpus = read_corpus(DataConfig(source=str(place / "latin"), invalid_utf8="replace"))
+  store = open_text(DataConfig(source=str(place / "latin"), invalid_utf8="replace"))
   (place / "latin/b.txt").unlink()
-  assert "1 invalid UTF-8 sequences replaced" in corpus.report
-  assert "na\ufffdve" in {document.text for document in (*corpus.train, *corpus.heldout)}
+  assert "1 invalid UTF-8 sequences replaced" in store.report
+  tokens = [*read_blocks(store.train.tokens), *read_blocks(store.heldout.tokens)]
+  assert "na\ufffdve" in b"".join(block.tobytes() for block in tokens).decode().split("\0")
 
 
 def test_a_refused_resume_changes_nothing(place, monkeypatch):

@@ -16,7 +16,7 @@ from benchmarks.reliability.processes import run, write_corpus
 from jaxlm import presets
 from jaxlm.checkpoint.folder import all_steps, finished_steps
 from jaxlm.checkpoint.manifest import verify
-from jaxlm.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxlm.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig, decoder
 from jaxlm.data.loader import load_text, train_loader
 from jaxlm.data.packing import Batch
 from jaxlm.objectives import Weighted
@@ -32,11 +32,11 @@ from sharding import make_mesh
 BELL = 7  # a byte that stands in few documents; what the model makes of it is tampered with
 TAMPERED = """
 import jax.numpy as jnp
-import jaxlm.models.transformer as transformer
-whole = transformer._lookup
-def lookup(embed_VD, ids_BT):
-  return jnp.where((ids_BT == 7)[..., None], jnp.nan, whole(embed_VD, ids_BT))
-transformer._lookup = lookup
+import jaxlm.models.embedding as embedding
+whole = embedding.lookup
+def lookup(w_VD, ids_BT):
+  return jnp.where((ids_BT == 7)[..., None], jnp.nan, whole(w_VD, ids_BT))
+embedding.lookup = lookup
 """
 
 
@@ -54,7 +54,7 @@ def config(tmp_path_factory) -> TrainConfig:
     keep=9,
     nonfinite="skip",
     mesh=MeshConfig(data=1),
-    model=ModelConfig(D=16, F=24, N=2, K=1, H=8, layers=2),
+    model=decoder(D=16, F=24, N=2, K=1, H=8, layers=2),
     data=DataConfig(source=str(folder), length=32, holdout=0.1),
     optimizer=OptimizerConfig(warmup=2, learning_rate=1e-2),
   )
@@ -100,7 +100,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_leaves_what_a_replay_needs(
   replay(folder.path, step)
   said = capsys.readouterr().out
   assert f"step {step}: loss nan" in said
-  assert "the first module whose output is not finite is block 0: attention_norm" in said
+  assert "the first module whose output is not finite is the embedding" in said
   assert "differ from" not in said and "the saved one is used" not in said
   assert {
     path: path.stat().st_mtime_ns for path in folder.path.rglob("*")
@@ -152,7 +152,7 @@ def test_a_skipped_step_leaves_the_weights_and_moments_and_counts(config):
   moved, metrics = step(state, batch, 100.0)
   assert (
     metrics["skipped"] == 0
-    and (moved.params["params"]["embed"] != state.params["params"]["embed"]).any()
+    and (moved.params["embed"]["weight"] != state.params["embed"]["weight"]).any()
   )
 
 
@@ -248,12 +248,12 @@ def test_the_border_of_a_step_does_not_depend_on_when_the_run_was_resumed(tmp_pa
 @pytest.mark.parametrize(
   "path, name",
   [
-    (("embed",), "block 0: attention_norm"),
-    (("blocks", "0", "attention", "w_v"), "block 1: attention"),
-    (("blocks", "0", "mlp", "w_up"), "block 1: mlp"),
-    (("blocks", "0", "mlp_norm", "w_D"), "block 1: mlp_norm"),
-    (("norm", "w_D"), "norm"),
-    (("head",), "the head"),
+    (("embed", "weight"), "the embedding"),
+    (("stacks", "0", "0", "mixer", "v", "weight"), "block 1: mixer.v"),
+    (("stacks", "0", "0", "feedforward", "up", "weight"), "block 1: feedforward.up"),
+    (("stacks", "0", "0", "feedforward_norm", "weight"), "block 1: feedforward_norm"),
+    (("norm", "weight"), "norm"),
+    (("head", "weight"), "the head"),
   ],
   ids=lambda value: "/".join(value) if isinstance(value, tuple) else "",
 )
@@ -264,12 +264,12 @@ def test_the_module_named_is_the_one_that_was_broken(config, path, name):
     params = jax.tree.map(
       np.array, jax.jit(init_state, static_argnums=(0, 1))(config, TextTask(config)).params
     )
-    leaf = params["params"]
+    leaf = params
     for key in path:
       leaf = leaf[key]
     leaf[
       (-1, *[0] * (leaf.ndim - 1))
-      if path[0] == "blocks"
+      if path[0] == "stacks"
       else ids_BT[0, 0]
       if path[0] == "embed"
       else 0
@@ -291,6 +291,6 @@ def test_as_a_user_sees_it(tmp_path):
   step = records(RunFolder(tmp_path / "stop"))[-1]["step"]
   assert f"jaxlm: step {step}: loss nan" in said and f"jaxlm replay stop --step {step}" in said
   status, said = run(tmp_path, "replay", "stop", "--step", str(step), setup=TAMPERED)
-  assert (
-    status == 0 and "the first module whose output is not finite is block 0: attention_norm" in said
-  ), said
+  assert status == 0 and "the first module whose output is not finite is the embedding" in said, (
+    said
+  )

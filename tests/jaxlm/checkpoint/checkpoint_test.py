@@ -4,6 +4,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxlm.checkpoint.checkpoint import Checkpoints, restore, restore_weights
@@ -16,6 +17,7 @@ from jaxlm.checkpoint.folder import (
 )
 from jaxlm.checkpoint.manifest import write_manifest
 from jaxlm.train import Hyper, TrainState
+from pallas_kernels.common.errors import UserError
 from sharding import MeshConfig, make_mesh
 
 
@@ -70,7 +72,9 @@ def test_everything_comes_back(tmp_path):
   assert int(state.step) == 3 and position == {"next_index": 30}
   np.testing.assert_array_equal(state.params["w"], 3)
   np.testing.assert_array_equal(state.ema["w"], -3)
-  assert float(state.opt_state[0]) == 0.5
+  assert float(state.opt_state[0]) == 0.5 and int(state.model_state["count"]) == 3
+  np.testing.assert_array_equal(state.frozen["table"], 3)
+  assert float(state.hyper.learning_rate) == np.float32(0.1) and int(state.hyper.steps) == 9
   assert jax.random.key_data(state.key).tolist() == jax.random.key_data(jax.random.key(3)).tolist()
 
 
@@ -80,6 +84,29 @@ def test_weights_for_use_are_the_moving_average_where_there_is_one(tmp_path, ema
   like = jax.eval_shape(lambda: state_at(0))
   weights = restore_weights(checkpoint_path(tmp_path, 3), like)
   np.testing.assert_array_equal(weights["w"], want)
+  np.testing.assert_array_equal(weights["table"], 3)  # the frozen ones belong to them
+
+
+def test_a_checkpoint_of_the_old_format_is_refused_by_name(tmp_path):
+  """It had step and key inside an item `optimizer`; a manifest makes it look sound."""
+  old = checkpoint_path(tmp_path, 7)
+  with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "optimizer", "data")) as writer:
+    state = state_at(7)
+    items = {
+      "params": ocp.args.StandardSave(state.params),
+      "optimizer": ocp.args.StandardSave((state.step, state.opt_state, state.key)),
+      "data": ocp.args.JsonSave({"next_index": 70}),
+    }
+    writer.save(old, ocp.args.Composite(**items))
+  write_manifest(old)
+  message = "00000007: is of the old checkpoint format"
+  with pytest.raises(UserError, match=message):
+    newest_sound(tmp_path)
+  like = jax.eval_shape(lambda: state_at(0))
+  for load in (restore, restore_weights):
+    with pytest.raises(UserError, match=message):
+      load(old, like)
+  assert {path.name for path in tmp_path.iterdir()} == {"00000007"}  # nothing moved
 
 
 def test_unsound_checkpoints_are_passed_over_and_set_aside_only_by_a_resumed_run(tmp_path):

@@ -2,24 +2,35 @@ import math
 import random
 import zlib
 
+import numpy as np
 import pytest
 
-from jaxlm.data.baselines import unigram_bits_per_byte, zlib_bits_per_byte
-from jaxlm.data.corpus import Document
+from jaxlm.config import DataConfig
+from jaxlm.data.baselines import baselines, unigram_bits_per_byte
+from jaxlm.data.cache import open_text
+
+
+def counts(text):
+  return np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=256)
 
 
 def test_unigram_by_hand():
-  train = [Document("1", "aa"), Document("2", "ab")]  # counts plus one: a 4, b 2, 254 others 1
-  heldout = [Document("3", "ab"), Document("4", "é")]
   bits = [math.log2(260 / 4), math.log2(260 / 2), math.log2(260), math.log2(260)]
-  assert unigram_bits_per_byte(train, heldout) == pytest.approx(sum(bits) / 4)
+  # counts plus one: a 4, b 2, 254 others 1
+  assert unigram_bits_per_byte(counts("aaab"), counts("abé")) == pytest.approx(sum(bits) / 4)
 
 
-def test_zlib_compresses_all_text_at_once():
-  text = "".join(random.Random(0).choices("abcd", k=2000))
-  one, two = (
-    zlib_bits_per_byte([Document("1", text)]),
-    zlib_bits_per_byte([Document("1", text), Document("2", text)]),
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:270"])
+def test_baselines_of_a_text_are_those_of_its_held_out_documents_at_once(tmp_path, tokenizer):
+  text = "".join(random.Random(0).choices("abcd é", k=2000))
+  sides = {"0": "train", "1": "heldout", "3": "heldout"}  # what their names hash to
+  for name in sides:
+    (tmp_path / f"{name}.txt").write_text(text)
+  store = open_text(DataConfig(source=str(tmp_path), tokenizer=tokenizer, holdout=0.5))
+  heldout = text * store.heldout.documents
+  found = baselines(store)
+  assert found["zlib"] == 8 * len(zlib.compress(heldout.encode(), 9)) / len(heldout.encode())
+  assert found["byte frequencies"] == unigram_bits_per_byte(
+    counts(text) * store.train.documents, counts(heldout)
   )
-  assert one == 8 * len(zlib.compress(text.encode(), 9)) / 2000
-  assert 2 < one and two < 0.6 * one
+  assert store.heldout.documents == 2

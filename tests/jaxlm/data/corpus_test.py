@@ -5,6 +5,7 @@ import sys
 import sysconfig
 import types
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -12,14 +13,43 @@ import pytest
 import zstandard
 
 from jaxlm.config import DataConfig
-from jaxlm.data.corpus import Document, read_corpus
+from jaxlm.data.arrays import read_blocks
+from jaxlm.data.cache import open_text
+from jaxlm.data.corpus import open_source
+from jaxlm.data.formats import Reader
+from jaxlm.data.split import Split, assign_sides
 
 RECORDS = [{"text": f"record {i}\n", "id": i} for i in range(40)]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 
 
+class Document(NamedTuple):
+  name: str
+  text: str
+
+
+class Corpus(NamedTuple):
+  train: list[Document]
+  heldout: list[Document]
+  report: str
+
+
 def read(source, **options):
-  return read_corpus(DataConfig(source=str(source), **options))
+  """Both sides as documents, read from the source and compared with the tokens of its store."""
+  config = DataConfig(source=str(source), **options)
+  store = open_text(config)
+  documents = {"train": [], "heldout": []}
+  split = Split(**store.meta["split"])
+  texts = list[str]()
+  for side, piece in assign_sides(split, open_source(config).pieces(Reader(config))):
+    texts.append(piece.text)
+    if piece.last:
+      documents[side].append(Document(piece.document, "".join(texts)))
+      texts = []
+  for side, stored in (("train", store.train), ("heldout", store.heldout)):
+    joined = "\0".join(["", *(document.text for document in documents[side]), ""])
+    assert b"".join(block.tobytes() for block in read_blocks(stored.tokens)) == joined.encode()
+  return Corpus(documents["train"], documents["heldout"], store.report)
 
 
 def everything(corpus):

@@ -8,8 +8,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxlm.config import DataConfig
-from jaxlm.data.baselines import unigram_bits_per_byte
+from jaxlm.data.arrays import read_blocks
+from jaxlm.data.baselines import baselines
 from jaxlm.data.loader import heldout_batches, load_text, train_loader
+from jaxlm.data.split import place_of
 from jaxlm.data.tokenizer import ByteTokenizer
 
 LENGTH, BATCH = 16, 8
@@ -130,13 +132,16 @@ def test_state_goes_through_orbax(text, tmp_path):
   assert_same(take(again, 3), expected)
 
 
+def stream(side):
+  return np.concatenate(list(read_blocks(side.tokens)))
+
+
 def test_heldout_scores_every_token_once_and_pads_the_last_batch(text):
   batches = list(heldout_batches(text, batch=BATCH))
   assert all(batch.inputs_BT.shape == (BATCH, LENGTH) for batch in batches)
   targets = np.concatenate([batch.targets_BT[batch.weights_BT == 1] for batch in batches])
-  documents = [document.text.encode() for document in text.corpus.heldout]
-  assert sorted(targets) == sorted(b"\0".join(documents) + b"\0")
-  assert text.heldout_tokens_per_byte == pytest.approx(len(targets) / sum(map(len, documents)))
+  assert sorted(targets) == sorted(stream(text.store.heldout)[1:])
+  assert text.heldout_tokens_per_byte == pytest.approx(len(targets) / text.store.heldout.size)
   assert_same(heldout_batches(text, batch=BATCH, limit=10**6), batches)
 
 
@@ -159,16 +164,15 @@ def test_heldout_slices_reassemble(text):
 
 def test_bits_per_byte_of_a_known_model(text):
   """A model that knows only byte frequencies costs what the baseline says, but for the ends of documents."""
-  counts = np.zeros(256) + 1
-  for document in text.corpus.train:
-    counts += np.bincount(np.frombuffer(document.text.encode(), np.uint8), minlength=256)
-  nats = -np.log(counts / counts.sum())
+  nats = np.bincount(stream(text.store.train), minlength=256).astype(float)
+  nats[0] = 0  # the baseline knows no ends of documents
+  nats = -np.log((nats + 1) / (nats + 1).sum())
   batches = list(heldout_batches(text, batch=BATCH))
   total = sum((batch.weights_BT * nats[batch.targets_BT]).sum() for batch in batches)
   tokens = sum(batch.weights_BT.sum() for batch in batches)
-  ends = len(text.corpus.heldout) * nats[0] / math.log(2)
-  heldout_bytes = sum(len(document.text.encode()) for document in text.corpus.heldout)
-  expected = unigram_bits_per_byte(text.corpus.train, text.corpus.heldout) + ends / heldout_bytes
+  heldout = text.store.heldout
+  ends = heldout.documents * nats[0] / math.log(2) / heldout.size
+  expected = baselines(text.store)["byte frequencies"] + ends
   assert text.bits_per_byte(total / tokens) == pytest.approx(expected)
 
 
@@ -187,11 +191,11 @@ def test_bpe_and_a_given_tokenizer(folder):
   joined = text.tokenizer.decode(
     np.concatenate([batch.inputs_BT[0, :1], batch.targets_BT.reshape(-1)])
   )
-  documents = [document.text for document in text.corpus.train]
-  assert (
-    "".join(["<|endoftext|>" + document for document in documents]).startswith(joined)
-    and len(joined) > 1000
-  )
+  names = sorted(path.name for path in folder.iterdir())
+  border = text.store.meta["split"]["border"]
+  documents = [(folder / name).read_text() for name in names if place_of(name) > border]
+  assert "".join("<|endoftext|>" + document for document in documents).startswith(joined)
+  assert len(joined) > 1000
   assert text.heldout_tokens_per_byte < 0.8
   given = load_text(config, ByteTokenizer())
   assert given.tokenizer.vocab_size == 256 and given.heldout_tokens_per_byte > 1

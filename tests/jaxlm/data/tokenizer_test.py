@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 
 from jaxlm.config import DataConfig
 from jaxlm.data import tokenizer as module
-from jaxlm.data.corpus import Document
+from jaxlm.data.formats import PIECE, cut
 from jaxlm.data.tokenizer import (
   BPETokenizer,
   ByteTokenizer,
   load_tokenizer,
   make_tokenizer,
-  pieces,
   train_bpe,
 )
 
@@ -50,12 +49,24 @@ def test_bpe_round_trip(bpe, text):
   assert bpe.eos not in ids and all(0 <= id < bpe.vocab_size for id in ids.tolist())
 
 
-@given(text=st.text("ab \n", max_size=60), size=st.integers(1, 9))
-def test_pieces_join_to_the_text_and_are_short(text, size):
-  parts = list(pieces(text, size))
-  assert "".join(part for part, _ in parts) == text
-  assert all(len(part) <= size for part, _ in parts)
+@given(text=st.text("ab \né€", max_size=60), size=st.integers(4, 9), block=st.integers(1, 9))
+def test_pieces_join_to_the_text_and_are_short(text, size, block):
+  raw = text.encode()
+  blocks = [raw[start : start + block] for start in range(0, len(raw), block)]
+  parts = list(cut(blocks, size))
+  assert b"".join(part for part, _ in parts) == raw
+  assert all(0 < len(part) <= size and part.decode() for part, _ in parts[:-1])
   assert [last for _, last in parts] == [False] * (len(parts) - 1) + [True]
+  assert parts == list(cut([raw], size))
+  # Reading goes on from any border with the same pieces.
+  assert parts[1:] == (list(cut([raw[len(parts[0][0]) :]], size)) if len(parts) > 1 else [])
+
+
+def test_ids_of_pieces_are_those_of_the_whole_text(bpe):
+  for text in (SOURCE, SOURCE.replace("\n", "\r\n")):
+    parts = [part.decode() for part, _ in cut([text.encode()], 1000)]
+    assert len(parts) > 5
+    np.testing.assert_array_equal(np.concatenate(list(bpe.encode_all(parts))), bpe.encode(text))
 
 
 def test_bpe_is_shorter_than_bytes_and_of_the_size_asked_for(bpe):
@@ -76,9 +87,9 @@ def test_encode_all_equals_encode_whatever_the_batches(bpe, monkeypatch):
     np.testing.assert_array_equal(got, ids)
 
 
-def test_long_text_in_pieces_round_trips(bpe):
+def test_long_text_round_trips(bpe):
   text = SOURCE * 20 + "x" * 100_000
-  assert len(text) > 5 * module.PIECE and bpe.decode(bpe.encode(text)) == text
+  assert len(text) > 5 * PIECE and bpe.decode(bpe.encode(text)) == text
 
 
 def test_truncation_and_padding_of_the_file_are_switched_off(bpe, tmp_path):
@@ -95,7 +106,7 @@ def test_truncation_and_padding_of_the_file_are_switched_off(bpe, tmp_path):
 def test_a_run_folder_gives_the_tokenizer_back(bpe, tmp_path, how):
   bpe.model.save(str(tmp_path / "given.json"))
   config = DataConfig(tokenizer=str(tmp_path / "given.json") if how == "file" else how)
-  tokenizer = make_tokenizer(config, [Document("a", SOURCE)])
+  tokenizer = make_tokenizer(config, [SOURCE])
   (tmp_path / "run").mkdir()
   tokenizer.save(tmp_path / "run")
   (tmp_path / "given.json").unlink()

@@ -7,53 +7,60 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import ModelConfig, RopeConfig
-from jaxlm.decode import init_cache
+from jaxlm.config import ComputeConfig, RopeConfig, decoder, revise
 from jaxlm.models import Transformer
 
 T, B = 13, 2
-PLAIN = ModelConfig(
-  V=32, D=16, F=24, N=4, K=2, H=4, layers=4, attention=("window", "full"), window=4, scan="always"
-)
+PLAIN = decoder(V=32, D=16, F=24, N=4, K=2, H=4, layers=4, windows=(4, None))
+ONE_LAYER = {
+  window: decoder(V=32, D=16, F=24, N=4, K=2, H=4, layers=1, windows=(window,))
+  for window in (4, None)
+}
+# the layers of PLAIN and one more: one stack before the pattern, one after it
+FULL, WINDOW = PLAIN.pattern[1], PLAIN.pattern[0]
+UNEVEN = dataclasses.replace(PLAIN, layers=5, prefix=(FULL, FULL), remainder=(WINDOW,))
 
 
 def rope(config, scaling, **options):
-  return dataclasses.replace(config, rope=RopeConfig(scaling=scaling, factor=4.0, **options))
+  return revise(config, rope=RopeConfig(scaling=scaling, factor=4.0, **options))
 
 
 CONFIGS = {
   "window and full layers": PLAIN,
-  "unrolled": dataclasses.replace(PLAIN, layers=2, scan="never"),
+  "prefix and remainder": UNEVEN,
   "yarn": rope(PLAIN, "yarn", original_length=8),
   "dynamic, within its length": rope(PLAIN, "dynamic", original_length=T),
-  "dynamic, one layer, beyond": rope(
-    dataclasses.replace(PLAIN, layers=1, attention=("full",)), "dynamic", original_length=4
-  ),
-  "dynamic, one window layer, beyond": rope(
-    dataclasses.replace(PLAIN, layers=1, attention=("window",)), "dynamic", original_length=4
-  ),
+  "dynamic, one layer, beyond": rope(ONE_LAYER[None], "dynamic", original_length=4),
+  "dynamic, one window layer, beyond": rope(ONE_LAYER[4], "dynamic", original_length=4),
 }
 IDS_BT = np.random.default_rng(0).integers(0, 32, (B, T)).astype(np.int32)
 
 
+def model_of(config, dtype="float32"):
+  """Returns the model; PLAIN by scan, others by a Python loop."""
+  return Transformer(
+    config, ComputeConfig(dtype=dtype, scan="always" if config == PLAIN else "never")
+  )
+
+
 @functools.cache
 def init(config):
-  return jax.jit(Transformer(config).init)(jax.random.key(1), IDS_BT)
+  return jax.jit(Transformer(config).init)(jax.random.key(1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def full(config, params, ids_BT):
-  return Transformer(config).apply(params, ids_BT)
+  return model_of(config).apply(params, ids_BT)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def cached(config, params, ids_BT, positions, cache):
-  return Transformer(config).apply(params, ids_BT, positions=positions, cache=cache)
+  return model_of(config).apply(params, ids_BT, positions=positions, cache=cache)
 
 
 def run_in_pieces(config, pieces, room=T + 2):
   """Logits of each piece of IDS_BT, all written into one cache."""
-  cache = jax.device_get(init_cache(config, B, room))
+  cache = jax.device_get(model_of(config).init_cache(B, room))
   start, outs = 0, []
   for size in pieces:
     positions = np.broadcast_to(np.arange(start, start + size), (B, size))
@@ -67,14 +74,14 @@ def run_in_pieces(config, pieces, room=T + 2):
 
 def full_logits(config, lengths):
   """Logits [B, V] at the last of `length` positions; under dynamic scaling each length is a pass of its own."""
-  if config.rope.scaling != "dynamic":
+  if config.pattern[0].mixer.rope.scaling != "dynamic":
     logits_BTV = full(config, init(config), IDS_BT)
     return [np.asarray(logits_BTV[:, length - 1]) for length in lengths]
   return [np.asarray(full(config, init(config), IDS_BT[:, :length])[:, -1]) for length in lengths]
 
 
 @pytest.mark.parametrize("prefill", [1, 5, T - 1])
-@pytest.mark.parametrize("name", ["window and full layers", "unrolled", "yarn"])
+@pytest.mark.parametrize("name", ["window and full layers", "prefix and remainder", "yarn"])
 def test_prefill_and_single_steps_equal_the_full_pass(name, prefill):
   config = CONFIGS[name]
   outs = run_in_pieces(config, [prefill] + [1] * (T - prefill))
@@ -94,7 +101,7 @@ def test_dynamic_scaling_follows_the_length(name):
 
 def test_dynamic_scaling_is_at_work_beyond_its_length():
   config = CONFIGS["dynamic, one layer, beyond"]
-  plain = dataclasses.replace(config, rope=RopeConfig())
+  plain = revise(config, rope=RopeConfig())
   dynamic, unscaled = (full(c, init(config), IDS_BT) for c in (config, plain))
   assert np.abs(np.asarray(dynamic - unscaled)).max() > 1e-3
 
@@ -106,7 +113,9 @@ def test_prefill_in_pieces_equals_prefill_at_once():
 
 def test_what_stands_in_unwritten_slots_is_never_read():
   clean = run_in_pieces(PLAIN, [5, 1])
-  dirty = jax.tree.map(lambda x: np.full_like(x, 50.0), jax.device_get(init_cache(PLAIN, B, T + 2)))
+  dirty = jax.tree.map(
+    lambda x: np.full_like(x, 50.0), jax.device_get(model_of(PLAIN).init_cache(B, T + 2))
+  )
   positions = np.broadcast_to(np.arange(5), (B, 5))
   logits_BTV, cache = cached(PLAIN, init(PLAIN), IDS_BT[:, :5], positions, dirty)
   np.testing.assert_allclose(logits_BTV, clean[0], atol=1e-6)
@@ -116,7 +125,7 @@ def test_what_stands_in_unwritten_slots_is_never_read():
 
 def test_rows_may_be_at_different_positions():
   """Row 0 at position 7, row 1 at position 3: each equals its own sequence."""
-  cache = jax.device_get(init_cache(PLAIN, B, T + 2))
+  cache = jax.device_get(model_of(PLAIN).init_cache(B, T + 2))
   positions = np.broadcast_to(np.arange(12), (B, 12))
   _, cache = cached(PLAIN, init(PLAIN), IDS_BT[:, :12], positions, cache)
   at = np.array([7, 3])
@@ -128,6 +137,6 @@ def test_rows_may_be_at_different_positions():
 
 def test_cache_holds_as_many_bytes_as_its_formula():
   for dtype, width in (("float32", 4), ("bfloat16", 2)):
-    cache = init_cache(dataclasses.replace(PLAIN, dtype=dtype), batch=3, length=20)
+    cache = model_of(PLAIN, dtype).init_cache(batch=3, length=20)
     stored = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-    assert stored == 2 * PLAIN.layers * 3 * 20 * PLAIN.K * PLAIN.H * width
+    assert stored == 2 * PLAIN.layers * 3 * 20 * 2 * 4 * width

@@ -4,13 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import decoder
 from jaxlm.decode import Sampler, generate
 from jaxlm.models import Transformer
 
-CONFIG = ModelConfig(
-  V=16, D=16, F=24, N=2, K=1, H=8, layers=2, attention=("window", "full"), window=4
-)
+CONFIG = decoder(V=16, D=16, F=24, N=2, K=1, H=8, layers=2, windows=(4, None))
 PROMPTS = [[3, 1, 4, 1, 5], [2], [7, 7, 0]]
 GREEDY = Sampler(temperature=0)
 NEW, WIDTH = 6, 11
@@ -18,7 +16,7 @@ NEW, WIDTH = 6, 11
 
 @pytest.fixture(scope="module")
 def params():
-  return jax.jit(Transformer(CONFIG).init)(jax.random.key(3), np.zeros((1, 2), np.int32))
+  return jax.jit(Transformer(CONFIG).init)(jax.random.key(3))
 
 
 @functools.partial(jax.jit, static_argnums=0)

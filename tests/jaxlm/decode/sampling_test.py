@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import hypothesis
 import hypothesis.extra.numpy
 import jax
@@ -13,6 +14,7 @@ import scipy.stats
 from hypothesis import strategies as st
 
 from jaxlm.decode.sampling import Sampler, apply_min_p, apply_top_k, apply_top_p, sample
+from pallas_kernels.common.errors import UserError
 
 inf = math.inf
 # A coarse grid makes ties common.
@@ -23,7 +25,7 @@ quick = hypothesis.settings(max_examples=60)
 
 
 def kept(logits_BV):
-  """The ids that the only row has left."""
+  """Returns the ids that the only row has left."""
   return set(np.flatnonzero(np.asarray(logits_BV)[0] > -inf).tolist())
 
 
@@ -31,50 +33,86 @@ def of_probs(*probs):
   return jnp.log(jnp.array([probs], jnp.float32))
 
 
-def test_top_k_by_hand():
-  logits_BV = jnp.array([[1.0, 4.0, 3.0, 2.0]])
-  np.testing.assert_array_equal(apply_top_k(logits_BV, 2), [[-inf, 4.0, 3.0, -inf]])
-  assert kept(apply_top_k(jnp.array([[1.0, 3.0, 3.0, 3.0]]), 2)) == {
-    1,
-    2,
-    3,
-  }  # a tie at the second place stays whole
-  np.testing.assert_array_equal(apply_top_k(logits_BV, 0), logits_BV)
-  np.testing.assert_array_equal(apply_top_k(logits_BV, 9), logits_BV)
+class ByHand(chex.TestCase):
+  """Each filter on rows where the answer is plain, compiled and not."""
+
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_top_k(self):
+    top_k = self.variant(apply_top_k, static_argnums=1)
+    logits_BV = jnp.array([[1.0, 4.0, 3.0, 2.0]])
+    chex.assert_trees_all_equal(top_k(logits_BV, 2), jnp.array([[-inf, 4.0, 3.0, -inf]]))
+    # a tie at the second place stays whole
+    assert kept(top_k(jnp.array([[1.0, 3.0, 3.0, 3.0]]), 2)) == {1, 2, 3}
+    chex.assert_trees_all_equal(top_k(logits_BV, 0), logits_BV)
+    chex.assert_trees_all_equal(top_k(logits_BV, 9), logits_BV)
+
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_top_p(self):
+    top_p = self.variant(apply_top_p, static_argnums=1)
+    logits_BV = of_probs(0.1, 0.5, 0.15, 0.25)
+    for p, want in [
+      (0.01, {1}),
+      (0.49, {1}),
+      (0.51, {1, 3}),
+      (0.74, {1, 3}),
+      (0.76, {1, 2, 3}),
+      (0.91, {0, 1, 2, 3}),
+    ]:
+      assert kept(top_p(logits_BV, p)) == want, p
+    # one of the tied two would do
+    assert kept(top_p(of_probs(0.25, 0.25, 0.4, 0.1), 0.5)) == {0, 1, 2}
+    tail_BV = jnp.linspace(0, -30, 1000)[None]  # its mass is lost when float32 sums to 1
+    chex.assert_trees_all_equal(top_p(tail_BV, 1.0), tail_BV)
+
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_min_p(self):
+    min_p = self.variant(apply_min_p, static_argnums=1)
+    logits_BV = of_probs(0.05, 0.5, 0.2, 0.25)
+    for p, want in [
+      (0.0, {0, 1, 2, 3}),
+      (0.09, {0, 1, 2, 3}),
+      (0.11, {1, 2, 3}),
+      (0.45, {1, 3}),
+      (0.51, {1}),
+      (1.0, {1}),
+    ]:
+      assert kept(min_p(logits_BV, p)) == want, p
+    assert kept(min_p(of_probs(0.4, 0.4, 0.2), 1.0)) == {0, 1}
+
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_one_int32_token_per_row_of_any_float_logits(self):
+    one_per_row = self.variant(sample, static_argnums=2)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+      for sampler in (EVERY, Sampler(temperature=0.0)):
+        ids_B = one_per_row(jnp.zeros((3, 5), dtype), jax.random.key(0), sampler)
+        chex.assert_shape(ids_B, (3,))
+        chex.assert_type(ids_B, jnp.int32)
 
 
-def test_top_p_by_hand():
-  logits_BV = of_probs(0.1, 0.5, 0.15, 0.25)
-  for p, want in [
-    (0.01, {1}),
-    (0.49, {1}),
-    (0.51, {1, 3}),
-    (0.74, {1, 3}),
-    (0.76, {1, 2, 3}),
-    (0.91, {0, 1, 2, 3}),
-  ]:
-    assert kept(apply_top_p(logits_BV, p)) == want, p
-  assert kept(apply_top_p(of_probs(0.25, 0.25, 0.4, 0.1), 0.5)) == {
-    0,
-    1,
-    2,
-  }  # one of the tied two would do
-  tail_BV = jnp.linspace(0, -30, 1000)[None]  # its mass is lost when float32 sums to 1
-  np.testing.assert_array_equal(apply_top_p(tail_BV, 1.0), tail_BV)
+EVERY = Sampler(temperature=0.5, top_k=3, top_p=0.95, min_p=0.01)
 
 
-def test_min_p_by_hand():
-  logits_BV = of_probs(0.05, 0.5, 0.2, 0.25)
-  for p, want in [
-    (0.0, {0, 1, 2, 3}),
-    (0.09, {0, 1, 2, 3}),
-    (0.11, {1, 2, 3}),
-    (0.45, {1, 3}),
-    (0.51, {1}),
-    (1.0, {1}),
-  ]:
-    assert kept(apply_min_p(logits_BV, p)) == want, p
-  assert kept(apply_min_p(of_probs(0.4, 0.4, 0.2), 1.0)) == {0, 1}
+@pytest.mark.parametrize(
+  "logits_BV, message",
+  [
+    (jnp.zeros(5), r"logits_BV.shape=\(5,\): must be"),
+    (jnp.zeros((2, 3, 5)), r"logits_BV.shape=\(2, 3, 5\): must be"),
+    (jnp.zeros((2, 5), jnp.int32), "logits_BV.dtype='int32': must be"),
+  ],
+)
+@pytest.mark.parametrize(
+  "filter_",
+  [
+    lambda x: sample(x, jax.random.key(0), Sampler()),
+    lambda x: sample(x, jax.random.key(0), Sampler(temperature=0.0)),
+    lambda x: apply_top_k(x, 2),
+    lambda x: apply_top_p(x, 0.5),
+    lambda x: apply_min_p(x, 0.5),
+  ],
+)
+def test_logits_that_do_not_fit_are_named(filter_, logits_BV, message):
+  with pytest.raises(UserError, match=message):
+    filter_(logits_BV)
 
 
 @quick
@@ -138,7 +176,7 @@ def test_greedy_is_argmax(logits_BV, seed):
 
 
 def expected_law(logits, sampler):
-  """Probabilities after every filter, token by token in float64."""
+  """Returns the probabilities after every filter, token by token in float64."""
   probs = scipy.special.softmax(np.asarray(logits, np.float64) / sampler.temperature)
   order = np.argsort(-probs)
   probs[order[sampler.top_k or len(probs) :]] = 0
@@ -172,9 +210,6 @@ def test_frequencies_follow_the_law(sampler, survivors):
   counts = np.bincount(ids_B, minlength=8)
   assert counts[law == 0].sum() == 0
   assert scipy.stats.chisquare(counts[law > 0], law[law > 0] * 100_000).pvalue > 1e-3
-
-
-EVERY = Sampler(temperature=0.5, top_k=3, top_p=0.95, min_p=0.01)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jaxlm.config import ModelConfig, RopeConfig
+from jaxlm.config import RopeConfig, decoder, rearrange
 from jaxlm.interop.hub_config import parse_config, read_config
 from jaxlm.interop.hub_export import write_config
 
@@ -31,27 +31,26 @@ def parse(values, **changes):
 
 def test_missing_keys_take_the_defaults_of_the_classes():
   plain = {"D": 48, "F": 96, "N": 6, "V": 128, "layers": 2, "rope": RopeConfig()}
-  assert parse(LLAMA) == ModelConfig(**plain, K=6, H=8, max_length=2048)
-  assert parse(QWEN2, num_attention_heads=32, hidden_size=64) == ModelConfig(
+  assert parse(LLAMA) == decoder(**plain, K=6, H=8, max_length=2048)
+  assert parse(QWEN2, num_attention_heads=32, hidden_size=64) == decoder(
     **plain | {"D": 64, "N": 32}, K=32, H=2, max_length=32768, qkv_bias=True
   )
-  assert parse(QWEN3, num_attention_heads=32) == ModelConfig(
+  assert parse(QWEN3, num_attention_heads=32) == decoder(
     **plain | {"N": 32}, K=32, H=128, max_length=32768, qk_norm=True
   )
-  assert parse(GEMMA2, num_attention_heads=4) == ModelConfig(
+  assert parse(GEMMA2, num_attention_heads=4) == decoder(
     **plain | {"N": 4},
     K=4,
     H=256,
     max_length=8192,
     tied=True,
-    attention=("window", "full"),
-    window=4096,
+    windows=(4096, None),
     norm_offset=1,
     post_norms=True,
     embed_scale="root_width",
     activation="gelu_tanh",
     query_width=256.0,
-    attention_cap=50.0,
+    cap=50.0,
     logit_cap=30.0,
   )
 
@@ -128,9 +127,9 @@ KNOWN = {
     (
       LLAMA,
       {"num_key_value_heads": 4},
-      "config.json: model.N=6: query heads must be a multiple of K=4",
+      "config.json: mixer.N=6: query heads must be a multiple of K=4",
     ),
-    (LLAMA, {"head_dim": 7}, "config.json: model.H=7: rotary embedding needs an even head width"),
+    (LLAMA, {"head_dim": 7}, "config.json: mixer.H=7: rotary embedding needs an even head width"),
     (LLAMA, {"tie_word_embeddings": None}, "tie_word_embeddings='None': must be of type bool"),
     (LLAMA, {"rms_norm_eps": 0.0}, "rms_norm_eps='0.0': must lie in 1e-12"),
     (LLAMA, {"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5': must be of type float"),
@@ -150,7 +149,7 @@ KNOWN = {
     (
       LLAMA,
       {"rope_scaling": {"rope_type": "linear", "factor": 0.5}},
-      "model.rope.factor=0.5: must be at least 1",
+      "rope.factor=0.5: must be at least 1",
     ),
     (
       LLAMA,
@@ -160,7 +159,7 @@ KNOWN = {
     (
       LLAMA,
       {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
-      "model.rope.low_freq_factor=4.0: must be below",
+      "rope.low_freq_factor=4.0: must be below",
     ),
     (LLAMA, {"rope_scaling": YARN | {"beta_fast": -1.0}}, "beta_fast='-1.0': must lie in 1e-12"),
     (
@@ -243,30 +242,33 @@ def test_book_keeping_and_null_are_let_through():
 
 
 @pytest.mark.parametrize(
-  "changes, attention",
+  "changes, windows",
   [
-    ({}, ("full",)),
-    ({"use_sliding_window": True, "max_window_layers": 28}, ("full",)),
-    ({"use_sliding_window": True, "max_window_layers": 2}, ("full", "full", "window", "window")),
-    ({"use_sliding_window": True, "max_window_layers": 0}, ("window",)),
+    ({}, [None] * 4),
+    ({"use_sliding_window": True, "max_window_layers": 28}, [None] * 4),
+    ({"use_sliding_window": True, "max_window_layers": 2}, [None, None, 5, 5]),
+    ({"use_sliding_window": True, "max_window_layers": 0}, [5] * 4),
     (
       {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2},
-      ("window", "full"),
+      [5, None, 5, None],
     ),
   ],
 )
-def test_windows_of_qwen(changes, attention):
+def test_windows_of_qwen(changes, windows):
   config = parse(QWEN2, num_hidden_layers=4, num_key_value_heads=6, sliding_window=5, **changes)
-  assert config.attention == attention
-  assert config.window == (5 if "window" in attention else ModelConfig.window)
+  assert [spec.mixer.window for spec in config.layer_specs] == windows
 
 
-def test_an_odd_number_of_alternating_layers_is_one_long_pattern():
-  config = parse(GEMMA2, num_hidden_layers=3, num_key_value_heads=6)
-  assert config.attention == ("window", "full", "window")
+def test_layers_compile_as_few_blocks_whatever_their_number():
+  """Two kinds of layers in turn, or 28 of one kind and 20 of the other, are two blocks."""
+  odd = parse(GEMMA2, num_hidden_layers=27, num_key_value_heads=6)
+  assert [(len(specs), repeats) for specs, repeats in odd.stacks] == [(2, 13), (1, 1)]
+  windows = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 28}
+  halves = parse(QWEN2, num_hidden_layers=48, num_key_value_heads=6, **windows)
+  assert [(len(specs), repeats) for specs, repeats in halves.stacks] == [(1, 28), (1, 20)]
 
 
-BASE = ModelConfig(D=64, F=96, N=4, K=2, H=16, V=100, layers=4, max_length=512)
+BASE = dict(D=64, F=96, N=4, K=2, H=16, V=100, layers=4, max_length=512)
 GEMMA = {
   "norm_offset": 1,
   "post_norms": True,
@@ -275,13 +277,13 @@ GEMMA = {
 }
 WRITTEN = [
   {},
-  {"tied": True, "H": 8, "mlp_bias": True},
+  {"tied": True, "H": 8, "bias": True},
   {"qkv_bias": True, "out_bias": True, "activation": "gelu"},
   {"qkv_bias": True},
-  {"qkv_bias": True, "attention": ("full", "full", "window", "window"), "window": 9},
-  {"qk_norm": True, "attention": ("window", "full")},
+  {"qkv_bias": True, "windows": (None, None, 9, 9)},
+  {"qk_norm": True, "windows": (128, None)},
   {"qk_norm": True, "qkv_bias": True, "out_bias": True, "D": 66},
-  GEMMA | {"query_width": 24.5, "attention_cap": 5.0, "attention": ("window",), "tied": True},
+  GEMMA | {"query_width": 24.5, "cap": 5.0, "windows": (128,), "tied": True},
   GEMMA | {"query_width": 16.0, "logit_cap": 3.0},
   {"rope": RopeConfig(theta=5e5, scaling="linear", factor=2.0)},
   {"rope": RopeConfig(scaling="dynamic", factor=2.0, original_length=512)},
@@ -305,7 +307,7 @@ WRITTEN = [
 
 @pytest.mark.parametrize("fields", WRITTEN, ids=lambda fields: "-".join(fields) or "plain")
 def test_what_is_written_reads_back(fields, tmp_path):
-  config = dataclasses.replace(BASE, **fields)
+  config = rearrange(decoder(**BASE | fields))
   (tmp_path / "config.json").write_text(json.dumps(write_config(config, "bfloat16")))
   assert read_config(tmp_path / "config.json") == (config, "bfloat16")
 
@@ -313,15 +315,15 @@ def test_what_is_written_reads_back(fields, tmp_path):
 @pytest.mark.parametrize(
   "fields, named",
   [
-    ({"rope": RopeConfig(scaling="ntk", factor=2.0)}, "model.rope="),
+    ({"rope": RopeConfig(scaling="ntk", factor=2.0)}, "mixer.rope="),
     (
       {"rope": RopeConfig(scaling="dynamic", factor=2.0, original_length=64)},
       "model.max_length=512",
     ),
     ({"logit_cap": 5.0}, "model.logit_cap=5.0"),
-    ({"query_width": 5.0}, "model.query_width=5.0"),
-    ({"out_bias": True}, "model.(qkv|out)_bias="),
-    ({"qk_norm": True, "mlp_bias": True}, "model.(mlp_bias|qk_norm)=True"),
+    ({"query_width": 5.0}, "mixer.query_width=5.0"),
+    ({"out_bias": True}, "mixer.(qkv|out)_bias="),
+    ({"qk_norm": True, "bias": True}, "(feedforward.bias|mixer.qk_norm)=True"),
     ({"norm_offset": 1}, "model.norm_offset=1"),
   ],
 )
@@ -329,21 +331,27 @@ def test_what_cannot_be_written_is_named(fields, named):
   with pytest.raises(
     ValueError, match=named + ".*no llama or qwen2 or qwen3 or gemma2 model can have this"
   ):
-    write_config(dataclasses.replace(BASE, **fields), "float32")
+    write_config(decoder(**BASE | fields), "float32")
 
 
 def test_fields_that_have_no_effect_do_not_prevent_writing():
   idle = RopeConfig(factor=3.0, original_length=77, beta_fast=5.0)
-  config = dataclasses.replace(
-    BASE, window=3, query_width=16.0, rope=idle, max_length=None, remat="full", scan="never"
-  )
+  config = decoder(**BASE | {"query_width": 16.0, "rope": idle, "max_length": None})
   back, _ = parse_config(write_config(config, "float32"), "config.json")
-  assert back == dataclasses.replace(BASE, max_length=2048)
+  assert back == decoder(**BASE | {"max_length": 2048})
 
 
 def test_a_repeated_pattern_is_written_as_its_layers():
-  doubled = dataclasses.replace(BASE, attention=("full", "full"))
-  assert parse_config(write_config(doubled, "float32"), "config.json")[0] == BASE
+  doubled = decoder(**BASE, windows=(None, None))
+  assert parse_config(write_config(doubled, "float32"), "config.json")[0] == decoder(**BASE)
+
+
+def test_layers_that_differ_in_more_than_their_window_are_not_written():
+  config = decoder(**BASE)
+  (spec,) = config.pattern
+  wide = dataclasses.replace(spec, feedforward=dataclasses.replace(spec.feedforward, F=128))
+  with pytest.raises(ValueError, match="feedforward.F=128: no llama"):
+    write_config(dataclasses.replace(config, remainder=(wide,)), "float32")
 
 
 def test_large_configurations_are_not_read(tmp_path):

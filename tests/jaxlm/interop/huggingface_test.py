@@ -10,15 +10,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxlm.config import ModelConfig
-from jaxlm.decode import init_cache
+from jaxlm.config import ComputeConfig, decoder, revise
 from jaxlm.interop import huggingface
 from jaxlm.interop.hub_config import read_config
 from jaxlm.interop.safetensors import MappedFile
 from jaxlm.interop.tensor_checks import check_tensors
 from jaxlm.interop.weight_files import find_tensors
 from jaxlm.interop.weight_names import weights
-from jaxlm.models import Transformer, head
+from jaxlm.models import Transformer
 from jaxlm.objectives import next_token_loss
 from pallas_kernels.common.errors import UserError
 from sharding import MeshConfig, make_mesh
@@ -47,13 +46,17 @@ WRONG = [
   ("gemma2", {"activation": "silu"}),
   ("gemma2", {"activation": "gelu"}),
   ("gemma2", {"query_width": None}),
-  ("gemma2", {"attention_cap": None}),
+  ("gemma2", {"cap": None}),
   ("gemma2", {"logit_cap": None}),
-  ("gemma2", {"attention": ("full",) * 2}),
-  ("gemma2", {"attention": ("full", "window")}),
-  ("gemma2", {"window": 7}),
-  ("gemma2", {"window": 9}),
+  ("gemma2", {"windows": (None, None)}),
+  ("gemma2", {"windows": (None, 8)}),
+  ("gemma2", {"windows": (7, None)}),
+  ("gemma2", {"windows": (9, None)}),
 ]
+
+
+def with_window(spec, window):
+  return dataclasses.replace(spec, mixer=dataclasses.replace(spec.mixer, window=window))
 
 
 def stored(folder):
@@ -75,11 +78,11 @@ def only_needed(config, params):
   """The parameters that this configuration has, of those of another one."""
   kept = {}
   for weight in weights(config):
-    branch, found = kept, params["params"]
+    branch, found = kept, params
     for key in weight.path[:-1]:
       branch, found = branch.setdefault(key, {}), found[key]
     branch[weight.path[-1]] = found[weight.path[-1]]
-  return {"params": kept}
+  return kept
 
 
 def test_logits_loss_and_gradients_are_those_of_transformers(any_checkpoint, train_pass, tmp_path):
@@ -98,19 +101,17 @@ def test_logits_loss_and_gradients_are_those_of_transformers(any_checkpoint, tra
 def test_embedding_gradient_is_that_of_transformers_without_its_padding_row(checkpoint):
   """Gemma 2 names a padding id, 0 here, whose row gets a gradient as an output but none as an input."""
   c = checkpoint("gemma2")
-  untied = dataclasses.replace(c.config, tied=False)
-  embed_VD = c.params["params"]["embed"]
+  model = Transformer(revise(c.config, tied=False))
+  embed_VD = c.params["embed"]["weight"]
 
   @jax.jit
   def gradients(embed_VD, head_DV):
     def loss(embed_VD, head_DV):
-      params = {"params": c.params["params"] | {"embed": embed_VD, "head": head_DV}}
-      states_BTD = Transformer(untied).apply(params, c.ids_BT[:, :-1], logits=False)
+      params = c.params | {"embed": {"weight": embed_VD}, "head": {"weight": head_DV}}
+      states_BTD = model.apply(params, c.ids_BT[:, :-1], logits=False)
       targets_BT = jnp.asarray(c.ids_BT[:, 1:])
       weights_BT = jnp.ones_like(targets_BT, jnp.float32)
-      return next_token_loss(states_BTD, head(untied, params), targets_BT, weights_BT)[
-        "loss"
-      ].mean()
+      return next_token_loss(states_BTD, model.head(params), targets_BT, weights_BT)["loss"].mean()
 
     return jax.grad(loss, argnums=(0, 1))(embed_VD, head_DV)
 
@@ -126,8 +127,9 @@ def test_cached_decoding_gives_the_logits_of_transformers(any_checkpoint, prefil
   """A prompt, then one position at a time, around the window of 8."""
   c = any_checkpoint
   B, T = c.ids_BT.shape
-  step = jax.jit(Transformer(c.config).apply)
-  cache, parts = init_cache(c.config, B, T), []
+  model = Transformer(c.config)
+  step = jax.jit(model.apply)
+  cache, parts = model.init_cache(B, T), []
   for start, stop in [(0, prefilled), *((t, t + 1) for t in range(prefilled, T))]:
     positions_BT = jnp.broadcast_to(jnp.arange(start, stop)[None], (B, stop - start))
     part_BTV, cache = step(c.params, c.ids_BT[:, start:stop], positions=positions_BT, cache=cache)
@@ -141,17 +143,22 @@ def test_cached_decoding_gives_the_logits_of_transformers(any_checkpoint, prefil
 def test_every_switch_counts(name, wrong, checkpoint):
   c = checkpoint(name)
   if "rope" in wrong:
-    wrong = {"rope": dataclasses.replace(c.config.rope, **wrong["rope"])}
-  config = dataclasses.replace(c.config, attention_implementation="reference", **wrong)
-  got_BTV = Transformer(config).apply(only_needed(config, c.params), c.ids_BT)
+    rope = c.config.pattern[0].mixer.rope
+    wrong = {"rope": dataclasses.replace(rope, **wrong["rope"])}
+  if "windows" in wrong:
+    layers = zip(c.config.pattern, wrong["windows"])
+    wrong = {"pattern": tuple(with_window(spec, window) for spec, window in layers)}
+  config = revise(c.config, **wrong)
+  model = Transformer(config, ComputeConfig(attention_implementation="reference"))
+  got_BTV = model.apply(only_needed(config, c.params), c.ids_BT)
   assert np.abs(got_BTV - c.logits_BTV).max() > 1e-3
 
 
-@pytest.mark.parametrize("switch", ["qkv_bias", "out_bias", "mlp_bias", "qk_norm", "post_norms"])
+@pytest.mark.parametrize("switch", ["qkv_bias", "out_bias", "bias", "qk_norm", "post_norms"])
 def test_a_switch_without_its_weights_does_not_load(switch, checkpoint):
   c = checkpoint("llama")
   entries = find_tensors(c.folder)
-  config = dataclasses.replace(c.config, **{switch: True})
+  config = revise(c.config, **{switch: True})
   with pytest.raises(ValueError, match="tensors are needed, 21 are there; missing: model.layers.0"):
     check_tensors(config, entries, c.folder, None, None)
 
@@ -175,7 +182,7 @@ def test_load_save_load_is_bit_for_bit(any_checkpoint, tmp_path):
 def test_half_precision_survives_bit_for_bit(dtype, checkpoint, tmp_path):
   c = checkpoint("qwen2")
   config, params = huggingface.load(c.folder, dtype=dtype)
-  assert config.dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
+  assert config == c.config
   for half, single in zip(jax.tree.leaves(params), jax.tree.leaves(c.params)):
     assert half.dtype == dtype
     np.testing.assert_array_equal(half, np.asarray(single).astype(half.dtype))
@@ -201,10 +208,10 @@ def test_not_a_number_keeps_its_bits(checkpoint, tmp_path):
   c = checkpoint("llama")
   _, params = huggingface.load(c.folder, dtype="bfloat16")
   odd = np.asarray([0x7FC1, 0xFFA5, 0x7F80, 0x8000, 0x0001], np.uint16).view(ml_dtypes.bfloat16)
-  params["params"]["norm"]["w_D"] = jnp.asarray(np.resize(odd, c.config.D))
+  params["norm"]["weight"] = jnp.asarray(np.resize(odd, c.config.D))
   huggingface.save(tmp_path / "odd", c.config, params)
   _, back = huggingface.load(tmp_path / "odd")
-  assert np.asarray(back["params"]["norm"]["w_D"]).tobytes() == np.resize(odd, c.config.D).tobytes()
+  assert np.asarray(back["norm"]["weight"]).tobytes() == np.resize(odd, c.config.D).tobytes()
 
 
 def test_several_files_with_an_index(checkpoint, tmp_path):
@@ -220,10 +227,10 @@ def test_several_files_with_an_index(checkpoint, tmp_path):
 
 def test_tied_checkpoint_may_repeat_its_embedding_but_not_another_head(checkpoint, tmp_path):
   c = checkpoint("llama_rope_llama3")
-  untied = dataclasses.replace(c.config, tied=False)
+  untied = revise(c.config, tied=False)
   for name, factor in (("same", 1.0), ("other", 1.001)):
-    head_DV = factor * c.params["params"]["embed"].T
-    huggingface.save(tmp_path / name, untied, {"params": c.params["params"] | {"head": head_DV}})
+    head_DV = factor * c.params["embed"]["weight"].T
+    huggingface.save(tmp_path / name, untied, c.params | {"head": {"weight": head_DV}})
     shutil.copy(c.folder / "config.json", tmp_path / name / "config.json")
   config, params = huggingface.load(tmp_path / "same")
   assert config == c.config
@@ -243,13 +250,13 @@ def test_loaded_arrays_may_be_donated(checkpoint):
       np.testing.assert_array_equal(shard.data, 2 * want + 1)
 
 
-@pytest.mark.parametrize("attention", [("window",), ("window", "full")], ids="-".join)
-def test_what_no_family_can_express_is_not_saved(attention, tmp_path):
-  config = ModelConfig(attention=attention, layers=2)
+@pytest.mark.parametrize("windows", [(5,), (5, None)], ids=str)
+def test_what_no_family_can_express_is_not_saved(windows, tmp_path):
+  config = decoder(windows=windows, layers=2)
   with pytest.raises(
-    ValueError, match=r"model.attention=.*no llama or qwen2 or qwen3 or gemma2 model can have this"
+    ValueError, match=r"mixer.window=5.*no llama or qwen2 or qwen3 or gemma2 model can have this"
   ):
-    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), int))
+    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0))
     huggingface.save(tmp_path / "odd", config, shapes)
   assert not (tmp_path / "odd").exists()
 
@@ -258,15 +265,16 @@ def test_saving_refuses_what_does_not_fit(checkpoint, tmp_path):
   c = checkpoint("qwen3")
   with pytest.raises(
     ValueError,
-    match=r"params: blocks.0.attention.w_q of shape=\(2, 48, 64\): must be \(2, 48, 32\)",
+    match=r"params: stacks.0.0.mixer.q.weight of shape=\(2, 48, 64\): must be \(2, 48, 32\)",
   ):
-    huggingface.save(tmp_path / "x", dataclasses.replace(c.config, H=8), c.params)
-  with pytest.raises(ValueError, match="params: head is missing"):
-    pruned = {name: leaf for name, leaf in c.params["params"].items() if name != "head"}
-    huggingface.save(tmp_path / "x", c.config, {"params": pruned})
+    huggingface.save(tmp_path / "x", revise(c.config, H=8), c.params)
+  with pytest.raises(ValueError, match="params: head.weight is missing"):
+    pruned = {name: leaf for name, leaf in c.params.items() if name != "head"}
+    huggingface.save(tmp_path / "x", c.config, pruned)
   with pytest.raises(ValueError, match="types bfloat16, float32, must be one of"):
-    mixed = c.params["params"] | {"embed": c.params["params"]["embed"].astype(jnp.bfloat16)}
-    huggingface.save(tmp_path / "x", c.config, {"params": mixed})
+    embed_VD = c.params["embed"]["weight"].astype(jnp.bfloat16)
+    mixed = c.params | {"embed": {"weight": embed_VD}}
+    huggingface.save(tmp_path / "x", c.config, mixed)
   with pytest.raises(ValueError, match="holds a checkpoint or a run already"):
     huggingface.save(c.folder, c.config, c.params)
   assert not (tmp_path / "x").exists()
@@ -288,10 +296,9 @@ def test_saving_refuses_what_does_not_fit(checkpoint, tmp_path):
   ids=repr,
 )
 def test_a_dtype_is_a_name_or_a_dtype(dtype, expected, checkpoint):
-  config, params = huggingface.load(checkpoint("llama").folder, dtype=dtype)
+  _, params = huggingface.load(checkpoint("llama").folder, dtype=dtype)
   chex.assert_tree_all_finite(params)
   chex.assert_type(jax.tree.leaves(params), expected)
-  assert config.dtype == ("bfloat16" if expected == jnp.bfloat16 else "float32")
 
 
 @pytest.mark.parametrize("dtype", ["float64", jnp.int32, "bf16", "", 3, np.dtype("complex64")])

@@ -1,13 +1,11 @@
 """Folders that `save` writes, opened in transformers itself (extra `hf`, and torch): the same logits and gradients."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import ModelConfig, RopeConfig
+from jaxlm.config import RopeConfig, decoder, rearrange
 from jaxlm.interop import huggingface
 from jaxlm.interop.safetensors import MappedFile
 from jaxlm.interop.weight_files import find_tensors
@@ -17,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
 
-BASE = ModelConfig(D=48, F=64, N=6, K=2, H=8, V=96, layers=4, max_length=64)
+BASE = dict(D=48, F=64, N=6, K=2, H=8, V=96, layers=4, max_length=64)
 GEMMA = {
   "norm_offset": 1,
   "post_norms": True,
@@ -26,15 +24,14 @@ GEMMA = {
   "tied": True,
 }
 GEMMA |= {
-  "attention": ("window", "full"),
-  "window": 6,
-  "attention_cap": 3.0,
+  "windows": (6, None),
+  "cap": 3.0,
   "logit_cap": 4.0,
   "query_width": 24.0,
 }
 BIASES = {"qkv_bias": True, "out_bias": True}
 CONFIGS = {
-  "llama biases": BIASES | {"mlp_bias": True, "activation": "gelu"},
+  "llama biases": BIASES | {"bias": True, "activation": "gelu"},
   "llama linear": {"rope": RopeConfig(scaling="linear", factor=3.0), "H": 16},
   "llama dynamic": {
     "rope": RopeConfig(scaling="dynamic", factor=2.0, original_length=16),
@@ -54,28 +51,27 @@ CONFIGS = {
   },
   "qwen2 windows": {
     "qkv_bias": True,
-    "attention": ("full", "full", "window", "window"),
-    "window": 5,
+    "windows": (None, None, 5, 5),
   },
-  "qwen3 biases": BIASES | {"qk_norm": True, "H": 16, "attention": ("full", "window"), "window": 7},
+  "qwen3 biases": BIASES | {"qk_norm": True, "H": 16, "windows": (None, 7)},
   "gemma2": GEMMA | {"H": 16},
   "gemma2 biases": GEMMA | BIASES | {"logit_cap": None, "query_width": 8.0},
 }
 
 
 def random_params(config):
-  shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+  shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0))
   draw = np.random.default_rng(0)
 
   def leaf(path, x):
     scale = (
       0.5
-      if path[-1].key == "embed"
+      if path[0].key == "embed"
       else 0.2
-      if x.ndim - (path[1].key == "blocks") == 1
+      if x.ndim - (path[0].key == "stacks") == 1
       else x.shape[-2] ** -0.5
     )
-    mean = 1 - config.norm_offset if path[-1].key == "w_D" else 0
+    mean = 1 - config.norm_offset if "norm" in path[-2].key else 0
     return jnp.asarray(mean + scale * draw.normal(size=x.shape), jnp.float32)
 
   return jax.tree_util.tree_map_with_path(leaf, shapes)
@@ -109,7 +105,7 @@ def assert_transformers_agrees(folder, config, params, ids_BT):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_random_models(name, tmp_path):
-  config = dataclasses.replace(BASE, **CONFIGS[name])
+  config = rearrange(decoder(**BASE | CONFIGS[name]))
   params = random_params(config)
   huggingface.save(tmp_path / "saved", config, params)
   ids_BT = np.random.default_rng(1).integers(

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import ModelConfig
-from jaxlm.models import Transformer, head
+from jaxlm.config import ComputeConfig, decoder
+from jaxlm.models import Transformer
 from jaxlm.objectives import next_token_loss
 
 POLICIES = ("none", "dots", "names", "full")
@@ -19,16 +19,15 @@ def compiled():
   programs, results, params = {}, {}, None
   for policy in POLICIES:
     model = Transformer(
-      ModelConfig(V=32, D=32, F=96, N=2, K=2, H=16, layers=6, scan="always", remat=policy)
+      decoder(V=32, D=32, F=96, N=2, K=2, H=16, layers=6),
+      ComputeConfig(scan="always", remat=policy),
     )
     if params is None:
-      params = jax.jit(model.init)(jax.random.key(0), ids_BT)
+      params = jax.jit(model.init)(jax.random.key(0))
 
     def loss(params, model=model):
       states_BTD = model.apply(params, ids_BT, logits=False)
-      return next_token_loss(states_BTD, head(model.config, params), ids_BT, weights_BT)[
-        "loss"
-      ].mean()
+      return next_token_loss(states_BTD, model.head(params), ids_BT, weights_BT)["loss"].mean()
 
     programs[policy] = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
     results[policy] = jax.device_get(programs[policy](params))

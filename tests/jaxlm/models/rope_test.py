@@ -1,7 +1,8 @@
-"""Rotary embedding: frequencies against formulas in float64, rotations against their defining properties."""
+"""Rotary embedding: frequencies against formulas in float64, rotations by their properties."""
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from jaxlm.config import RopeConfig
 from jaxlm.models.rope import apply_rope, frequencies, rope_tables
+from pallas_kernels.common.errors import UserError
 
 SCALED = [
   RopeConfig(),
@@ -24,7 +26,7 @@ SCALED = [
 
 
 def expected_frequency(rope, j, width, length):
-  """One pair's frequency, written per pair and with branches where the code under test has arrays and clips."""
+  """Returns one pair's frequency, with branches where the code under test has arrays and clips."""
   f = 1.0 / math.pow(rope.theta, 2 * j / width)
   s, original = rope.factor, rope.original_length
   if rope.scaling == "linear":
@@ -121,62 +123,77 @@ def test_dynamic_is_plain_up_to_the_original_length_and_ntk_like_beyond():
   np.testing.assert_allclose(at(jnp.int32(64)), same_stretch, rtol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def rotate():
-  @jax.jit
-  def rotate(x_BTNH, positions_BT):
-    return apply_rope(x_BTNH, *rope_tables(RopeConfig(), positions_BT, x_BTNH.shape[-1], 1))
-
-  return rotate
+def test_each_row_of_a_batch_may_have_a_length_of_its_own():
+  rope = RopeConfig(scaling="dynamic", factor=2.0, original_length=32)
+  lengths = (5, 40, 64)
+  f_BR, _ = jax.jit(lambda length_B: frequencies(rope, 16, length_B))(jnp.array(lengths))
+  tables = rope_tables(rope, jnp.arange(6)[None], 16, jnp.array(lengths))
+  for row, length in enumerate(lengths):
+    chex.assert_trees_all_close(f_BR[row], frequencies(rope, 16, length)[0], rtol=1e-6)
+    alone = rope_tables(rope, jnp.arange(6)[None], 16, length)
+    chex.assert_trees_all_close([table[row] for table in tables], [table[0] for table in alone])
 
 
 def random_heads(seed):
   return jax.random.normal(jax.random.key(seed), (2, 6, 3, 16))
 
 
-def test_products_depend_on_the_distance_alone(rotate):
-  q_BTNH, k_BTNH = random_heads(0), random_heads(1)
-  positions_BT = jnp.array([[0, 1, 5, 17, 40, 41], [3, 2, 9, 1, 0, 77]])
-  products = [
-    jnp.einsum(
-      "btnh,bsnh->bnts", rotate(q_BTNH, positions_BT + shift), rotate(k_BTNH, positions_BT + shift)
-    )
-    for shift in (0, 100)
-  ]
-  np.testing.assert_allclose(products[0], products[1], atol=1e-4)
-  unturned = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH)
-  assert np.abs(products[0] - unturned).max() > 1
+def rotate(x_BTNH, positions_BT):
+  return apply_rope(x_BTNH, *rope_tables(RopeConfig(), positions_BT, x_BTNH.shape[-1], 1))
 
 
-def test_pairs_turn_as_complex_numbers(rotate):
-  x_BTNH = random_heads(2)
-  positions_BT = jnp.array([[0, 1, 2, 3, 4, 5], [7, 7, 0, 2, 9, 30]])
-  turn = np.exp(1j * np.asarray(positions_BT)[..., None] * 10_000.0 ** (-2 * np.arange(8) / 16))
-  z = (np.asarray(x_BTNH[..., :8]) + 1j * np.asarray(x_BTNH[..., 8:])) * turn[:, :, None]
-  np.testing.assert_allclose(
-    rotate(x_BTNH, positions_BT), np.concatenate([z.real, z.imag], -1), atol=2e-6
-  )
+class Rotations(chex.TestCase):
+  """Properties that define the rotation, compiled and not."""
 
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_products_depend_on_the_distance_alone(self):
+    turn = self.variant(rotate)
+    q_BTNH, k_BTNH = random_heads(0), random_heads(1)
+    positions_BT = jnp.array([[0, 1, 5, 17, 40, 41], [3, 2, 9, 1, 0, 77]])
 
-def test_norms_are_kept_and_position_zero_changes_nothing(rotate):
-  x_BTNH = random_heads(3)
-  y_BTNH = rotate(x_BTNH, jnp.array([[0, 1, 10, 100, 1000, 30_000]] * 2))
-  np.testing.assert_allclose(
-    jnp.linalg.norm(y_BTNH, axis=-1), jnp.linalg.norm(x_BTNH, axis=-1), rtol=1e-5
-  )
-  np.testing.assert_array_equal(y_BTNH[:, 0], x_BTNH[:, 0])
+    def products(shift):
+      q_turned, k_turned = turn(q_BTNH, positions_BT + shift), turn(k_BTNH, positions_BT + shift)
+      return jnp.einsum("btnh,bsnh->bnts", q_turned, k_turned)
 
+    chex.assert_trees_all_close(products(0), products(100), atol=1e-4)
+    unturned = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH)
+    assert np.abs(products(0) - unturned).max() > 1
 
-def test_shared_positions_and_bfloat16(rotate):
-  x_BTNH = random_heads(4)
-  np.testing.assert_array_equal(
-    rotate(x_BTNH, jnp.arange(6)[None]), rotate(x_BTNH, jnp.array([range(6)] * 2))
-  )
-  low = x_BTNH.astype(jnp.bfloat16)
-  y_BTNH = rotate(low, jnp.arange(6)[None])
-  assert y_BTNH.dtype == jnp.bfloat16
-  exact = rotate(low.astype(jnp.float32), jnp.arange(6)[None])
-  np.testing.assert_array_equal(y_BTNH, exact.astype(jnp.bfloat16))  # one rounding, at the end
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_pairs_turn_as_complex_numbers(self):
+    x_BTNH = random_heads(2)
+    positions_BT = jnp.array([[0, 1, 2, 3, 4, 5], [7, 7, 0, 2, 9, 30]])
+    angles_BTR = np.asarray(positions_BT)[..., None] * 10_000.0 ** (-2 * np.arange(8) / 16)
+    z = np.asarray(x_BTNH[..., :8]) + 1j * np.asarray(x_BTNH[..., 8:])
+    z = z * np.exp(1j * angles_BTR)[:, :, None]
+    y_BTNH = self.variant(rotate)(x_BTNH, positions_BT)
+    np.testing.assert_allclose(y_BTNH, np.concatenate([z.real, z.imag], -1), atol=2e-6)
+
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_norms_are_kept_and_position_zero_changes_nothing(self):
+    x_BTNH = random_heads(3)
+    y_BTNH = self.variant(rotate)(x_BTNH, jnp.array([[0, 1, 10, 100, 1000, 30_000]] * 2))
+    chex.assert_equal_shape((x_BTNH, y_BTNH))
+    norms = [jnp.linalg.norm(array, axis=-1) for array in (x_BTNH, y_BTNH)]
+    chex.assert_trees_all_close(*norms, rtol=1e-5)
+    chex.assert_trees_all_equal(y_BTNH[:, 0], x_BTNH[:, 0])
+
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_shared_positions_and_bfloat16(self):
+    turn, x_BTNH = self.variant(rotate), random_heads(4)
+    shared_BT = jnp.arange(6)[None]
+    chex.assert_trees_all_equal(turn(x_BTNH, shared_BT), turn(x_BTNH, jnp.tile(shared_BT, (2, 1))))
+    low_BTNH = x_BTNH.astype(jnp.bfloat16)
+    exact_BTNH = turn(low_BTNH.astype(jnp.float32), shared_BT)
+    # one rounding, at the end
+    chex.assert_trees_all_equal(turn(low_BTNH, shared_BT), exact_BTNH.astype(jnp.bfloat16))
+
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_tables_have_the_shape_of_positions_and_pairs(self):
+    tables = self.variant(lambda positions_BT: rope_tables(RopeConfig(), positions_BT, 16, 1))
+    cos_BTR, sin_BTR = tables(jnp.arange(6)[None])
+    chex.assert_shape((cos_BTR, sin_BTR), (1, 6, 8))
+    chex.assert_type((cos_BTR, sin_BTR), jnp.float32)
 
 
 def test_the_gradient_is_that_of_the_turning_matrix():
@@ -210,3 +227,27 @@ def test_the_gradient_is_that_of_the_turning_matrix():
 def test_bad_widths_and_borders_are_named(rope, width, message):
   with pytest.raises(ValueError, match=message):
     frequencies(rope, width, 1)
+
+
+def tables():
+  return rope_tables(RopeConfig(), jnp.arange(6)[None], 16, 1)
+
+
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda: rope_tables(RopeConfig(), jnp.arange(6), 16, 1), r"positions_BT.shape=\(6,\): must"),
+    (lambda: rope_tables(RopeConfig(), jnp.ones((1, 6)), 16, 1), "positions_BT.dtype='float32'"),
+    (lambda: apply_rope(random_heads(0)[0], *tables()), r"x_BTNH.shape=\(6, 3, 16\): must"),
+    (lambda: apply_rope(random_heads(0)[..., :8], *tables()), r"x_BTNH.shape=\(2, 6, 3, 8\): must"),
+    (lambda: apply_rope(random_heads(0)[:, :1], *tables()), r"x_BTNH.shape=\(2, 1, 3, 16\): must"),
+    (
+      lambda: apply_rope(random_heads(0), tables()[0], tables()[1][:, :1]),
+      r"sin_BTR.shape=\(1, 1, 8",
+    ),
+  ],
+)
+def test_arrays_that_do_not_fit_are_named(call, message):
+  """Broadcasting would take some of them without a word."""
+  with pytest.raises(UserError, match=message):
+    call()

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 
 import jax
@@ -7,20 +6,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import ComputeConfig, ModelConfig, decoder, revise
 from jaxlm.data.packing import join, pack
-from jaxlm.models import Transformer
+from jaxlm.models import Transformer, roles
 
 # 80 positions: two query blocks of the blocked attention; every id once, so that a row of the embedding is a position
 T = 80
-SMALL = ModelConfig(
-  V=T, D=16, F=24, N=4, K=2, H=4, layers=2, attention=("window", "full"), window=5
-)
+SMALL = decoder(V=T, D=16, F=24, N=4, K=2, H=4, layers=2, windows=(5, None))
+PLAIN = ComputeConfig()
+BFLOAT16 = ComputeConfig(dtype="bfloat16")
 
 
 @functools.cache
 def init(config: ModelConfig):
-  params = jax.jit(Transformer(config).init)(jax.random.key(0), np.zeros((1, 2), np.int32))
+  params = jax.jit(Transformer(config).init)(jax.random.key(0))
   draw = np.random.default_rng(
     0
   )  # norm weights away from one, so that tests notice which one is used
@@ -29,17 +28,19 @@ def init(config: ModelConfig):
   )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def logits(config: ModelConfig, params, ids_BT, positions=None, segment_ids=None):
-  return Transformer(config).apply(params, ids_BT, positions=positions, segment_ids=segment_ids)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="compute")
+def logits(config, params, ids_BT, positions=None, segment_ids=None, compute=PLAIN):
+  model = Transformer(config, compute)
+  return model.apply(params, ids_BT, positions=positions, segment_ids=segment_ids)
 
 
 @pytest.mark.parametrize(
-  "attention, implementation",
-  [(("full",), "blocked"), (("window",), "blocked"), (("window", "full"), "reference")],
+  "windows, implementation",
+  [((None,), "blocked"), ((5,), "blocked"), ((5, None), "reference")],
 )
-def test_no_gradient_reaches_a_later_position(attention, implementation):
-  config = dataclasses.replace(SMALL, attention=attention, attention_implementation=implementation)
+def test_no_gradient_reaches_a_later_position(windows, implementation):
+  config = decoder(V=T, D=16, F=24, N=4, K=2, H=4, layers=2, windows=windows)
+  model = Transformer(config, ComputeConfig(attention_implementation=implementation))
   params = init(config)
   ids_BT = np.arange(T)[None]
   ts = np.array([0, 1, 7, 63, 64, T - 1])
@@ -49,23 +50,19 @@ def test_no_gradient_reaches_a_later_position(attention, implementation):
     """Which positions' inputs each chosen position's logits depend on, bool [t, T]."""
 
     def chosen(embed_VD):
-      logits_BTV = Transformer(config).apply(
-        {"params": params["params"] | {"embed": embed_VD}}, ids_BT
-      )
+      logits_BTV = model.apply(params | {"embed": {"weight": embed_VD}}, ids_BT)
       return (logits_BTV[0, ts] * jnp.linspace(1, 2, config.V)[None]).sum(-1)
 
     return jnp.any(jax.jacrev(chosen)(embed_VD) != 0, axis=-1)
 
-  far = (
-    2 * (config.window - 1) if attention == ("window",) else T
-  )  # two layers of window 5 see 8 back
+  far = 2 * (5 - 1) if windows == (5,) else T  # two layers of window 5 see 8 back
   want = (ts[:, None] >= np.arange(T)) & (ts[:, None] - np.arange(T) <= far)
-  np.testing.assert_array_equal(reached(params["params"]["embed"]), want)
+  np.testing.assert_array_equal(reached(params["embed"]["weight"]), want)
 
 
 @pytest.mark.parametrize("implementation", ["blocked", "reference"])
 def test_packed_rows_equal_the_separate_sequences(implementation):
-  config = dataclasses.replace(SMALL, attention_implementation=implementation)
+  config, compute = SMALL, ComputeConfig(attention_implementation=implementation)
   draw = np.random.default_rng(1)
   documents = [draw.integers(1, config.V, size) for size in (30, 75, 11, 1, 52, 23, 40)]
   tokens_S, borders_D = join(documents, eos=0, dtype=np.dtype(np.int64))
@@ -73,13 +70,13 @@ def test_packed_rows_equal_the_separate_sequences(implementation):
   batch = rows.take(np.arange(len(rows)))
   assert batch.segment_ids_BT.max() >= 3 and (batch.weights_BT == 0).any()
   packed_BTV = logits(
-    config, init(config), batch.inputs_BT, batch.positions_BT, batch.segment_ids_BT
+    config, init(config), batch.inputs_BT, batch.positions_BT, batch.segment_ids_BT, compute=compute
   )
 
   apart_DT = np.zeros((len(documents), T), np.int32)  # each document alone, after its eos
   for d, document in enumerate(documents):
     apart_DT[d, 1 : len(document) + 1] = document
-  apart_DTV = logits(config, init(config), apart_DT)
+  apart_DTV = logits(config, init(config), apart_DT, compute=compute)
   seen = set()
   for b in range(len(rows)):
     for segment in range(1, batch.segment_ids_BT[b].max() + 1):
@@ -95,12 +92,12 @@ def test_packed_rows_equal_the_separate_sequences(implementation):
 
 
 def test_scan_equals_the_python_loop_and_layer_order_is_that_of_the_pattern():
-  config = dataclasses.replace(SMALL, layers=4)
+  config = revise(SMALL, layers=4)
   ids_BT = np.random.default_rng(2).integers(0, config.V, (2, 12))
 
   @functools.partial(jax.jit, static_argnums=0)
   def value_and_gradients(scan, params):
-    model = Transformer(dataclasses.replace(config, scan=scan))
+    model = Transformer(config, ComputeConfig(scan=scan))
     out, pull = jax.vjp(lambda params: model.apply(params, ids_BT), params)
     return out, pull(jnp.cos(out))[0]
 
@@ -108,9 +105,7 @@ def test_scan_equals_the_python_loop_and_layer_order_is_that_of_the_pattern():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), looped, scanned)
   # swapping two layers of a stack changes the result, so the order that both agree on is not arbitrary
   swapped = jax.tree.map(lambda w: w, init(config))
-  swapped["params"]["blocks"]["0"] = jax.tree.map(
-    lambda w: w[::-1], swapped["params"]["blocks"]["0"]
-  )
+  swapped["stacks"]["0"]["0"] = jax.tree.map(lambda w: w[::-1], swapped["stacks"]["0"]["0"])
   assert np.abs(np.asarray(value_and_gradients("never", swapped)[0] - looped[0])).max() > 1e-3
 
 
@@ -128,43 +123,42 @@ def test_positions_shift_nothing_but_rotary_phase():
 @pytest.mark.parametrize("K", [1, 2])
 def test_grouped_heads_equal_repeated_key_heads(K):
   """Query heads n*G .. n*G + G - 1 share key head n: repeating the key heads' weights gives multi-head attention."""
-  grouped = dataclasses.replace(SMALL, K=K)
+  N, H = 4, 4
+  grouped = revise(SMALL, K=K)
   params = init(grouped)
   repeated = jax.tree.map(lambda w: w, params)
-  for stack in repeated["params"]["blocks"].values():
-    for name in ("w_k", "w_v"):
-      w = stack["attention"][name].reshape(-1, grouped.D, K, grouped.H)
-      stack["attention"][name] = np.repeat(w, grouped.N // K, axis=2).reshape(
-        -1, grouped.D, grouped.N * grouped.H
-      )
+  for block in repeated["stacks"]["0"].values():
+    for name in ("k", "v"):
+      w_RDKH = block["mixer"][name]["weight"].reshape(-1, grouped.D, K, H)
+      w_RDNH = np.repeat(w_RDKH, N // K, axis=2)
+      block["mixer"][name]["weight"] = w_RDNH.reshape(-1, grouped.D, N * H)
   ids_BT = np.arange(12)[None]
-  want = logits(dataclasses.replace(grouped, K=grouped.N), repeated, ids_BT)
+  want = logits(revise(grouped, K=N), repeated, ids_BT)
   np.testing.assert_allclose(logits(grouped, params, ids_BT), want, atol=1e-5)
 
 
 def test_a_tied_head_is_the_transposed_embedding():
-  tied = dataclasses.replace(SMALL, tied=True)
+  tied = revise(SMALL, tied=True)
   params = init(tied)
-  assert "head" not in params["params"]
-  untied = {"params": params["params"] | {"head": params["params"]["embed"].T}}
+  assert "head" not in params
+  untied = params | {"head": {"weight": params["embed"]["weight"].T}}
   ids_BT = np.arange(12)[None]
   np.testing.assert_allclose(logits(tied, params, ids_BT), logits(SMALL, untied, ids_BT), atol=1e-6)
 
 
 def test_bfloat16_computes_beside_float32_weights_and_logits():
-  config = dataclasses.replace(SMALL, dtype="bfloat16")
-  params = init(config)
-  initial = jax.eval_shape(Transformer(config).init, jax.random.key(0), np.zeros((1, 2), np.int32))
+  params = init(SMALL)
+  initial = jax.eval_shape(Transformer(SMALL, BFLOAT16).init, jax.random.key(0))
   assert {w.dtype for w in jax.tree.leaves(initial)} == {jnp.dtype(jnp.float32)}
   ids_BT = np.arange(12)[None]
-  half, single = (logits(c, params, ids_BT) for c in (config, SMALL))
+  half, single = (logits(SMALL, params, ids_BT, compute=c) for c in (BFLOAT16, PLAIN))
   assert half.dtype == single.dtype == jnp.float32
   error = np.abs(np.asarray(half - single)).max()
   assert (
     1e-4 < error < 0.1 * np.abs(single).max()
   )  # bfloat16 was used, and no worse than its rounding
   # the products are in bfloat16, norms and softmax in float32
-  program = jax.jit(Transformer(config).apply).lower(params, ids_BT).as_text()
+  program = jax.jit(Transformer(SMALL, BFLOAT16).apply).lower(params, ids_BT).as_text()
   dots = [line for line in program.splitlines() if "dot_general" in line]
   assert dots and all("bf16" in line.split("->")[0] for line in dots)
   assert not any("f32" in line.split("->")[0] for line in dots)
@@ -177,27 +171,26 @@ def test_bfloat16_computes_beside_float32_weights_and_logits():
 
 def test_rounded_weights_in_bfloat16_give_the_same_logits():
   """Weights are cast once, to the compute type: rounding them beforehand changes nothing but the norms."""
-  config = dataclasses.replace(SMALL, dtype="bfloat16")
-  rounded = jax.tree.map(lambda w: w.astype(ml_dtypes.bfloat16).astype(np.float32), init(config))
-  for stack, other in zip(
-    rounded["params"]["blocks"].values(), init(config)["params"]["blocks"].values()
-  ):
-    stack |= {name: other[name] for name in ("attention_norm", "mlp_norm")}
-  rounded["params"]["norm"] = init(config)["params"]["norm"]
+  params = init(SMALL)
+  roles_of_leaves = roles(SMALL)
+  rounded = jax.tree.map(
+    lambda w, role: w if role == "norm" else w.astype(ml_dtypes.bfloat16).astype(np.float32),
+    params,
+    roles_of_leaves,
+  )
   ids_BT = np.arange(12)[None]
   np.testing.assert_array_equal(
-    logits(config, rounded, ids_BT), logits(config, init(config), ids_BT)
+    logits(SMALL, rounded, ids_BT, compute=BFLOAT16),
+    logits(SMALL, params, ids_BT, compute=BFLOAT16),
   )
 
 
 def test_fresh_weights_predict_every_id_alike():
-  config = ModelConfig(V=64, D=64, F=96, N=4, K=4, H=16, layers=4, scan="always")
-  params = jax.device_get(
-    jax.jit(Transformer(config).init)(jax.random.key(0), np.zeros((1, 2), np.int32))
-  )
+  config = decoder(V=64, D=64, F=96, N=4, K=4, H=16, layers=4)
+  params = jax.device_get(jax.jit(Transformer(config).init)(jax.random.key(0)))
   ids_BT = np.random.default_rng(0).integers(0, 64, (4, 32))
-  logits_BTV = logits(config, params, ids_BT)
+  logits_BTV = logits(config, params, ids_BT, compute=ComputeConfig(scan="always"))
   loss = -jax.nn.log_softmax(logits_BTV)[:, :-1].mean()
   assert loss == pytest.approx(np.log(64), rel=0.15)
-  w_LDZ = params["params"]["blocks"]["0"]["attention"]["w_q"]
+  w_LDZ = params["stacks"]["0"]["0"]["mixer"]["q"]["weight"]
   assert np.abs(w_LDZ[0] - w_LDZ[1]).max() > 0.01

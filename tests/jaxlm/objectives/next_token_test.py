@@ -1,3 +1,6 @@
+"""Next-token cross-entropy: by hand, against log_softmax, and on a mesh."""
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.config import MeshConfig
 from jaxlm.models import Head
 from jaxlm.objectives import next_token_loss, token_logprobs
+from pallas_kernels.common.errors import UserError
 from sharding import make_mesh
 from sharding.rules import shard
 
@@ -16,11 +20,45 @@ HEAD = Head(jnp.eye(3), "vd", None)
 TARGETS = np.array([[1, 2]], np.int32)
 
 
-def test_logprobs_by_hand_and_the_normaliser():
-  """Adding a constant to the logits moves only the normaliser."""
-  lp_BT, lse_BT = token_logprobs(STATES + 3, HEAD, TARGETS)
-  np.testing.assert_allclose(lp_BT, np.log([[0.25, 0.7]]), atol=1e-6)
-  np.testing.assert_allclose(lse_BT, [[3, 3]], atol=1e-6)
+class ByHand(chex.TestCase):
+  """Values on two tokens of three entries, compiled and not."""
+
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_logprobs_and_the_normaliser(self):
+    """Adding a constant to the logits moves only the normaliser."""
+    logprobs = self.variant(lambda states_BTD: token_logprobs(states_BTD, HEAD, TARGETS))
+    lp_BT, lse_BT = logprobs(STATES + 3)
+    chex.assert_type((lp_BT, lse_BT), jnp.float32)
+    np.testing.assert_allclose(lp_BT, np.log([[0.25, 0.7]]), atol=1e-6)
+    np.testing.assert_allclose(lse_BT, [[3, 3]], atol=1e-6)
+
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_loss_is_a_weighted_sum_with_its_weights(self):
+    terms = self.variant(lambda weights_BT: next_token_loss(STATES, HEAD, TARGETS, weights_BT))
+    loss = terms(np.array([[2.0, 0.5]], np.float32))["loss"]
+    chex.assert_shape((loss.num, loss.den), ())
+    assert loss.num == pytest.approx(-2 * np.log(0.25) - 0.5 * np.log(0.7))
+    assert loss.den == 2.5
+
+
+WEIGHTS = np.ones((1, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+  "arrays, message",
+  [
+    ((STATES[0], TARGETS, WEIGHTS), r"states_BTD.shape=\(2, 3\): must"),
+    ((STATES.astype(np.int32), TARGETS, WEIGHTS), "states_BTD.dtype='int32': must"),
+    ((STATES, TARGETS.T, WEIGHTS), r"targets_BT.shape=\(2, 1\): must"),
+    ((STATES, TARGETS.astype(np.float32), WEIGHTS), "targets_BT.dtype='float32': must"),
+    ((STATES, TARGETS, WEIGHTS.T), r"weights_BT.shape=\(2, 1\): must"),
+  ],
+)
+def test_arrays_that_do_not_fit_are_named(arrays, message):
+  """Transposed targets and weights have as many tokens, in another order."""
+  states_BTD, targets_BT, weights_BT = arrays
+  with pytest.raises(UserError, match=message):
+    next_token_loss(states_BTD, HEAD, targets_BT, weights_BT)
 
 
 def test_gradient_of_logprobs_reaches_states_and_head():
@@ -36,7 +74,7 @@ def test_gradient_of_logprobs_reaches_states_and_head():
     return jnp.sum(factors_BT * token_logprobs(states_BTD, Head(w_DV, "dv", 4.0), targets_BT)[0])
 
   want, got = (jax.value_and_grad(loss, (0, 1))(states_BTD, w_DV) for loss in (by_hand, ours))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+  chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_logprobs_on_a_mesh_are_spread_like_the_tokens():
@@ -52,14 +90,7 @@ def test_logprobs_on_a_mesh_are_spread_like_the_tokens():
     )
     got = jax.jit(lambda x, w, targets: token_logprobs(x, Head(w, "vd", None), targets))(*placed)
     assert {x.sharding.spec for x in got} == {P(("data", "fsdp"), None)}
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
-
-
-def test_loss_is_a_weighted_sum_with_its_weights():
-  weights_BT = np.array([[2.0, 0.5]], np.float32)
-  loss = next_token_loss(STATES, HEAD, TARGETS, weights_BT)["loss"]
-  assert loss.num == pytest.approx(-2 * np.log(0.25) - 0.5 * np.log(0.7))
-  assert loss.den == 2.5
+  chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_z_loss_is_the_weighted_squared_normaliser():

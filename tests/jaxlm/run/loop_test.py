@@ -12,7 +12,14 @@ import pytest
 
 from jaxlm.checkpoint.checkpoint import restore
 from jaxlm.checkpoint.folder import checkpoint_path, finished_steps
-from jaxlm.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxlm.config import (
+  ComputeConfig,
+  DataConfig,
+  MeshConfig,
+  OptimizerConfig,
+  TrainConfig,
+  decoder,
+)
 from jaxlm.config_json import to_dict
 from jaxlm.run import resume, train
 from jaxlm.run.resolve import check_mesh
@@ -33,7 +40,8 @@ def config(corpus) -> TrainConfig:
     eval_batches=1,
     ema=0.9,
     mesh=MeshConfig(data=1),
-    model=ModelConfig(D=16, F=24, N=4, K=2, H=4, layers=2, scan="always"),
+    model=decoder(D=16, F=24, N=4, K=2, H=4, layers=2),
+    compute=ComputeConfig(scan="always"),
     data=DataConfig(source=str(corpus), length=32, layout="packed", holdout=0.2),
     optimizer=OptimizerConfig(warmup=2, learning_rate=1e-2, eps=1e-4),
   )
@@ -231,7 +239,7 @@ WRONG_MESHES = [
   (dict(mesh=MeshConfig(data=1, stage=2)), r"mesh\.stage=2: the model does not use this axis"),
   (dict(mesh=MeshConfig(data=1, context_ring=2)), r"mesh\.context_ring=2"),
   (dict(mesh=MeshConfig(data=8)), r"batch=8: must be a multiple of 8 batch shards x accumulate=2"),
-  (dict(mesh=MeshConfig(data=1, tensor=4)), r"model\.K=2: must be a multiple of mesh\.tensor=4"),
+  (dict(mesh=MeshConfig(data=1, tensor=4)), r"mixer\.K=2: must be a multiple of mesh\.tensor=4"),
   (
     dict(mesh=MeshConfig(data=1, fsdp=3), batch=6),
     r"model\.D=16: must be a multiple of mesh\.fsdp=3",

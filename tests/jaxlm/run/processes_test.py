@@ -11,7 +11,7 @@ from jaxlm.run.run_folder import RunFolder, read_records
 
 FLAGS = (
   "--steps 6 --save_every 3 --eval_every 3 --eval_batches 2 --batch 8 --accumulate 2 --keep 5 "
-  "--optimizer.warmup 1 --model.D 16 --model.F 16 --model.H 8 --data.length 32 "
+  "--optimizer.warmup 1 --model.D 16 --model.pattern.0.feedforward.F 16 --model.pattern.0.mixer.H 8 --data.length 32 "
   "--data.layout packed --mesh.data 2 --mesh.fsdp 2"
 ).split()
 

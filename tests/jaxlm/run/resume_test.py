@@ -91,13 +91,11 @@ def loggers() -> dict[str, tuple]:
     (["resume", "run", "--steps", "3"], 0),
     (["replay", "run", "--step", "2"], 0),
     (["resume", "run", "--steps", "3", "--seed", "1"], 2),
-    (["resume", "run", "--steps", "3", "--model.attention_implementation", "splash"], 2),
+    (["resume", "run", "--steps", "3", "--compute.attention_implementation", "splash"], 2),
   ],
   ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_run_leaves_the_loggers_of_the_process_as_they_were(
-  work, arguments, status, monkeypatch
-):
+def test_a_run_leaves_the_loggers_of_the_process_as_they_were(work, arguments, status, monkeypatch):
   for name in ("absl", "jaxlm"):  # to levels that no code of ours chooses
     monkeypatch.setattr(logging.getLogger(name), "level", 35)
   before = loggers()
@@ -127,10 +125,16 @@ def test_text_that_changed_is_named_and_refused_unless_a_flag_allows_it(work, ca
   assert main(["resume", "run", "--steps", "4"]) == 0  # the new text is the run's from now on
 
 
+def test_the_same_text_may_have_moved(work, capsys):
+  (work / "text").rename(work / "moved")
+  assert main(["resume", "run", "--steps", "3", "--data.source", "moved"]) == 0
+  assert "config.data.source: text -> moved" in capsys.readouterr().out
+
+
 def test_a_refusal_after_the_start_undoes_it(work, capsys):
   """An implementation that this machine lacks is noticed when the step is traced."""
   before = contents(work / "run")
-  flags = ["--steps", "4", "--model.attention_implementation", "splash"]
+  flags = ["--steps", "4", "--compute.attention_implementation", "splash"]
   assert main(["resume", "run", *flags]) == 2
   assert "splash" in capsys.readouterr().err
   after = contents(work / "run")
@@ -141,8 +145,8 @@ def test_a_refusal_after_the_start_undoes_it(work, capsys):
 
 
 REFUSED = [
-  ["--mesh.tensor", "2", "--model.K", "2", "--data.tokenizer", "bpe:271"],
-  ["--model.attention_implementation", "splash"],
+  ["--mesh.tensor", "2", "--model.pattern.0.mixer.K", "2", "--data.tokenizer", "bpe:271"],
+  ["--compute.attention_implementation", "splash"],
   ["--mesh.data", "3"],
   ["--optimizer.warmup", "9"],
 ]
@@ -154,6 +158,6 @@ def test_a_refused_start_leaves_nothing_and_the_corrected_one_works(work, flags,
   assert main(["train", "micro", "--run", "new/run", "--steps", "2", *FLAGS, *flags]) == 2
   assert "jaxlm: " in capsys.readouterr().err
   assert contents(work) == before and not (work / "new").exists()
-  if "--model.attention_implementation" in flags:  # the others are the same program
+  if "--compute.attention_implementation" in flags:  # the others are the same program
     assert main(["train", "micro", "--run", "new/run", "--steps", "2", *FLAGS]) == 0
     assert finished_steps(RunFolder(work / "new/run").checkpoints) == [2]

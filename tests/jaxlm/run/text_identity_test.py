@@ -5,7 +5,7 @@ import pytest
 from jaxlm.config import DataConfig
 from jaxlm.data.loader import load_text
 from jaxlm.run.run_folder import RunFolder
-from jaxlm.run.text_identity import changed_text, digest_text, record_text
+from jaxlm.run.text_identity import changed_text, record_text
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def read(source, **options):
 
 
 def digests(source, **options):
-  return digest_text(read(source, **options))
+  return read(source, **options).digests
 
 
 def test_one_character_changes_the_digest_of_its_side_alone(source, tmp_path):

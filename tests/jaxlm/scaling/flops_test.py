@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import decoder
 from jaxlm.scaling.flops import parameter_count, train_flops_per_token
 
-SMALL = ModelConfig(
-  D=16, F=48, N=4, K=2, H=12, V=40, layers=2, attention=("window", "full"), window=5
-)
+SMALL = decoder(D=16, F=48, N=4, K=2, H=12, V=40, layers=2, windows=(5, None))
 
 
 def test_parameters_by_hand():
@@ -29,11 +27,11 @@ def test_parameters_by_hand():
   "config, total",
   [
     (
-      ModelConfig(D=4096, F=11008, N=32, K=32, H=128, V=32000, layers=32),
+      decoder(D=4096, F=11008, N=32, K=32, H=128, V=32000, layers=32),
       6_738_415_616,
     ),  # Llama 2 7B
     (
-      ModelConfig(D=4096, F=14336, N=32, K=8, H=128, V=128256, layers=32),
+      decoder(D=4096, F=14336, N=32, K=8, H=128, V=128256, layers=32),
       8_030_261_248,
     ),  # Llama 3 8B
   ],
@@ -43,7 +41,7 @@ def test_parameters_of_published_models(config, total):
 
 
 def test_flops_by_hand():
-  config = ModelConfig(D=64, F=168, N=4, K=4, H=16, V=256, layers=3)
+  config = decoder(D=64, F=168, N=4, K=4, H=16, V=256, layers=3)
   body, head = 145_920, 16_384
   assert train_flops_per_token(config, 128) == 6 * (body + head) + 3 * 6 * 64 * 129
   assert train_flops_per_token(config, 1) == 6 * (body + head) + 3 * 12 * 64
@@ -53,10 +51,8 @@ def test_flops_by_hand():
 
 
 def test_a_window_limits_the_keys_per_query():
-  full = ModelConfig(layers=1)
-  one_layer = {
-    w: dataclasses.replace(full, attention=("window",), window=w) for w in (1, 3, 10, 11)
-  }
+  full = decoder(layers=1)
+  one_layer = {window: decoder(layers=1, windows=(window,)) for window in (1, 3, 10, 11)}
   base = train_flops_per_token(full, 10) - 12 * 128 * 5.5
   assert train_flops_per_token(one_layer[1], 10) == pytest.approx(base + 12 * 128)
   assert train_flops_per_token(one_layer[3], 10) == pytest.approx(
@@ -68,7 +64,8 @@ def test_a_window_limits_the_keys_per_query():
 
 def linear_decoder(config, T):
   """The decoder's matmuls alone, each query meeting only the keys it sees; and arguments for it."""
-  D, F, N, K, H = config.D, config.F, config.N, config.K, config.H
+  mixer = config.pattern[0].mixer
+  D, F, N, K, H = config.D, config.pattern[0].feedforward.F, mixer.N, mixer.K, mixer.H
   shapes = {
     "q": (D, N, H),
     "k": (D, K, H),
@@ -80,7 +77,8 @@ def linear_decoder(config, T):
   }
 
   def loss(x_TD, blocks, head_DV):
-    for kind, w in zip(config.attention, blocks):
+    for spec, w in zip(config.pattern, blocks):
+      window = spec.mixer.window or T
       q_TKGH = jnp.einsum("td,dnh->tnh", x_TD, w["q"]).reshape(T, K, N // K, H)
       k_TKH, v_TKH = (
         jnp.einsum("td,dkh->tkh", x_TD, w["k"]),
@@ -88,14 +86,14 @@ def linear_decoder(config, T):
       )
       rows = []
       for t in range(T):
-        seen = slice(max(0, t + 1 - config.window) if kind == "window" else 0, t + 1)
+        seen = slice(max(0, t + 1 - window), t + 1)
         a_KGS = jnp.einsum("kgh,skh->kgs", q_TKGH[t], k_TKH[seen])
         rows.append(jnp.einsum("kgs,skh->kgh", a_KGS, v_TKH[seen]))
       x_TD = jnp.einsum("tnh,nhd->td", jnp.stack(rows).reshape(T, N, H), w["o"])
       x_TD = (x_TD @ w["g"] + x_TD @ w["u"]) @ w["d"]
     return jnp.sum((x_TD @ head_DV) ** 2)
 
-  blocks = [{name: jnp.ones(shape) for name, shape in shapes.items()} for _ in config.attention]
+  blocks = [{name: jnp.ones(shape) for name, shape in shapes.items()} for _ in config.pattern]
   return loss, (jnp.ones((T, D)), blocks, jnp.ones((D, config.V)))
 
 

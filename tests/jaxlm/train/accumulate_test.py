@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import DataConfig, ModelConfig, TrainConfig
+from jaxlm.config import DataConfig, TrainConfig, decoder
 from jaxlm.data.packing import Batch
 from jaxlm.objectives import Weighted
 from jaxlm.run.text import TextTask
@@ -15,7 +15,7 @@ from jaxlm.train.accumulate import accumulated_gradients, split_batch
 CONFIG = TrainConfig(
   batch=12,
   z_loss=1e-2,
-  model=ModelConfig(V=16, D=8, F=12, N=2, K=1, H=4, layers=1),
+  model=decoder(V=16, D=8, F=12, N=2, K=1, H=4, layers=1),
   data=DataConfig(length=8),
 )
 

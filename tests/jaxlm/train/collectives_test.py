@@ -11,7 +11,15 @@ from typing import NamedTuple
 import jax
 import pytest
 
-from jaxlm.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+from jaxlm.config import (
+  ComputeConfig,
+  DataConfig,
+  MeshConfig,
+  ModelConfig,
+  TrainConfig,
+  decoder,
+  revise,
+)
 from jaxlm.run.text import TextTask
 from jaxlm.train import accumulate, init_state
 
@@ -30,7 +38,8 @@ MESHES = (
 
 # Every weight matrix has a shape of its own, and none that of an activation [2, 8, 16].
 LENGTH = 8
-MODEL = ModelConfig(V=48, D=16, F=40, N=4, K=2, H=8, layers=4, scan="always")
+D, F, N, K, H = 16, 40, 4, 2, 8
+MODEL = decoder(V=48, D=D, F=F, N=N, K=K, H=H, layers=4)
 DATA, FSDP, TENSOR = MeshConfig(), MeshConfig(data=1, fsdp=8), MeshConfig(data=1, tensor=2, fsdp=4)
 
 
@@ -39,7 +48,12 @@ def config_on(mesh: MeshConfig, model: ModelConfig = MODEL) -> TrainConfig:
     8 * mesh.resolve(8)["data"] * mesh.resolve(8)["fsdp"]
   )  # 4 micro-batches of 2 rows per device
   return TrainConfig(
-    batch=batch, accumulate=4, model=model, data=DataConfig(length=LENGTH), mesh=mesh
+    batch=batch,
+    accumulate=4,
+    model=model,
+    compute=ComputeConfig(scan="always"),
+    data=DataConfig(length=LENGTH),
+    mesh=mesh,
   )
 
 
@@ -96,13 +110,9 @@ def local_shapes(config: TrainConfig) -> list[tuple[int, ...]]:
 
 def gathered_matrices(tensor: int) -> list[tuple[int, ...]]:
   """The seven matrices of a block as one device uses them, gathered over fsdp and still split over `tensor`."""
-  D, F, NH, KH = (
-    MODEL.D,
-    MODEL.F // tensor,
-    MODEL.N * MODEL.H // tensor,
-    MODEL.K * MODEL.H // tensor,
-  )
-  return sorted([(D, NH), (D, KH), (D, KH), (NH, D), (D, F), (D, F), (F, D)])
+  NH, KH, F_local = N * H // tensor, K * H // tensor, F // tensor
+  attention = [(D, NH), (D, KH), (D, KH), (NH, D)]
+  return sorted([*attention, (D, F_local), (D, F_local), (F_local, D)])
 
 
 def test_each_gradient_crosses_the_data_axis_once_and_in_no_loop(lower_step):
@@ -171,7 +181,7 @@ def test_tensor_with_sequence_parallel_norms_sends_two_gathers_and_two_reduction
   sums each output into its part of T (reduce-scatter; on CPU an all-reduce). Backward does the same the other way."""
   config = config_on(TENSOR)
   found = collectives(lower_step(config).compile().as_text())
-  activation = (2, LENGTH, MODEL.D)
+  activation = (2, LENGTH, D)
   for depth in (1, 2):
     kinds = collections.Counter(c.kind for c in found if c.depth == depth and c.shape == activation)
     outside = 1 if depth == 1 else 0  # before the head: once per micro-batch, in the outer loop
@@ -200,7 +210,7 @@ def test_on_tpu_the_gradients_of_a_block_are_reduce_scattered_where_it_makes_the
   lower_step, tpu_devices, mesh
 ):
   # smaller arrays than these the compiler does not scatter
-  config = config_on(mesh, dataclasses.replace(MODEL, D=128, F=256, H=32, V=384))
+  config = config_on(mesh, revise(MODEL, D=128, F=256, H=32, V=384))
   found = collectives(lower_step(config, tpu_devices).compile().as_text())
   blocks = collections.Counter(
     math.prod(shape[1:]) for shape in local_shapes(config) if len(shape) == 3

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlm import presets
-from jaxlm.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig, decoder, revise
 from jaxlm.run import train
 from jaxlm.run.run_folder import RunFolder, read_records
 
@@ -27,7 +27,7 @@ def curve(corpus, tmp_path):
       run=str(tmp_path / implementation),
       mesh=MeshConfig(data=1),
       data=DataConfig(source=str(corpus), length=32, layout="packed"),
-      model=dataclasses.replace(config.model, layers=1, **model),
+      model=revise(config.model, layers=1, **model),
       optimizer=dataclasses.replace(config.optimizer, warmup=2),
     )
     result = train(config)
@@ -54,7 +54,7 @@ def test_the_loss_curve_is_that_of_materialised_logits(curve, z_loss, model):
 
 def test_memory_of_a_step_has_no_logits(lower_step):
   """4 B T V bytes would be 64 MiB a copy."""
-  model = ModelConfig(V=32_768, D=16, F=16, N=2, K=1, H=8, layers=1)
+  model = decoder(V=32_768, D=16, F=16, N=2, K=1, H=8, layers=1)
   config = TrainConfig(batch=4, model=model, data=DataConfig(length=128), mesh=MeshConfig(data=1))
   sizes = {}
   for implementation in ("auto", "reference"):
@@ -72,8 +72,13 @@ def test_memory_of_a_step_has_no_logits(lower_step):
 def test_on_tpu_a_large_vocabulary_takes_the_kernel_and_reduces_the_heads_gradient_once(
   lower_step, tpu_devices, mesh
 ):
-  model = ModelConfig(V=16_384, D=128, F=128, N=2, K=2, H=64, layers=1, dtype="bfloat16")
-  model = dataclasses.replace(model, attention_implementation="reference")
-  config = TrainConfig(batch=16, accumulate=2, model=model, data=DataConfig(length=256), mesh=mesh)
+  config = TrainConfig(
+    batch=16,
+    accumulate=2,
+    model=decoder(V=16_384, D=128, F=128, N=2, K=2, H=64, layers=1),
+    compute=ComputeConfig(dtype="bfloat16", attention_implementation="reference"),
+    data=DataConfig(length=256),
+    mesh=mesh,
+  )
   text = lower_step(config, tpu_devices).compile().as_text()
   assert "linear_cross_entropy_forward" in text and "linear_cross_entropy_backward" in text

@@ -1,10 +1,14 @@
+"""Schedules by hand, decay by role, and the update rules on small trees."""
+
 import dataclasses
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import ModelConfig, OptimizerConfig, TrainConfig
+from jaxlm.config import OptimizerConfig, TrainConfig, decoder
 from jaxlm.models import Transformer
 from jaxlm.run.text import TextTask
 from jaxlm.train.optimizer import DECAYED, check_schedule, learning_rate, make_optimizer, update
@@ -14,35 +18,49 @@ STEPS = 100
 BASE = OptimizerConfig(learning_rate=1.0, warmup=10, final=0.1, decay=0.2)
 
 
-def rate(schedule: str, *steps: int, **changes) -> list[float]:
-  config = dataclasses.replace(BASE, schedule=schedule, **changes)
-  return [float(learning_rate(config, config.learning_rate, STEPS, step)) for step in steps]
+class Schedules(chex.TestCase):
+  """Learning rates at points computed by hand, compiled and not."""
 
+  def rates(self, schedule: str, *steps: int, **changes) -> list[float]:
+    config = dataclasses.replace(BASE, schedule=schedule, **changes)
+    rate = self.variant(lambda peak, length, step: learning_rate(config, peak, length, step))
+    values = [rate(config.learning_rate, STEPS, step) for step in steps]
+    chex.assert_shape(values, ())
+    chex.assert_type(values, jnp.float32)
+    return [float(value) for value in values]
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd", "linear", "constant"])
-def test_warmup_is_linear_and_its_first_step_moves(schedule):
-  """(step + 1) / 11 up to the peak at step 10."""
-  assert rate(schedule, 0, 4, 9, 10) == pytest.approx([1 / 11, 5 / 11, 10 / 11, 1], abs=1e-6)
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_warmup_is_linear_and_its_first_step_moves(self):
+    """(step + 1) / 11 up to the peak at step 10."""
+    want = pytest.approx([1 / 11, 5 / 11, 10 / 11, 1], abs=1e-6)
+    for schedule in ("cosine", "wsd", "linear", "constant"):
+      assert self.rates(schedule, 0, 4, 9, 10) == want, schedule
 
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_cosine(self):
+    """90 steps follow the warm-up: a third is cos(60 degrees) = 1/2, half-way is (1 + 0.1) / 2."""
+    want = [0.1 + 0.9 * 0.75, 0.55, 0.1, 0.1]
+    assert self.rates("cosine", 40, 55, 100, 150) == pytest.approx(want, abs=1e-6)
 
-def test_schedules_at_points_computed_by_hand():
-  # 90 steps after the warm-up: half-way is step 55; cosine there is (1 + 0.1) / 2; a third is cos(60 degrees) = 1/2
-  assert rate("cosine", 40, 55, 100, 150) == pytest.approx(
-    [0.1 + 0.9 * 0.75, 0.55, 0.1, 0.1], abs=1e-6
-  )
-  assert rate("linear", 55, 100, 150) == pytest.approx([0.55, 0.1, 0.1], abs=1e-6)
-  assert rate("constant", 55, 99, 1000) == [1, 1, 1]
-  # stable until the last 20 steps, then linear from 1 to 0.1
-  assert rate("wsd", 11, 80, 90, 100) == pytest.approx([1, 1, 0.55, 0.1], abs=1e-6)
-  assert rate("wsd", 90, 95, 100, decay=0.1, final=0.0) == pytest.approx([1, 0.5, 0], abs=1e-6)
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_linear_and_constant(self):
+    assert self.rates("linear", 55, 100, 150) == pytest.approx([0.55, 0.1, 0.1], abs=1e-6)
+    assert self.rates("constant", 55, 99, 1000) == [1, 1, 1]
 
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_warmup_stable_decay(self):
+    """Stable until the last 20 steps, then linear from 1 to 0.1."""
+    assert self.rates("wsd", 11, 80, 90, 100) == pytest.approx([1, 1, 0.55, 0.1], abs=1e-6)
+    shorter = self.rates("wsd", 90, 95, 100, decay=0.1, final=0.0)
+    assert shorter == pytest.approx([1, 0.5, 0], abs=1e-6)
 
-def test_no_warmup_starts_at_the_peak():
-  assert rate("linear", 0, 50, 100, warmup=0) == pytest.approx([1, 0.55, 0.1], abs=1e-6)
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_no_warmup_starts_at_the_peak(self):
+    assert self.rates("linear", 0, 50, 100, warmup=0) == pytest.approx([1, 0.55, 0.1], abs=1e-6)
 
-
-def test_a_decay_longer_than_what_follows_the_warmup_begins_right_after_it():
-  assert rate("wsd", 10, 55, 100, decay=1.0) == pytest.approx([1, 0.55, 0.1], abs=1e-6)
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_a_decay_longer_than_what_follows_the_warmup_begins_right_after_it(self):
+    assert self.rates("wsd", 10, 55, 100, decay=1.0) == pytest.approx([1, 0.55, 0.1], abs=1e-6)
 
 
 def test_a_warmup_that_leaves_no_step_is_refused():
@@ -52,20 +70,18 @@ def test_a_warmup_that_leaves_no_step_is_refused():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_decay_hits_the_matrices_of_blocks_and_head_alone(tied):
-  config = ModelConfig(
-    V=8, D=8, F=12, N=2, K=1, H=4, layers=2, attention=("window", "full"), tied=tied
-  )
-  params = jax.eval_shape(Transformer(config).init, jax.random.key(0), np.zeros((1, 2), np.int32))
+  config = decoder(V=8, D=8, F=12, N=2, K=1, H=4, layers=2, windows=(5, None), tied=tied)
+  params = jax.eval_shape(Transformer(config).init, jax.random.key(0))
   roles = TextTask(TrainConfig(model=config)).roles(params)
   decayed = {
     jax.tree_util.keystr(path, simple=True, separator="/")
     for path, role in jax.tree.leaves_with_path(roles)
     if role in DECAYED
   }
-  attention = {f"attention/{name}" for name in ("w_q", "w_k", "w_v", "w_o")}
-  matrices = attention | {f"mlp/{name}" for name in ("w_gate", "w_up", "w_down")}
-  want = {f"params/blocks/{stack}/{name}" for stack in "01" for name in matrices}
-  assert decayed == want | (set() if tied else {"params/head"})
+  matrices = {f"mixer/{name}/weight" for name in "qkvo"}
+  matrices |= {f"feedforward/{name}/weight" for name in ("gate", "up", "down")}
+  want = {f"stacks/0/{place}/{name}" for place in "01" for name in matrices}
+  assert decayed == want | (set() if tied else {"head/weight"})
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
@@ -125,8 +141,18 @@ def test_adafactor_clips_each_layer_of_a_stack_by_itself():
   assert np.abs(as_one - whole).max() > 0.01  # so that the test above cannot pass by chance
 
 
-def test_muon_orthogonalises_each_layers_matrix_to_its_root_mean_square():
-  """Block matrices move by muon_scale * rate in root mean square, all singular values alike; the head as adam does."""
+def newton_schulz(gradient_DF: np.ndarray) -> np.ndarray:
+  """Returns the gradient [D, F], D <= F, after the five iterations of Jordan 2024, in float64."""
+  x_DF = gradient_DF / np.linalg.norm(gradient_DF)
+  for _ in range(5):
+    product_DD = x_DF @ x_DF.T
+    step_DD = -4.7750 * product_DD + 2.0315 * product_DD @ product_DD
+    x_DF = 3.4445 * x_DF + step_DD @ x_DF
+  return x_DF
+
+
+def test_muon_orthogonalises_each_layer_and_scales_it_to_its_root_mean_square():
+  """Liu et al. 2025, equation 4: muon_scale * sqrt(max(D, F)) times the orthogonal matrix."""
   config = dataclasses.replace(
     BASE,
     name="muon",
@@ -145,10 +171,11 @@ def test_muon_orthogonalises_each_layers_matrix_to_its_root_mean_square():
   grads = jax.tree.map(lambda w: draw.normal(size=w.shape).astype(np.float32), params)
   optimizer = make_optimizer(config, roles)
   directions, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
-  for direction in np.asarray(directions["stack"]["w"]):
-    assert np.sqrt(np.mean(direction**2)) == pytest.approx(0.2, rel=0.3)
+  for direction, gradient in zip(directions["stack"]["w"], grads["stack"]["w"]):
+    want = 0.2 * np.sqrt(16) * newton_schulz(np.float64(gradient))
+    np.testing.assert_allclose(direction, want, rtol=1e-4, atol=1e-4)
     singular = np.linalg.svd(direction, compute_uv=False)
-    assert singular.max() / singular.min() < 2.5  # Newton-Schulz iterations leave 0.7 to 1.2
+    assert singular.max() / singular.min() < 2.5  # the iterations leave 0.7 to 1.2
   # adam's first step has one size, and Nesterov's factor below 2
   head_DV = np.asarray(directions["head"])
   np.testing.assert_array_equal(np.sign(head_DV), np.sign(grads["head"]))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig, decoder, revise
 from jaxlm.data.packing import Batch, join, pack
 from jaxlm.run.text import TextTask
 from jaxlm.train import init_state
@@ -25,7 +25,7 @@ SCANNED = TrainConfig(
   batch=16,
   accumulate=2,
   z_loss=1e-2,
-  model=ModelConfig(
+  model=decoder(
     V=32,
     D=16,
     F=24,
@@ -33,17 +33,16 @@ SCANNED = TrainConfig(
     K=2,
     H=4,
     layers=4,
-    attention=("window", "full"),
-    window=4,
-    scan="always",
-    remat="full",
+    windows=(4, None),
   ),
+  compute=ComputeConfig(scan="always", remat="full"),
   data=DataConfig(length=16, layout="packed"),
 )
 UNROLLED = dataclasses.replace(
   SCANNED,
   accumulate=1,
-  model=dataclasses.replace(SCANNED.model, layers=2, scan="never", remat="none", tied=True),
+  model=revise(SCANNED.model, layers=2, tied=True),
+  compute=ComputeConfig(scan="never"),
 )
 
 

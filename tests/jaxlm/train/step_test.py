@@ -6,7 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxlm.config import (
+  ComputeConfig,
+  DataConfig,
+  MeshConfig,
+  OptimizerConfig,
+  TrainConfig,
+  decoder,
+  revise,
+)
 from jaxlm.data.packing import Batch
 from jaxlm.run.text import TextTask
 from jaxlm.train import init_state, make_train_step
@@ -19,7 +27,8 @@ STEPS = 4
 BASE = TrainConfig(
   steps=20,
   batch=8,
-  model=ModelConfig(V=16, D=16, F=24, N=4, K=2, H=4, layers=2, scan="always"),
+  model=decoder(V=16, D=16, F=24, N=4, K=2, H=4, layers=2),
+  compute=ComputeConfig(scan="always"),
   data=DataConfig(length=8),
   optimizer=OptimizerConfig(learning_rate=0.02, warmup=0, eps=1e-3, clip=0.0),
 )
@@ -75,9 +84,7 @@ def global_norm(tree) -> float:
   )
 
 
-WIDE = dataclasses.replace(
-  BASE.model, D=128, F=128, N=4, K=4, H=32, layers=1
-)  # adafactor factors from 128 on
+WIDE = revise(BASE.model, D=128, F=128, N=4, K=4, H=32, layers=1)  # adafactor factors from 128 on
 RULES = {
   "adamw": BASE,
   "muon": with_optimizer(name="muon"),
@@ -164,6 +171,6 @@ def test_z_loss_enters_the_gradient_but_not_the_reported_loss():
 
 def test_another_seed_is_another_model():
   initialize = jax.jit(init_state, static_argnums=(0, 1))
-  other = initialize(dataclasses.replace(BASE, seed=1), TextTask(BASE)).params["params"]["embed"]
-  first = run(BASE).states[0].params["params"]["embed"]
+  other = initialize(dataclasses.replace(BASE, seed=1), TextTask(BASE)).params["embed"]["weight"]
+  first = run(BASE).states[0].params["embed"]["weight"]
   assert np.abs(first - other).max() > 0.1

@@ -23,7 +23,7 @@ from pallas_kernels.common.errors import UserError
     (lambda: checks.check_number("x", float("nan")), "x=nan: must be a finite number"),
     (lambda: checks.check_number("x", True), "x=True: must be a finite number"),
     (lambda: checks.check_shape("x", jnp.ones((2, 3)), (2, 4)), "x.shape=(2, 3): must be (2, 4)"),
-    (lambda: checks.check_shape("x", jnp.ones(2), (None, 2)), "x.shape=(2,): must be (*, 2)"),
+    (lambda: checks.check_shape("x", jnp.ones(2), (None, 2)), "x.shape=(2,): must be (any, 2)"),
     (
       lambda: checks.check_dtype("x", jnp.ones(2, jnp.int8), jnp.floating),
       "x.dtype='int8': must be floating",

@@ -3,21 +3,24 @@
 # N tokens, D model, V vocabulary
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.linear_cross_entropy import blocks, linear_cross_entropy
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy, terms, xla
+from pallas_kernels.linear_cross_entropy.terms import TileSize
 
 BACKENDS = ("xla", "pallas_tpu")
 N, D, V = 256, 16, 640
+TILE = 128  # rows and entries of every implementation's tiles in this file
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-  monkeypatch.setattr(blocks, "xla_tiles", lambda N, V: blocks.Blocks(min(N, 128), min(V, 128)))
-  monkeypatch.setattr(blocks, "xla_chunk", lambda N, V: blocks.Blocks(min(N, 128), min(V, 128)))
+  for name in ("two_pass_tile", "one_pass_tile"):
+    monkeypatch.setattr(xla, name, lambda N, V: TileSize(min(N, TILE), min(V, TILE)))
 
 
 @functools.cache
@@ -55,6 +58,22 @@ def gradients(implementation, reduction="none", arrays=None, **options):
   return returned, np.float64(de_ND), np.float64(dc_VD)
 
 
+def kept_fraction(threshold, arrays, sort=False, z_loss=0.0):
+  """Share of the tiles with an |entry of the gradient of a logit| from `threshold` on, in float64."""
+  e_ND, c_VD, labels_N = arrays
+  order_V = np.arange(V)
+  if sort:
+    options = terms.Options(vocabulary=V, sort=True, threshold_c=threshold)
+    inputs = terms.Inputs(*arrays, None)
+    order_V = np.asarray(terms.vocabulary_order(inputs, jnp.ones(N, bool), options))
+  x_NV = np.float64(e_ND) @ np.float64(c_VD).T
+  top_N1 = x_NV.max(axis=1, keepdims=True)
+  lse_N1 = top_N1 + np.log(np.exp(x_NV - top_N1).sum(axis=1, keepdims=True))
+  bracket_NV = np.exp(x_NV - lse_N1) * (1 + 2 * z_loss * lse_N1) - np.eye(V)[np.asarray(labels_N)]
+  tiles = np.abs(bracket_NV)[:, order_V].reshape(N // TILE, TILE, V // TILE, TILE)
+  return (tiles.max(axis=(1, 3)) >= threshold).mean()
+
+
 def error(got, want):
   return np.linalg.norm(got - want) / np.linalg.norm(want)
 
@@ -65,14 +84,12 @@ def test_filtered_gradients_are_close_and_skip_tiles(implementation, sort):
   _, exact_e, exact_c = gradients("reference")
   options = dict(filter_e="auto", filter_c="auto", sort_vocabulary=sort, return_aux=True)
   (loss_N, aux), de_ND, dc_VD = gradients(implementation, **options)
-  assert (
-    error(de_ND, exact_e) < 5e-3 and error(dc_VD, exact_c) < 2.5e-3
-  )  # the last rounding alone is 1.7e-3
-  assert loss_N.shape == (N,)
-  assert 0 < aux.kept_e <= 1 and aux.kept_e == aux.kept_c
-  if sort:
-    unsorted = gradients(implementation, **{**options, "sort_vocabulary": False})[0][1]
-    assert aux.kept_e < unsorted.kept_e
+  # the last rounding alone is 1.7e-3
+  assert error(de_ND, exact_e) < 5e-3 and error(dc_VD, exact_c) < 2.5e-3
+  chex.assert_shape(loss_N, (N,))
+  by_hand = kept_fraction(2**-12, peaked(), sort)
+  assert by_hand == (0.2 if sort else 1)  # 64 entries share one tile of five only where sorted
+  chex.assert_trees_all_close(tuple(aux), (by_hand, by_hand), rtol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
@@ -122,9 +139,12 @@ def test_aux_shows_that_equal_logits_are_dropped():
 def test_the_whole_bracket_is_tested_with_z_loss():
   """Far above 0 the z-loss makes small probabilities matter: 2 z lse p, not p, is compared with the threshold."""
   arrays = peaked(jnp.float32)
-  plain = gradients("xla", arrays=arrays, filter_c=1e-2, return_aux=True)[0][1]
-  with_z = gradients("xla", arrays=arrays, filter_c=1e-2, z_loss=1e3, return_aux=True)[0][1]
-  assert with_z.kept_c >= plain.kept_c
+  options = dict(arrays=arrays, filter_c=1e-7, sort_vocabulary=True, return_aux=True)
+  plain = gradients("xla", **options)[0][1]
+  with_z = gradients("xla", **options, z_loss=1e3)[0][1]
+  by_hand = [kept_fraction(1e-7, arrays, True), kept_fraction(1e-7, arrays, True, z_loss=1e3)]
+  assert by_hand[0] < by_hand[1]
+  chex.assert_trees_all_close([plain.kept_c, with_z.kept_c], by_hand, rtol=1e-6)
 
 
 @pytest.mark.parametrize("argument", ["filter_e", "filter_c"])

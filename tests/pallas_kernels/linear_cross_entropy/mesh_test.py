@@ -2,6 +2,7 @@
 
 # N tokens, D model, V vocabulary
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -88,13 +89,20 @@ def test_gradient_inside_shard_map():
 
 
 def test_only_rows_cross_the_network():
-  """Whatever is reduced has one number a token, or is a gradient: never N x V."""
-  mesh = jax.make_mesh((1, 8), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+  """What is reduced has one number a token, or is the gradient of E: never N x V, nor its shards."""
+  mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Explicit,))
+  specs = P(), P("tensor"), P("tensor"), P()
   with jax.set_mesh(mesh):
-    arrays = spread(mesh, inputs())
+    arrays = [jax.reshard(a, jax.NamedSharding(mesh, spec)) for a, spec in zip(inputs(), specs)]
     text = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).compile().as_text()
-  assert "all-gather" not in text and "all-to-all" not in text
-  assert "all-reduce" in text
+  shapes = {"all-reduce": set(), "all-gather": set(), "all-to-all": set(), "permute": set()}
+  for types, kind in re.findall(
+    r"= (\S+|\([^)]*\)) (all-reduce|all-gather|all-to-all|(?:collective-)?permute)\S*\(", text
+  ):
+    shapes[kind.removeprefix("collective-")].update(re.findall(r"\w+\[[\d,]*\]", types))
+  N, D = arrays[0].shape
+  assert shapes.pop("all-reduce") == {f"f32[{N}]", f"f32[{N},{D}]"}
+  assert not any(shapes.values())
 
 
 @pytest.mark.parametrize("options", [dict(), dict(reduction="none")], ids=["scalar", "per token"])

@@ -145,14 +145,13 @@ def test_gradients_of_bfloat16_before_their_last_rounding(implementation):
   # The target's entry p - 1 is rounded like the others; with many entries p is small and that is nearly exact.
   e_ND, c_VD, labels_N, bias_V = problem(150, 24, 8001, jnp.bfloat16)
   _, _, want = oracle(e_ND, c_VD, labels_N, bias_V, np.ones(150), np.zeros(150), **PLAIN)
+  inputs = terms.Inputs(e_ND, c_VD, labels_N, bias_V)
   options = terms.Options(vocabulary=8001, interpret=implementation == "pallas_tpu")
   backend = {"xla": xla, "pallas_tpu": pallas_tpu}[implementation]
-  stats = backend.statistics(e_ND, c_VD, labels_N, bias_V, options)
+  stats = backend.statistics(inputs, options)
   one_N = jnp.ones(150)
-  rows = terms.backward_rows(stats, terms.Statistics(one_N, -one_N, 0 * one_N))
-  de_ND, dc_VD, _ = jax.jit(backend.gradients, static_argnums=5)(
-    e_ND, c_VD, labels_N, bias_V, rows, options
-  )
+  factors = terms.row_factors(stats, terms.Statistics(one_N, -one_N, 0 * one_N))
+  de_ND, dc_VD, _ = jax.jit(backend.gradients, static_argnums=2)(inputs, factors, options)
   assert de_ND.dtype == dc_VD.dtype == jnp.float32
   assert relative(de_ND, want[0]) < 5e-4 and relative(dc_VD, want[1]) < 5e-4, SEED
 

@@ -1,0 +1,20 @@
+"""How a model is computed: nothing here changes what its weights mean."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+  """How a model is computed. Weights keep their own type; nothing here is saved with them."""
+
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  """compute type; norms, softmax, logits and losses are computed in float32 whatever it is"""
+  attention_implementation: Literal["auto", "reference", "blocked", "splash", "cudnn"] = "auto"
+  """auto: splash on TPU, cudnn on GPU, blocked elsewhere; a named one runs or raises"""
+  remat: Literal["none", "full", "dots", "names"] = "none"
+  """recomputed in the backward pass: nothing, all, all but matmul outputs, all but named arrays"""
+  scan: Literal["auto", "always", "never"] = "auto"
+  """run the layers by lax.scan; auto: not on CPU up to 8 layers, where a Python loop is faster"""

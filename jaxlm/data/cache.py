@@ -1,0 +1,85 @@
+"""Finds the token store of a configuration, or makes it: in memory for small text, else in a cache folder.
+
+A store in the cache is named by the digest of its source (names, sizes and times of files, or the revision on the
+Hub), tokenizer and data configuration. It is used again where all of that is the same, after its digests are verified.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxlm.config import DataConfig
+from jaxlm.data.arrays import Place
+from jaxlm.data.corpus import digest, open_source
+from jaxlm.data.store import FINISHED, TokenStore, is_store
+from jaxlm.data.tokenize import fixed_tokenizer, make_plan, tokenize, tokenize_in_memory
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.writing import TextTooLarge
+from pallas_kernels.common.errors import UserError
+
+IN_MEMORY = 1 << 26  # bytes of the largest text whose tokens are held in memory
+_log = logging.getLogger("jaxlm")
+
+
+def open_text(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenStore:
+  """Returns the store of `config.source`; `tokenizer` is by default the one that `config` asks for.
+
+  Raises UserError for what `tokenize` refuses, and for a given store that is unfinished or damaged
+  or was made with another tokenizer or split than `config` asks for.
+  """
+  folder = Path(config.source).expanduser()
+  if is_store(folder):
+    store = TokenStore.open(folder)
+    _check_given_store(store, config, tokenizer)
+    return store
+  source = open_source(config)
+  size, limit = source.expected_size, config.max_bytes
+  if size is not None and min(size, size if limit is None else limit) <= IN_MEMORY:
+    try:
+      return tokenize_in_memory(config, source, tokenizer or fixed_tokenizer(config), IN_MEMORY)
+    except TextTooLarge:  # it was compressed
+      pass
+  folder = _cache_folder(config, make_plan(config, source, fixed_tokenizer(config)))
+  if tokenizer is not None and not _has_tokenizer(folder, tokenizer):
+    folder = _cache_folder(config, make_plan(config, source, tokenizer))
+    return tokenize(config, folder, tokenizer, source=source, report=_log.warning)
+  return tokenize(config, folder, source=source, report=_log.warning)
+
+
+def cache_root(config: DataConfig) -> Path:
+  """Returns the folder that holds the stores of large text."""
+  if config.cache:
+    return Path(config.cache).expanduser()
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm"
+
+
+def _cache_folder(config: DataConfig, plan: dict[str, Any]) -> Path:
+  return cache_root(config) / digest(plan)
+
+
+def _has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
+  """Returns whether a store has tokens of this tokenizer: one that was trained for it, say."""
+  if not (folder / FINISHED).is_file():
+    return False
+  return TokenStore.open(Place(folder)).tokenizer.digest == tokenizer.digest
+
+
+def _check_given_store(store: TokenStore, config: DataConfig, tokenizer: Tokenizer | None) -> None:
+  tokenizer = tokenizer or fixed_tokenizer(config)
+  if tokenizer is None:  # bpe:SIZE
+    asked, got = config.tokenizer, store.meta["plan"]["tokenizer"]
+  else:
+    asked, got = tokenizer.digest, store.tokenizer.digest
+  if asked != got:
+    rule = f"the store {store.place} was made with another tokenizer"
+    flag = "bytes" if store.tokenizer.digest == "bytes" else f"{store.place}/tokenizer.json"
+    raise UserError(f"data.tokenizer={config.tokenizer!r}: {rule}; use --data.tokenizer {flag}")
+  defaults = {field.name: field.default for field in dataclasses.fields(DataConfig)}
+  for name in ("holdout", "text_field", "max_bytes", "invalid_utf8"):
+    value, stored = getattr(config, name), store.meta["plan"][name]
+    if value not in (stored, defaults[name]):
+      raise UserError(f"data.{name}={value!r}: the store {store.place} was made with {stored!r}")

@@ -1,0 +1,292 @@
+"""Attention by blocks of queries in plain products, with a backward pass of its own.
+
+Every block meets only the keys that it can see: for queries in order, half of the square. On CPU
+and up to `KEPT_LENGTH` positions the backward pass reads the exponentials that the forward pass
+kept. Elsewhere blocks run one after another and are computed again: memory is linear in T.
+
+XLA on CPU is slow in the products that automatic differentiation asks for (the transpose of a
+[R, S] array times a narrow one) and in the sums over U that softmax's gradient takes. Here the
+gradients of keys and values come out transposed, [H, S], and are turned round once; the division
+by softmax's sum is done on the narrow side of a product, and the mean that its gradient subtracts
+is sum_U do o (Dao et al. 2022, arXiv 2205.14135, appendix B.4).
+"""
+
+# B batch, T query positions, S key positions, N query heads, K key heads, G = N / K,
+# H width of queries and keys, U width of values, C queries of a block, R = G * C rows of a product
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention.mask import Options, Tokens, soft_cap, visible, with_positions
+from pallas_kernels.common.shards import zeros_varying_like
+
+MASKED = -1e30  # finite, so that a row that sees no key gives no NaN
+UNSEEN = MASKED / 2  # the least maximum of a row, below which exp(MASKED - maximum) is still 0
+KEPT_LENGTH = 4096  # on CPU; computing again takes about 1.3 times as long
+LOOPED_LENGTH = 1024
+BANDS = 8  # parts of T with their own range of keys: at most 1 / BANDS of the products are masked
+BLOCK_BYTES = 2**27  # of one block's logits in float32, over all rows and heads
+
+
+class Band(NamedTuple):
+  """Queries [start, stop), C at a time, and the keys [first, last) that they see."""
+
+  start: int
+  stop: int
+  C: int
+  first: int
+  last: int
+
+
+class Softmax(NamedTuple):
+  """What the backward pass needs of a block's softmax: probabilities are exponentials / mass."""
+
+  exponentials_BKRS: jax.Array
+  mass_BKR1: jax.Array
+  slope_BKRS: jax.Array | None  # of the soft cap, if there is one
+
+
+class Plan(NamedTuple):
+  """How `_attend` divides the work; hashable."""
+
+  bands: tuple[Band, ...]
+  keeps: bool  # whether the backward pass reads what the forward pass kept
+  options: Options
+
+
+def attend(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKU: jax.Array,
+  tokens: Tokens,
+  options: Options,
+  *,
+  keeps: bool,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the output [B, T, N, U] and the logsumexp of the logits [B, T, N].
+
+  `keeps`: the backward pass may read kept exponentials, up to `KEPT_LENGTH` positions. Has
+  reverse-mode gradients only.
+  """
+  B, T, N, H = q_BTNH.shape
+  S, K, U = v_BSKU.shape[1:]
+  keeps = keeps and max(T, S) <= KEPT_LENGTH
+  causal = options.causal and tokens.in_order and T <= S
+  if keeps:
+    bands = _unrolled_bands(T, S, H, causal, options.window)
+  else:
+    bands = _looped_bands(T, S, B * N, causal, options.window)
+  q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  o_BKGTU, lse_BKGT1 = _attend(
+    q_BKGTH,
+    k_BSKH.swapaxes(1, 2),
+    v_BSKU.swapaxes(1, 2),
+    with_positions(tokens, T, S),
+    Plan(bands, keeps, options),
+  )
+  o_BTNU = o_BKGTU.transpose(0, 3, 1, 2, 4).reshape(B, T, N, U)
+  return o_BTNU, lse_BKGT1.reshape(B, N, T).swapaxes(1, 2)
+
+
+def _unrolled_bands(T: int, S: int, H: int, causal: bool, window: int | None) -> tuple[Band, ...]:
+  """Returns bands of one block each, at most about 16 of them."""
+  least = 64 if H < 64 else 128  # wide heads gain more from large products than masked entries cost
+  C = max(least, -(-T // 16 // 64) * 64)
+  return tuple(
+    _band(start, min(start + C, T), C, S - T, S, causal, window) for start in range(0, T, C)
+  )
+
+
+def _looped_bands(T: int, S: int, heads: int, causal: bool, window: int | None) -> tuple[Band, ...]:
+  """Returns at most `BANDS` bands of equal blocks, and one of the queries that are left.
+
+  `heads` counts the heads of all rows of the batch.
+  """
+  # two blocks and more of a long band make a loop: XLA cannot find that the backward pass computes
+  # the forward pass's exponentials again, and keep these
+  most = T // (2 * BANDS) if T > LOOPED_LENGTH else T
+  C = min(most, 512, max(16, BLOCK_BYTES // (4 * heads * S) // 16 * 16))
+  whole = T // C * C
+  per_band = -(-whole // C // (BANDS if causal else 1)) * C
+  starts = [*range(0, whole, per_band), *([whole] if whole < T else [])]
+  return tuple(
+    _band(start, stop, C, S - T, S, causal, window) for start, stop in zip(starts, [*starts[1:], T])
+  )
+
+
+def _band(
+  start: int, stop: int, C: int, ahead: int, S: int, causal: bool, window: int | None
+) -> Band:
+  """Returns the band with the keys that queries in order see, or with all S of them."""
+  C = min(C, stop - start)
+  if not causal:
+    return Band(start, stop, C, 0, S)
+  first = 0 if window is None else max(0, start + ahead - window + 1)
+  return Band(start, stop, C, first, stop + ahead)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q_BKGTH, k_BKSH, v_BKSU, tokens: Tokens, plan: Plan) -> tuple[jax.Array, jax.Array]:
+  return _forward(q_BKGTH, k_BKSH, v_BKSU, tokens, plan)[0]
+
+
+def _forward(q_BKGTH, k_BKSH, v_BKSU, tokens: Tokens, plan: Plan):
+  # written once: fused into every block's slice, what came before would be computed again in each
+  q_BKGTH, k_BKSH, v_BKSU = jax.lax.optimization_barrier((q_BKGTH, k_BKSH, v_BKSU))
+  B, K, G = q_BKGTH.shape[:3]
+
+  def block(start: jax.Array | int, band: Band) -> tuple[tuple[jax.Array, jax.Array], Softmax]:
+    softmax, max_BKR1 = _softmax(q_BKGTH, k_BKSH, tokens, start, band, plan.options)
+    e_BKRS = softmax.exponentials_BKRS.astype(v_BKSU.dtype)
+    v_BKSU_ = v_BKSU[:, :, band.first : band.last]
+    o_BKRU = _dot("bkrs,bksu->bkru", e_BKRS, v_BKSU_) / softmax.mass_BKR1
+    lse_BKR1 = max_BKR1 + jnp.log(softmax.mass_BKR1)
+    lse_BKR1 = jnp.where(max_BKR1 == UNSEEN, -jnp.inf, lse_BKR1)
+    o_BKGCU, lse_BKGC1 = (x.reshape(B, K, G, band.C, -1) for x in (o_BKRU, lse_BKR1))
+    return (o_BKGCU.astype(v_BKSU.dtype), lse_BKGC1), softmax
+
+  kept: tuple[Softmax, ...] = ()
+  if plan.keeps:
+    rows, kept = zip(*(block(band.start, band) for band in plan.bands))
+  else:
+    rows = tuple(_run_blocks(lambda *at: (block(*at)[0], ()), band)[0] for band in plan.bands)
+  o_BKGTU, lse_BKGT1 = (jnp.concatenate(parts, axis=3) for parts in zip(*rows))
+  blind_BKGT1 = jnp.isneginf(lse_BKGT1)
+  return (o_BKGTU, lse_BKGT1), (q_BKGTH, k_BKSH, v_BKSU, tokens, o_BKGTU, blind_BKGT1, kept)
+
+
+def _backward(plan: Plan, residuals, cotangents):
+  q_BKGTH, k_BKSH, v_BKSU, tokens, o_BKGTU, blind_BKGT1, kept = residuals
+  do_BKGTU, dlse_BKGT1 = cotangents
+  B, K, G, T, U = o_BKGTU.shape
+  dtype, scale = q_BKGTH.dtype, plan.options.scale
+  do_BKGTU = jax.lax.optimization_barrier(do_BKGTU.astype(dlse_BKGT1.dtype))
+  product_BKGTU = do_BKGTU * o_BKGTU.astype(do_BKGTU.dtype)
+  # four axes, because XLA on CPU takes 15 times as long for the same sum over the last of five
+  mean_BKGT1 = jnp.sum(product_BKGTU.reshape(B, K * G, T, U), axis=-1).reshape(B, K, G, T, 1)
+  mean_BKGT1 = mean_BKGT1 - jnp.where(blind_BKGT1, 0, dlse_BKGT1)
+
+  def block(start: jax.Array | int, band: Band, softmax: Softmax):
+    e_BKRS, mass_BKR1, slope_BKRS = softmax
+    k_BKSH_, v_BKSU_ = (x[:, :, band.first : band.last] for x in (k_BKSH, v_BKSU))
+    mean_BKR1 = _rows(mean_BKGT1, start, band.C) / mass_BKR1
+    do_BKRU = (_rows(do_BKGTU, start, band.C) / mass_BKR1).astype(dtype)
+    da_BKRS = e_BKRS * (_dot("bkru,bksu->bkrs", do_BKRU, v_BKSU_) - mean_BKR1)
+    da_BKRS = (da_BKRS if slope_BKRS is None else da_BKRS * slope_BKRS).astype(dtype)
+    dq_BKRH = scale * _dot("bkrs,bksh->bkrh", da_BKRS, k_BKSH_)
+    dk_BKHS = scale * _dot("bkrh,bkrs->bkhs", _rows(q_BKGTH, start, band.C), da_BKRS)
+    dv_BKUS = _dot("bkru,bkrs->bkus", do_BKRU, e_BKRS.astype(dtype))
+    return dq_BKRH.astype(dtype).reshape(B, K, G, band.C, -1), (dk_BKHS, dv_BKUS)
+
+  def block_again(start: jax.Array | int, band: Band):
+    return block(start, band, _softmax(q_BKGTH, k_BKSH, tokens, start, band, plan.options)[0])
+
+  if plan.keeps:
+    parts = [block(band.start, band, softmax) for band, softmax in zip(plan.bands, kept)]
+  else:
+    like = (q_BKGTH, k_BKSH, v_BKSU, do_BKGTU)
+    parts = [_run_blocks(block_again, band, like) for band in plan.bands]
+  dqs, sums = zip(*parts)
+  dk_BKSH, dv_BKSU = (_sum_by_key(parts, plan.bands).astype(dtype) for parts in zip(*sums))
+  return jnp.concatenate(dqs, axis=3), dk_BKSH, dv_BKSU, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _softmax(
+  q_BKGTH: jax.Array,
+  k_BKSH: jax.Array,
+  tokens: Tokens,
+  start: jax.Array | int,
+  band: Band,
+  options: Options,
+) -> tuple[Softmax, jax.Array]:
+  """Returns the softmax of one block's logits, and their maxima [B, K, R, 1]."""
+  G = q_BKGTH.shape[2]
+  k_BKSH = k_BKSH[:, :, band.first : band.last]
+  a_BKRS = options.scale * _dot("bkrh,bksh->bkrs", _rows(q_BKGTH, start, band.C), k_BKSH)
+  a_BKRS = bent_BKRS = soft_cap(a_BKRS, options.cap)
+  mask_BCS = visible(_tokens_of(tokens, start, band), options)
+  if mask_BCS is not None:
+    a_BKRS = jnp.where(jnp.tile(mask_BCS, (1, G, 1))[:, None], a_BKRS, MASKED)
+  max_BKR1 = jnp.maximum(jnp.max(a_BKRS, axis=-1, keepdims=True), UNSEEN)
+  e_BKRS = jnp.exp(a_BKRS - max_BKR1)
+  mass_BKR1 = jnp.sum(e_BKRS, axis=-1, keepdims=True)
+  mass_BKR1 = jnp.where(mass_BKR1 == 0, 1, mass_BKR1)
+  slope_BKRS = None if options.cap is None else 1 - jnp.square(bent_BKRS / options.cap)
+  return Softmax(e_BKRS, mass_BKR1, slope_BKRS), max_BKR1
+
+
+def _tokens_of(tokens: Tokens, start: jax.Array | int, band: Band) -> Tokens:
+  """Returns the block's tokens: C queries, and the band's keys."""
+
+  def rows(x_BT: jax.Array | None) -> jax.Array | None:
+    return None if x_BT is None else jax.lax.dynamic_slice_in_dim(x_BT, start, band.C, axis=1)
+
+  def keys(x_BS: jax.Array | None) -> jax.Array | None:
+    return None if x_BS is None else x_BS[:, band.first : band.last]
+
+  q_positions, k_positions, q_segments, k_segments = tokens
+  return Tokens(rows(q_positions), keys(k_positions), rows(q_segments), keys(k_segments))
+
+
+def _rows(x_BKGTZ: jax.Array, start: jax.Array | int, C: int) -> jax.Array:
+  """Returns C queries; a group's G heads are stacked into the rows of one product: [B, K, R, Z]."""
+  B, K, _, _, Z = x_BKGTZ.shape
+  return jax.lax.dynamic_slice_in_dim(x_BKGTZ, start, C, axis=3).reshape(B, K, -1, Z)
+
+
+def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  return jnp.einsum(spec, x, y, preferred_element_type=dtype, precision=jax.lax.Precision.HIGHEST)
+
+
+def _run_blocks(
+  block: Callable[[Any, Band], tuple[Any, Any]], band: Band, like: Any = ()
+) -> tuple[Any, Any]:
+  """Runs a band's blocks one after another, concatenates their first results, sums the others.
+
+  `block(start, band)` returns a tree of arrays [B, K, G, C, Z], and one of arrays to be summed.
+  The sums vary over the same mesh axes as the arrays `like`.
+  """
+  if band.C == band.stop - band.start:
+    return block(band.start, band)
+  starts = jnp.arange(band.start, band.stop, band.C)
+  shapes = jax.eval_shape(lambda start: block(start, band)[1], starts[0])
+  zeros = jax.tree.map(lambda x: zeros_varying_like(x.shape, x.dtype, like), shapes)
+
+  def step(sums: Any, start: jax.Array) -> tuple[Any, Any]:
+    rows, shares = block(start, band)
+    return jax.tree.map(jnp.add, sums, shares), rows
+
+  sums, rows = jax.lax.scan(step, zeros, starts)
+  return jax.tree.map(_merge_blocks, rows), sums
+
+
+def _merge_blocks(x: jax.Array) -> jax.Array:
+  """[blocks, B, K, G, C, Z] -> [B, K, G, blocks * C, Z]."""
+  blocks, B, K, G, C, Z = x.shape
+  return x.transpose(1, 2, 3, 0, 4, 5).reshape(B, K, G, blocks * C, Z)
+
+
+def _sum_by_key(parts: tuple[jax.Array, ...], bands: tuple[Band, ...]) -> jax.Array:
+  """One [B, K, Z, keys] per band -> their sum over the bands [B, K, S, Z]."""
+  total_BKZS, first, finished = parts[-1], bands[-1].first, []
+  for part_BKZS, band in zip(parts[-2::-1], bands[-2::-1]):
+    finished.append(total_BKZS[..., band.last - first :])  # earlier queries see no later key
+    shared_BKZS = total_BKZS[..., : band.last - first]
+    total_BKZS = part_BKZS + _pad_keys(shared_BKZS, first - band.first)
+    first = band.first
+  total_BKZS = jnp.concatenate([_pad_keys(total_BKZS, first), *finished[::-1]], axis=3)
+  return total_BKZS.swapaxes(2, 3)
+
+
+def _pad_keys(x_BKZS: jax.Array, keys: int) -> jax.Array:
+  """Puts zeros before the first key."""
+  return jnp.pad(x_BKZS, ((0, 0), (0, 0), (0, 0), (keys, 0)))
