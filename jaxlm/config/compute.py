@@ -12,8 +12,8 @@ class ComputeConfig:
 
   dtype: Literal["float32", "bfloat16"] = "float32"
   """compute type; norms, softmax, logits and losses are computed in float32 whatever it is"""
-  attention_implementation: Literal["auto", "reference", "blocked", "splash", "cudnn"] = "auto"
-  """auto: splash on TPU, cudnn on GPU, blocked elsewhere; a named one runs or raises"""
+  attention_implementation: Literal["auto", "reference", "xla", "splash", "cudnn"] = "auto"
+  """auto: splash on TPU and cudnn on GPU where they can, else xla; a named one runs or raises"""
   remat: Literal["none", "full", "dots", "names"] = "none"
   """recomputed in the backward pass: nothing, all, all but matmul outputs, all but named arrays"""
   scan: Literal["auto", "always", "never"] = "auto"

@@ -20,7 +20,8 @@ import tensorstore as ts
 from pallas_kernels.common.errors import UserError
 
 CHUNK = 1 << 14  # elements that are read at once
-CACHE = 1 << 26  # bytes of chunks that a process keeps of one store
+CACHE = 1 << 26  # bytes of chunks that a process keeps of one store that it reads
+SYNC = True  # a file is on disk when its write returns
 DIGEST_BLOCK = 1 << 16  # elements of one link of a digest
 READ_BLOCK = 1 << 20  # elements that are held while a whole array is read
 CHECKSUM = 4  # bytes of CRC-32C behind every chunk and every index of a shard
@@ -32,10 +33,8 @@ class Place:
   """Where a store is: a local folder, or the memory of this process."""
 
   folder: Path | None = None
-  context: ts.Context = dataclasses.field(
-    default_factory=lambda: ts.Context({"cache_pool": {"total_bytes_limit": CACHE}}),
-    compare=False,
-  )
+  cache: int = dataclasses.field(default=0, compare=False)
+  """Bytes of chunks that are kept for reading again."""
 
   def __str__(self) -> str:
     return "memory" if self.folder is None else str(self.folder)
@@ -44,6 +43,11 @@ class Place:
     if self.folder is None:
       return {"driver": "memory", "path": prefix}
     return {"driver": "file", "path": f"{self.folder.absolute()}/{prefix}"}
+
+  @functools.cached_property
+  def context(self) -> ts.Context:
+    """The cache of the store, and its memory where it is held there."""
+    return ts.Context({"cache_pool": {"total_bytes_limit": self.cache}, "file_io_sync": SYNC})
 
   @functools.cached_property
   def files(self) -> ts.KvStore:

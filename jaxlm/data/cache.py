@@ -33,7 +33,7 @@ def open_text(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenSt
   """
   folder = Path(config.source).expanduser()
   if is_store(folder):
-    store = TokenStore.open(folder)
+    store = TokenStore.open(Place(folder))
     _check_given_store(store, config, tokenizer)
     return store
   source = open_source(config)

@@ -110,7 +110,8 @@ class FileSource:
         yield from self._valid_pieces(reader, name)
       else:
         yield from reader.read(self.root / name, name)
-      reader.next_file()
+      if not reader.position.full:
+        reader.next_file()
 
   def _valid_pieces(self, reader: Reader, name: str) -> list[Piece]:
     before = reader.position

@@ -94,7 +94,7 @@ class Reader:
 
   def document(self, name: str, blocks: Iterable[bytes], where: str) -> Iterator[Piece]:
     """Yields the pieces of the document that goes on with these blocks, and moves to the next record."""
-    for raw, last in cut(blocks):
+    for raw, last in cut(blocks, PIECE):
       start, size = self.position.offset, self.position.size
       limit = len(raw) if self.config.max_bytes is None else self.config.max_bytes - size
       full = len(raw) > limit
@@ -201,7 +201,7 @@ class Reader:
       raise UserError(f"{path}: damaged parquet: {error}") from error
 
 
-def cut(blocks: Iterable[bytes], size: int = PIECE) -> Iterator[tuple[bytes, bool]]:
+def cut(blocks: Iterable[bytes], size: int) -> Iterator[tuple[bytes, bool]]:
   """Yields the joined blocks as pieces of at most `size` bytes, at least one; True with the last.
 
   A piece ends before a line break that follows a letter or digit of ASCII: there a byte-level BPE

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from jaxlm.data.arrays import ArrayWriter, Place, digest_array, missing_shards, read_blocks
+from jaxlm.data.arrays import CACHE, ArrayWriter, Place, digest_array, missing_shards, read_blocks
 from jaxlm.data.corpus import digest
 from jaxlm.data.split import SIDES, Side
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
@@ -62,12 +62,13 @@ class TokenStore:
   heldout: StoredSide
 
   @classmethod
-  def open(cls, place: Place | Path) -> TokenStore:
+  def open(cls, place: Place) -> TokenStore:
     """Opens a store and checks that it is finished and that no part of it is missing or cut short.
 
     Raises UserError that names the store and the part.
     """
-    place = place if isinstance(place, Place) else Place(place)
+    if place.folder is not None:
+      place = dataclasses.replace(place, cache=CACHE)
     meta = read_finished(place)
     tokenizer = _tokenizer(place, meta)
     sides = {side: _open_side(place, meta, side) for side in SIDES}

@@ -1,8 +1,7 @@
 """Grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245) with rotary embedding."""
 
-# B batch, T query positions, S key positions, D model, N query heads, K key heads, H head width, R = H / 2
+# B batch, T query positions, S key positions, D model, N query heads, K key heads, H head width
 
-import logging
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,19 +10,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import AttentionConfig, ComputeConfig, ModelConfig
-from jaxlm.models import dense_attention
-from jaxlm.models.blocked_attention import blocked
 from jaxlm.models.linear import Linear, Roles, declare_parts
 from jaxlm.models.norms import RMSNorm
 from jaxlm.models.rope import apply_rope, rope_tables
+from pallas_kernels.attention import attention
 from sharding.rules import all_gather, is_sharded, spec
-
-_DENSE = {
-  "reference": dense_attention.reference,
-  "blocked": blocked,
-  "splash": dense_attention.splash,
-  "cudnn": dense_attention.cudnn,
-}
 
 
 class KVCache(NamedTuple):
@@ -42,48 +33,6 @@ class Context(NamedTuple):
   positions_BT: jax.Array  # int32; [1, T] when all rows count alike
   length: jax.Array | int  # sequence length so far, for dynamic rotary scaling
   segment_ids_BT: jax.Array | None = None
-
-
-def dense(
-  q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None, window=None, cap=None, implementation="auto"
-) -> jax.Array:
-  """Causal self-attention by the platform's best implementation or the named one; shapes as in `dense_attention`.
-
-  On a mesh every device attends its own rows and heads, without communication.
-  """
-  attend = _DENSE[_choose(implementation, q_BTNH.dtype, cap)]
-  if not is_sharded():
-    return attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window, cap)
-  q_spec, k_spec = (spec(x.shape, "batch", "length", "act_heads", None) for x in (q_BTNH, k_BTKH))
-  segment_spec = None if segment_ids_BT is None else spec(segment_ids_BT.shape, "batch", "length")
-  local = jax.shard_map(
-    lambda q, k, v, segments: attend(q, k, v, segments, window, cap),
-    in_specs=(q_spec, k_spec, k_spec, segment_spec),
-    out_specs=q_spec,
-    check_vma=False,  # the fused kernels do not state how their outputs vary over the mesh
-  )
-  return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-
-
-def _choose(implementation: str, dtype: jnp.dtype, cap: float | None) -> str:
-  if implementation != "auto":
-    return implementation
-  platform = jax.default_backend()
-  gpu = "cudnn" if dtype == jnp.bfloat16 and cap is None else "blocked"
-  chosen = {"tpu": "splash", "gpu": gpu}.get(platform, "blocked")
-  _announce(
-    f"dense attention on {platform} in {dtype}{'' if cap is None else ', capped'}: {chosen}"
-  )
-  return chosen
-
-
-_announced: set[str] = set()
-
-
-def _announce(line: str) -> None:
-  if line not in _announced:
-    _announced.add(line)
-    logging.getLogger("jaxlm").info(line)
 
 
 class Attention(nn.Module):
@@ -134,19 +83,19 @@ class Attention(nn.Module):
     v_BTKH = _split_heads(self.v(x_BTD), c.H)
     if c.qk_norm:
       q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-    if c.query_width is not None:
-      q_BTNH = q_BTNH * (c.H / c.query_width) ** 0.5  # attention itself divides by the root of H
     tables = rope_tables(c.rope, context.positions_BT, c.H, context.length)
     q_BTNH = apply_rope(q_BTNH, *tables)
     if cache is None:
-      o_BTNH = dense(
+      name = self.compute.attention_implementation
+      o_BTNH = attention(
         q_BTNH,
         apply_rope(k_BTKH, *tables),
         v_BTKH,
-        segment_ids_BT=context.segment_ids_BT,
+        q_segment_ids_BT=context.segment_ids_BT,
         window=c.window,
         cap=c.cap,
-        implementation=self.compute.attention_implementation,
+        scale=_scale(c),
+        implementation=None if name == "auto" else name,
       )
     else:
       cache, o_BTNH = _attend_cached(q_BTNH, k_BTKH, v_BTKH, cache, context, c)
@@ -155,6 +104,10 @@ class Attention(nn.Module):
 
 
 _HEADS = ("batch", "length", "act_heads")
+
+
+def _scale(c: AttentionConfig) -> float:
+  return (c.H if c.query_width is None else c.query_width) ** -0.5
 
 
 def _split_heads(x_BTZ: jax.Array, H: int) -> jax.Array:
@@ -175,7 +128,10 @@ def _attend_cached(
   context: Context,
   c: AttentionConfig,
 ) -> tuple[KVCache, jax.Array]:
-  """Writes T positions into the cache and attends to all positions up to each query's own."""
+  """Writes T positions into the cache and attends to all positions up to each query's own.
+
+  Takes the platform's implementation for this shape, whatever the one that training names.
+  """
   S = cache.k_BSKH.shape[1]
   # dynamic frequencies change with the length, so these keys are rotated when they are read
   rotate_on_read = c.rope.scaling == "dynamic"
@@ -184,10 +140,17 @@ def _attend_cached(
   rows_B1 = jnp.arange(q_BTNH.shape[0])[:, None]
   k_BSKH = cache.k_BSKH.at[rows_B1, context.positions_BT].set(k_BTKH.astype(cache.k_BSKH.dtype))
   v_BSKH = cache.v_BSKH.at[rows_B1, context.positions_BT].set(v_BTKH.astype(cache.v_BSKH.dtype))
-  s_BS = jnp.arange(S)[None]
   keys_BSKH = k_BSKH
   if rotate_on_read:
+    s_BS = jnp.arange(S)[None]
     keys_BSKH = apply_rope(k_BSKH, *rope_tables(c.rope, s_BS, c.H, context.length))
-  mask_BTS = dense_attention.causal_mask(context.positions_BT, s_BS, c.window)
-  o_BTNH = dense_attention.attend(q_BTNH, keys_BSKH, v_BSKH, mask_BTS, c.cap)
+  o_BTNH = attention(
+    q_BTNH,
+    keys_BSKH,
+    v_BSKH,
+    q_positions_BT=context.positions_BT,
+    window=c.window,
+    cap=c.cap,
+    scale=_scale(c),
+  )
   return KVCache(k_BSKH, v_BSKH), o_BTNH

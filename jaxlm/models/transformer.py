@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jaxlm.config import ComputeConfig, ModelConfig
 from jaxlm.models.attention import Context
 from jaxlm.models.block import MIXERS, Block
-from jaxlm.models.dense_attention import soft_cap
 from jaxlm.models.embedding import Embedding
 from jaxlm.models.head import Head
 from jaxlm.models.linear import Linear, Roles
 from jaxlm.models.norms import RMSNorm
+from pallas_kernels.attention.mask import soft_cap
 from pallas_kernels.common.platform import platform
 from sharding.rules import all_gather
 

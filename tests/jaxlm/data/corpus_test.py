@@ -340,15 +340,23 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, name, module, 
     read(name if name.startswith("hf:") else tmp_path / name)
 
 
+class Records(list):
+  """Has the one method of a streamed dataset that is used besides iteration."""
+
+  def skip(self, count):
+    return Records(self[count:])
+
+
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
   """Stands in for the two libraries; the network is not ours to test."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
   def load_dataset(name, *, split, streaming, revision):
     assert (name, streaming, revision) == ("owner/set", True, "abc123")
     if split != "validation":
       raise ValueError(f"Bad split: {split}")
-    return iter([{"body": f"record {i}"} for i in range(20)])
+    return Records({"body": f"record {i}"} for i in range(20))
 
   api = types.SimpleNamespace(dataset_info=lambda name: types.SimpleNamespace(sha="abc123"))
   monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
@@ -363,6 +371,14 @@ def test_hub_documents(hub):
   )
   assert "revision abc123" in corpus.report
   assert len(everything(read("hf:owner/set:validation", text_field="body", max_bytes=20))) == 3
+
+
+def test_hub_reading_goes_on_from_every_position(hub):
+  config = DataConfig(source="hf:owner/set:validation", text_field="body")
+  source = open_source(config)
+  pieces = list(source.pieces(Reader(config)))
+  for index, piece in enumerate(pieces):
+    assert list(source.pieces(Reader(config, piece.after))) == pieces[index + 1 :]
 
 
 def test_hub_errors(hub):

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import grain
 import numpy as np
@@ -8,11 +9,15 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxlm.config import DataConfig
+from jaxlm.data import arrays
+from jaxlm.data import store as module
 from jaxlm.data.arrays import read_blocks
 from jaxlm.data.baselines import baselines
 from jaxlm.data.loader import heldout_batches, load_text, train_loader
 from jaxlm.data.split import place_of
+from jaxlm.data.tokenize import tokenize
 from jaxlm.data.tokenizer import ByteTokenizer
+from pallas_kernels.common.errors import UserError
 
 LENGTH, BATCH = 16, 8
 
@@ -26,9 +31,24 @@ def folder(tmp_path_factory):
   return folder
 
 
-@pytest.fixture(scope="module", params=["windows", "packed"])
-def text(request, folder):
-  return load_text(DataConfig(source=str(folder), length=LENGTH, layout=request.param, holdout=0.2))
+@pytest.fixture(scope="module")
+def store(folder, tmp_path_factory):
+  """The same text on disk, in shards of many chunks."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(arrays, "CHUNK", 64)
+    patch.setattr(module, "SHARD", 1024)
+    at = tmp_path_factory.mktemp("stores") / "store"
+    tokenize(DataConfig(source=str(folder), holdout=0.2), at)
+    assert (at / "train/tokens/c/3").exists()
+    return at
+
+
+@pytest.fixture(scope="module", params=["windows", "packed", "windows of a store", "packed store"])
+def text(request, folder, store):
+  config = DataConfig(source=str(folder), length=LENGTH, holdout=0.2)
+  if "store" in request.param:
+    config = DataConfig(source=str(store), length=LENGTH)
+  return load_text(dataclasses.replace(config, layout=request.param.split()[0]))
 
 
 def take(iterator, count):
@@ -174,6 +194,29 @@ def test_bits_per_byte_of_a_known_model(text):
   ends = heldout.documents * nats[0] / math.log(2) / heldout.size
   expected = baselines(text.store)["byte frequencies"] + ends
   assert text.bits_per_byte(total / tokens) == pytest.approx(expected)
+
+
+def test_a_store_gives_the_batches_of_the_text_in_it(folder, store):
+  for layout in ("windows", "packed"):
+    texts = [
+      load_text(DataConfig(source=str(source), length=LENGTH, layout=layout, holdout=0.2))
+      for source in (folder, store)
+    ]
+    assert texts[0].digests == texts[1].digests
+    batches = [take(train_loader(text, batch=BATCH, seed=5), 9) for text in texts]
+    for field in range(5 if layout == "packed" else 3):
+      for a, b in zip(*batches, strict=True):
+        np.testing.assert_array_equal(a[field], b[field])
+
+
+def test_damage_is_an_error_of_the_iterator(store, tmp_path):
+  at = shutil.copytree(store, tmp_path / "store")
+  content = bytearray((at / "train/tokens/c/1").read_bytes())
+  content[9] ^= 1
+  (at / "train/tokens/c/1").write_bytes(content)
+  iterator = train_loader(load_text(DataConfig(source=str(at), length=LENGTH)), batch=64, seed=0)
+  with pytest.raises(UserError, match="damaged token store: .*train/tokens/c/1"):
+    take(iterator, 20)
 
 
 def test_layouts_score_the_same_heldout_tokens(folder):

@@ -10,8 +10,6 @@ import pytest
 
 from jaxlm.config import AttentionConfig, ComputeConfig, ModelConfig, decoder
 from jaxlm.models import Transformer, roles
-from jaxlm.models.attention import dense
-from jaxlm.models.dense_attention import splash
 from jaxlm.objectives import next_token_loss
 from jaxlm.train.accumulate import accumulated_gradients
 from sharding import MeshConfig, make_mesh
@@ -155,57 +153,6 @@ def test_fresh_norms_multiply_by_one_and_fresh_biases_add_nothing(offset):
   leaves = list(zip(jax.tree.leaves(roles(config)), map(np.asarray, jax.tree.leaves(fresh))))
   found = {role: {w.item() for r, leaf in leaves if r == role for w in leaf.flat} for role in ROLES}
   assert found == {"norm": {1 - offset}, "bias": {0}}
-
-
-@pytest.mark.parametrize("implementation", ["blocked", "reference"])
-def test_soft_cap_with_window_and_segments_blocked_as_reference(implementation):
-  draw = np.random.default_rng(2)
-  q_BTNH, k_BTKH, v_BTKH = (
-    3 * draw.normal(size=(2, 70, heads, 8)).astype(np.float32) for heads in (4, 2, 2)
-  )
-  segments_BT = np.repeat([[1, 2], [1, 1]], 35, axis=1)
-  for window in (None, 7):
-    arguments = {"segment_ids_BT": segments_BT, "window": window, "cap": 2.0}
-    got = dense(q_BTNH, k_BTKH, v_BTKH, implementation=implementation, **arguments)
-    # by hand, one query at a time
-    for b, t, n in ((0, 0, 0), (0, 34, 1), (0, 35, 2), (0, 69, 3), (1, 66, 0)):
-      seen = [
-        s
-        for s in range(t + 1)
-        if segments_BT[b, s] == segments_BT[b, t] and (window is None or t - s < window)
-      ]
-      logits = 2 * np.tanh(k_BTKH[b, seen, n // 2] @ q_BTNH[b, t, n] / np.sqrt(8) / 2)
-      shares = np.exp(logits) / np.exp(logits).sum()
-      np.testing.assert_allclose(got[b, t, n], shares @ v_BTKH[b, seen, n // 2], atol=1e-5)
-
-
-@pytest.mark.slow
-def test_splash_has_the_soft_cap():
-  draw = np.random.default_rng(3)
-  q_BTNH, k_BTKH, v_BTKH = (
-    2 * draw.normal(size=(1, 128, heads, 128)).astype(np.float32) for heads in (2, 1, 1)
-  )
-  want = dense(q_BTNH, k_BTKH, v_BTKH, cap=2.0, window=20, implementation="reference")
-  k_BTNH, v_BTNH = (np.repeat(x, 2, axis=2) for x in (k_BTKH, v_BTKH))
-  got = splash(
-    jnp.asarray(q_BTNH),
-    jnp.asarray(k_BTNH),
-    jnp.asarray(v_BTNH),
-    window=20,
-    cap=2.0,
-    interpret=True,
-  )
-  np.testing.assert_allclose(got, want, atol=2e-2)
-  assert np.abs(splash(q_BTNH, k_BTNH, v_BTNH, window=20, interpret=True) - want).max() > 0.1
-
-
-def test_cudnn_says_that_it_has_no_soft_cap():
-  x_BTNH = jnp.zeros((1, 4, 2, 8), jnp.bfloat16)
-  with pytest.raises(
-    NotImplementedError,
-    match=r"cudnn attention: has no soft cap of the logits \(attention_cap=50.0\)",
-  ):
-    dense(x_BTNH, x_BTNH, x_BTNH, cap=50.0, implementation="cudnn")
 
 
 @pytest.mark.parametrize("prefilled", [1, 5])

@@ -36,7 +36,7 @@ def logits(config, params, ids_BT, positions=None, segment_ids=None, compute=PLA
 
 @pytest.mark.parametrize(
   "windows, implementation",
-  [((None,), "blocked"), ((5,), "blocked"), ((5, None), "reference")],
+  [((None,), "xla"), ((5,), "xla"), ((5, None), "reference")],
 )
 def test_no_gradient_reaches_a_later_position(windows, implementation):
   config = decoder(V=T, D=16, F=24, N=4, K=2, H=4, layers=2, windows=windows)
@@ -60,7 +60,7 @@ def test_no_gradient_reaches_a_later_position(windows, implementation):
   np.testing.assert_array_equal(reached(params["embed"]["weight"]), want)
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "reference"])
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_packed_rows_equal_the_separate_sequences(implementation):
   config, compute = SMALL, ComputeConfig(attention_implementation=implementation)
   draw = np.random.default_rng(1)

@@ -75,21 +75,22 @@ def test_bfloat16_is_near_the_same_numbers_in_float32(name, output, gradient, ru
     assert error <= (output if key in ("o", "lse") else gradient), (key, error)
 
 
-def plain(q_BTNH, k_BTNH, v_BTNU, window):
+def plain(q_BTNH, k_BTNH, v_BTNU, ids_BT, window, cap):
   """Writes out the definition in numpy, one query and head at a time."""
   o_BTNU, lse_BTN = np.zeros((*q_BTNH.shape[:3], v_BTNU.shape[3])), np.zeros(q_BTNH.shape[:3])
   for b, t, n in np.ndindex(*lse_BTN.shape):
-    seen = slice(max(0, t - window + 1), t + 1)
-    a_S = k_BTNH[b, seen, n] @ q_BTNH[b, t, n] / np.sqrt(q_BTNH.shape[3])
+    seen = [s for s in range(max(0, t - window + 1), t + 1) if ids_BT[b, s] == ids_BT[b, t]]
+    a_S = cap * np.tanh(k_BTNH[b, seen, n] @ q_BTNH[b, t, n] / np.sqrt(q_BTNH.shape[3]) / cap)
     lse_BTN[b, t, n] = np.log(np.sum(np.exp(a_S)))
     o_BTNU[b, t, n] = np.exp(a_S - lse_BTN[b, t, n]) @ v_BTNU[b, seen, n]
   return {"o": o_BTNU, "lse": lse_BTN}
 
 
-def test_reference_is_the_definition(run, arrays_of, assert_close):
-  case = dict(T=9, S=9, U=5, window=4)
+def test_reference_is_the_definition(run, arrays_of, tokens_of, assert_close):
+  case = dict(T=12, S=12, U=5, window=4, cap=2.0, size=3, packed=True)
   got = run(case, "reference")
-  want = plain(*(array.astype(np.float64) for array in arrays_of(case)[:3]), window=4)
+  arrays = (array.astype(np.float64) for array in arrays_of(case)[:3])
+  want = plain(*arrays, tokens_of(case)["q_segment_ids_BT"], case["window"], case["cap"])
   assert_close({key: got[key] for key in want}, want, 1e-6)
 
 
