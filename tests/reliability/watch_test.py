@@ -103,7 +103,7 @@ loader._TrainBatches.__getitem__ = late
 
 @pytest.mark.slow
 def test_as_a_user_sees_it(tmp_path):
-  """A loader that stops for 3.5 seconds at batch 25, and a compilation that takes more than half a second."""
+  """The loader stops for 3.5 seconds at batch 25; compiling takes more than half a second."""
   write_corpus(tmp_path / "text")
   flags = [
     "--run",
@@ -126,7 +126,8 @@ def test_as_a_user_sees_it(tmp_path):
     said,
     re.MULTILINE,
   )
-  line = r"^step 10/40  loss [\d.]+  [\d,]+ tokens/s  MFU unknown  0:00:\d\d left  memory \d+\.\d GiB \(host\)  "
+  line = r"^step 10/40  loss [\d.]+  [\d,]+ tokens/s  MFU unknown  0:00:\d\d left  "
+  line += r"memory \d+\.\d GiB \(host\)  "
   assert re.search(line + r"data wait \d+%  lr [\d.e-]+  grad [\d.]+$", said, re.MULTILINE), said
   waits = [record["data_seconds"] for record in read_records(RunFolder(tmp_path / "run").metrics)]
   assert max(waits) > 2 and sorted(waits)[20] < 0.5

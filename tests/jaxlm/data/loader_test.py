@@ -183,7 +183,7 @@ def test_heldout_slices_reassemble(text):
 
 
 def test_bits_per_byte_of_a_known_model(text):
-  """A model that knows only byte frequencies costs what the baseline says, but for the ends of documents."""
+  """A model of byte frequencies costs what the baseline says, but for the ends of documents."""
   nats = np.bincount(stream(text.store.train), minlength=256).astype(float)
   nats[0] = 0  # the baseline knows no ends of documents
   nats = -np.log((nats + 1) / (nats + 1).sum())

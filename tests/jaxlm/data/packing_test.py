@@ -10,7 +10,7 @@ documents = st.lists(st.integers(0, 25), min_size=1, max_size=12)
 
 
 def stream(sizes):
-  """Documents of these sizes whose tokens are all different: token = place in the stream (eos is 0)."""
+  """Returns documents of these sizes; a token is its place in the stream (eos is 0)."""
   total = 1 + sum(size + 1 for size in sizes)
   _, borders_D = join([np.zeros(size, np.uint16) for size in sizes], EOS, np.uint16)
   tokens_S = np.arange(total, dtype=np.uint16)

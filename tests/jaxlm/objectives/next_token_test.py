@@ -94,7 +94,7 @@ def test_logprobs_on_a_mesh_are_spread_like_the_tokens():
 
 
 def test_z_loss_is_the_weighted_squared_normaliser():
-  """Normalisers e^3: 0.1 (1 * 9 + 0.5 * 9) on top of the cross-entropy, which is reported without it."""
+  """Normalisers of e^3 add 0.1 (1 * 9 + 0.5 * 9) to what is minimised, not to the metric."""
   weights_BT = np.array([[1.0, 0.5]], np.float32)
   terms = next_token_loss(STATES + 3, HEAD, TARGETS, weights_BT, z_loss=0.1)
   minimised, plain = terms["loss_with_z"], terms["loss"]

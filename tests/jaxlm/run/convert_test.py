@@ -102,7 +102,7 @@ def test_a_run_begins_where_its_loader_does(corpus):
 
 @pytest.mark.slow
 def test_training_goes_on_from_the_weights(folder, corpus, tmp_path, capsys):
-  """A learning rate of almost nothing leaves the weights; the first loss is that of the checkpoint on the batch."""
+  """A learning rate of almost nothing leaves the weights and the loss."""
   flags = [
     "--run",
     str(tmp_path / "run"),

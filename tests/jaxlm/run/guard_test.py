@@ -1,4 +1,4 @@
-"""The batch of a bad step, written by several processes and read whole; spikes: tests/reliability."""
+"""The batch of a bad step, written by several processes and read whole."""
 
 import jax
 import numpy as np

@@ -31,7 +31,7 @@ def test_the_lock_of_a_process_that_was_killed_holds_nobody_up(tmp_path):
 
 
 def test_a_lock_file_that_its_owner_removed_meanwhile_is_not_the_lock(tmp_path, monkeypatch):
-  """Between opening and locking it, the former owner ended: the new owner locks a file that is still there."""
+  """The former owner ends between opening and locking: the new one locks a file that is there."""
   import fcntl
 
   flock, calls = fcntl.flock, []

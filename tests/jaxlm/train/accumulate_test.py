@@ -27,7 +27,7 @@ def make_batch(lengths) -> Batch:
   return Batch(ids_BT[:, :-1], ids_BT[:, 1:], weights_BT)
 
 
-# micro-batch m of 3 holds rows m, m + 3, ...: unequal token counts, and the third is masked entirely
+# micro-batch m of 3 holds rows m, m + 3, ...: unequal token counts, the third masked entirely
 UNEQUAL = make_batch([8, 1, 0, 3, 7, 0, 2, 5, 0, 8, 1, 0])
 
 

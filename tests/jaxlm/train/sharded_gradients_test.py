@@ -71,7 +71,10 @@ def loss_and_gradients(config, params, batch):
 
 @functools.cache
 def run(config: TrainConfig, mesh: MeshConfig):
-  """(parameters, (loss, tokens, gradients)) on a mesh, as numpy, and whether gradients lie like their parameters."""
+  """Returns parameters and (loss, tokens, gradients) on a mesh, as numpy.
+
+  Also returns whether gradients lie like their parameters.
+  """
   with jax.set_mesh(make_mesh(mesh)):
     params = jax.jit(init_state, static_argnums=(0, 1))(config, TextTask(config)).params
     results = jax.jit(loss_and_gradients, static_argnums=0)(

@@ -23,7 +23,7 @@ from sharding.batches import globalize
 
 ONE, EIGHT = MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)
 STEPS = 4
-# eps far above rounding errors: the first update of adam is the sign of the gradient, whatever its size
+# eps far above rounding errors: adam's first update is the sign of the gradient, whatever its size
 BASE = TrainConfig(
   steps=20,
   batch=8,
