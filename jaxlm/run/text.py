@@ -24,6 +24,7 @@ from jaxlm.run.loop import (
   find_newest,
   start_run,
 )
+from jaxlm.run.metrics import print_status
 from jaxlm.run.resolve import check_mesh, with_initial_model, with_vocabulary
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.text_identity import check_same_everywhere, check_text, record_text
@@ -42,7 +43,7 @@ def train(config: TrainConfig) -> TrainResult:
   check_run(config)
   config = with_initial_model(config)
   check_mesh(config)
-  text = load_text(config.data)
+  text = load_text(config.data, report=print_status)
   check_same_everywhere(text)
   config = with_vocabulary(config, text.tokenizer.vocab_size)
   check_mesh(config)  # again, because the text's vocabulary may have become the model's
@@ -74,7 +75,7 @@ def resume(
     newest = find_newest(config, folder, other_data=other_text)
     begun = newest >= 0
     tokenizer = load_tokenizer(folder.path, config.data, config.model.V) if begun else None
-    text = load_text(config.data, tokenizer)
+    text = load_text(config.data, tokenizer, print_status)
     check_same_everywhere(text)
     if newest > 0:
       run_on_main_process(lambda: check_text(folder, text, other_text=other_text))
