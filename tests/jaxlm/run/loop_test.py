@@ -239,7 +239,10 @@ WRONG_MESHES = [
   (dict(mesh=MeshConfig(data=1, stage=2)), r"mesh\.stage=2: the model does not use this axis"),
   (dict(mesh=MeshConfig(data=1, context_ring=2)), r"mesh\.context_ring=2"),
   (dict(mesh=MeshConfig(data=8)), r"batch=8: must be a multiple of 8 batch shards x accumulate=2"),
-  (dict(mesh=MeshConfig(data=1, tensor=4)), r"model\.pattern\.0\.mixer\.K=2: must be a multiple of mesh\.tensor=4"),
+  (
+    dict(mesh=MeshConfig(data=1, tensor=4)),
+    r"model\.pattern\.0\.mixer\.K=2: must be a multiple of mesh\.tensor=4",
+  ),
   (
     dict(mesh=MeshConfig(data=1, fsdp=3), batch=6),
     r"model\.D=16: must be a multiple of mesh\.fsdp=3",
