@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jaxlm.decode.generate import Sampler, _generate
 
 from jaxlm import presets
 from jaxlm.config import TrainConfig
 from jaxlm.data.packing import Batch
-from jaxlm.decode.generate import Sampler, _generate
 from jaxlm.interop import huggingface
 from jaxlm.models import Transformer
 from jaxlm.run.text import TextTask
