@@ -99,7 +99,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(any_checkpoint, tra
 
 
 def test_embedding_gradient_is_that_of_transformers_without_its_padding_row(checkpoint):
-  """Gemma 2 names a padding id, 0 here, whose row gets a gradient as an output but none as an input."""
+  """Gemma 2 names a padding id, 0 here, whose row gets a gradient only as an output."""
   c = checkpoint("gemma2")
   model = Transformer(revise(c.config, tied=False))
   embed_VD = c.params["embed"]["weight"]
@@ -240,7 +240,7 @@ def test_tied_checkpoint_may_repeat_its_embedding_but_not_another_head(checkpoin
 
 
 def test_loaded_arrays_may_be_donated(checkpoint):
-  """On the CPU, devices that hold the same piece share its memory; giving one array away must not change another."""
+  """CPU devices with the same piece share its memory; donating one must not change another."""
   c = checkpoint("llama")
   with jax.set_mesh(make_mesh(MeshConfig(data=8))):
     _, params = huggingface.load(c.folder)

@@ -1,4 +1,4 @@
-"""Folders that `save` writes, opened in transformers itself (extra `hf`, and torch): the same logits and gradients."""
+"""Folders that `save` writes give transformers (extra `hf`, and torch) the same numbers."""
 
 import chex
 import jax
