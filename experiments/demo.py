@@ -1,6 +1,7 @@
-"""The demo: trains the `tiny` preset, stops it half-way, resumes it, evaluates it and samples from it.
+"""Trains the `tiny` preset, stops it half-way, resumes it, evaluates it and samples from it.
 
-Everything goes through the command line, as you would type it; each command is shown before it runs.
+Everything goes through the command line, as you would type it; each command is shown before it
+runs.
 """
 
 import itertools
@@ -49,9 +50,8 @@ def main() -> None:
   finish(jaxlm("resume", run))
   finish(jaxlm("eval", run))
   finish(jaxlm("sample", run, "--prompt", PROMPT, "--temperature", "0.7"))
-  print(
-    f"\n{folder.plot} shows the curve; the whole demo took {time.perf_counter() - start:.0f} seconds"
-  )
+  seconds = time.perf_counter() - start
+  print(f"\n{folder.plot} shows the curve; the whole demo took {seconds:.0f} seconds")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.common.errors import UserError
 
 Names = tuple[str | None, ...]
+# A decoding step has one position: it cannot be split, so that every device computes it.
+_LENGTH_NAMES = ("length", "norm_length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +29,11 @@ class LogicalRules:
   axes: Mapping[str, tuple[str, ...]]
 
   def spec(self, names: Names, shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> P:
-    """The PartitionSpec of an array with these logical names (None: not split) on a mesh of these axis sizes.
+    """Returns the PartitionSpec of an array with these logical names (None: not split).
 
-    Mesh axes of size 1 are left out. Raises UserError for a size that its mesh axes do not divide,
-    ValueError for an unknown name and a mesh axis used twice.
+    `mesh_shape` gives the sizes of the mesh axes. Those of size 1 are left out, and a length of 1
+    is not split. Raises UserError for a size that its mesh axes do not divide, ValueError for an
+    unknown name and a mesh axis used twice.
     """
     if len(names) != len(shape):
       raise ValueError(f"names={names}: an array of shape {shape} needs {len(shape)} names")
@@ -38,6 +41,8 @@ class LogicalRules:
     entries: list[Any] = []
     for name, size in zip(names, shape):
       axes = tuple(axis for axis in self._axes_of(name) if mesh_shape.get(axis, 1) > 1)
+      if size == 1 and name in _LENGTH_NAMES:
+        axes = ()
       parts = math.prod(mesh_shape[axis] for axis in axes)
       if size % parts:
         raise UserError(
@@ -108,6 +113,11 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
 def out_sharding(shape: tuple[int, ...], *names: str | None) -> P | None:
   """For the `out_sharding=` of a contraction: the spec of its result, or None without a mesh."""
   return spec(shape, *names) if is_sharded() else None
+
+
+def split_count(name: str) -> int:
+  """Returns the number of parts into which the current mesh splits an axis of this name."""
+  return math.prod(mesh_shape().get(axis, 1) for axis in RULES.axes[name])
 
 
 def axes_in(partitions: P) -> set[str]:

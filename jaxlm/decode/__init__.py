@@ -1,6 +1,6 @@
-"""Decodes: samples and generates text with a cache, which `Transformer.init_cache` makes."""
+"""Decodes: samples and generates text. Empty caches come from `Transformer.init_cache`."""
 
-from jaxlm.decode.generate import generate
+from jaxlm.decode.generation import generate
 from jaxlm.decode.sampling import Sampler
 
 __all__ = ["Sampler", "generate"]

@@ -14,7 +14,8 @@ from jaxlm.models.linear import Linear, Roles, declare_parts
 from jaxlm.models.norms import RMSNorm
 from jaxlm.models.rope import apply_rope, rope_tables
 from pallas_kernels.attention import attention
-from sharding.rules import all_gather, is_sharded, spec
+from pallas_kernels.common.shards import check_not_sharded
+from sharding.rules import all_gather, is_sharded, shard, spec
 
 
 class KVCache(NamedTuple):
@@ -30,8 +31,10 @@ class KVCache(NamedTuple):
 class Context(NamedTuple):
   """What every layer of one forward pass shares."""
 
-  positions_BT: jax.Array  # int32; [1, T] when all rows count alike
-  length: jax.Array | int  # sequence length so far, for dynamic rotary scaling
+  positions_BT: jax.Array
+  """int32; [1, T] if all rows count alike; -1: padding, with a cache"""
+  length: jax.Array | int
+  """of the sequence so far, for dynamic rotary scaling; with a cache int32 [B], one per row"""
   segment_ids_BT: jax.Array | None = None
 
 
@@ -69,6 +72,7 @@ class Attention(nn.Module):
   def init_cache(spec: AttentionConfig, batch: int, length: int, dtype: str) -> KVCache:
     """Returns an empty cache of one layer; a windowed layer keeps all `length` positions too."""
     zeros = jnp.zeros((batch, length, spec.K, spec.H), dtype)
+    zeros = shard(zeros, "batch", None, "act_heads", None)
     return KVCache(zeros, zeros)
 
   def __call__(
@@ -130,27 +134,52 @@ def _attend_cached(
 ) -> tuple[KVCache, jax.Array]:
   """Writes T positions into the cache and attends to all positions up to each query's own.
 
-  Takes the platform's implementation for this shape, whatever the one that training names.
+  Takes the platform's implementation for this shape, whatever the one that training names. A query
+  whose position the cache has no room for gets NaN.
   """
-  S = cache.k_BSKH.shape[1]
+  check_not_sharded("q_BTNH", q_BTNH, 1)
   # dynamic frequencies change with the length, so these keys are rotated when they are read
   rotate_on_read = c.rope.scaling == "dynamic"
   if not rotate_on_read:
     k_BTKH = apply_rope(k_BTKH, *rope_tables(c.rope, context.positions_BT, c.H, context.length))
-  rows_B1 = jnp.arange(q_BTNH.shape[0])[:, None]
-  k_BSKH = cache.k_BSKH.at[rows_B1, context.positions_BT].set(k_BTKH.astype(cache.k_BSKH.dtype))
-  v_BSKH = cache.v_BSKH.at[rows_B1, context.positions_BT].set(v_BTKH.astype(cache.v_BSKH.dtype))
-  keys_BSKH = k_BSKH
+  cache = KVCache(
+    _write_positions(cache.k_BSKH, k_BTKH, context.positions_BT),
+    _write_positions(cache.v_BSKH, v_BTKH, context.positions_BT),
+  )
+  k_BSKH = cache.k_BSKH
+  s_1S = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None]
   if rotate_on_read:
-    s_BS = jnp.arange(S)[None]
-    keys_BSKH = apply_rope(k_BSKH, *rope_tables(c.rope, s_BS, c.H, context.length))
+    k_BSKH = apply_rope(k_BSKH, *rope_tables(c.rope, s_1S, c.H, context.length))
   o_BTNH = attention(
     q_BTNH,
-    keys_BSKH,
-    v_BSKH,
+    k_BSKH,
+    cache.v_BSKH,
     q_positions_BT=context.positions_BT,
+    k_positions_BS=s_1S,
     window=c.window,
     cap=c.cap,
     scale=_scale(c),
   )
-  return KVCache(k_BSKH, v_BSKH), o_BTNH
+  has_room_BT = context.positions_BT < k_BSKH.shape[1]
+  return cache, jnp.where(has_room_BT[:, :, None, None], o_BTNH, jnp.nan)
+
+
+def _write_positions(
+  cached_BSKH: jax.Array, x_BTKH: jax.Array, positions_BT: jax.Array
+) -> jax.Array:
+  """Writes each row's T entries at their positions; those at position -1, padding, nowhere.
+
+  On a mesh every device writes its own rows and heads, without communication.
+  """
+
+  def write(cached_BSKH: jax.Array, x_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    slots_BT = jnp.where(positions_BT < 0, cached_BSKH.shape[1], positions_BT)
+    rows_B1 = jnp.arange(len(x_BTKH))[:, None]
+    return cached_BSKH.at[rows_B1, slots_BT].set(x_BTKH.astype(cached_BSKH.dtype), mode="drop")
+
+  if not is_sharded():
+    return write(cached_BSKH, x_BTKH, positions_BT)
+  cached = spec(cached_BSKH.shape, "batch", None, "act_heads", None)
+  rows = spec(positions_BT.shape, "batch", None)
+  write = jax.shard_map(write, in_specs=(cached, cached, rows), out_specs=cached)
+  return write(cached_BSKH, x_BTKH, positions_BT)

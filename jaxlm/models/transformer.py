@@ -20,8 +20,9 @@ from jaxlm.models.head import Head
 from jaxlm.models.linear import Linear, Roles
 from jaxlm.models.norms import RMSNorm
 from pallas_kernels.attention.mask import soft_cap
+from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import platform
-from sharding.rules import all_gather
+from sharding.rules import all_gather, shard
 
 Params = dict[str, Any]
 
@@ -76,12 +77,38 @@ class Transformer:
 
     positions: int32 [B or 1, T], by default 0 .. T-1.
     segment_ids: int32 [B, T], for packed rows; attention stays within a segment.
-    cache: from `jaxlm.decode.init_cache`; the T positions are written and see what is there.
+    cache: from `init_cache`; the T positions are written into it and see what is there. Here
+      positions may be -1: padding, which is written nowhere and which nothing sees. The logits of
+      a position that the cache has no room for are NaN.
     logits: False gives, in place of logits, the states [B, T, D] that `head` multiplies.
     """
-    T = ids_BT.shape[1]
+    x_BTD, cache = self.run_layers(
+      params, ids_BT, positions=positions, segment_ids=segment_ids, cache=cache
+    )
+    out = self.finish(params, x_BTD, logits=logits)
+    return out if cache is None else (out, cache)
+
+  def run_layers(
+    self,
+    params: Params,
+    ids_BT: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    cache: Any = None,
+  ) -> tuple[jax.Array, Any]:
+    """Embeds and runs all stacks; arguments as in `apply`.
+
+    Returns the states before the final norm, [B, T, D], and the updated cache or None.
+    """
+    if cache is not None and segment_ids is not None:
+      raise UnsupportedError("segment_ids: rows of several segments have no decode cache")
+    B, T = ids_BT.shape
     positions_BT = jnp.arange(T)[None] if positions is None else positions
-    length = T if cache is None else jnp.max(positions_BT) + 1
+    length: jax.Array | int = T
+    if cache is not None:
+      positions_BT = shard(jnp.broadcast_to(positions_BT, (B, T)), "batch", "length")
+      length = jnp.max(positions_BT, axis=1) + 1
     context = Context(positions_BT, length, segment_ids)
     x_BTD = self.embed(params, ids_BT)
     updated = {}
@@ -90,8 +117,7 @@ class Transformer:
       before = None if cache is None else cache[name]
       stack = params["stacks"][name]
       x_BTD, updated[name], _ = self.run_stack(index, stack, x_BTD, context, before)
-    out = self.finish(params, x_BTD, logits=logits)
-    return out if cache is None else (out, updated)
+    return x_BTD, None if cache is None else updated
 
   def embed(self, params: Params, ids_BT: jax.Array) -> jax.Array:
     """Returns the states before the first layer, [B, T, D] in the compute type."""
@@ -157,9 +183,10 @@ class Transformer:
     """
 
     def stacked(spec: Any, repeats: int) -> Any:
-      mixer = MIXERS[type(spec.mixer)]
-      one = mixer.init_cache(spec.mixer, batch, length, self.compute.dtype)
-      return jax.tree.map(lambda x: jnp.zeros((repeats, *x.shape), x.dtype), one)
+      def one_layer(_: jax.Array) -> Any:
+        return MIXERS[type(spec.mixer)].init_cache(spec.mixer, batch, length, self.compute.dtype)
+
+      return jax.vmap(one_layer)(jnp.arange(repeats))  # keeps the sharding of one layer's
 
     return {
       str(index): {str(place): stacked(spec, repeats) for place, spec in enumerate(specs)}

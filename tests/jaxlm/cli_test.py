@@ -1,4 +1,4 @@
-"""The command line: in this process where only words matter, as real processes where signals and start-up do."""
+"""The command line, as real processes where signals and start-up matter."""
 
 import json
 import re
@@ -138,7 +138,7 @@ def test_an_unknown_flag_or_choice_comes_with_the_nearest(arguments, nearest, ca
 
 
 def test_a_preset_of_the_users_own(tmp_path, monkeypatch, capsys, corpus):
-  """module:function from the working directory, its run folder named after it; flags go over its values."""
+  """module:function is found in the working directory, names the run, and flags change it."""
   (tmp_path / "mine.py").write_text(
     "import dataclasses\n"
     "from jaxlm.presets import micro\n"

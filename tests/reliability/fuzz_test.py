@@ -1,7 +1,8 @@
 """Configurations and command lines that nobody would write: a message each, never a traceback.
 
-What is drawn: a configuration of a preset as JSON, of which a few values are replaced, renamed, removed or nested
-elsewhere; and command lines of real flags with values from the same store. A seed gives the same cases again.
+Drawn are a configuration of a preset as JSON, of which a few values are replaced, renamed, removed
+or nested elsewhere, and command lines of real flags with values from the same store. A seed gives
+the same cases again.
 """
 
 import contextlib
@@ -87,7 +88,7 @@ def tampered(draw: random.Random, whole: str, every: list[tuple]) -> dict:
 
 
 def fuzz_configs(count: int, seed: int) -> tuple[int, int]:
-  """(taken, refused) of so many configurations; anything but ValueError escapes."""
+  """Returns (taken, refused) of so many configurations; only ValueError counts as refused."""
   draw = random.Random(seed)
   whole = to_dict(presets.micro())
   every, whole = paths(whole), json.dumps(whole)
@@ -106,7 +107,7 @@ def fuzz_configs(count: int, seed: int) -> tuple[int, int]:
 
 
 def command_line(draw: random.Random, flags: list[str]) -> list[str]:
-  """A command with a few flags, of which some are misspelt, lack their value or have a wrong one."""
+  """Draws a command with a few flags: some misspelt, some without a value or with a wrong one."""
   command = draw.choice([*["train"] * 8, *cli.COMMANDS, "trian", "", "--help", "-h"])
   first = draw.choice(
     [*["micro"] * 6, "tiny", "mikro", "", "runs/none", "a:b", ":", "x.json", "--steps", "os:getcwd"]
@@ -122,7 +123,10 @@ def command_line(draw: random.Random, flags: list[str]) -> list[str]:
 
 
 def fuzz_command_lines(count: int, seed: int, monkeypatch) -> dict[int, int]:
-  """Exit status -> how many command lines ended with it; no training starts, and nothing but SystemExit escapes."""
+  """Returns how many command lines ended with each exit status.
+
+  No training starts, and nothing but SystemExit escapes.
+  """
   done = types.SimpleNamespace(finished=True, step=1, saved=1)
   monkeypatch.setattr(fit, "train", lambda config: done)
   draw, statuses = random.Random(seed), {}

@@ -1,4 +1,4 @@
-"""The same configuration and seed give the same run: twice, on every mesh, however the data is read."""
+"""A configuration and a seed give one run: twice, on every mesh, however data is read."""
 
 import dataclasses
 import json

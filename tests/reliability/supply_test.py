@@ -1,4 +1,4 @@
-"""What is installed is pinned with hashes, no input is ever executed, and no path leads out of its folder."""
+"""Versions are pinned with hashes, no input is executed, and no path leads out of its folder."""
 
 import json
 import os
@@ -70,7 +70,7 @@ HOSTILE = {
 
 
 def test_lint_refuses_to_execute_what_users_write(tmp_path):
-  """Each of these lines is an error under the rules of pyproject.toml, and nowhere are the rules switched off."""
+  """Each of these lines is an error under pyproject.toml, and nowhere are its rules off."""
   for rule, line in HOSTILE.items():
     (tmp_path / f"{rule}.py").write_text(f"text = input()\n{line}\n")
   command = [

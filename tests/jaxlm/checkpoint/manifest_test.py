@@ -16,7 +16,7 @@ FILES = ("state/a.bin", "state/deep/b.bin", "state/manifest.json", "empty", "met
 
 
 def make(folder):
-  """A small folder in the shape of a checkpoint, with its manifest; one file is longer than a read buffer."""
+  """A small folder like a checkpoint, with its manifest; one file is longer than a read buffer."""
   source = random.Random(0)
   for name, size in zip(FILES, (700_000, 1000, 17, 0, 60)):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,15 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
 
 from jaxlm.config import ComputeConfig, RopeConfig, decoder, revise
+from jaxlm.decode import generation
 from jaxlm.models import Transformer
+from pallas_kernels.common.errors import UnsupportedError
 
 T, B = 13, 2
 PLAIN = decoder(V=32, D=16, F=24, N=4, K=2, H=4, layers=4, windows=(4, None))
@@ -58,6 +61,12 @@ def cached(config, params, ids_BT, positions, cache):
   return model_of(config).apply(params, ids_BT, positions=positions, cache=cache)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(config, params, ids_BT, lengths_B):
+  cache = model_of(config).init_cache(len(ids_BT), T)
+  return generation.prefill(model_of(config), params, ids_BT, lengths_B, cache)
+
+
 def run_in_pieces(config, pieces, room=T + 2):
   """Logits of each piece of IDS_BT, all written into one cache."""
   cache = jax.device_get(model_of(config).init_cache(B, room))
@@ -73,25 +82,33 @@ def run_in_pieces(config, pieces, room=T + 2):
 
 
 def full_logits(config, lengths):
-  """Logits [B, V] at the last of `length` positions; under dynamic scaling each length is a pass of its own."""
+  """Logits [B, V] at the last of `length` positions; under dynamic scaling by a pass for each."""
   if config.pattern[0].mixer.rope.scaling != "dynamic":
     logits_BTV = full(config, init(config), IDS_BT)
     return [np.asarray(logits_BTV[:, length - 1]) for length in lengths]
   return [np.asarray(full(config, init(config), IDS_BT[:, :length])[:, -1]) for length in lengths]
 
 
-@pytest.mark.parametrize("prefill", [1, 5, T - 1])
 @pytest.mark.parametrize("name", ["window and full layers", "prefix and remainder", "yarn"])
-def test_prefill_and_single_steps_equal_the_full_pass(name, prefill):
+def test_prefill_and_single_steps_equal_the_full_pass_for_every_split(name):
+  """Row i prefills i + 1 of the T positions and decodes the others; ended rows are padding."""
   config = CONFIGS[name]
-  outs = run_in_pieces(config, [prefill] + [1] * (T - prefill))
-  want_BTV = full(config, init(config), IDS_BT)
-  np.testing.assert_allclose(np.concatenate(outs, axis=1), want_BTV, atol=1e-4)
+  ids_BT = np.repeat(IDS_BT[:1], T, axis=0)
+  want_TV = np.asarray(full(config, init(config), IDS_BT)[0])
+  lengths_B = np.arange(1, T + 1)
+  logits_BV, cache = prefill(config, init(config), ids_BT, lengths_B)
+  for _ in range(T):
+    chex.assert_trees_all_close(np.asarray(logits_BV), want_TV[lengths_B - 1], atol=1e-4)
+    position_B = np.where(lengths_B < T, lengths_B, -1)
+    next_B1 = ids_BT[np.arange(T), position_B][:, None]
+    logits_B1V, cache = cached(config, init(config), next_B1, position_B[:, None], cache)
+    logits_BV = np.where((position_B >= 0)[:, None], logits_B1V[:, 0], logits_BV)
+    lengths_B = np.minimum(lengths_B + 1, T)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("dynamic")])
 def test_dynamic_scaling_follows_the_length(name):
-  """Each step equals a full pass of just its length: keys are rotated for the length that reads them."""
+  """Each step equals a full pass of just its length: keys are rotated when they are read."""
   config = CONFIGS[name]
   lengths = (4, 5, T)
   outs = run_in_pieces(config, [3] + [1] * (T - 3))
@@ -140,3 +157,27 @@ def test_cache_holds_as_many_bytes_as_its_formula():
     cache = model_of(PLAIN, dtype).init_cache(batch=3, length=20)
     stored = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert stored == 2 * PLAIN.layers * 3 * 20 * 2 * 4 * width
+
+
+def test_padding_is_written_nowhere():
+  model = model_of(PLAIN)
+  cache = jax.tree.map(lambda x: np.full_like(x, 7.0), jax.device_get(model.init_cache(B, T)))
+  positions = np.array([[2, -1, 4], [-1, -1, -1]])
+  _, cache = cached(PLAIN, init(PLAIN), IDS_BT[:, :3], positions, cache)
+  for leaf in jax.tree.leaves(cache):
+    is_written_BS = (np.asarray(leaf) != 7.0).any(axis=(0, 3, 4))
+    np.testing.assert_array_equal(is_written_BS, [[s in (2, 4) for s in range(T)], [False] * T])
+
+
+def test_positions_beyond_the_cache_are_not_silently_dropped():
+  cache = model_of(PLAIN).init_cache(B, T)
+  positions = np.array([[T - 1], [T]])
+  logits_B1V, _ = cached(PLAIN, init(PLAIN), IDS_BT[:, :1], positions, cache)
+  np.testing.assert_array_equal(np.isnan(logits_B1V).all(axis=(1, 2)), [False, True])
+  assert np.isfinite(logits_B1V[0]).all()
+
+
+def test_packed_rows_have_no_cache():
+  model = model_of(PLAIN)
+  with pytest.raises(UnsupportedError, match="segment_ids: rows of several segments"):
+    model.apply(init(PLAIN), IDS_BT, segment_ids=IDS_BT, cache=model.init_cache(B, T))

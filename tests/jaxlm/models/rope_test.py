@@ -35,7 +35,7 @@ def expected_frequency(rope, j, width, length):
     grown = s if rope.scaling == "ntk" else s * max(length, original) / original - (s - 1)
     return 1.0 / math.pow(rope.theta * grown ** (width / (width - 2)), 2 * j / width)
   if rope.scaling == "yarn":
-    # Pair d has wavelength 2 pi theta^(2 d / width); the border has original / wavelength = rotations.
+    # pair d has wavelength 2 pi theta^(2 d / width); at the border original / wavelength = rotations
     pairs = width / 2 / math.log(rope.theta)
     low = pairs * math.log(original / (2 * math.pi * rope.beta_fast))
     high = pairs * math.log(original / (2 * math.pi * rope.beta_slow))
@@ -66,7 +66,7 @@ def expected_frequency(rope, j, width, length):
 def test_frequencies_match_the_formula_in_float64(rope, width):
   f_R, _ = frequencies(rope, width, 80)
   want = [expected_frequency(rope, j, width, 80) for j in range(width // 2)]
-  assert f_R.dtype == jnp.float32
+  chex.assert_type(f_R, jnp.float32)
   np.testing.assert_allclose(f_R, want, rtol=2e-6)
 
 

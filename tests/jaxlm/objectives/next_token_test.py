@@ -94,7 +94,7 @@ def test_logprobs_on_a_mesh_are_spread_like_the_tokens():
 
 
 def test_z_loss_is_the_weighted_squared_normaliser():
-  """Normalisers e^3: 0.1 (1 * 9 + 0.5 * 9) on top of the cross-entropy, which is reported without it."""
+  """Normalisers of e^3 add 0.1 (1 * 9 + 0.5 * 9) to what is minimised, not to the metric."""
   weights_BT = np.array([[1.0, 0.5]], np.float32)
   terms = next_token_loss(STATES + 3, HEAD, TARGETS, weights_BT, z_loss=0.1)
   minimised, plain = terms["loss_with_z"], terms["loss"]
@@ -126,6 +126,6 @@ def test_half_precision_products_are_reduced_in_float32():
     jnp.asarray(draw.normal(size=shape), jnp.bfloat16) for shape in ((1, 4, 8), (8, 5000))
   )
   lp_BT, lse_BT = token_logprobs(states_BTD, Head(w_DV, "dv", None), np.zeros((1, 4), np.int32))
-  assert lp_BT.dtype == lse_BT.dtype == jnp.float32
+  chex.assert_type((lp_BT, lse_BT), jnp.float32)
   exact = np.asarray(states_BTD, np.float64) @ np.asarray(w_DV, np.float64)
   np.testing.assert_allclose(lse_BT, np.log(np.exp(exact).sum(-1)), atol=1e-5)

@@ -1,4 +1,4 @@
-"""A run compiles its step once and its evaluation once, whatever it evaluates, saves and resumes."""
+"""A run compiles its step once and its evaluation once, and so does its resume."""
 
 import collections
 import contextlib

@@ -85,7 +85,7 @@ def test_four_processes_too(runs, folder):
 
 @pytest.mark.slow
 def test_two_processes_whose_devices_alternate_too(runs, folder):
-  """As on a torus that the order of devices visits host by host, and back: rows are not contiguous."""
+  """Rows are not contiguous, as on a torus whose order of devices visits hosts again."""
   one, _, _ = runs
   arguments = ["train", "micro", "--data.source", "text", *FLAGS, "--run", "alternate"]
   run(folder, *arguments, processes=2, setup=INTERLEAVED)

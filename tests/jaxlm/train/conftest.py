@@ -28,7 +28,7 @@ def tpu_devices():
 
 @pytest.fixture(scope="session")
 def lower_step():
-  """lower_step(config, devices=None): the jitted training step on packed rows, lowered on `config.mesh`."""
+  """Returns lower_step(config, devices=None): lowers the step on packed rows on `config.mesh`."""
 
   def lower(config, devices=None):
     sizes = config.mesh.resolve(8 if devices is None else len(devices))

@@ -101,7 +101,7 @@ def test_calls_inside_a_scan_are_multiplied():
 
 
 def test_index_read_from_a_prefetched_scalar():
-  """A block that a scalar chooses for the whole call is copied once; one chosen at every step, at every step."""
+  """A block that a scalar chooses is copied once, one that every step chooses at every step."""
 
   def kernel(chosen, x, out):
     out[...] = x[...]

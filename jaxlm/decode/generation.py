@@ -1,0 +1,160 @@
+"""Cached generation: one prefill of the prompts, then one position at a time until all rows end."""
+
+# B batch, T positions of the padded prompts, D model, V vocabulary, M new tokens
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.config import ComputeConfig, ModelConfig, check
+from jaxlm.decode.sampling import Sampler, sample
+from jaxlm.models import Transformer
+from sharding.rules import shard, split_count
+
+_SHORTEST_BUCKET = 16
+
+
+def generate(
+  config: ModelConfig,
+  params: Any,
+  prompt_ids: Sequence[Sequence[int]] | np.ndarray,
+  *,
+  sampler: Sampler | None = None,
+  max_new: int,
+  key: jax.Array | None = None,
+  eos: int | None = None,
+  compute: ComputeConfig | None = None,
+) -> np.ndarray:
+  """Continues every prompt by up to `max_new` tokens and returns int32 [B, max_new].
+
+  Prompts may differ in length. Once a row has drawn `eos`, the rest of it is `eos`, and no step
+  is computed after all rows have ended. What a row draws depends on its prompt, its number and
+  `key`, not on the other rows. Runs on the current mesh (`jax.set_mesh`). Compiles once for all
+  lengths and `max_new` up to the same powers of two.
+
+  Raises UserError for an empty prompt, ids outside the vocabulary, and max_new below 1.
+  """
+  check(max_new >= 1, "max_new", max_new, "must be at least 1")
+  lengths = [len(prompt) for prompt in prompt_ids]
+  rule = "every prompt needs at least one token"
+  check(bool(lengths) and min(lengths) >= 1, "prompt_ids", lengths, rule)
+  B = len(lengths)
+  rows = _next_multiple(B, split_count("batch"))
+  ids_BT = np.zeros((rows, _bucket(max(lengths))), np.int32)
+  for row, prompt in zip(ids_BT, prompt_ids):
+    row[: len(prompt)] = prompt
+  for extreme in (int(ids_BT.min()), int(ids_BT.max())):
+    rule = f"ids run from 0 to V - 1 = {config.V - 1}"
+    check(0 <= extreme < config.V, "prompt_ids", extreme, rule)
+  lengths_B = np.zeros(rows, np.int32)
+  lengths_B[:B] = lengths
+  model = Transformer(config, compute or ComputeConfig())
+  key = jax.random.key(0) if key is None else key
+  generation = generate_tokens(
+    model,
+    params,
+    ids_BT,
+    lengths_B,
+    sampler=sampler or Sampler(),
+    buffer=_bucket(max_new),
+    max_new=max_new,
+    eos=-1 if eos is None else eos,
+    key=key,
+  )
+  return np.asarray(generation.ids_BM)[:B, :max_new]
+
+
+class Generation(NamedTuple):
+  """What has been generated so far, on every device."""
+
+  ids_BM: jax.Array
+  """int32; `eos` where nothing has been drawn yet"""
+  ended_B: jax.Array
+  """whether the row has drawn `eos`"""
+  steps: jax.Array
+  """tokens drawn per row, which is one more than the decoding steps that were computed"""
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampler", "buffer"))
+def generate_tokens(
+  model: Transformer,
+  params: Any,
+  ids_BT: jax.Array,
+  lengths_B: jax.Array,
+  *,
+  sampler: Sampler,
+  buffer: int,
+  max_new: jax.Array | int,
+  eos: jax.Array | int,
+  key: jax.Array,
+) -> Generation:
+  """Continues row b, which has `lengths_B[b]` ids followed by padding, by up to `max_new` tokens.
+
+  A row of length 0 has ended from the start. `buffer` >= `max_new` is the width of the result.
+  Stops as soon as all rows have drawn `eos` (-1: never).
+  """
+  B, T = ids_BT.shape
+  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+  cache = model.init_cache(B, T + buffer)
+  logits_BV, cache = prefill(model, params, ids_BT, lengths_B, cache)
+
+  def draw(logits_BV: jax.Array, so_far: Generation) -> Generation:
+    step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, so_far.steps)
+    ids_B = jnp.where(so_far.ended_B, eos, sample_rows(logits_BV, step_keys_B, sampler))
+    ids_BM = so_far.ids_BM.at[:, so_far.steps].set(ids_B)
+    return Generation(ids_BM, so_far.ended_B | (ids_B == eos), so_far.steps + 1)
+
+  def unfinished(carry: tuple[Generation, Any]) -> jax.Array:
+    so_far, _ = carry
+    return (so_far.steps < max_new) & ~jnp.all(so_far.ended_B)
+
+  def step(carry: tuple[Generation, Any]) -> tuple[Generation, Any]:
+    so_far, cache = carry
+    ids_B1 = so_far.ids_BM[:, so_far.steps - 1][:, None]
+    positions_B1 = (lengths_B + so_far.steps - 1)[:, None]
+    logits_B1V, cache = model.apply(params, ids_B1, positions=positions_B1, cache=cache)
+    return draw(logits_B1V[:, 0], so_far), cache
+
+  empty_BM = jnp.full((B, buffer), eos, jnp.int32)
+  start = Generation(empty_BM, lengths_B == 0, jnp.int32(0))
+  generation, _ = jax.lax.while_loop(unfinished, step, (draw(logits_BV, start), cache))
+  return generation
+
+
+def prefill(
+  model: Transformer, params: Any, ids_BT: jax.Array, lengths_B: jax.Array, cache: Any
+) -> tuple[jax.Array, Any]:
+  """Writes the prompts into an empty cache; returns the logits [B, V] of each row's last position.
+
+  Row b has `lengths_B[b]` ids; the padding after them is written nowhere. The head multiplies one
+  position per row.
+  """
+  t_1T = jnp.arange(ids_BT.shape[1])[None]
+  positions_BT = jnp.where(t_1T < lengths_B[:, None], t_1T, -1)
+  x_BTD, cache = model.run_layers(params, ids_BT, positions=positions_BT, cache=cache)
+  is_last_BT = shard(t_1T == lengths_B[:, None] - 1, "batch", "norm_length")
+  x_B1D = jnp.sum(jnp.where(is_last_BT[..., None], x_BTD, 0), axis=1, keepdims=True)
+  return model.finish(params, x_B1D)[:, 0], cache
+
+
+def sample_rows(logits_BV: jax.Array, keys_B: jax.Array, sampler: Sampler) -> jax.Array:
+  """Draws one token per row, int32 [B], each with a key of its own; all devices draw all rows."""
+  logits_BV = shard(logits_BV, None, None)
+  draw = jax.vmap(lambda logits_1V, key: sample(logits_1V, key, sampler)[0])
+  return draw(logits_BV[:, None], keys_B)
+
+
+def _bucket(size: int) -> int:
+  """Returns the next power of two, of at least 16, that the current mesh can split."""
+  power = max(_SHORTEST_BUCKET, 1 << (size - 1).bit_length())
+  return _next_multiple(power, split_count("norm_length"))
+
+
+def _next_multiple(size: int, parts: int) -> int:
+  return -(-size // parts) * parts
