@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -102,7 +103,7 @@ def test_scan_equals_the_python_loop_and_layer_order_is_that_of_the_pattern():
     return out, pull(jnp.cos(out))[0]
 
   looped, scanned = (value_and_gradients(scan, init(config)) for scan in ("never", "always"))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), looped, scanned)
+  chex.assert_trees_all_close(looped, scanned, atol=1e-5)
   # swapping two layers of a stack changes the result, so the order that both agree on is not arbitrary
   swapped = jax.tree.map(lambda w: w, init(config))
   swapped["stacks"]["0"]["0"] = jax.tree.map(lambda w: w[::-1], swapped["stacks"]["0"]["0"])
@@ -149,10 +150,10 @@ def test_a_tied_head_is_the_transposed_embedding():
 def test_bfloat16_computes_beside_float32_weights_and_logits():
   params = init(SMALL)
   initial = jax.eval_shape(Transformer(SMALL, BFLOAT16).init, jax.random.key(0))
-  assert {w.dtype for w in jax.tree.leaves(initial)} == {jnp.dtype(jnp.float32)}
+  chex.assert_type(jax.tree.leaves(initial), jnp.float32)
   ids_BT = np.arange(12)[None]
   half, single = (logits(SMALL, params, ids_BT, compute=c) for c in (BFLOAT16, PLAIN))
-  assert half.dtype == single.dtype == jnp.float32
+  chex.assert_type((half, single), jnp.float32)
   error = np.abs(np.asarray(half - single)).max()
   assert (
     1e-4 < error < 0.1 * np.abs(single).max()
