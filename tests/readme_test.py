@@ -66,6 +66,7 @@ def test_the_commands_run_as_written_but_smaller(tmp_path):
     "plot",
     "replay",
     "convert",
+    "tokenize",
     "checkpoint",
   ]
   smaller = {
@@ -77,6 +78,7 @@ def test_the_commands_run_as_written_but_smaller(tmp_path):
     "plot": "",
     "replay": "--step 3",
     "convert": "",
+    "tokenize": "--max-bytes 100000",
     "checkpoint": "",
   }
   for command in commands:

@@ -1,8 +1,8 @@
 """One-dimensional arrays of a token store: appended to shard by shard, read span by span.
 
-They are zarr3 arrays of tensorstore. A shard is one file, or one entry in memory, and is written at once; the chunks
-in it are what a reader fetches, each with a checksum (CRC-32C), so that a damaged one is an error and never other
-numbers.
+They are zarr3 arrays of tensorstore. A shard is one file, or one entry in memory, and is written at
+once; the chunks in it are what a reader fetches, each with a checksum (CRC-32C), so that a damaged
+one is an error and never other numbers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ class Place:
   def spec(self, prefix: str = "") -> dict[str, Any]:
     if self.folder is None:
       return {"driver": "memory", "path": prefix}
-    return {"driver": "file", "path": f"{self.folder.absolute()}/{prefix}"}
+    path = str(self.folder.resolve())
+    if "\\" in path:
+      raise UserError(f"store={path!r}: tensorstore takes a backslash for a border of folders")
+    return {"driver": "file", "path": f"{path}/{prefix}"}
 
   @functools.cached_property
   def context(self) -> ts.Context:
@@ -51,7 +54,7 @@ class Place:
 
   @functools.cached_property
   def files(self) -> ts.KvStore:
-    """The files of the store by name; a write replaces a file in one step, on disk when it returns."""
+    """The files of the store by name; a write replaces a file in one step and is then on disk."""
     return ts.KvStore.open(self.spec(), context=self.context).result()
 
   def read(self, name: str) -> bytes | None:
@@ -109,7 +112,7 @@ def read_blocks(array: ts.TensorStore, start: int = 0) -> Iterator[np.ndarray]:
 
 
 class ArrayWriter:
-  """Appends to an array; what is not yet a whole shard is held in memory until `flush` or `finish`."""
+  """Appends to an array; holds what is not yet a whole shard until `flush` or `finish`."""
 
   def __init__(self, place: Place, name: str, dtype: np.dtype, shard: int, state: dict) -> None:
     """Goes on from a `state` that was given after a `flush`; an empty one begins anew."""

@@ -1,4 +1,4 @@
-"""Computes what text costs without a neural model, in bits per byte: the numbers that any model has to beat."""
+"""Computes what text costs without a neural model, in bits per byte: what a model has to beat."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Finds the token store of a configuration, or makes it: in memory for small text, else in a cache folder.
+"""Finds the token store of a configuration, or makes it: in memory, or in a cache folder.
 
-A store in the cache is named by the digest of its source (names, sizes and times of files, or the revision on the
-Hub), tokenizer and data configuration. It is used again where all of that is the same, after its digests are verified.
+A store in the cache is named by the digest of its source (names, sizes and times of files, or the
+revision on the Hub), tokenizer and data configuration. It is used again where all of that is the
+same, after its digests are verified.
 """
 
 from __future__ import annotations
@@ -18,15 +19,19 @@ from jaxlm.data.corpus import digest, open_source
 from jaxlm.data.store import FINISHED, TokenStore, is_store
 from jaxlm.data.tokenize import fixed_tokenizer, make_plan, tokenize, tokenize_in_memory
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.data.writing import TextTooLarge
+from jaxlm.data.writing import Report, TextTooLarge
 from pallas_kernels.common.errors import UserError
 
 IN_MEMORY = 1 << 26  # bytes of the largest text whose tokens are held in memory
 _log = logging.getLogger("jaxlm")
 
 
-def open_text(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenStore:
+def open_text(
+  config: DataConfig, tokenizer: Tokenizer | None = None, report: Report = _log.info
+) -> TokenStore:
   """Returns the store of `config.source`; `tokenizer` is by default the one that `config` asks for.
+
+  `report` gets a line now and then while large text is tokenized.
 
   Raises UserError for what `tokenize` refuses, and for a given store that is unfinished or damaged
   or was made with another tokenizer or split than `config` asks for.
@@ -44,10 +49,12 @@ def open_text(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenSt
     except TextTooLarge:  # it was compressed
       pass
   folder = _cache_folder(config, make_plan(config, source, fixed_tokenizer(config)))
+  if not (folder / FINISHED).is_file():
+    report(f"{config.source}: writing a token store into {cache_root(config)}")
   if tokenizer is not None and not _has_tokenizer(folder, tokenizer):
     folder = _cache_folder(config, make_plan(config, source, tokenizer))
-    return tokenize(config, folder, tokenizer, source=source, report=_log.warning)
-  return tokenize(config, folder, source=source, report=_log.warning)
+    return tokenize(config, folder, tokenizer, source=source, report=report)
+  return tokenize(config, folder, source=source, report=report)
 
 
 def cache_root(config: DataConfig) -> Path:

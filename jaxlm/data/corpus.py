@@ -1,4 +1,4 @@
-"""Finds text: files, the standard library of the running Python, or a dataset of the Hugging Face Hub.
+"""Finds text: files, the standard library of the running Python, or a dataset of the Hub.
 
 A source gives the pieces of its documents in an order that does not change, from any position on.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxlm.config import DataConfig
-from jaxlm.data.formats import ENDINGS, TEXT, Piece, Reader, missing_field
+from jaxlm.data.formats import ENDINGS, TEXT, Piece, Position, Reader, missing_field
 from pallas_kernels.common.errors import UserError, import_extra
 
 INSTALLED = frozenset(("site-packages", "dist-packages", "__pycache__"))
@@ -41,6 +41,9 @@ class Source(Protocol):
   @property
   def single_size(self) -> int | None:
     """Bytes of the document, where the source is sure to hold only one."""
+
+  def progress(self, position: Position) -> str:
+    """Returns how much of the source lies before the position, as far as that is known."""
 
   def pieces(self, reader: Reader) -> Iterator[Piece]:
     """Yields the pieces from the reader's position on, which it moves.
@@ -84,7 +87,7 @@ class FileSource:
   names: tuple[str, ...]
   notes: tuple[str, ...]
   skip_invalid: bool = False
-  """Leaves out files that are not text, with a note, instead of refusing them; each is held whole."""
+  """Leaves out files that are not text, with a note, instead of refusing; holds each whole."""
 
   @property
   def identity(self) -> str:
@@ -102,6 +105,11 @@ class FileSource:
     if len(self.names) == 1 and self.names[0].lower().endswith(TEXT):
       return self.expected_size
     return None
+
+  def progress(self, position: Position) -> str:
+    if size := self.single_size:
+      return f"{position.size / size:.0%}"
+    return f"file {min(position.file + 1, len(self.names))} of {len(self.names)}"
 
   def pieces(self, reader: Reader) -> Iterator[Piece]:
     while reader.position.file < len(self.names) and not reader.position.full:
@@ -173,6 +181,9 @@ class HubSource:
   @property
   def notes(self) -> tuple[str, ...]:
     return (f"revision {self.revision}",)
+
+  def progress(self, position: Position) -> str:
+    return f"record {position.record}"
 
   def pieces(self, reader: Reader) -> Iterator[Piece]:
     if reader.position.full:

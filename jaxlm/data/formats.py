@@ -1,8 +1,9 @@
 """Reads files as documents, piece by piece: text, JSON lines (plain, gzip, zstd) and parquet.
 
-A document comes as pieces of at most 32 KiB of UTF-8, so that memory does not grow with a text file. A record of
-JSON lines or parquet is held whole while its pieces are read. Every piece carries the position after it, from which
-another reader goes on with the same pieces. Every error names the file and the rule.
+A document comes as pieces of at most 32 KiB of UTF-8, so that memory does not grow with a text
+file. A record of JSON lines or parquet is held whole while its pieces are read. Every piece carries
+the position after it, from which another reader goes on with the same pieces. Every error names the
+file and the rule.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Piece(NamedTuple):
   last: bool
   """Whether the document ends with this piece."""
   after: Position | None
-  """Where reading goes on after this piece; None where it goes on with the rest of what was read."""
+  """Where reading goes on after this piece; None where more of what was read follows."""
 
 
 @dataclasses.dataclass
@@ -93,7 +94,7 @@ class Reader:
       raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
   def document(self, name: str, blocks: Iterable[bytes], where: str) -> Iterator[Piece]:
-    """Yields the pieces of the document that goes on with these blocks, and moves to the next record."""
+    """Yields the pieces of the document that goes on with these blocks; moves past the record."""
     for raw, last in cut(blocks, PIECE):
       start, size = self.position.offset, self.position.size
       limit = len(raw) if self.config.max_bytes is None else self.config.max_bytes - size
@@ -115,7 +116,7 @@ class Reader:
         return
 
   def next_record(self, *, empty: bool = False, ended: bool = False) -> None:
-    """Moves the position to the next record; counts the one before as an empty or ended document."""
+    """Moves to the next record; counts the one before as an empty or ended document."""
     at = self.position
     self.position = at._replace(
       record=at.record + 1, offset=0, documents=at.documents + ended, empty=at.empty + empty
@@ -245,7 +246,7 @@ def missing_field(where: str, field: str, fields: list[str]) -> UserError:
 
 
 def _whole_line(reader: Reader, line: bytes, where: str) -> str:
-  """Returns the text of a line of JSON; invalid bytes in it are counted once, wherever reading began."""
+  """Returns the text of a line of JSON; counts invalid bytes once, wherever reading began."""
   position = reader.position
   reader.position = position._replace(offset=0)
   text, replaced = reader.decode(line, where)

@@ -1,12 +1,13 @@
 """Turns a configuration into batches: rows in a global random order, or held-out rows in their own.
 
-Training order depends on the seed alone, not on the number of processes or the mesh: a process asks for its slice of
-each global batch and builds only those rows, which it reads from a token store.
+Training order depends on the seed alone, not on the number of processes or the mesh: a process asks
+for its slice of each global batch and builds only those rows, which it reads from a token store.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import sys
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from jaxlm.data.cache import open_text
 from jaxlm.data.packing import Batch, Rows, pack, windows
 from jaxlm.data.store import StoredSide, TokenStore
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.writing import Report
 from pallas_kernels.common.errors import UserError
 
+_log = logging.getLogger("jaxlm")
 __all__ = ["Batch", "TextData", "heldout_batches", "load_text", "train_loader"]
 
 
@@ -53,12 +56,16 @@ class TextData:
     return loss * self.heldout_tokens_per_byte / math.log(2)
 
 
-def load_text(config: DataConfig, tokenizer: Tokenizer | None = None) -> TextData:
-  """Opens the text of `config.source`, as tokens of `tokenizer`, by default the one `config` asks for.
+def load_text(
+  config: DataConfig, tokenizer: Tokenizer | None = None, report: Report = _log.info
+) -> TextData:
+  """Opens the text of `config.source` as tokens, by default of the tokenizer that it asks for.
+
+  `report` gets a line now and then while large text is tokenized.
 
   Raises UserError for what `open_text` refuses, and for training text shorter than one row.
   """
-  store = open_text(config, tokenizer)
+  store = open_text(config, tokenizer, report)
   train = _rows(config, store.train, keep_last=False)
   heldout = _rows(config, store.heldout, keep_last=True)
   size = store.train.tokens.shape[0]
@@ -70,8 +77,8 @@ def load_text(config: DataConfig, tokenizer: Tokenizer | None = None) -> TextDat
     f"{store.heldout.tokens.shape[0] - 1} tokens in {len(heldout)} held-out rows"
   )
   vocabulary = f"{store.tokenizer.vocab_size} different tokens; rows of {config.length}"
-  report = f"{store.report}\n{vocabulary}: {rows}"
-  return TextData(config, store.tokenizer, store, train, heldout, report)
+  lines = f"{store.report}\n{vocabulary}: {rows}"
+  return TextData(config, store.tokenizer, store, train, heldout, lines)
 
 
 def _rows(config: DataConfig, side: StoredSide, *, keep_last: bool) -> Rows:
@@ -83,7 +90,7 @@ def _rows(config: DataConfig, side: StoredSide, *, keep_last: bool) -> Rows:
 
 @dataclasses.dataclass(frozen=True)
 class _TrainBatches:
-  """Batch i holds rows i * batch, i * batch + 1, ... of an endless order; only a slice of it is built."""
+  """Batch i holds rows i * batch, i * batch + 1, ... of an endless order; builds a slice of it."""
 
   source: Rows
   order: grain.MapDataset
@@ -108,7 +115,8 @@ def train_loader(
   it continues with the batch that would have come next, and `grain.checkpoint.CheckpointSave` and
   `CheckpointRestore` take the iterator.
   """
-  # Epoch e is shuffled by seed + e: spread the seeds, so that seed 1 does not begin with the second epoch of seed 0.
+  # Epoch e is shuffled by seed + e: spread the seeds, so that seed 1 does not begin with the
+  # second epoch of seed 0.
   order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
   order = grain.MapDataset.range(len(text.train)).shuffle(seed=order_seed).repeat()
   batches = grain.MapDataset.source(_TrainBatches(text.train, order, batch, rows))

@@ -1,14 +1,16 @@
 """Cuts a stream of tokens into rows for training and evaluation.
 
-The stream is eos, document, eos, document, ..., eos, so that the first token of a document is predicted too, from the
-eos before it. A row predicts a span of the stream from the tokens one place earlier:
+The stream is eos, document, eos, document, ..., eos, so that the first token of a document is
+predicted too, from the eos before it. A row predicts a span of the stream from the tokens one place
+earlier:
 
   windows  spans of `length` tokens one after another, whatever documents they touch
   packed   whole documents side by side in a row; segments keep attention and positions apart
 
-Either way each token but the first eos is the target of exactly one position. Rows hold no tokens: they read theirs
-from a token store when they are built. `windows` needs no memory. `packed` holds about 32 bytes per document, 60 while
-the rows are made, which takes 1 to 3 seconds per million documents.
+Either way each token but the first eos is the target of exactly one position. Rows hold no tokens:
+they read theirs from a token store when they are built. `windows` needs no memory. `packed` holds
+about 32 bytes per document, 60 while the rows are made, which takes 1 to 3 seconds per million
+documents.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import tensorstore as ts
 
 from jaxlm.data.arrays import read_spans
 
-# B rows of a batch, T positions of a row, S tokens of the stream, D documents, C rests, R rows of rests
+# B rows of a batch, T positions of a row, S tokens of the stream, D documents, C rests of
+# documents, R rows of rests
 
 
 class Batch(NamedTuple):
@@ -62,7 +65,7 @@ def join(
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-  """Row r predicts tokens r * length + 1 to (r + 1) * length of a stream of which `size` are used."""
+  """Row r predicts tokens r * length + 1 to (r + 1) * length of the first `size` of a stream."""
 
   tokens_S: ts.TensorStore
   size: int
@@ -98,11 +101,11 @@ def _as_store(tokens_S: np.ndarray | ts.TensorStore) -> ts.TensorStore:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-  """Rows of whole documents: first the full rows of long ones, then those where rests stand together.
+  """Rows of whole documents: the full rows of long ones, then rows where rests stand together.
 
-  Row r below F, the last of `full_D`, is one of the full rows of the document d where r lies between
-  full_D[d - 1] and full_D[d]. Row F + r holds the rests rows_R[r] to rows_R[r + 1], each of which
-  is `sizes_C` targets from stream place `starts_C` on.
+  Row r below F, the last of `full_D`, is one of the full rows of the document d for which r lies
+  between full_D[d - 1] and full_D[d]. Row F + r holds the rests rows_R[r] to rows_R[r + 1], each
+  of which is `sizes_C` targets from stream place `starts_C` on.
   """
 
   tokens_S: ts.TensorStore

@@ -1,8 +1,9 @@
 """Decides which documents train and which are held out for evaluation.
 
-A document's side follows from a hash of its name, so that it keeps its side when others come or go. A single document
-is split by position. What has to be known about all documents for that is counted while they are read: where the
-first rule leaves a side empty, the text is read again under a better one.
+A document's side follows from a hash of its name, so that it keeps its side when others come or go.
+A single document is split by position. What has to be known about all documents for that is counted
+while they are read: where the first rule leaves a side empty, the text is read again under a better
+one.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def first_split(holdout: float, single_size: int | None) -> Split:
 def better_split(
   split: Split, holdout: float, documents: int, size: int, places: Places
 ) -> Split | None:
-  """Returns the rule that `split` should have been, given what was read under it; None if it is right."""
+  """Returns the rule that `split` should have been, given what was read; None if it is right."""
   if split.cut is not None or documents == 0:
     return None
   if documents == 1:

@@ -1,11 +1,10 @@
 """A token store: the tokens of a corpus on both sides of its split, with what identifies them.
 
-store.json        counts, digests, tokenizer, split, source; written last, so that a store without it is unfinished
-progress.json     where to go on, while the store is written
-tokenizer.json    the tokenizer, unless tokens are bytes
-train/tokens      the stream eos, document, eos, document, ..., eos
-train/borders     int64, the places of the documents' ends: where the stream has its eos
-heldout/...       likewise, and heldout/text, the UTF-8 bytes of its documents one after another
+store.json counts, digests, tokenizer, split, source; written last, so that a store without it is
+unfinished progress.json where to go on, while the store is written tokenizer.json the tokenizer,
+unless tokens are bytes train/tokens the stream eos, document, eos, document, ..., eos train/borders
+int64, the places of the documents' ends: where the stream has its eos heldout/... likewise, and
+heldout/text, the UTF-8 bytes of its documents one after another
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ class TokenStore:
     return self.meta["report"]
 
   def verify(self) -> None:
-    """Reads the whole store; raises UserError that names the first part that is not as it was written."""
+    """Reads the whole store; UserError names the first part that is not as it was written."""
     for side in SIDES:
       for name, recorded in self.meta[side]["arrays"].items():
         if digest_array(self.place.open_array(f"{side}/{name}", read=True)) != recorded["digest"]:
@@ -98,7 +97,7 @@ def is_store(folder: Path) -> bool:
 
 
 def read_finished(place: Place) -> dict[str, Any]:
-  """Returns the content of store.json; raises UserError where it is missing, damaged or of another format."""
+  """Returns the content of store.json; UserError where it is missing or damaged."""
   content = place.read(FINISHED)
   if content is None:
     if place.read(PROGRESS) is None:
@@ -213,7 +212,7 @@ class SideWriter:
 
 
 def _zlib_size(text: ts.TensorStore) -> int:
-  """Returns the compressed bytes of a text, by DEFLATE at level 9 (RFC 1950, 1951), read block by block."""
+  """Returns the size of a text compressed by DEFLATE at level 9 (RFC 1950, 1951), in bytes."""
   compressor = zlib.compressobj(9)
   size = sum(len(compressor.compress(block.tobytes())) for block in read_blocks(text))
   return size + len(compressor.flush())

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import logging
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ def tokenize(
   Raises UserError where the folder holds something else, or a store of another source, tokenizer or
   split; a store that was begun here is removed again where its source is refused.
   """
-  if "://" in str(folder):
-    raise UserError(f"store={str(folder)!r}: must be a local folder")
+  if re.fullmatch(r"\w+:", folder.parts[0] if folder.parts else ""):
+    raise UserError(f"store={str(folder)!r}: must be a local folder, not an address")
   source, tokenizer = source or open_source(config), tokenizer or fixed_tokenizer(config)
   plan, place = make_plan(config, source, tokenizer), Place(folder)
   with _only_writer(folder, report):
@@ -56,7 +57,7 @@ def tokenize(
 def tokenize_in_memory(
   config: DataConfig, source: Source, tokenizer: Tokenizer | None, limit: int
 ) -> TokenStore:
-  """Writes a store in the memory of this process; raises TextTooLarge above `limit` bytes of text."""
+  """Writes a store in the memory of this process; TextTooLarge above `limit` bytes of text."""
   plan = make_plan(config, source, tokenizer)
   return StoreWriter(config, source, Place(), plan, _log.debug, math.inf, limit).run(tokenizer)
 

@@ -1,4 +1,4 @@
-"""Turns text into token ids and back: bytes, or a byte-pair encoding through the `tokenizers` library."""
+"""Turns text into token ids and back: bytes, or byte-pair encoding by the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class BPETokenizer:
 
   @classmethod
   def load(cls, path: Path) -> BPETokenizer:
-    """Reads a tokenizer.json; raises UserError where it is missing, damaged, or has no end of text."""
+    """Reads a tokenizer.json; UserError where it is missing, damaged, or has no end of text."""
     if not path.is_file():
       raise UserError(f"data.tokenizer={str(path)!r}: no such file (or bytes, or bpe:SIZE)")
     return cls.parse(path.read_bytes(), f"data.tokenizer={str(path)!r}")
@@ -123,10 +123,10 @@ class BPETokenizer:
 
 
 def train_bpe(texts: Iterable[str], size: int) -> BPETokenizer:
-  """Trains a byte-level BPE of exactly `size` tokens; the same texts give the same. Id 0 is <|endoftext|>.
+  """Trains a byte-level BPE of exactly `size` tokens, of which id 0 is <|endoftext|>.
 
-  Memory grows with the number of different words, not with the texts. Raises UserError where the
-  texts have too few different words for `size` tokens.
+  The same texts give the same tokens. Memory grows with the number of different words, not with
+  the texts. Raises UserError where the texts have too few different words for `size` tokens.
   """
   model = tokenizers.Tokenizer(tokenizers.models.BPE())
   model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -167,7 +167,7 @@ def load_tokenizer(folder: Path, config: DataConfig, vocabulary: int | None = No
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocabulary: int, path: Path) -> None:
-  """Raises UserError where a tokenizer gives ids that a model does not have: no embedding checks them."""
+  """Raises UserError where a tokenizer gives ids beyond the model's, which no embedding checks."""
   if tokenizer.vocab_size > vocabulary:
     rule = (
       f"has {tokenizer.vocab_size} ids, more than model.V={vocabulary}; it is another tokenizer"

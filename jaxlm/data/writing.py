@@ -1,9 +1,9 @@
 """Writes a token store in passes over its source, resumable after a kill at any moment.
 
-While a store is written, progress.json says how far the source has been read and how much of each array is valid. It
-is replaced after the arrays were written, so that a process which goes on from it writes again what came after. Memory
-does not grow with the corpus: it holds a shard of each array, the pieces that a tokenizer encodes at once, and one
-record.
+While a store is written, progress.json says how far the source has been read and how much of each
+array is valid. It is replaced after the arrays were written, so that a process which goes on from
+it writes again what came after. Memory does not grow with the corpus: it holds a shard of each
+array, the pieces that a tokenizer encodes at once, and one record.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ class StoreWriter:
         progress.sides = {side: writer.flush() for side, writer in sides.items()}
         write_json(self.place, PROGRESS, progress.to_json())
         speed = (piece.after.size - before) / (time.monotonic() - started) / 1e6
-        self.report(f"{_amount(piece.after)}, {speed:.1f} MB/s")
+        where = self.source.progress(piece.after)
+        self.report(f"{where}: {_amount(piece.after)}, {speed:.1f} MB/s")
         due = time.monotonic() + self.commit_seconds
     progress.position = reader.position  # past the empty documents at the end
     if progress.better_split is not None:

@@ -106,7 +106,7 @@ def _target_arrays(config: ModelConfig, dtype: np.dtype, folder: Path) -> Any:
   mesh = jax.sharding.get_mesh()
   try:
     abstract = jax.eval_shape(Transformer(config).init, jax.random.key(0))
-  except ValueError as error:
+  except UserError as error:
     raise UserError(f"{folder}: {error}") from error
 
   def target(x: Any) -> jax.ShapeDtypeStruct:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +20,19 @@ from jaxlm.interop import huggingface
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.text import TextTask
 from jaxlm.train.state import init_state
+from pallas_kernels.common.platform import platform
 from sharding import make_mesh
 from sharding.batches import local_rows
+
+_NEEDS = {"splash": "tpu", "cudnn": "gpu", "pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedRun:
-  """The newest sound checkpoint of a run, or published weights, on one device."""
+  """The newest sound checkpoint of a run, or published weights, on one device.
+
+  A run that names a kernel of another platform than this one runs the one that is chosen here.
+  """
 
   config: TrainConfig
   tokenizer: Tokenizer
@@ -44,7 +51,7 @@ class SavedRun:
     if huggingface.is_checkpoint(run):
       return cls._open_published(huggingface.local_folder(run))
     folder = RunFolder(Path(run))
-    config = dataclasses.replace(folder.read_config(), mesh=MeshConfig(data=1))
+    config = for_this_platform(dataclasses.replace(folder.read_config(), mesh=MeshConfig(data=1)))
     newest = newest_sound(folder.checkpoints)
     with jax.set_mesh(make_mesh(config.mesh)):
       like = jax.eval_shape(lambda: init_state(config, TextTask(config)))
@@ -90,6 +97,28 @@ class SavedRun:
       rows = local_rows(self.config.batch)
       values = TextTask(self.config, text).evaluate(self.params, {}, rows, limit)
     return text, values
+
+
+def for_this_platform(config: TrainConfig) -> TrainConfig:
+  """Returns the configuration without the kernels it names that run on other platforms only.
+
+  These are chosen anew ("auto"), and the log says so. Only for use of a run: training runs the
+  implementation that its configuration names, or raises.
+  """
+  here, compute = platform(), config.compute
+  if _NEEDS.get(compute.attention_implementation, here) != here:
+    _log_change("compute.attention_implementation", compute.attention_implementation, here)
+    compute = dataclasses.replace(compute, attention_implementation="auto")
+    config = dataclasses.replace(config, compute=compute)
+  if _NEEDS.get(config.loss_implementation, here) != here:
+    _log_change("loss_implementation", config.loss_implementation, here)
+    config = dataclasses.replace(config, loss_implementation="auto")
+  return config
+
+
+def _log_change(field: str, name: str, here: str) -> None:
+  message = "%s=%s of the run needs a %s; on %s it is chosen anew"
+  logging.getLogger(__name__).info(message, field, name, _NEEDS[name], here)
 
 
 def _compute_type(params: Any) -> Literal["bfloat16", "float32"]:

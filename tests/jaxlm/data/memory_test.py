@@ -1,4 +1,4 @@
-"""Memory does not grow with the corpus, neither while it is tokenized nor while a model trains on it."""
+"""Memory does not grow with the corpus, neither in tokenizing it nor in training on it."""
 
 import json
 import random
@@ -41,7 +41,7 @@ def peak(code, *arguments):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-  """A text of 1 MB and one of LARGE, with documents of many sizes, and the folders for their stores."""
+  """Texts of 1 MB and of LARGE, with documents of many sizes, and the folders of their stores."""
   folder = tmp_path_factory.mktemp("memory")
   rng = random.Random(0)
   words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 9))) for _ in range(999)]

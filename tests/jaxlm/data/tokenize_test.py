@@ -1,4 +1,4 @@
-"""Stores are the same whenever their writing was cut short, and refused where they are not whole."""
+"""Stores are the same however their writing was cut short, and refused where not whole."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,8 +239,8 @@ def test_a_store_of_something_else_is_not_touched(small, folder, tmp_path):
     write(config, folder)
   with pytest.raises(UserError, match="is a file"):
     write(config, folder / "2.txt")
-  with pytest.raises(UserError, match="gs://bucket/store.*must be a local folder"):
-    write(config, "gs://bucket/store")
+  with pytest.raises(UserError, match="gs:/bucket/store.*must be a local folder"):
+    write(config, Path("gs://bucket/store"))
 
 
 @pytest.mark.parametrize("name", ["new", "there"])

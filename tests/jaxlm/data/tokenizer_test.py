@@ -63,9 +63,10 @@ def test_pieces_join_to_the_text_and_are_short(text, size, block):
 
 
 def test_ids_of_pieces_are_those_of_the_whole_text(bpe):
-  for text in (SOURCE, SOURCE.replace("\n", "\r\n")):
-    parts = [part.decode() for part, _ in cut([text.encode()], 1000)]
-    assert len(parts) > 5
+  lines = "".join(f"  line {i}, with\n\n\tan indented one; \n()\n" for i in range(200))
+  for text in (lines, lines.replace("\n", "\r\n")):
+    parts = [part.decode() for part, _ in cut([text.encode()], 500)]
+    assert len(parts) > 10
     np.testing.assert_array_equal(np.concatenate(list(bpe.encode_all(parts))), bpe.encode(text))
 
 

@@ -16,7 +16,7 @@ from jaxlm.models import Transformer
 from jaxlm.scaling.flops import parameter_count
 from pallas_kernels.common.errors import UserError
 
-# "Model size" of the safetensors on each model's page of the Hub; a head that repeats the embedding counts once
+# "Model size" of the safetensors on each model's page of the Hub; a tied head counts once
 PUBLISHED = {
   presets.llama_3_1_8b: ("llama", 8_030_261_248),
   presets.qwen2_5_0_5b: ("qwen2", 494_032_768),

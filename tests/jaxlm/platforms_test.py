@@ -1,0 +1,125 @@
+"""Every preset initialises, trains, decodes and loads on CPU, TPU and GPU: traced, not run."""
+
+# B batch, T positions
+import contextlib
+import functools
+import inspect
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from jaxlm import presets
+from jaxlm.config import TrainConfig
+from jaxlm.data.packing import Batch
+from jaxlm.decode.generation import generate_tokens
+from jaxlm.decode.sampling import Sampler
+from jaxlm.interop import huggingface
+from jaxlm.models import Transformer
+from jaxlm.run.text import TextTask
+from jaxlm.train import init_state, make_train_step
+from pallas_kernels.attention import cudnn
+from pallas_kernels.common.platform import log_once
+from sharding import MeshConfig
+
+PRESETS = {
+  name: function
+  for name, function in inspect.getmembers(presets, inspect.isfunction)
+  if function.__module__ == presets.__name__
+  and not name.startswith("_")
+  and not inspect.signature(function).parameters
+}
+DEVICES = {"tpu": ("TPU v5p", 1), "gpu": ("NVIDIA H100", 132)}
+# (preset, platform) -> what training attends by; elsewhere xla
+FUSED = {
+  ("tiny", "tpu"): "splash",
+  ("small", "tpu"): "splash",
+  ("llama_3_1_8b", "tpu"): "splash",
+  ("gemma_2_2b", "tpu"): "splash",
+  ("qwen2_5_0_5b", "tpu"): "splash",
+  ("llama_3_1_8b", "gpu"): "cudnn",
+  ("qwen2_5_0_5b", "gpu"): "cudnn",
+}
+QUICK = [("micro", "tpu"), ("tiny", "tpu"), ("qwen2_5_0_5b", "gpu")]
+
+
+@contextlib.contextmanager
+def traced_for(platform):
+  """A mesh of one device of another platform, on which nothing can run."""
+  kind, cores = DEVICES[platform]
+  device = AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
+  names = tuple(MeshConfig().sizes())
+  kinds = (AxisType.Explicit,) * len(names)
+  with jax.sharding.use_abstract_mesh(
+    AbstractMesh((1,) * len(names), names, kinds, abstract_device=device)
+  ):
+    yield
+
+
+@pytest.fixture
+def with_cudnn(monkeypatch):
+  """There is no GPU here: what jax asks cuDNN for is told instead."""
+  from jax._src.cudnn import fused_attention_stablehlo as library
+
+  monkeypatch.setattr(cudnn, "has_cudnn", lambda: True)
+  monkeypatch.setattr(library, "check_cudnn_version", lambda: 91100)
+  monkeypatch.setattr(library, "check_compute_capability", lambda capability: True)
+
+
+def trace_everything(config: TrainConfig, packed: bool = False) -> None:
+  """Traces init, train step, prefill and decode step, and what `huggingface.load` compares with."""
+  task, model = TextTask(config), Transformer(config.model, config.compute)
+  state = jax.eval_shape(lambda: init_state(config, task))
+  shape = (config.batch, config.data.length)
+  ids, weights = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.float32))
+  batch = Batch(ids, ids, weights, *((ids, ids) if packed else (None, None)))
+  after, metrics = jax.eval_shape(make_train_step(config, task), state, batch)
+  assert jax.tree.structure(after) == jax.tree.structure(state) and metrics["loss"].shape == ()
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  assert jax.eval_shape(model.init, key).keys() == state.params.keys()
+  static = {"sampler": Sampler(), "buffer": 5, "max_new": 5, "eos": -1}
+  generate = functools.partial(generate_tokens.__wrapped__, model, **static)
+  prompts, lengths = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((2, 7), (2,)))
+  generation = jax.eval_shape(generate, state.params, prompts, lengths, key=key)
+  assert generation.ids_BM.shape == (2, 5)
+  logits_BTV = jax.eval_shape(model.apply, state.params, prompts)
+  assert logits_BTV.dtype == jnp.float32
+
+
+def check_preset(name: str, platform: str, caplog) -> None:
+  log_once.cache_clear()
+  with traced_for(platform), caplog.at_level(logging.INFO):
+    trace_everything(PRESETS[name]())
+  taken = {line for line in caplog.messages if line.startswith("attention runs")}
+  fused = FUSED.get((name, platform))
+  assert any(line == f"attention runs {fused} on {platform}" for line in taken) == bool(fused)
+  assert any(line.startswith("attention runs xla") for line in taken)  # decoding, at the least
+
+
+@pytest.mark.parametrize("name, platform", QUICK)
+def test_some_presets_on_other_platforms(name, platform, with_cudnn, caplog):
+  check_preset(name, platform, caplog)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", DEVICES)
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_on_every_platform(name, platform, with_cudnn, caplog):
+  check_preset(name, platform, caplog)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", DEVICES)
+def test_packed_rows_and_without_cudnn(platform):
+  with traced_for(platform):
+    trace_everything(presets.qwen2_5_0_5b(), packed=True)
+
+
+@pytest.mark.parametrize("platform", DEVICES)
+def test_published_weights_load_whatever_the_platform(platform, family, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  config, params = huggingface.load(family.folder)
+  assert jax.tree.structure(params) == jax.tree.structure(family.params) and config == family.config
