@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -305,3 +306,15 @@ def test_a_dtype_is_a_name_or_a_dtype(dtype, expected, checkpoint):
 def test_other_dtypes_are_refused_by_name(dtype, checkpoint):
   with pytest.raises(UserError, match="dtype=.*must be float32, bfloat16 or float16"):
     huggingface.load(checkpoint("llama").folder, dtype=dtype)
+
+
+def test_loading_runs_no_forward_pass(checkpoint):
+  calls = []
+
+  def watch(run, args, kwargs, context):
+    calls.append(context.method_name)
+    return run(*args, **kwargs)
+
+  with nn.intercept_methods(watch):
+    huggingface.load(checkpoint("qwen3").folder)
+  assert "declare" in calls and "__call__" not in calls
