@@ -29,10 +29,11 @@ class LogicalRules:
   axes: Mapping[str, tuple[str, ...]]
 
   def spec(self, names: Names, shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> P:
-    """The PartitionSpec of an array with these logical names (None: not split) on a mesh of these axis sizes.
+    """Returns the PartitionSpec of an array with these logical names (None: not split).
 
-    Mesh axes of size 1 are left out. Raises UserError for a size that its mesh axes do not divide,
-    ValueError for an unknown name and a mesh axis used twice.
+    `mesh_shape` gives the sizes of the mesh axes. Those of size 1 are left out, and a length of 1
+    is not split. Raises UserError for a size that its mesh axes do not divide, ValueError for an
+    unknown name and a mesh axis used twice.
     """
     if len(names) != len(shape):
       raise ValueError(f"names={names}: an array of shape {shape} needs {len(shape)} names")

@@ -49,6 +49,7 @@ class Checkpoints:
     self.keep, self.keep_every = keep, keep_every
     self.saved = saved
     """Step of the newest checkpoint that is complete on disk, or -1."""
+    self._absl_level = logging.getLogger("absl").level
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises
     self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(*_ITEMS))
     self._finisher: threading.Thread | None = None
@@ -91,6 +92,7 @@ class Checkpoints:
     """Waits as `wait` does and stops the writer; returns `saved`."""
     self.wait()
     self._writer.close()
+    logging.getLogger("absl").setLevel(self._absl_level)
     return self.saved
 
   @property

@@ -21,7 +21,7 @@ USAGE = """\
 usage: jaxlm COMMAND ...
 
   train PRESET [flags]   train a model; `jaxlm train PRESET --help` lists every flag
-  resume DIR             go on with a run from its newest checkpoint (--steps: to so many steps)
+  resume DIR [flags]     go on with a run from its newest checkpoint, as with --steps 1000
   sample DIR             continue a prompt with the weights of a run or of a Hugging Face checkpoint
   eval DIR               loss on all held-out text, beside what compression reaches
   plot RUN [RUN...]      draw the curves of runs side by side into a picture
@@ -39,7 +39,6 @@ presets, or your own function as module:function, or the config.json of a run to
 """
 
 BY_SIGNATURE: dict[str, Callable[..., int]] = {
-  "resume": resume,
   "sample": sample,
   "eval": evaluate,
   "plot": plot,
@@ -49,7 +48,11 @@ BY_SIGNATURE: dict[str, Callable[..., int]] = {
   "tokenize": tokenize,
 }
 """Commands whose flags are the parameters of a function, and whose help is its docstring."""
-BY_ARGUMENTS: dict[str, Callable[[list[str]], int]] = {"train": train, "kernels": kernels}
+BY_ARGUMENTS: dict[str, Callable[[list[str]], int]] = {
+  "train": train,
+  "resume": resume,
+  "kernels": kernels,
+}
 """Commands that parse their arguments themselves."""
 
 

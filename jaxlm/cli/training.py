@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from jaxlm.cli.presets import list_presets, load_preset
-from jaxlm.config import TrainConfig
+from jaxlm.config import TrainConfig, check
 
 if TYPE_CHECKING:
   from jaxlm.run import TrainResult
@@ -49,18 +49,39 @@ def _parse_train(preset: str, flags: list[str]) -> TrainConfig:
   return tyro.cli(TrainConfig, default=default, args=flags, prog=prog, config=options)
 
 
-def resume(run: tyro.conf.Positional[Path], steps: int | None = None) -> int:
-  """Go on with a run from its newest checkpoint that verifies.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ResumeConfig(TrainConfig):
+  """Go on with a run from its newest checkpoint that verifies; flags change its configuration."""
 
-  Args:
-    run: folder of the run
-    steps: new number of steps, above the old one to train longer
-  """
+  other_text: bool = False
+  """go on though the text is not the one that the run was trained on"""
+
+
+def resume(arguments: list[str]) -> int:
+  """Runs `jaxlm resume DIR [flags]`."""
+  if not arguments or arguments[0] in ("-h", "--help"):
+    print("usage: jaxlm resume DIR [flags]   (`jaxlm resume DIR --help` lists the flags)\n")
+    print("Flags change the run's configuration, as in --steps 1000 to train longer. Those that")
+    print("contradict the checkpoint are refused. --other_text goes on with text that has changed.")
+    return 0 if arguments else 2
+  from jaxlm.run.run_folder import RunFolder
+
+  run = arguments[0]
+  config = dataclasses.replace(RunFolder(Path(run)).read_config(), run=run)
+  default = _ResumeConfig(**_fields(config))
+  flags = tyro.cli(_ResumeConfig, default=default, args=arguments[1:], prog=f"jaxlm resume {run}")
+  values = _fields(flags)
+  other_text = values.pop("other_text")
+  check(flags.run == run, "run", flags.run, f"a resumed run stays in its folder {run}")
   from jaxlm.run import resume
   from sharding.multihost import join_processes
 
   join_processes()
-  return _exit_status(resume(run, steps))
+  return _exit_status(resume(run, TrainConfig(**values), other_text=other_text))
+
+
+def _fields(config: TrainConfig) -> dict[str, Any]:
+  return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 def _exit_status(result: TrainResult) -> int:

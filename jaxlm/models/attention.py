@@ -14,6 +14,7 @@ from jaxlm.models.linear import Linear, Roles, declare_parts
 from jaxlm.models.norms import RMSNorm
 from jaxlm.models.rope import apply_rope, rope_tables
 from pallas_kernels.attention import attention
+from pallas_kernels.common.shards import check_not_sharded
 from sharding.rules import all_gather, is_sharded, shard, spec
 
 
@@ -133,8 +134,10 @@ def _attend_cached(
 ) -> tuple[KVCache, jax.Array]:
   """Writes T positions into the cache and attends to all positions up to each query's own.
 
-  Takes the platform's implementation for this shape, whatever the one that training names.
+  Takes the platform's implementation for this shape, whatever the one that training names. A query
+  whose position the cache has no room for gets NaN.
   """
+  check_not_sharded("q_BTNH", q_BTNH, 1)
   # dynamic frequencies change with the length, so these keys are rotated when they are read
   rotate_on_read = c.rope.scaling == "dynamic"
   if not rotate_on_read:
@@ -157,7 +160,8 @@ def _attend_cached(
     cap=c.cap,
     scale=_scale(c),
   )
-  return cache, o_BTNH
+  has_room_BT = context.positions_BT < k_BSKH.shape[1]
+  return cache, jnp.where(has_room_BT[:, :, None, None], o_BTNH, jnp.nan)
 
 
 def _write_positions(

@@ -20,6 +20,7 @@ from jaxlm.models.head import Head
 from jaxlm.models.linear import Linear, Roles
 from jaxlm.models.norms import RMSNorm
 from pallas_kernels.attention.mask import soft_cap
+from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import platform
 from sharding.rules import all_gather, shard
 
@@ -77,7 +78,8 @@ class Transformer:
     positions: int32 [B or 1, T], by default 0 .. T-1.
     segment_ids: int32 [B, T], for packed rows; attention stays within a segment.
     cache: from `init_cache`; the T positions are written into it and see what is there. Here
-      positions may be -1: padding, which is written nowhere and which nothing sees.
+      positions may be -1: padding, which is written nowhere and which nothing sees. The logits of
+      a position that the cache has no room for are NaN.
     logits: False gives, in place of logits, the states [B, T, D] that `head` multiplies.
     """
     x_BTD, cache = self.run_layers(
@@ -99,6 +101,8 @@ class Transformer:
 
     Returns the states before the final norm, [B, T, D], and the updated cache or None.
     """
+    if cache is not None and segment_ids is not None:
+      raise UnsupportedError("segment_ids: rows of several segments have no decode cache")
     B, T = ids_BT.shape
     positions_BT = jnp.arange(T)[None] if positions is None else positions
     length: jax.Array | int = T

@@ -1,6 +1,7 @@
-"""When a run is asked to save and leave: Ctrl-C once, the notice of a cluster, or the end of its time.
+"""Asks a run to save and leave: on Ctrl-C, on the notice of a cluster, or when its time is over.
 
-Ctrl-C twice leaves at once. Clusters give notice by SIGTERM, some repeatedly; they all mean the same request.
+Ctrl-C twice leaves at once. Clusters give notice by SIGTERM, some of them repeatedly; all of these
+mean the same request.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from sharding.multihost import stop_together
 
 
 class StopRequest:
-  """A context manager in which signals only set `reason`; a second SIGINT raises KeyboardInterrupt."""
+  """Turns signals into a request to stop, while it is entered as a context manager.
+
+  A second SIGINT raises KeyboardInterrupt.
+  """
 
   def __init__(self, seconds: float = math.inf) -> None:
     self.reason = ""
@@ -26,11 +30,10 @@ class StopRequest:
     self._before: dict[signal.Signals, Any] = {}
 
   def __enter__(self) -> Self:
-    # of several processes, SIGTERM reaches the runtime's own handler, which tells the others
+    # With several processes, SIGTERM is left to the runtime's own handler, which tells the others.
     numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
-    if (
-      threading.current_thread() is threading.main_thread()
-    ):  # elsewhere, a notebook's thread say, Python forbids it
+    # In other threads, such as a notebook's, Python forbids handlers.
+    if threading.current_thread() is threading.main_thread():
       for number in numbers:
         self._before[number] = signal.signal(number, self._handle)
     return self
@@ -40,7 +43,7 @@ class StopRequest:
       signal.signal(number, handler)
 
   def reached(self, step: int) -> bool:
-    """Whether to stop before this step; ask once before each. Several processes stop at the same step."""
+    """Returns whether to stop before `step`: the same in all processes, which all ask each time."""
     if not self.reason and time.monotonic() >= self._deadline:
       self.reason = "stop_after"
     return stop_together(step, bool(self.reason))

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,17 @@ from jaxlm.checkpoint.folder import (
   set_aside_after,
 )
 from jaxlm.config import TrainConfig, check
-from jaxlm.run.environment import check_fits, record_start
+from jaxlm.run.compatibility import check_compatible
+from jaxlm.run.environment import record_start
 from jaxlm.run.guard import Guard
 from jaxlm.run.interrupt import StopRequest
 from jaxlm.run.lock import only_writer
 from jaxlm.run.memory import keep_freed_memory
 from jaxlm.run.metrics import Reporter, print_status
 from jaxlm.run.plot import draw_loss
+from jaxlm.run.refusal import undo_if_refused
 from jaxlm.run.run_folder import RunFolder, log_to
+from jaxlm.run.trackers import check_trackers
 from jaxlm.run.watch import Watch
 from jaxlm.train.optimizer import check_schedule
 from jaxlm.train.state import Hyper, TrainState, init_state
@@ -73,39 +76,69 @@ def fit(config: TrainConfig, task: Task, *, resume: bool = False) -> TrainResult
   check_run(config)
   folder = RunFolder(Path(config.run))
   with only_writer(folder.path):
-    if resume:
-      newest = find_newest(config, folder)
-      clear_after(config, folder, newest)
-    else:
-      newest = prepare_start(config, task, folder)
-    return run_from(config, task, folder, newest)
+    if not resume:
+      return start_run(config, task, folder)
+    newest = find_newest(config, folder)
+    return continue_run(config, task, folder, newest)
 
 
 def check_run(config: TrainConfig) -> None:
-  """Raises UserError for a run without a name, a schedule or a batch that does not divide."""
+  """Raises UserError for what is wrong with any run: what is missing, or does not divide."""
   check(bool(config.run), "run", config.run, "names the folder of the run")
   check_schedule(config.optimizer, config.steps)
+  check_trackers(config)
   sizes = config.mesh.resolve(jax.device_count())
   shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
   rule = f"must be a multiple of {shards} batch shards x accumulate={config.accumulate}"
   check(config.batch % (shards * config.accumulate) == 0, "batch", config.batch, rule)
 
 
-def prepare_start(config: TrainConfig, task: Task, folder: RunFolder) -> int:
-  """Makes the folder of a new run, whose lock is held; returns -1, the step of no checkpoint."""
+def start_run(config: TrainConfig, task: Task, folder: RunFolder) -> TrainResult:
+  """Trains from the start, into a folder that must be new and whose lock is held."""
 
-  def create() -> int:
+  def prepare() -> None:
     folder.create(config)
     task.save(folder.path)
-    return -1
 
-  return run_on_main_process(create)
+  run_on_main_process(folder.check_new)
+  with undo_if_refused(folder, 0):
+    run_on_main_process(prepare)
+    return _train_from(config, task, folder, -1)
 
 
-def find_newest(config: TrainConfig, folder: RunFolder) -> int:
+def continue_run(
+  config: TrainConfig,
+  task: Task,
+  folder: RunFolder,
+  newest: int,
+  also_write: Callable[[], None] = lambda: None,
+) -> TrainResult:
+  """Trains from the checkpoint of step `newest`, or again from the start where it is -1.
+
+  Writes the configuration and what `also_write` writes, and drops what the run will write again:
+  records after that step, and checkpoints that are later, damaged or unfinished.
+  """
+
+  def prepare() -> None:
+    folder.write_config(config)
+    also_write()
+    folder.forget_after(newest)
+    set_aside_after(folder.checkpoints, newest)
+    remove_leftovers(folder.checkpoints)
+    if newest < 0:
+      task.save(folder.path)
+      _log.warning("%s ended before its first checkpoint: it begins again at step 0", folder.path)
+
+  with undo_if_refused(folder, max(newest, 0)):
+    run_on_main_process(prepare)
+    return _train_from(config, task, folder, newest)
+
+
+def find_newest(config: TrainConfig, folder: RunFolder, *, other_data: bool = False) -> int:
   """Returns the step of the checkpoint that a run goes on from, -1 where it ended before any.
 
-  Changes nothing. Raises UserError where the run is done or `config` contradicts its checkpoints.
+  Changes nothing. Raises UserError where the run is done or `config` contradicts its checkpoints;
+  with `other_data`, a change of the data does not.
   """
 
   def newest() -> int:
@@ -113,31 +146,13 @@ def find_newest(config: TrainConfig, folder: RunFolder) -> int:
     step = newest_sound(folder.checkpoints) if finished_steps(folder.checkpoints) else -1
     check(step < config.steps, "steps", config.steps, f"the run is at step {step}; raise --steps")
     if step >= 0:
-      check_fits(folder, config)
+      check_compatible(folder, config, step, other_data=other_data)
     return step
 
   return run_on_main_process(newest)
 
 
-def clear_after(config: TrainConfig, folder: RunFolder, newest: int) -> None:
-  """Writes the configuration of a resumed run and drops what it will write again.
-
-  Those are records after step `newest` and checkpoints that are later, damaged or unfinished.
-  """
-
-  def clear() -> int:
-    folder.write_config(config)
-    folder.forget_after(newest)
-    set_aside_after(folder.checkpoints, newest)
-    remove_leftovers(folder.checkpoints)
-    if newest < 0:
-      _log.warning("%s ended before its first checkpoint: it begins again at step 0", folder.path)
-    return 0
-
-  run_on_main_process(clear)
-
-
-def run_from(config: TrainConfig, task: Task, folder: RunFolder, newest: int) -> TrainResult:
+def _train_from(config: TrainConfig, task: Task, folder: RunFolder, newest: int) -> TrainResult:
   """Trains from the checkpoint of step `newest`, or from the start where it is -1."""
   if config.keep_freed_memory and jax.default_backend() == "cpu":
     keep_freed_memory()
@@ -196,7 +211,7 @@ class _Run:
   def train(self, newest: int) -> TrainResult:
     config, watch = self.config, self.watch
     resume_from = None if newest < 0 else checkpoint_path(self.folder.checkpoints, newest)
-    watch.on("compile" if resume_from is None else "checkpoint")
+    watch.set_activity("compile" if resume_from is None else "checkpoint")
     state, batches = restore_or_init(config, self.task, resume_from)
     start = step = int(state.step)
     train_step = jax.jit(make_train_step(config, self.task), donate_argnums=0)
@@ -209,9 +224,9 @@ class _Run:
     with self.reporter, self.checkpoints:
       self._print_start(state, start)
       while step < config.steps and not self.stop.reached(step + 1):
-        watch.on("data")
+        watch.set_activity("data")
         batch = next(batches)
-        watch.on("compile" if step == start else "device")
+        watch.set_activity("compile" if step == start else "device")
         limit = self.guard.limit(step + 1)
         state, metrics = train_step(state, globalize(batch, config.batch), limit)
         step += 1
@@ -225,7 +240,7 @@ class _Run:
         pending = None
         if evaluating:
           self._evaluate(state, step)
-        watch.on("checkpoint")
+        watch.set_activity("checkpoint")
         if saving:  # last, so that a run resumed from here lacks no record of what came before
           self.checkpoints.save(state, batches.get_state())
         self.reporter.restart_clock()
@@ -246,7 +261,7 @@ class _Run:
     """Waits for a step's metrics, records and checks them."""
     if pending is None:
       return
-    self.watch.on("device")
+    self.watch.set_activity("device")
     self.metrics = pending.read()
     flops = self.task.flops(pending.batch) * jax.process_count()
     spike = self.guard.is_spike(pending.step, self.metrics["loss"])
@@ -254,14 +269,14 @@ class _Run:
     self.guard.check_step(pending.step, self.metrics, pending.batch, self.rows)
 
   def _evaluate(self, state: TrainState, step: int) -> None:
-    self.watch.on("evaluation")
+    self.watch.set_activity("evaluation")
     self.evaluation = self.task.evaluate(state.weights(), state.model_state, self.rows)
     if self.evaluation:
       self.reporter.evaluation(step, self.evaluation)
 
   def _finish(self, state: TrainState, batches: Batches, step: int) -> int:
     """Saves the last step, unless it is saved already, and says how the run ended."""
-    self.watch.on("checkpoint")
+    self.watch.set_activity("checkpoint")
     if run_on_main_process(self.checkpoints.wait) < step:  # none was due, or it failed
       self.checkpoints.save(state, batches.get_state())
     saved, steps = run_on_main_process(self.checkpoints.wait), self.config.steps

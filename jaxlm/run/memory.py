@@ -1,4 +1,4 @@
-"""Memory of the process: kept where glibc would return and refault a step's temporaries every step, and told."""
+"""Keeps glibc from returning freed memory after every step (CPU only), and formats memory use."""
 
 import ctypes
 import logging
@@ -12,9 +12,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
 def keep_freed_memory() -> bool:
-  """Tells glibc's malloc to serve large blocks from the heap and never trim it; resident memory grows by about half.
+  """Tells glibc's malloc to serve large blocks from the heap and never to trim it.
 
-  True where it took effect: Linux with glibc. Only large host buffers gain, that is, JAX on CPU.
+  Otherwise each step's temporaries are returned to the system and faulted in again. Resident memory
+  grows by about half. Returns whether it took effect, which needs Linux with glibc. Only large host
+  buffers gain, that is, JAX on CPU.
   """
   if not sys.platform.startswith("linux"):
     return False
@@ -30,7 +32,10 @@ def keep_freed_memory() -> bool:
 
 
 def memory_in_use() -> str:
-  """Of this process's first device, or, where jax does not count it (CPU), of the process: "1.2 GiB"."""
+  """Returns the memory in use on this process's first device, such as "1.2 GiB".
+
+  Where jax does not count it (CPU), returns that of the process: "1.2 GiB (host)".
+  """
   counted = jax.local_devices()[0].memory_stats()
   if counted is not None and "bytes_in_use" in counted:
     return _gibibytes(counted["bytes_in_use"])

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, the terminal, and trackers."""
+"""Sends the numbers of a run to metrics.jsonl, eval.jsonl, the terminal and trackers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import datetime
 import logging
 import os
 import time
-from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from jaxlm.config import TrainConfig
-from jaxlm.config_json import to_dict
 from jaxlm.run.memory import memory_in_use
 from jaxlm.run.run_folder import RecordFile, RunFolder
+from jaxlm.run.trackers import open_trackers
 from jaxlm.run.watch import Watch
 from sharding.hardware import find_chip
 from sharding.multihost import is_main
@@ -25,52 +24,10 @@ _log = logging.getLogger("jaxlm")
 
 
 def print_status(line: str) -> None:
-  """To the log, and from the main process to the terminal."""
+  """Writes a line to the log, and from the main process to the terminal."""
   if is_main():
     print(line, flush=True)
   _log.info(line)
-
-
-class Tracker(Protocol):
-  def __init__(self, config: TrainConfig): ...
-
-  def log(self, values: dict[str, float], step: int) -> None: ...
-
-  def close(self) -> None: ...
-
-
-class TensorBoard:
-  """Event files in the run folder, through tensorboardX (extra `tensorboard`)."""
-
-  def __init__(self, config: TrainConfig):
-    from tensorboardX import SummaryWriter
-
-    self.writer = SummaryWriter(str(Path(config.run) / "tensorboard"))
-
-  def log(self, values: dict[str, float], step: int) -> None:
-    for name, value in values.items():
-      self.writer.add_scalar(name, value, step)
-
-  def close(self) -> None:
-    self.writer.close()
-
-
-class WeightsAndBiases:
-  """A run of the project `jaxlm`, through wandb (extra `wandb`); wandb's environment variables choose the account."""
-
-  def __init__(self, config: TrainConfig):
-    import wandb
-
-    name = Path(config.run).name
-    self.run = wandb.init(
-      project="jaxlm", name=name, dir=config.run, config=to_dict(config), resume="allow"
-    )
-
-  def log(self, values: dict[str, float], step: int) -> None:
-    self.run.log(values, step=step)
-
-  def close(self) -> None:
-    self.run.finish()
 
 
 class Reporter:
@@ -98,8 +55,7 @@ class Reporter:
     self.task = self.progress.add_task(
       "train", total=config.steps, completed=start, line="compiling"
     )
-    kinds: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
-    self.trackers = [kinds[name](config) for name in config.trackers if is_main()]
+    self.trackers = open_trackers(config, start) if is_main() else []
     self.last = time.perf_counter()
 
   def __enter__(self) -> Self:
@@ -116,7 +72,7 @@ class Reporter:
       tracker.close()
 
   def restart_clock(self) -> None:
-    """What took place since the last step, an evaluation say, is not part of the next one."""
+    """Leaves what took place since the last step, such as an evaluation, out of the next one."""
     self.last = time.perf_counter()
     self.watch.restart_clock()
 
@@ -128,7 +84,7 @@ class Reporter:
     """
     now = time.perf_counter()
     seconds, self.last = now - self.last, now
-    waited = self.watch.spent("data")
+    waited = self.watch.pop_seconds("data")
     self.watch.step_done(seconds)
     counts = {name: int(metrics[name]) for name in (self.unit, "skipped")}
     times = {"seconds": round(seconds, 6), "data_seconds": round(waited, 6)}

@@ -1,4 +1,4 @@
-"""What a configuration leaves to the checkpoint, the text and the devices of a run, filled in and checked."""
+"""Fills in and checks what a configuration leaves to the checkpoint, the text and the devices."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from jaxlm.interop import huggingface
 
 
 def with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
+  """Returns `config` with a vocabulary of at least `vocab_size` ids.
+
+  Raises UserError where the weights that training starts from have fewer.
+  """
   if config.model.V >= vocab_size:
     return config
   rule = f"has {vocab_size} ids, more than the V={config.model.V} of init={config.init!r}"
@@ -20,9 +24,9 @@ def with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
 
 
 def with_initial_model(config: TrainConfig) -> TrainConfig:
-  """With the model of the checkpoint that training starts from, and its tokenizer in place of `bytes`, if it has one.
+  """Returns `config` with the model of the checkpoint that training starts from, if there is one.
 
-  ValueError as `huggingface.load`.
+  The checkpoint's tokenizer takes the place of `bytes`. Raises UserError as `huggingface.load` does.
   """
   if not config.init:
     return config
@@ -38,28 +42,18 @@ def check_mesh(config: TrainConfig) -> None:
   """Raises UserError where the model does not divide over the mesh or cannot use one of its axes."""
   sizes = config.mesh.resolve(jax.device_count())
   for axis in ("stage", "context_ring", "context_ulysses", "expert"):
-    check(
-      sizes[axis] == 1,
-      f"mesh.{axis}",
-      sizes[axis],
-      "the model does not use this axis; it must be 1",
-    )
-  model, tensor = config.model, sizes["tensor"]
-  check(
-    config.data.length % tensor == 0,
-    "data.length",
-    config.data.length,
-    f"must be a multiple of {tensor=}",
-  )
-  check(
-    model.D % sizes["fsdp"] == 0,
-    "model.D",
-    model.D,
-    f"must be a multiple of mesh.fsdp={sizes['fsdp']}",
-  )
-  rule = f"must be a multiple of mesh.tensor={tensor}"
-  check(model.V % tensor == 0, "model.V", model.V, rule)
-  for spec in model.layer_specs:
-    for name, size in (("mixer.N", spec.mixer.N), ("mixer.K", spec.mixer.K)):
-      check(size % tensor == 0, name, size, rule)
-    check(spec.feedforward.F % tensor == 0, "feedforward.F", spec.feedforward.F, rule)
+    rule = "the model does not use this axis; it must be 1"
+    check(sizes[axis] == 1, f"mesh.{axis}", sizes[axis], rule)
+  model, fsdp, tensor = config.model, sizes["fsdp"], sizes["tensor"]
+  check(model.D % fsdp == 0, "model.D", model.D, f"must be a multiple of mesh.fsdp={fsdp}")
+  split_by_tensor = {"data.length": config.data.length, "model.V": model.V}
+  for group in ("prefix", "pattern", "remainder"):
+    for position, spec in enumerate(getattr(model, group)):
+      path = f"model.{group}.{position}"
+      split_by_tensor |= {
+        f"{path}.mixer.N": spec.mixer.N,
+        f"{path}.mixer.K": spec.mixer.K,
+        f"{path}.feedforward.F": spec.feedforward.F,
+      }
+  for path, size in split_by_tensor.items():
+    check(size % tensor == 0, path, size, f"must be a multiple of mesh.tensor={tensor}")

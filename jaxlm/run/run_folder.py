@@ -39,12 +39,11 @@ class RunFolder:
   plot = property(lambda self: self.path / "loss.png")
   bad_steps = property(lambda self: self.path / "bad_steps")
   environment = property(lambda self: self.path / "environment.json")
+  text = property(lambda self: self.path / "text.json")
+  trackers = property(lambda self: self.path / "trackers.json")
 
-  def create(self, config: TrainConfig) -> None:
-    """Makes the folder and writes the resolved configuration.
-
-    Raises UserError where something is there already.
-    """
+  def check_new(self) -> None:
+    """Raises UserError where something is there already, but for the lock."""
     if self.path.is_dir():
       in_use = any(path.name != LOCK for path in self.path.iterdir())
     else:
@@ -54,6 +53,10 @@ class RunFolder:
       hint = hint if self.config.exists() else "and is not a run"
       rule = "must be a new or empty folder; this one is not empty"
       raise UserError(f"run={str(self.path)!r}: {rule}, {hint}")
+
+  def create(self, config: TrainConfig) -> None:
+    """Makes the folder, which must be new, and writes the resolved configuration."""
+    self.check_new()
     self.path.mkdir(parents=True, exist_ok=True)
     self.write_config(config)
 

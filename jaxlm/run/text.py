@@ -20,14 +20,14 @@ from jaxlm.run.lock import only_writer
 from jaxlm.run.loop import (
   TrainResult,
   check_run,
-  clear_after,
+  continue_run,
   find_newest,
-  prepare_start,
-  run_from,
+  start_run,
 )
 from jaxlm.run.metrics import print_status
 from jaxlm.run.resolve import check_mesh, with_initial_model, with_vocabulary
 from jaxlm.run.run_folder import RunFolder
+from jaxlm.run.text_identity import check_same_everywhere, check_text, record_text
 from jaxlm.scaling.flops import train_flops_per_token
 from jaxlm.train.evaluate import make_evaluator
 from jaxlm.train.task import Batches, Start, Task
@@ -38,43 +38,49 @@ from sharding.multihost import run_on_main_process
 def train(config: TrainConfig) -> TrainResult:
   """Trains a language model from scratch or from `config.init` into the new folder `config.run`.
 
-  Raises UserError for what cannot work, before it starts.
+  Raises UserError for what cannot work, before it starts and without leaving anything behind.
   """
   check_run(config)
   config = with_initial_model(config)
   check_mesh(config)
   text = load_text(config.data, report=print_status)
+  check_same_everywhere(text)
   config = with_vocabulary(config, text.tokenizer.vocab_size)
+  check_mesh(config)  # again, because the text's vocabulary may have become the model's
   task, folder = TextTask(config, text), RunFolder(Path(config.run))
   with only_writer(folder.path):
-    return run_from(config, task, folder, prepare_start(config, task, folder))
+    return start_run(config, task, folder)
 
 
-def resume(run: str | Path, steps: int | None = None) -> TrainResult:
+def resume(
+  run: str | Path,
+  config: TrainConfig | None = None,
+  *,
+  steps: int | None = None,
+  other_text: bool = False,
+) -> TrainResult:
   """Goes on with a run of `train` from its newest checkpoint that verifies, as `fit` does.
 
-  `steps` replaces the configured number of steps.
+  `config` replaces the run's configuration, `steps` only its number of steps. Raises UserError
+  where `config` contradicts the checkpoint, and, unless `other_text`, where the text is not the one
+  that the run was trained on.
   """
   folder = RunFolder(Path(run))
-  config = dataclasses.replace(folder.read_config(), run=str(folder.path))
+  config = dataclasses.replace(config or folder.read_config(), run=str(folder.path))
   if steps is not None:
     config = dataclasses.replace(config, steps=steps)
   check_run(config)
   check_mesh(config)
   with only_writer(folder.path):
-    newest = find_newest(config, folder)
+    newest = find_newest(config, folder, other_data=other_text)
     begun = newest >= 0
     tokenizer = load_tokenizer(folder.path, config.data, config.model.V) if begun else None
-    task = TextTask(config, load_text(config.data, tokenizer, print_status))
-    clear_after(config, folder, newest)
-    if not begun:
-      run_on_main_process(lambda: _save(task, folder))
-    return run_from(config, task, folder, newest)
-
-
-def _save(task: Task, folder: RunFolder) -> int:
-  task.save(folder.path)
-  return 0
+    text = load_text(config.data, tokenizer, print_status)
+    check_same_everywhere(text)
+    if newest > 0:
+      run_on_main_process(lambda: check_text(folder, text, other_text=other_text))
+    task = TextTask(config, text)
+    return continue_run(config, task, folder, newest, lambda: record_text(folder, text))
 
 
 class TextTask(Task):
@@ -152,6 +158,7 @@ class TextTask(Task):
 
   def save(self, folder: Path) -> None:
     self.text.tokenizer.save(folder)
+    record_text(RunFolder(folder), self.text)
 
   def references(self) -> dict[str, float]:
     return baselines(self.text.store)

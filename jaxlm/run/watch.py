@@ -1,4 +1,4 @@
-"""What a run is waiting for, and a thread that says so when a step takes far longer than those before it."""
+"""Reports what a run is waiting for when a step takes far longer than those before it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
-WAITS = {
+ACTIVITIES = {
   "start": "the start of the run",
   "data": "the data loader",
   "compile": "the compiler",
@@ -22,7 +22,7 @@ WAITS = {
 class Watch:
   """Reports a run that has stopped moving. A context manager around the training loop.
 
-  `on(phase)` states what the main thread does from now on, `step_done` that a step has ended.
+  `set_activity` states what the main thread does from now on, `step_done` that a step has ended.
   Calls `print_status` with a line when no step ends for `FACTOR` times the median of the last
   steps (at least `LEAST` seconds), when a compilation takes `COMPILING` seconds, and again
   whenever the wait has doubled.
@@ -35,7 +35,7 @@ class Watch:
 
   def __init__(self, print_status: Callable[[str], None]):
     self.print_status = print_status
-    self._phase, self._since = "start", time.perf_counter()
+    self._activity, self._since = "start", time.perf_counter()
     self._last_step = self._since
     self._steps = collections.deque[float](maxlen=32)  # seconds of the last steps
     self._spent = collections.defaultdict[str, float](float)
@@ -51,47 +51,49 @@ class Watch:
     self._ended.set()
     self._thread.join()
 
-  def on(self, phase: str) -> None:
-    """What is being waited for from now on, a key of `WAITS`."""
+  def set_activity(self, activity: str) -> None:
+    """States what is being waited for from now on: a key of `ACTIVITIES`."""
     now = time.perf_counter()
-    self._spent[self._phase] += now - self._since
-    self._phase, self._since = phase, now
-    if phase == "compile":
+    self._spent[self._activity] += now - self._since
+    self._activity, self._since = activity, now
+    if activity == "compile":
       self._patience = 1.0
 
-  def spent(self, phase: str) -> float:
-    """Seconds in this phase since this was last asked."""
-    return self._spent.pop(phase, 0.0)
+  def pop_seconds(self, activity: str) -> float:
+    """Returns the seconds spent in this activity since it was last asked for."""
+    return self._spent.pop(activity, 0.0)
 
   def step_done(self, seconds: float) -> None:
+    """Records that a step has ended, and how long it took."""
     self._steps.append(seconds)
     self.restart_clock()
 
   def restart_clock(self) -> None:
+    """Leaves what has happened since the last step out of the wait for the next one."""
     self._last_step, self._patience = time.perf_counter(), 1.0
 
   def median(self) -> float:
-    """Seconds of a step."""
+    """Returns the median seconds of the last steps."""
     return statistics.median(self._steps)
 
   def _run(self) -> None:
     while not self._ended.wait(self.EVERY):
-      if line := self._look(time.perf_counter()):
+      if line := self._describe_wait(time.perf_counter()):
         self._patience *= 2
         self.print_status(line)
 
-  def _look(self, now: float) -> str:
-    """The line to say at this time, or nothing."""
-    if self._phase == "compile":
+  def _describe_wait(self, now: float) -> str:
+    """Returns the line to print at this time, or nothing."""
+    if self._activity == "compile":
       waited = now - self._since
       return (
         f"compiling for {waited:.0f} s so far" if waited > self._patience * self.COMPILING else ""
       )
     waited = now - self._last_step
-    if len(self._steps) < 3 or waited <= self._patience * max(
-      self.LEAST, self.FACTOR * self.median()
-    ):
+    if len(self._steps) < 3:
       return ""
-    return (
-      f"no step for {waited:.1f} s (median {self.median():.2f} s): waiting for {WAITS[self._phase]}"
-    )
+    usual = self.median()
+    if waited <= self._patience * max(self.LEAST, self.FACTOR * usual):
+      return ""
+    activity = ACTIVITIES[self._activity]
+    return f"no step for {waited:.1f} s (median {usual:.2f} s): waiting for {activity}"

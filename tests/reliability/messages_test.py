@@ -52,6 +52,8 @@ jaxlm train done/config.json --run r --model.D 0
 jaxlm train broken/config.json --run r
 jaxlm resume nowhere
 jaxlm resume done
+jaxlm resume done --steps 9 --model.D 32 --seed 1
+jaxlm resume done --steps 9 --run elsewhere
 jaxlm resume wider --steps 9
 jaxlm resume other_rule --steps 9
 jaxlm resume misspelt --steps 9

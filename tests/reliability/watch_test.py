@@ -39,7 +39,7 @@ def watch(said):
 def test_a_step_that_does_not_come_is_named_with_what_is_waited_for(watch, said):
   for _ in range(8):
     watch.step_done(0.001)
-  watch.on("data")
+  watch.set_activity("data")
   waits = []
   for line in (
     heard(said, 1),
@@ -58,12 +58,12 @@ def test_a_step_that_does_not_come_is_named_with_what_is_waited_for(watch, said)
 def test_other_waits_have_their_names(watch, said, phase, words):
   for _ in range(8):
     watch.step_done(0.001)
-  watch.on(phase)
+  watch.set_activity(phase)
   assert words in heard(said, 1)
 
 
 def test_a_long_compilation_is_said_before_any_step(watch, said):
-  watch.on("compile")
+  watch.set_activity("compile")
   assert re.fullmatch(r"compiling for \d s so far", heard(said, 1))
 
 
@@ -71,21 +71,21 @@ def test_steps_that_take_their_usual_time_are_not_stalls(watch, said):
   for _ in range(8):
     watch.step_done(0.05)  # ten times this is 0.5 s
   for _ in range(10):
-    watch.on("device")
+    watch.set_activity("device")
     time.sleep(0.03)
-    watch.on("data")
+    watch.set_activity("data")
     watch.step_done(0.05)
   assert said == []
 
 
 def test_seconds_are_counted_by_phase(watch):
-  watch.on("data")
+  watch.set_activity("data")
   time.sleep(0.05)
-  watch.on("device")
+  watch.set_activity("device")
   time.sleep(0.01)
-  watch.on("data")
-  watch.on("device")
-  assert 0.05 <= watch.spent("data") < 0.2 and watch.spent("data") == 0
+  watch.set_activity("data")
+  watch.set_activity("device")
+  assert 0.05 <= watch.pop_seconds("data") < 0.2 and watch.pop_seconds("data") == 0
 
 
 STALLING = """

@@ -15,15 +15,15 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
     ):
       with only_writer(tmp_path / "run"):
         pass
-  assert list((tmp_path / "run").iterdir()) == []
+  assert not (tmp_path / "run").exists()
   with only_writer(tmp_path / "run"):
     pass
 
 
 def test_the_lock_of_a_process_that_was_killed_holds_nobody_up(tmp_path):
-  script = "import os, sys; from pathlib import Path; from jaxlm.run.lock import _take; "
-  script += "_take(Path(sys.argv[1])); "
-  process = start_python(tmp_path, "-c", script + "os.kill(os.getpid(), 9)", str(tmp_path))
+  script = "import os, sys; from pathlib import Path; from jaxlm.run.lock import _take_lock; "
+  script += "_take_lock(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
+  process = start_python(tmp_path, "-c", script, str(tmp_path))
   assert finish(tmp_path, process)[0] == -9
   assert "process" in (tmp_path / "lock").read_text()
   with only_writer(tmp_path):
@@ -51,3 +51,14 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
   with pytest.raises(ValueError, match=r"run='.*file': cannot be written to \(File exists\)"):
     with only_writer(tmp_path / "file"):
       pass
+
+
+def test_of_folders_that_stay_empty_only_those_that_were_there_are_left(tmp_path):
+  (tmp_path / "mine").mkdir()
+  for path in ("mine", "new", "several/new/ones"):
+    with only_writer(tmp_path / path):
+      assert (tmp_path / path / "lock").exists()
+  assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+  with only_writer(tmp_path / "used"):
+    (tmp_path / "used/config.json").write_text("{}")
+  assert (tmp_path / "used/config.json").exists()

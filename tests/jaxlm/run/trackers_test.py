@@ -1,12 +1,18 @@
-"""Metrics reach TensorBoard's and Weights & Biases' own files."""
+"""Metrics reach TensorBoard's and Weights & Biases' own files, across a resume too."""
 
 import dataclasses
+import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from jaxlm import presets
 from jaxlm.config import MeshConfig
 from jaxlm.run import train
+from jaxlm.run.run_folder import RunFolder
+from jaxlm.run.trackers import TensorBoard, WeightsAndBiases
+from pallas_kernels.common.errors import MissingExtraError, UserError
 
 
 def short_run(tmp_path, tracker: str):
@@ -19,18 +25,29 @@ def short_run(tmp_path, tracker: str):
   return train(dataclasses.replace(config, run=str(tmp_path / "run"), trackers=(tracker,)))
 
 
-def test_tensorboard_event_file_holds_the_last_loss(tmp_path):
-  pytest.importorskip("tensorboardX")
+SESSION_START = 1
+
+
+def read_events(folder: Path):
+  """Yields the events of all files of a folder, in the order in which TensorBoard reads them."""
   from tensorboardX.proto.event_pb2 import Event
 
+  for path in sorted(folder.glob("events.*")):
+    content = path.read_bytes()
+    while content:  # length, its checksum, an event, its checksum
+      size = int.from_bytes(content[:8], "little")
+      yield Event.FromString(content[12 : 12 + size])
+      content = content[16 + size :]
+
+
+def test_tensorboard_event_file_holds_the_last_loss(tmp_path):
+  pytest.importorskip("tensorboardX")
   result = short_run(tmp_path, "tensorboard")
-  (path,) = (tmp_path / "run/tensorboard").glob("events.*")
-  content, values = path.read_bytes(), {}
-  while content:
-    size = int.from_bytes(content[:8], "little")
-    event = Event.FromString(content[12 : 12 + size])
-    values |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-    content = content[16 + size :]
+  values = {
+    (value.tag, event.step): value.simple_value
+    for event in read_events(tmp_path / "run/tensorboard")
+    for value in event.summary.value
+  }
   assert values["train/loss", 3] == pytest.approx(result.metrics["loss"])
   assert values["heldout/bits_per_byte", 3] == pytest.approx(result.evaluation["bits_per_byte"])
 
@@ -47,3 +64,103 @@ def test_wandb_writes_an_offline_run(tmp_path, monkeypatch):
     content[at + 7 : at + block] for at in range(block, len(content), block)
   )
   assert b"train/loss" in joined and b"heldout/bits_per_byte" in joined
+
+
+class FakeWandb:
+  """A server that knows what wandb documents: histories by id, rewinding, steps that only ascend."""
+
+  class errors:
+    class Error(Exception):
+      pass
+
+  def __init__(self):
+    self.histories: dict[str, dict[int, dict]] = {}
+    self.rewound: list[str] = []
+
+  def init(self, *, id=None, resume=None, resume_from=None, **options):
+    if resume_from is not None:
+      self.rewound.append(resume_from)
+      id, _, last = resume_from.partition("?_step=")
+      history = self.histories[id]
+      self.histories[id] = {step: history[step] for step in history if step <= int(last)}
+    history = self.histories.setdefault(id, {})
+
+    class Run:
+      step = max(history, default=-1) + 1
+
+      def log(self, values, step):
+        if step >= self.step:  # the real one drops earlier steps with a warning
+          history.setdefault(step, {}).update(values)
+          self.step = step
+
+      def finish(self):
+        pass
+
+    return Run()
+
+
+@pytest.fixture
+def config(tmp_path):
+  (tmp_path / "run").mkdir()
+  return dataclasses.replace(presets.micro(), run=str(tmp_path / "run"))
+
+
+def interrupted(make_tracker) -> dict[int, float]:
+  """Six steps, a resume from the checkpoint of step 4, four more; the values that should be left."""
+  for start, steps, value in ((0, range(1, 7), 1.0), (4, range(5, 9), 2.0)):
+    tracker = make_tracker(start)
+    for step in steps:
+      tracker.log({"train/loss": value}, step)
+    tracker.close()
+  return {step: 1.0 if step <= 4 else 2.0 for step in range(1, 9)}
+
+
+def test_a_resumed_run_replaces_later_steps_at_wandb(config, monkeypatch):
+  wandb = FakeWandb()
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+  expected = interrupted(lambda start: WeightsAndBiases(config, start))
+  ((run_id, history),) = wandb.histories.items()
+  assert {step: values["train/loss"] for step, values in history.items()} == expected
+  assert json.loads(RunFolder(Path(config.run)).trackers.read_text()) == {"wandb": run_id}
+
+
+def test_a_run_that_stopped_where_it_saved_is_not_rewound(config, monkeypatch):
+  wandb = FakeWandb()
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+  for start in (0, 1, 2):
+    WeightsAndBiases(config, start).log({"train/loss": 1.0}, start + 1)
+  assert wandb.rewound == []
+
+
+def test_what_wandb_refuses_is_one_line(config, monkeypatch):
+  wandb = FakeWandb()
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+  def refuse(**options):
+    raise wandb.errors.Error("no API key configured")
+
+  monkeypatch.setattr(wandb, "init", refuse)
+  with pytest.raises(UserError, match="trackers=wandb: no API key configured"):
+    WeightsAndBiases(config, 0)
+
+
+def test_a_resumed_run_replaces_later_steps_in_tensorboard(config):
+  pytest.importorskip("tensorboardX")
+  expected = interrupted(lambda start: TensorBoard(config, start))
+  shown: dict[int, float] = {}
+  for event in read_events(Path(config.run) / "tensorboard"):
+    if event.session_log.status == SESSION_START:  # TensorBoard drops what comes at or after it
+      shown = {step: value for step, value in shown.items() if step < event.step}
+    for value in event.summary.value:
+      shown[event.step] = value.simple_value
+  assert shown == expected
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
+  name, tmp_path, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, {"tensorboard": "tensorboardX", "wandb": "wandb"}[name], None)
+  with pytest.raises(MissingExtraError, match=rf"trackers={name}: .*'jaxlm\[{name}\]'"):
+    short_run(tmp_path, name)
+  assert not (tmp_path / "run").exists()

@@ -1,0 +1,57 @@
+"""Decides which fields of a run's configuration may change when it is resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlm.config import TrainConfig
+from jaxlm.config_json import to_dict
+from jaxlm.run.environment import differences, starts
+from jaxlm.run.run_folder import RunFolder
+from pallas_kernels.common.errors import UserError
+
+FREE_OF_MODEL = ("max_length",)
+"""Fields of the model that change no weight."""
+ROWS = ("length", "layout")
+"""Fields of the data that decide how text is cut into rows; the text itself is told by its digests."""
+
+
+def check_compatible(
+  folder: RunFolder, config: TrainConfig, step: int, *, other_data: bool = False
+) -> None:
+  """Raises UserError where `config` contradicts the run's checkpoint of `step`, and names the fields.
+
+  The model, the update rule and whether an average is kept decide what arrays a checkpoint holds;
+  seed, initial weights and the tokenizer's vocabulary are in them. After step 0 its position in the
+  data counts batches of rows, so batch size and rows may not change either, but for rows with
+  `other_data`.
+  Compares with the last start of the run, or where it never started with its config.json.
+  """
+  started = [start["config"] for start in starts(folder) if isinstance(start.get("config"), dict)]
+  before = started[-1] if started else json.loads(folder.config.read_text())
+  saved = _fixed_fields(before, step, other_data)
+  now = _fixed_fields(json.loads(json.dumps(to_dict(config))), step, other_data)
+  wrong = differences(saved, {name: value for name, value in now.items() if name in saved})
+  if wrong:
+    rule = "contradicts the checkpoints, which were written with other values (saved -> now)"
+    raise UserError(f"{folder.config}: {rule}: {'; '.join(wrong)}")
+
+
+def _fixed_fields(config: Mapping[str, Any], step: int, other_data: bool) -> dict[str, Any]:
+  """Returns the fields that the checkpoint of `step` fixes, as nested dicts."""
+  model, data = config.get("model", {}), config.get("data", {})
+  fixed: dict[str, Any] = {
+    "model": {name: value for name, value in model.items() if name not in FREE_OF_MODEL},
+    "optimizer": {"name": config.get("optimizer", {}).get("name")},
+    "ema": "kept" if config.get("ema") else "not kept",
+    "seed": config.get("seed"),
+    "init": config.get("init"),
+    "data": {"tokenizer": data.get("tokenizer")},
+  }
+  if step > 0:
+    fixed["batch"] = config.get("batch")
+  if step > 0 and not other_data:
+    fixed["data"] |= {name: data.get(name) for name in ROWS}
+  return fixed
