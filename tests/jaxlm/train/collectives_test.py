@@ -62,7 +62,7 @@ def config_on(mesh: MeshConfig, model: ModelConfig = MODEL) -> TrainConfig:
 
 class Collective(NamedTuple):
   kind: str
-  depth: int  # loops around it
+  depth: int  # loops around it; -1 where the compiler does not say
   shape: tuple[int, ...]  # of one result, on one device
 
 
@@ -86,7 +86,8 @@ def collectives(text: str) -> list[Collective]:
       kind = "reduce-scatter"
     if match is None or inside_scatter or _group_size(line) == 1:
       continue
-    depth = re.search(r'op_name="([^"]*)"', line)[1].split(";")[0].count("while/body")
+    name = re.search(r'op_name="([^"]*)"', line)
+    depth = name[1].split(";")[0].count("while/body") if name else -1
     for dims in re.findall(r"\w+\[([\d,]*)\]", match[1]):
       found.append(Collective(kind, depth, tuple(int(d) for d in dims.split(",") if d)))
   return found
@@ -169,8 +170,11 @@ def test_fsdp_gathers_weights_in_the_layer_loop(lower_step):
   gathers = [c for c in found if c.kind == "all-gather" and c.shape in gathered_matrices(1)]
   assert sorted(c.shape for c in gathers) == gathered_matrices(1)
   assert {c.depth for c in gathers} == {2}
-  activations = [c for c in found if len(c.shape) == 3 and c.shape[0] == 2]
-  assert not activations  # FSDP sends weights and their gradients, never activations
+  # of activations FSDP sends the rows of the embedding, once per micro-batch and direction
+  assert not [c for c in found if len(c.shape) == 3 and c.shape[0] == 2]
+  rows = [c for c in found if c.kind == "all-to-all"]
+  assert {(c.depth, c.shape) for c in rows} == {(1, (1, 2, LENGTH, D // 8))}
+  assert len(rows) == 2 * 8  # each is written as its 8 parts
 
 
 @pytest.mark.slow
