@@ -198,7 +198,9 @@ def test_a_run_that_diverges_costs_its_own_row_only(tmp_path, together):
   grid = {"optimizer.learning_rate": [0.01, 1e3, 0.1]}
   make = lambda config: (config, Cliff(config))  # noqa: E731
   rows = sweep(CONFIG, grid, tmp_path / "t.csv", make_task=make, together=together)
-  alone = sweep(CONFIG, {"optimizer.learning_rate": [0.01, 0.1]}, tmp_path / "u.csv", make_task=make)
+  alone = sweep(
+    CONFIG, {"optimizer.learning_rate": [0.01, 0.1]}, tmp_path / "u.csv", make_task=make
+  )
   assert [row["status"] for row in rows] == ["finished", "diverged", "finished"]
   assert rows[1]["step"] == 2 and rows[1]["loss"] == math.inf and rows[1]["distance"] is None
   assert [rows[0]["loss"], rows[2]["loss"]] == pytest.approx([r["loss"] for r in alone], abs=1e-6)
