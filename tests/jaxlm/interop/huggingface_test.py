@@ -17,7 +17,7 @@ from jaxlm.interop.hub_config import read_config
 from jaxlm.interop.safetensors import MappedFile
 from jaxlm.interop.tensor_checks import check_tensors
 from jaxlm.interop.weight_files import find_tensors
-from jaxlm.interop.weight_names import weights
+from jaxlm.interop.weight_names import list_weights
 from jaxlm.models import Transformer
 from jaxlm.objectives import next_token_loss
 from pallas_kernels.common.errors import UserError
@@ -78,7 +78,7 @@ def assert_same_bits(folder, other):
 def only_needed(config, params):
   """The parameters that this configuration has, of those of another one."""
   kept = {}
-  for weight in weights(config):
+  for weight in list_weights(config):
     branch, found = kept, params
     for key in weight.path[:-1]:
       branch, found = branch.setdefault(key, {}), found[key]
