@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -16,7 +17,7 @@ from jaxlm.interop.hub_config import read_config
 from jaxlm.interop.safetensors import MappedFile
 from jaxlm.interop.tensor_checks import check_tensors
 from jaxlm.interop.weight_files import find_tensors
-from jaxlm.interop.weight_names import weights
+from jaxlm.interop.weight_names import list_weights
 from jaxlm.models import Transformer
 from jaxlm.objectives import next_token_loss
 from pallas_kernels.common.errors import UserError
@@ -77,7 +78,7 @@ def assert_same_bits(folder, other):
 def only_needed(config, params):
   """The parameters that this configuration has, of those of another one."""
   kept = {}
-  for weight in weights(config):
+  for weight in list_weights(config):
     branch, found = kept, params
     for key in weight.path[:-1]:
       branch, found = branch.setdefault(key, {}), found[key]
@@ -305,3 +306,15 @@ def test_a_dtype_is_a_name_or_a_dtype(dtype, expected, checkpoint):
 def test_other_dtypes_are_refused_by_name(dtype, checkpoint):
   with pytest.raises(UserError, match="dtype=.*must be float32, bfloat16 or float16"):
     huggingface.load(checkpoint("llama").folder, dtype=dtype)
+
+
+def test_loading_runs_no_forward_pass(checkpoint):
+  calls = []
+
+  def watch(run, args, kwargs, context):
+    calls.append(context.method_name)
+    return run(*args, **kwargs)
+
+  with nn.intercept_methods(watch):
+    huggingface.load(checkpoint("qwen3").folder)
+  assert "declare" in calls and "__call__" not in calls
