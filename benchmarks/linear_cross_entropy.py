@@ -1,10 +1,12 @@
 """Times linear cross-entropy against materialised logits and other libraries.
 
     python -m benchmarks.linear_cross_entropy [--out FOLDER] [--skip tpu cpu gpu]
+    python -m benchmarks.linear_cross_entropy --skip tpu cpu --losses pallas_gpu --shape 512 192 640
 
 Takes CPU and GPU by the clock and TPU by schedule. Every comparator's loss and gradients are
 checked before it is timed. Writes linear_cross_entropy_<hardware>.json and .md with versions, and
-with what was not run and why.
+with what was not run and why. A kernel that has never run on this machine may bring down the
+process: `--losses` and `--shape` try it alone.
 """
 
 # N tokens, D model, V vocabulary
@@ -17,6 +19,7 @@ import os
 import pathlib
 import platform
 import time
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the GPU
@@ -59,6 +62,7 @@ def compare(
   device: jax.Device,
   dtype: Any,
   tolerance: float,
+  losses: list[str],
   found: dict[str, Any],
 ) -> None:
   """Times all arms on one shape, forward and forward + backward, after their values agree.
@@ -68,9 +72,8 @@ def compare(
   with jax.default_device(device):
     inputs = problem(*shape, dtype)
     for gradient in (False, True):
-      checked, errors = check(
-        inputs, gradient, device.platform == "gpu", tolerance, found["not_run"]
-      )
+      makers = select_arms(inputs, gradient, device.platform == "gpu", losses, found["not_run"])
+      checked, errors = check(makers, tolerance, found["not_run"])
       seconds = timed(checked)
       for name, arm in checked.items():
         what = "forward + backward" if gradient else "forward"
@@ -84,8 +87,22 @@ def compare(
         print(found["measured"][-1], flush=True)
 
 
+def select_arms(
+  inputs: Any, gradient: bool, gpu: bool, losses: list[str], left_out: dict[str, str]
+) -> list[tuple[str, Callable[[], Arm]]]:
+  """Returns the first arm, which others are compared with, and those that `losses` names."""
+  first, *others = arms(inputs, gradient, gpu)
+  chosen = [first]
+  for name, make in others:
+    if not losses or any(word in name for word in losses):
+      chosen.append((name, make))
+    else:
+      left_out[name] = "not among --losses"
+  return chosen
+
+
 def check(
-  inputs: Any, gradient: bool, gpu: bool, tolerance: float, failed: dict[str, str]
+  makers: list[tuple[str, Callable[[], Arm]]], tolerance: float, failed: dict[str, str]
 ) -> tuple[dict[str, Arm], dict[str, list[float]]]:
   """Returns the arms that agree with the first, and their relative errors.
 
@@ -94,7 +111,7 @@ def check(
   checked: dict[str, Arm] = {}
   errors: dict[str, list[float]] = {}
   want = None
-  for name, make in arms(inputs, gradient, gpu):
+  for name, make in makers:
     try:
       arm = make()
       got = arm.run()
@@ -168,20 +185,22 @@ def timing_table(rows: list[dict[str, Any]]) -> str:
   return table(COLUMNS, lines)
 
 
-def measure(skip: list[str], chips: list[str]) -> dict[str, Any]:
+def measure(
+  skip: list[str], chips: list[str], losses: list[str], shape: tuple[int, int, int] | None
+) -> dict[str, Any]:
   gpu, cpu = jax.default_backend() == "gpu", jax.devices("cpu")[0]
   versions = {name: version(name) for name in (*PACKAGES, *OTHERS)}
   found: dict[str, Any] = dict(date=datetime.date.today().isoformat(), versions=versions)
   found |= dict(machine=platform.platform(), hardware=hardware(), tpu_schedule=[], measured=[])
   found["not_run"] = {name: "skipped on request" for name in skip}
   if "gpu" not in skip and gpu:
-    for shape in GPU_SHAPES:
-      compare(shape, jax.devices()[0], jnp.bfloat16, 1e-2, found)
+    for sizes in (shape,) if shape else GPU_SHAPES:
+      compare(sizes, jax.devices()[0], jnp.bfloat16, 1e-2, losses, found)
   elif "gpu" not in skip:
     found["not_run"] |= NO_GPU
   if "cpu" not in skip:
-    for shape in CPU_SHAPES:
-      compare(shape, cpu, jnp.float32, 2e-5, found)
+    for sizes in (shape,) if shape else CPU_SHAPES:
+      compare(sizes, cpu, jnp.float32, 2e-5, losses, found)
   if "tpu" not in skip and found["versions"]["libtpu"] == "not installed":
     found["not_run"]["TPU by schedule"] = "libtpu is not installed"
   elif "tpu" not in skip:
@@ -198,9 +217,12 @@ def main() -> None:
   parser.add_argument("--out", default=pathlib.Path(__file__).parent / "results", type=pathlib.Path)
   parser.add_argument("--skip", nargs="*", default=[], choices=["tpu", "cpu", "gpu"])
   parser.add_argument("--chips", nargs="+", default=["v5e", "v5p", "v6e", "tpu7x"])
+  parser.add_argument("--losses", nargs="*", default=[], help="words of the names to compare")
+  parser.add_argument("--shape", nargs=3, type=int, metavar=("N", "D", "V"))
   arguments = parser.parse_args()
   keep_freed_memory()  # as training does
-  found = measure(arguments.skip, arguments.chips)
+  shape = tuple(arguments.shape) if arguments.shape else None
+  found = measure(arguments.skip, arguments.chips, arguments.losses, shape)
   parts = []
   if found["measured"]:
     times = timing_table(found["measured"])

@@ -29,10 +29,11 @@ class LogicalRules:
   axes: Mapping[str, tuple[str, ...]]
 
   def spec(self, names: Names, shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> P:
-    """The PartitionSpec of an array with these logical names (None: not split) on a mesh of these axis sizes.
+    """Returns the PartitionSpec of an array with these logical names (None: not split).
 
-    Mesh axes of size 1 are left out. Raises UserError for a size that its mesh axes do not divide,
-    ValueError for an unknown name and a mesh axis used twice.
+    `mesh_shape` gives the sizes of the mesh axes. Those of size 1 are left out, and a length of 1
+    is not split. Raises UserError for a size that its mesh axes do not divide, ValueError for an
+    unknown name and a mesh axis used twice.
     """
     if len(names) != len(shape):
       raise ValueError(f"names={names}: an array of shape {shape} needs {len(shape)} names")
@@ -152,6 +153,28 @@ def all_gather(x: jax.Array, *names: str | None) -> jax.Array:
   wanted = spec(x.shape, *names)
   dropped = axes_in(now.partitions) - axes_in(wanted)
   return jax.reshard(x, P(*wanted, reduced=now.reduced | dropped))
+
+
+def all_gather_weight(w: jax.Array, names: Names, dtype: Any, reduce_dtype: Any) -> jax.Array:
+  """Casts a weight to `dtype` and all-gathers it over the mesh axes that `names` no longer has.
+
+  Its gradient is summed over these axes in `reduce_dtype`, whatever `dtype` is (reduce-scatter), and
+  comes back in the weight's own type. The result is typed `reduced`: only contractions may use it.
+  """
+  if not is_sharded():
+    return w.astype(dtype)
+  now = jax.typeof(w).sharding.spec
+
+  @jax.custom_vjp
+  def gather(w: jax.Array) -> jax.Array:
+    return all_gather(w.astype(dtype), *names)
+
+  def scatter(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    own = P(*now.partitions, unreduced=now.reduced)
+    return (jax.reshard(gradient.astype(reduce_dtype), own).astype(w.dtype),)
+
+  gather.defvjp(lambda w: (gather(w), None), scatter)
+  return gather(w)
 
 
 def reduce_gradients(grads: Any, params: Any) -> Any:

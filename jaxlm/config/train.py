@@ -29,7 +29,7 @@ class TrainConfig:
   seed: int = 0
   """of the weights and the data order"""
   init: str = ""
-  """Hugging Face checkpoint to start from, a folder or hf:owner/name (extra hf): weights, model, tokenizer.json"""
+  """Hugging Face checkpoint to start from, and its tokenizer: folder or hf:owner/name (extra hf)"""
   run: str = ""
   """folder of the run; must be new or empty (default: runs/PRESET)"""
   save_every: int = 100

@@ -38,26 +38,14 @@ def generate(
   `key`, not on the other rows. Runs on the current mesh (`jax.set_mesh`). Compiles once for all
   lengths and `max_new` up to the same powers of two.
 
-  Raises UserError for an empty prompt, ids outside the vocabulary, and max_new below 1.
+  Raises UserError for an empty prompt, ids or an `eos` outside the vocabulary, and max_new below 1.
   """
   check(max_new >= 1, "max_new", max_new, "must be at least 1")
-  lengths = [len(prompt) for prompt in prompt_ids]
-  rule = "every prompt needs at least one token"
-  check(bool(lengths) and min(lengths) >= 1, "prompt_ids", lengths, rule)
-  B = len(lengths)
-  rows = _next_multiple(B, split_count("batch"))
-  ids_BT = np.zeros((rows, _bucket(max(lengths))), np.int32)
-  for row, prompt in zip(ids_BT, prompt_ids):
-    row[: len(prompt)] = prompt
-  for extreme in (int(ids_BT.min()), int(ids_BT.max())):
-    rule = f"ids run from 0 to V - 1 = {config.V - 1}"
-    check(0 <= extreme < config.V, "prompt_ids", extreme, rule)
-  lengths_B = np.zeros(rows, np.int32)
-  lengths_B[:B] = lengths
-  model = Transformer(config, compute or ComputeConfig())
-  key = jax.random.key(0) if key is None else key
+  rule = f"ids run from 0 to V - 1 = {config.V - 1}"
+  check(eos is None or 0 <= eos < config.V, "eos", eos, rule)
+  ids_BT, lengths_B = _pad_prompts(prompt_ids, config.V)
   generation = generate_tokens(
-    model,
+    Transformer(config, compute or ComputeConfig()),
     params,
     ids_BT,
     lengths_B,
@@ -65,9 +53,28 @@ def generate(
     buffer=_bucket(max_new),
     max_new=max_new,
     eos=-1 if eos is None else eos,
-    key=key,
+    key=jax.random.key(0) if key is None else key,
   )
-  return np.asarray(generation.ids_BM)[:B, :max_new]
+  return np.asarray(generation.ids_BM)[: len(prompt_ids), :max_new]
+
+
+def _pad_prompts(
+  prompt_ids: Sequence[Sequence[int]] | np.ndarray, V: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns ids [B, T] and the length of each row, with B and T that the current mesh can split.
+
+  Rows that are added have length 0.
+  """
+  lengths = [len(prompt) for prompt in prompt_ids]
+  rule = "every prompt needs at least one token"
+  check(bool(lengths) and min(lengths) >= 1, "prompt_ids", lengths, rule)
+  B = _next_multiple(len(lengths), split_count("batch"))
+  ids_BT = np.zeros((B, _bucket(max(lengths))), np.int32)
+  for row, prompt in zip(ids_BT, prompt_ids):
+    row[: len(prompt)] = prompt
+  for extreme in (int(ids_BT.min()), int(ids_BT.max())):
+    check(0 <= extreme < V, "prompt_ids", extreme, f"ids run from 0 to V - 1 = {V - 1}")
+  return ids_BT, np.array(lengths + [0] * (B - len(lengths)), np.int32)
 
 
 class Generation(NamedTuple):

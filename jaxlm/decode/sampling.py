@@ -57,7 +57,7 @@ def sample(logits_BV: jax.Array, key: jax.Array, sampler: Sampler) -> jax.Array:
   _check(logits_BV)
   if sampler.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  logits_BV = _below_max(logits_BV) / sampler.temperature
+  logits_BV = _subtract_max(logits_BV) / sampler.temperature
   logits_BV = apply_top_k(logits_BV, sampler.top_k)
   logits_BV = apply_top_p(logits_BV, sampler.top_p)
   logits_BV = apply_min_p(logits_BV, sampler.min_p)
@@ -65,7 +65,7 @@ def sample(logits_BV: jax.Array, key: jax.Array, sampler: Sampler) -> jax.Array:
 
 
 def apply_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
-  """Keeps tokens whose logit is at least the k-th largest (more than k at a tie there); 0 keeps all."""
+  """Keeps tokens whose logit is at least the k-th largest, more than k if some tie; 0 keeps all."""
   _check(logits_BV)
   logits_BV = logits_BV.astype(jnp.float32)
   if k == 0:
@@ -84,11 +84,11 @@ def apply_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
   logits_BV = logits_BV.astype(jnp.float32)
   if p == 1:
     return logits_BV
-  sorted_BV = jnp.sort(_below_max(logits_BV), axis=-1, descending=True)
+  sorted_BV = jnp.sort(_subtract_max(logits_BV), axis=-1, descending=True)
   probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
   ahead_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
   least_B1 = jnp.min(jnp.where(ahead_BV < p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-  return jnp.where(_below_max(logits_BV) >= least_B1, logits_BV, -jnp.inf)
+  return jnp.where(_subtract_max(logits_BV) >= least_B1, logits_BV, -jnp.inf)
 
 
 def apply_min_p(logits_BV: jax.Array, p: float) -> jax.Array:
@@ -97,7 +97,7 @@ def apply_min_p(logits_BV: jax.Array, p: float) -> jax.Array:
   logits_BV = logits_BV.astype(jnp.float32)
   if p == 0:
     return logits_BV
-  return jnp.where(_below_max(logits_BV) >= math.log(p), logits_BV, -jnp.inf)
+  return jnp.where(_subtract_max(logits_BV) >= math.log(p), logits_BV, -jnp.inf)
 
 
 def _check(logits_BV: jax.Array) -> None:
@@ -105,8 +105,8 @@ def _check(logits_BV: jax.Array) -> None:
   check_dtype("logits_BV", logits_BV, jnp.floating)
 
 
-def _below_max(logits_BV: jax.Array) -> jax.Array:
-  """Subtracts each row's largest logit in float32: exact near 1e4, and finite where that is +inf."""
+def _subtract_max(logits_BV: jax.Array) -> jax.Array:
+  """Subtracts each row's largest logit in float32: exact near 1e4, finite where that is +inf."""
   logits_BV = logits_BV.astype(jnp.float32)
   max_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
   return jnp.where(logits_BV == max_B1, 0.0, logits_BV - max_B1)

@@ -1,1 +1,1 @@
-"""Weights in and out of other libraries' formats."""
+"""Reads and writes weights in other libraries' formats."""

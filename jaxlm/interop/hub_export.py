@@ -34,7 +34,7 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
   Raises UserError, naming the fields that none of the families can express.
   """
   attempts = {name: _write(config, name, dtype) for name in FAMILIES}
-  lost_fields = {name: _differences(config, values) for name, values in attempts.items()}
+  lost_fields = {name: _compare(config, values) for name, values in attempts.items()}
   nearest = min(lost_fields, key=lambda name: len(lost_fields[name]))
   if lost_fields[nearest]:
     rule = f"no {' or '.join(FAMILIES)} model can have this (the nearest is {nearest})"
@@ -42,7 +42,7 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
   return attempts[nearest]
 
 
-def _differences(config: ModelConfig, values: dict[str, Any]) -> list[str]:
+def _compare(config: ModelConfig, values: dict[str, Any]) -> list[str]:
   """Returns "path=value" of the fields in which `config` differs from what `values` describe."""
   try:
     back, _ = parse_config(values, "written")
@@ -51,14 +51,14 @@ def _differences(config: ModelConfig, values: dict[str, Any]) -> list[str]:
   ignored_fields = {"prefix", "pattern", "remainder"}  # the layers are compared one by one
   if config.max_length is None:
     ignored_fields.add("max_length")
-  lost_fields = _unequal_fields("model", config, back, ignored_fields)
+  lost_fields = _list_unequal("model", config, back, ignored_fields)
   for ours, theirs in zip(config.layer_specs, back.layer_specs):
-    lost_fields += _unequal_fields("mixer", _used_fields(ours.mixer), _used_fields(theirs.mixer))
-    lost_fields += _unequal_fields("feedforward", ours.feedforward, theirs.feedforward)
+    lost_fields += _list_unequal("mixer", _drop_unused(ours.mixer), _drop_unused(theirs.mixer))
+    lost_fields += _list_unequal("feedforward", ours.feedforward, theirs.feedforward)
   return list(dict.fromkeys(lost_fields))
 
 
-def _unequal_fields(
+def _list_unequal(
   path: str, ours: Any, theirs: Any, ignored_fields: Collection[str] = ()
 ) -> list[str]:
   names = [field.name for field in dataclasses.fields(ours) if field.name not in ignored_fields]
@@ -69,13 +69,13 @@ def _unequal_fields(
   ]
 
 
-def _used_fields(mixer: AttentionConfig) -> AttentionConfig:
+def _drop_unused(mixer: AttentionConfig) -> AttentionConfig:
   """Returns `mixer` with the query width stated, and defaults where its rope reads nothing."""
-  rope = _used_rope_fields(mixer.rope)
+  rope = _drop_unused_rope(mixer.rope)
   return dataclasses.replace(mixer, rope=rope, query_width=mixer.query_width or float(mixer.H))
 
 
-def _used_rope_fields(rope: RopeConfig) -> RopeConfig:
+def _drop_unused_rope(rope: RopeConfig) -> RopeConfig:
   """Returns `rope` with the defaults in the fields that its scaling does not read."""
   if rope.scaling == "yarn":
     return dataclasses.replace(rope, low_freq_factor=1.0, high_freq_factor=4.0)

@@ -26,7 +26,7 @@ from jaxlm.interop.placement import Source, assemble
 from jaxlm.interop.safetensors import Entry, MappedFile
 from jaxlm.interop.tensor_checks import check_tensors, check_tied_head
 from jaxlm.interop.weight_files import INDEX, SINGLE, find_tensors, plan_files
-from jaxlm.interop.weight_names import Weight, weights
+from jaxlm.interop.weight_names import Weight, list_weights
 from jaxlm.models import Transformer
 from pallas_kernels.common.errors import UserError
 
@@ -46,13 +46,13 @@ def load(path: str | Path, dtype: DTypeLike | None = None) -> tuple[ModelConfig,
   """
   folder = local_folder(path)
   config, tensors, weight_dtype = inspect(folder, dtype)
-  targets = _target_arrays(config, weight_dtype, folder)
+  targets = _shard_targets(config, weight_dtype, folder)
   files = {file: MappedFile(file) for file in {entry.file for entry in tensors.values()}}
   check_tied_head(config, tensors, files)
   params: dict[str, Any] = {}
   with ThreadPoolExecutor() as pool:
-    for weight in weights(config):
-      sources = [_source(weight, tensors[name], files) for name in weight.names]
+    for weight in list_weights(config):
+      sources = [_open_source(weight, tensors[name], files) for name in weight.names]
       array = assemble(_leaf_at(targets, weight.path), sources, weight.stacked, pool)
       _insert(params, weight.path, array)
   return config, params
@@ -88,7 +88,7 @@ def resolve_dtype(dtype: DTypeLike) -> np.dtype:
   return resolved
 
 
-def _source(weight: Weight, entry: Entry, files: Mapping[Path, MappedFile]) -> Source:
+def _open_source(weight: Weight, entry: Entry, files: Mapping[Path, MappedFile]) -> Source:
   file = files[entry.file]
   values = file.view(entry)
   return Source(
@@ -98,7 +98,7 @@ def _source(weight: Weight, entry: Entry, files: Mapping[Path, MappedFile]) -> S
   )
 
 
-def _target_arrays(config: ModelConfig, dtype: np.dtype, folder: Path) -> Any:
+def _shard_targets(config: ModelConfig, dtype: np.dtype, folder: Path) -> Any:
   """Returns shape, dtype and sharding of every parameter on the current mesh.
 
   Raises UserError where they do not divide over it.
@@ -106,7 +106,7 @@ def _target_arrays(config: ModelConfig, dtype: np.dtype, folder: Path) -> Any:
   mesh = jax.sharding.get_mesh()
   try:
     abstract = jax.eval_shape(Transformer(config).init, jax.random.key(0))
-  except ValueError as error:
+  except UserError as error:
     raise UserError(f"{folder}: {error}") from error
 
   def target(x: Any) -> jax.ShapeDtypeStruct:
@@ -132,7 +132,7 @@ def save(
   folder = Path(path)
   if any((folder / name).exists() for name in (CONFIG, SINGLE, INDEX)):
     raise UserError(f"{folder}: holds a checkpoint or a run already")
-  leaves = {weight: _checked_leaf(params, weight) for weight in weights(config)}
+  leaves = {weight: _checked_leaf(params, weight) for weight in list_weights(config)}
   dtypes = {np.dtype(leaf.dtype) for leaf in leaves.values()}
   if len(dtypes) > 1 or not dtypes <= set(safetensors.DTYPES.values()):
     listed = ", ".join(sorted(map(str, dtypes)))

@@ -11,7 +11,7 @@ import numpy as np
 from jaxlm.config import ModelConfig
 from jaxlm.interop.hub_folder import CONFIG
 from jaxlm.interop.safetensors import Entry, MappedFile
-from jaxlm.interop.weight_names import tensor_count, weights
+from jaxlm.interop.weight_names import count_tensors, list_weights
 from pallas_kernels.common.errors import UserError
 
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
@@ -33,13 +33,13 @@ def check_tensors(
   is missing, surplus, or of another shape than the model's, and without `wanted` for one whose
   dtype is not the stated one or not that of the others.
   """
-  needed_count = tensor_count(config)
+  needed_count = count_tensors(config)
   if needed_count > len(tensors):  # before the names of a million layers are listed
-    names = (name for weight in weights(config) for name in weight.names)
+    names = (name for weight in list_weights(config) for name in weight.names)
     missing = next(name for name in names if name not in tensors)
     counts = f"{needed_count} tensors are needed, {len(tensors)} are there"
     raise UserError(f"{folder}: {counts}; missing: {missing}")
-  needed = {name: weight for weight in weights(config) for name in weight.names}
+  needed = {name: weight for weight in list_weights(config) for name in weight.names}
   for name, weight in needed.items():
     if name not in tensors:
       raise UserError(f"{folder}: tensor {name} is missing")

@@ -42,7 +42,7 @@ class Weight(NamedTuple):
     return math.prod(self.shape)
 
 
-def weights(c: ModelConfig) -> Iterator[Weight]:
+def list_weights(c: ModelConfig) -> Iterator[Weight]:
   """Yields all parameters of the model, stack by stack."""
   embed, name = ("embed", "weight"), "model.embed_tokens.weight"
   yield Weight(embed, (c.V, c.D), (name,), stacked=False, transposed=False)
@@ -62,8 +62,8 @@ def weights(c: ModelConfig) -> Iterator[Weight]:
     yield Weight(head, (c.D, c.V), ("lm_head.weight",), stacked=False, transposed=True)
 
 
-def tensor_count(c: ModelConfig) -> int:
-  """Returns how many tensors `weights` names, without listing them."""
+def count_tensors(c: ModelConfig) -> int:
+  """Returns how many tensors `list_weights` names, without listing them."""
   return sum(len(_block(c, spec)) for spec in c.layer_specs) + (2 if c.tied else 3)
 
 

@@ -14,6 +14,7 @@ from jaxlm.models.linear import Linear, Roles, declare_parts
 from jaxlm.models.norms import RMSNorm
 from jaxlm.models.rope import apply_rope, rope_tables
 from pallas_kernels.attention import attention
+from pallas_kernels.common.shards import check_not_sharded
 from sharding.rules import all_gather, is_sharded, shard, spec
 
 
@@ -50,7 +51,7 @@ class Attention(nn.Module):
     Q, Z = c.N * c.H, c.K * c.H
     for heads, axis in ((c.N, "heads"), (c.K, "kv_heads")):
       spec((heads,), axis)  # refuses a mesh that would split a head
-    options: dict[str, Any] = {"dtype": self.compute.dtype, "layers": self.layers}
+    options: dict[str, Any] = {"compute": self.compute, "layers": self.layers}
     inner = {"out": _HEADS, "biased": c.qkv_bias, **options}
     self.q = Linear((D, Q), D**-0.5, ("embed", "heads"), **inner)
     self.k = Linear((D, Z), D**-0.5, ("embed", "kv_heads"), **inner)
@@ -133,8 +134,10 @@ def _attend_cached(
 ) -> tuple[KVCache, jax.Array]:
   """Writes T positions into the cache and attends to all positions up to each query's own.
 
-  Takes the platform's implementation for this shape, whatever the one that training names.
+  Takes the platform's implementation for this shape, whatever the one that training names. A query
+  whose position the cache has no room for gets NaN.
   """
+  check_not_sharded("q_BTNH", q_BTNH, 1)
   # dynamic frequencies change with the length, so these keys are rotated when they are read
   rotate_on_read = c.rope.scaling == "dynamic"
   if not rotate_on_read:
@@ -157,7 +160,8 @@ def _attend_cached(
     cap=c.cap,
     scale=_scale(c),
   )
-  return cache, o_BTNH
+  has_room_BT = context.positions_BT < k_BSKH.shape[1]
+  return cache, jnp.where(has_room_BT[:, :, None, None], o_BTNH, jnp.nan)
 
 
 def _write_positions(

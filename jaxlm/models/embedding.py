@@ -1,15 +1,18 @@
-"""The token embedding: a table [V, D] whose rows are looked up."""
+"""The token embedding: a table [V, D] whose rows are looked up, no device holding all of it."""
 
-# B batch, T positions, D model, V vocabulary
+# B batch, T positions, D model, V vocabulary, E parts that D is split into on a mesh
 
 from __future__ import annotations
+
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxlm.models.linear import Roles, sharded_normal
-from sharding.rules import all_gather, is_sharded, out_sharding, shard
+from pallas_kernels.common.shards import Axes, run_on_shards, sharded_axes, vary_together
+from sharding.rules import is_sharded, shard, spec
 
 
 class Embedding(nn.Module):
@@ -20,9 +23,8 @@ class Embedding(nn.Module):
   dtype: str
 
   def setup(self) -> None:
-    self.weight = self.param(
-      "weight", sharded_normal, (self.V, self.D), self.D**-0.5, "vocab", "embed"
-    )
+    shape, std = (self.V, self.D), self.D**-0.5
+    self.weight = self.param("weight", sharded_normal, shape, std, "vocab", "embed")
 
   def declare(self) -> Roles:
     """Creates the parameters and returns their roles."""
@@ -30,14 +32,43 @@ class Embedding(nn.Module):
 
   def __call__(self, ids_BT: jax.Array) -> jax.Array:
     """Returns the rows of these ids, [B, T, D] in the compute type."""
-    return lookup(self.weight, ids_BT).astype(jnp.dtype(self.dtype))
+    return lookup(self.weight, ids_BT, jnp.dtype(self.dtype))
 
 
-def lookup(w_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-  """Returns rows of the table; on a mesh each device looks up its own part of T in all of it."""
+def lookup(w_VD: jax.Array, ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Returns rows of the table, [B, T, D] in `dtype`; gradients add up in the table's own type.
+
+  On a mesh the table stays where it is. Each device looks up its part of D, of the rows that it
+  holds, for the tokens of all devices that share D; the rows are summed over the parts of V, and
+  each device gets D of its own tokens together by an all-to-all in `dtype`.
+  """
   if not is_sharded():
-    return w_VD[ids_BT]
-  ids_BT = shard(ids_BT, "batch", "norm_length")
-  shape = (*ids_BT.shape, w_VD.shape[1])
-  table_VD = all_gather(w_VD, None, None)
-  return table_VD.at[ids_BT].get(out_sharding=out_sharding(shape, "batch", "norm_length", None))
+    return w_VD[ids_BT].astype(dtype)
+  ids_BT = shard(ids_BT, "batch", "length")
+  vocab_axes, width_axes = sharded_axes(w_VD, 0), sharded_axes(w_VD, 1)
+  local = functools.partial(
+    _lookup_shard, vocab_axes=vocab_axes, width_axes=width_axes, dtype=dtype
+  )
+  layouts = (vocab_axes, width_axes), (sharded_axes(ids_BT, 0), sharded_axes(ids_BT, 1))
+  out = spec((*ids_BT.shape, w_VD.shape[1]), "batch", "norm_length", None)
+  return run_on_shards(local, (w_VD, ids_BT), layouts, out)
+
+
+def _lookup_shard(
+  w_VD: jax.Array, ids_BT: jax.Array, *, vocab_axes: Axes, width_axes: Axes, dtype: jnp.dtype
+) -> jax.Array:
+  """Does one device's part of `lookup`; V, D, B and T are those of its shards."""
+  w_VD, ids_BT = vary_together(w_VD, ids_BT)
+  ids_EBT = jax.lax.all_gather(ids_BT, width_axes) if width_axes else ids_BT[None]
+  if vocab_axes:
+    ids_EBT = ids_EBT - jax.lax.axis_index(vocab_axes) * w_VD.shape[0]
+  is_held_EBT = (ids_EBT >= 0) & (ids_EBT < w_VD.shape[0])
+  rows_EBTD = w_VD[jnp.where(is_held_EBT, ids_EBT, 0)]
+  rows_EBTD = jnp.where(is_held_EBT[..., None], rows_EBTD, 0).astype(dtype)
+  if vocab_axes:
+    rows_EBTD = jax.lax.psum_scatter(rows_EBTD, vocab_axes, scatter_dimension=2, tiled=True)
+  if not width_axes:
+    return rows_EBTD[0]
+  parts_EBTD = jax.lax.all_to_all(rows_EBTD, width_axes, split_axis=0, concat_axis=0, tiled=True)
+  parts_BTED = jnp.moveaxis(parts_EBTD, 0, 2)
+  return parts_BTED.reshape(*parts_BTED.shape[:2], -1)

@@ -20,8 +20,9 @@ from jaxlm.models.head import Head
 from jaxlm.models.linear import Linear, Roles
 from jaxlm.models.norms import RMSNorm
 from pallas_kernels.attention.mask import soft_cap
+from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import platform
-from sharding.rules import all_gather, shard
+from sharding.rules import all_gather, all_gather_weight, shard
 
 Params = dict[str, Any]
 
@@ -77,7 +78,8 @@ class Transformer:
     positions: int32 [B or 1, T], by default 0 .. T-1.
     segment_ids: int32 [B, T], for packed rows; attention stays within a segment.
     cache: from `init_cache`; the T positions are written into it and see what is there. Here
-      positions may be -1: padding, which is written nowhere and which nothing sees.
+      positions may be -1: padding, which is written nowhere and which nothing sees. The logits of
+      a position that the cache has no room for are NaN.
     logits: False gives, in place of logits, the states [B, T, D] that `head` multiplies.
     """
     x_BTD, cache = self.run_layers(
@@ -99,6 +101,8 @@ class Transformer:
 
     Returns the states before the final norm, [B, T, D], and the updated cache or None.
     """
+    if cache is not None and segment_ids is not None:
+      raise UnsupportedError("segment_ids: rows of several segments have no decode cache")
     B, T = ids_BT.shape
     positions_BT = jnp.arange(T)[None] if positions is None else positions
     length: jax.Array | int = T
@@ -164,13 +168,12 @@ class Transformer:
 
   def head(self, params: Params) -> Head:
     """Returns what makes logits of the normed states, for losses that never hold all logits."""
-    c, dtype = self.config, jnp.dtype(self.compute.dtype)
-    if c.tied:
-      w_VD = params["embed"]["weight"].astype(dtype)
-      return Head(all_gather(w_VD, "vocab", None), "vd", c.logit_cap)
-    return Head(
-      all_gather(params["head"]["weight"].astype(dtype), None, "vocab"), "dv", c.logit_cap
-    )
+    dtypes = (self.compute.dtype, self.compute.reduce_dtype)
+    if self.config.tied:
+      w_VD = all_gather_weight(params["embed"]["weight"], ("vocab", None), *dtypes)
+      return Head(w_VD, "vd", self.config.logit_cap)
+    w_DV = all_gather_weight(params["head"]["weight"], (None, "vocab"), *dtypes)
+    return Head(w_DV, "dv", self.config.logit_cap)
 
   def init_cache(self, batch: int, length: int) -> Any:
     """Returns empty decode caches, in the compute type, in the structure of the stacks.
@@ -220,7 +223,7 @@ class Transformer:
     """The head, which also multiplies by a tied embedding."""
     c = self.config
     out = ("batch", "length", "act_vocab")
-    options: dict[str, Any] = {"role": "head", "out_dtype": "float32", "dtype": self.compute.dtype}
+    options: dict[str, Any] = {"role": "head", "out_dtype": "float32", "compute": self.compute}
     return Linear((c.D, c.V), c.D**-0.5, ("embed", "vocab"), out, parent=None, **options)
 
   @property

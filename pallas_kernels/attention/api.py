@@ -20,7 +20,7 @@ from pallas_kernels.attention.mask import Options, Tokens
 from pallas_kernels.common.checks import check, check_choice
 from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import log_once, platform
-from pallas_kernels.common.shards import run_on_shards, sharded_axes
+from pallas_kernels.common.shards import check_not_sharded, run_on_shards, sharded_axes
 
 Implementation = Literal["reference", "xla", "splash", "cudnn"]
 FUSED: dict[str, ModuleType] = {"splash": splash, "cudnn": cudnn}
@@ -165,7 +165,7 @@ def _on_shards(
   """Calls `local` on every device's rows and heads, without communication between them."""
   for name, array in (("q_BTNH", q_BTNH), ("k_BSKH", k_BSKH), ("v_BSKU", v_BSKU)):
     for dimension in (1, 3):
-      _refuse_spread(name, array, dimension)
+      check_not_sharded(name, array, dimension)
   batch, heads = sharded_axes(q_BTNH, 0), sharded_axes(q_BTNH, 2)
   for name, array in (("k_BSKH", k_BSKH), ("v_BSKU", v_BSKU)):
     _check_spread_alike(name, array, batch, heads)
@@ -177,20 +177,6 @@ def _on_shards(
   out_specs = P(batch or None, None, heads or None)
   # the library's kernels do not say over which mesh axes their outputs vary
   return run_on_shards(local, arrays, layouts, out_specs, check_vma=not fused)
-
-
-def _refuse_spread(name: str, array: jax.Array, dimension: int) -> None:
-  """Raises UnsupportedError when a dimension that attention sums or searches over is spread."""
-  axes = sharded_axes(array, dimension)
-  if not axes:
-    return
-  mesh_shape = jax.typeof(array).sharding.mesh.shape
-  devices = " x ".join(f"{axis}={mesh_shape[axis]}" for axis in axes)
-  letter, size = name[-4 + dimension], array.shape[dimension]
-  raise UnsupportedError(
-    f"{name}={jax.typeof(array)}: its {letter}={size} is spread over mesh axis {devices}, and"
-    " attention needs all of it on each device: gather it first, or set the axis to 1"
-  )
 
 
 def _check_spread_alike(

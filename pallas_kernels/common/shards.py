@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.common.errors import UnsupportedError
+
 Axes = tuple[str, ...]
 
 
@@ -22,6 +24,23 @@ def sharded_axes(array: jax.Array, dimension: int) -> Axes:
   if entry is None:
     return ()
   return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def check_not_sharded(name: str, array: jax.Array, dimension: int) -> None:
+  """Raises UnsupportedError when a dimension, of which each device needs all, is spread.
+
+  `name` ends in a letter for each dimension, as in "k_BSKH".
+  """
+  axes = sharded_axes(array, dimension)
+  if not axes:
+    return
+  mesh_shape = jax.typeof(array).sharding.mesh.shape
+  devices = ", ".join(f"{axis}={mesh_shape[axis]}" for axis in axes)
+  letter, size = name.rsplit("_", 1)[1][dimension], array.shape[dimension]
+  raise UnsupportedError(
+    f"{name}={jax.typeof(array)}: its {letter}={size} is spread over mesh axis {devices}, and each"
+    " device needs all of it: gather it first, or set the axis to 1"
+  )
 
 
 def varying_axes(*arrays: Any) -> set[str]:

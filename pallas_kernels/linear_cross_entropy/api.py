@@ -99,7 +99,7 @@ def linear_cross_entropy(
       logits cost. Where lse is differentiated, and for "none", the logits are computed twice, 8NVD.
       "reference" materialises the logits. "pallas_gpu" (Hopper) is taken only by name.
     interpret: runs a named Pallas implementation on CPU. True: "pallas_tpu" in Pallas's plain
-      interpreter, "pallas_gpu" (jax 0.12) in the simulator of a GPU. Or the parameters of a
+      interpreter, "pallas_gpu" (jax 0.11) in the simulator of a GPU. Or the parameters of a
       simulator: `pltpu.InterpretParams(...)` of a TPU's memories, copies, cores and races,
       `plgpu.InterpretGPUParams(...)` of a GPU's.
     axis_name: inside shard_map, the mesh axis that the classifier (and the bias) is split over by

@@ -6,8 +6,8 @@ of its logits, in the inputs' dtype. The forward pass combines the parts of a ru
 backward pass writes the gradient of a block of logits to HBM (8 MiB in bfloat16) and leaves the two
 products with E and C to XLA. 8NVD FLOPs together.
 
-Values and gradients are tested in the simulator of a GPU (jax 0.12: shared memory, TMA, barriers,
-warpgroups, races); it lowers for Hopper on both versions of jax. No GPU has run it.
+Values and gradients are tested in the simulator of a GPU (shared memory, TMA, barriers, warpgroups,
+races; jax 0.11 and later); it lowers for Hopper on jax 0.10 to 0.12. No GPU has run it.
 """
 
 # N tokens, D model, V vocabulary; R rows and W entries of a tile; S tiles of a run
@@ -67,7 +67,7 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
 def _unsupported_interpreter(interpret: Any) -> str | None:
   params = getattr(plgpu, "InterpretGPUParams", None)
   if params is None:
-    return f"interpret= needs the GPU simulator of jax 0.12, this is jax {jax.__version__}"
+    return f"interpret= needs the GPU simulator of jax 0.11, this is jax {jax.__version__}"
   if interpret is not True and not isinstance(interpret, params):
     return f"interpret={interpret!r} is neither True nor plgpu.InterpretGPUParams"
   return None
@@ -128,7 +128,7 @@ def launch(
 
   simulated: dict[str, Any] = {}
   if options.interpret:
-    default: Any = plgpu.__dict__["InterpretGPUParams"]  # jax 0.12 has it
+    default: Any = plgpu.__dict__["InterpretGPUParams"]  # not in jax 0.10
     simulated["interpret"] = default() if options.interpret is True else options.interpret
   (out,) = plgpu.kernel(
     body,
@@ -197,8 +197,9 @@ def compute_tile(inputs: KernelInputs, finish_tile: Callable[..., None], options
 
 def load_vector(ref: Any, start: Any, axis: int) -> jax.Array:
   """Loads 128 numbers in the layout of the rows (axis 0) or the entries (1) of an accumulator."""
-  # jax 0.12 dropped the argument `idx`.
-  whole = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+  # jax 0.10 requires an index beside the reference, 0.11 deprecates it, 0.12 has dropped it.
+  index = inspect.signature(plgpu.load).parameters.get("idx")
+  whole = ((),) if index is not None and index.default is inspect.Parameter.empty else ()
   layout = plgpu.Layout.WGMMA.reduce(1 - axis)
   return plgpu.load(ref.at[pl.ds(start, TILE)], *whole, layout=layout, optimized=False)
 

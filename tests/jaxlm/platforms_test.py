@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-from jaxlm.decode.generate import Sampler, _generate
 
 from jaxlm import presets
 from jaxlm.config import TrainConfig
 from jaxlm.data.packing import Batch
+from jaxlm.decode.generation import generate_tokens
+from jaxlm.decode.sampling import Sampler
 from jaxlm.interop import huggingface
 from jaxlm.models import Transformer
 from jaxlm.run.text import TextTask
@@ -80,10 +81,11 @@ def trace_everything(config: TrainConfig, packed: bool = False) -> None:
   assert jax.tree.structure(after) == jax.tree.structure(state) and metrics["loss"].shape == ()
   key = jax.eval_shape(lambda: jax.random.key(0))
   assert jax.eval_shape(model.init, key).keys() == state.params.keys()
-  generate = functools.partial(_generate.__wrapped__, model, Sampler(), 5, None)
+  static = {"sampler": Sampler(), "buffer": 5, "max_new": 5, "eos": -1}
+  generate = functools.partial(generate_tokens.__wrapped__, model, **static)
   prompts, lengths = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((2, 7), (2,)))
-  ids_BM = jax.eval_shape(generate, state.params, prompts, lengths, key)
-  assert ids_BM.shape == (2, 5)
+  generation = jax.eval_shape(generate, state.params, prompts, lengths, key=key)
+  assert generation.ids_BM.shape == (2, 5)
   logits_BTV = jax.eval_shape(model.apply, state.params, prompts)
   assert logits_BTV.dtype == jnp.float32
 

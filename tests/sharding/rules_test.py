@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -45,6 +46,14 @@ def test_a_size_that_does_not_divide_names_axis_size_and_devices():
     RULES.spec(("batch", None), (6, 3), SIZES)
 
 
+def test_a_decoding_step_of_one_position_is_not_split_but_a_batch_of_one_is_refused():
+  assert RULES.spec(("batch", "norm_length", None), (4, 1, 3), SIZES) == P(
+    ("data", "fsdp"), None, None
+  )
+  with pytest.raises(ValueError, match="'batch' of size 1"):
+    RULES.spec(("batch", "norm_length"), (1, 4), SIZES)
+
+
 def test_a_mesh_axis_used_twice_names_both_logical_axes():
   with pytest.raises(ValueError, match="mesh axis 'tensor' would split both 'heads' and 'mlp'"):
     RULES.spec(("heads", "mlp"), (4, 4), SIZES)
@@ -79,7 +88,7 @@ def test_place_shards_on_the_mesh():
     assert is_sharded()
     w_DF = shard(jnp.arange(24.0).reshape(4, 6), "embed", "mlp")
     assert w_DF.sharding.spec == P("fsdp", "tensor") == spec((4, 6), "embed", "mlp")
-    assert w_DF.addressable_shards[0].data.shape == (2, 3)
+    chex.assert_shape(w_DF.addressable_shards[0].data, (2, 3))
 
 
 @pytest.mark.parametrize(

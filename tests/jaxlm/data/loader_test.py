@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 
+import chex
 import grain
 import numpy as np
 import orbax.checkpoint as ocp
@@ -73,7 +74,7 @@ def test_shapes_and_types(text):
   batch = next(train_loader(text, batch=BATCH, seed=0))
   kinds = ["int32", "int32", "float32", *(["int32"] * 2 if text.config.layout == "packed" else [])]
   assert [array.dtype for array in batch if array is not None] == kinds
-  assert all(array.shape == (BATCH, LENGTH) for array in batch if array is not None)
+  chex.assert_shape([array for array in batch if array is not None], (BATCH, LENGTH))
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -158,7 +159,7 @@ def stream(side):
 
 def test_heldout_scores_every_token_once_and_pads_the_last_batch(text):
   batches = list(heldout_batches(text, batch=BATCH))
-  assert all(batch.inputs_BT.shape == (BATCH, LENGTH) for batch in batches)
+  chex.assert_shape([batch.inputs_BT for batch in batches], (BATCH, LENGTH))
   targets = np.concatenate([batch.targets_BT[batch.weights_BT == 1] for batch in batches])
   assert sorted(targets) == sorted(stream(text.store.heldout)[1:])
   assert text.heldout_tokens_per_byte == pytest.approx(len(targets) / text.store.heldout.size)

@@ -1,3 +1,4 @@
+import chex
 import numpy as np
 import pytest
 from hypothesis import given
@@ -21,7 +22,8 @@ def test_join_puts_eos_before_and_after_each_document():
   tokens_S, borders_D = join(
     [np.array([5, 6], np.uint8), np.array([], np.uint8), np.array([7], np.uint8)], 9, np.uint8
   )
-  assert tokens_S.tolist() == [9, 5, 6, 9, 9, 7, 9] and tokens_S.dtype == np.uint8
+  assert tokens_S.tolist() == [9, 5, 6, 9, 9, 7, 9]
+  chex.assert_type(tokens_S, np.uint8)
   assert borders_D.tolist() == [0, 3, 4, 6]
 
 
@@ -52,6 +54,8 @@ def test_packed_rows(sizes, length):
   rows = pack(tokens_S, borders_D, length)
   batch = rows.take(np.arange(len(rows) + 1))  # one row past the end
   inputs_BT, targets_BT, weights_BT, positions_BT, segment_ids_BT = batch
+  chex.assert_shape(list(batch), (len(rows) + 1, length))
+  chex.assert_type(list(batch), [np.int32, np.int32, np.float32, np.int32, np.int32])
   used = segment_ids_BT > 0
 
   # Every token but the first eos is predicted exactly once, from the token before it.

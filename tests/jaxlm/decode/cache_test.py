@@ -11,6 +11,7 @@ import pytest
 from jaxlm.config import ComputeConfig, RopeConfig, decoder, revise
 from jaxlm.decode import generation
 from jaxlm.models import Transformer
+from pallas_kernels.common.errors import UnsupportedError
 
 T, B = 13, 2
 PLAIN = decoder(V=32, D=16, F=24, N=4, K=2, H=4, layers=4, windows=(4, None))
@@ -81,7 +82,7 @@ def run_in_pieces(config, pieces, room=T + 2):
 
 
 def full_logits(config, lengths):
-  """Logits [B, V] at the last of `length` positions; under dynamic scaling each length is a pass of its own."""
+  """Logits [B, V] at the last of `length` positions; under dynamic scaling by a pass for each."""
   if config.pattern[0].mixer.rope.scaling != "dynamic":
     logits_BTV = full(config, init(config), IDS_BT)
     return [np.asarray(logits_BTV[:, length - 1]) for length in lengths]
@@ -107,7 +108,7 @@ def test_prefill_and_single_steps_equal_the_full_pass_for_every_split(name):
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("dynamic")])
 def test_dynamic_scaling_follows_the_length(name):
-  """Each step equals a full pass of just its length: keys are rotated for the length that reads them."""
+  """Each step equals a full pass of just its length: keys are rotated when they are read."""
   config = CONFIGS[name]
   lengths = (4, 5, T)
   outs = run_in_pieces(config, [3] + [1] * (T - 3))
@@ -166,3 +167,17 @@ def test_padding_is_written_nowhere():
   for leaf in jax.tree.leaves(cache):
     is_written_BS = (np.asarray(leaf) != 7.0).any(axis=(0, 3, 4))
     np.testing.assert_array_equal(is_written_BS, [[s in (2, 4) for s in range(T)], [False] * T])
+
+
+def test_positions_beyond_the_cache_are_not_silently_dropped():
+  cache = model_of(PLAIN).init_cache(B, T)
+  positions = np.array([[T - 1], [T]])
+  logits_B1V, _ = cached(PLAIN, init(PLAIN), IDS_BT[:, :1], positions, cache)
+  np.testing.assert_array_equal(np.isnan(logits_B1V).all(axis=(1, 2)), [False, True])
+  assert np.isfinite(logits_B1V[0]).all()
+
+
+def test_packed_rows_have_no_cache():
+  model = model_of(PLAIN)
+  with pytest.raises(UnsupportedError, match="segment_ids: rows of several segments"):
+    model.apply(init(PLAIN), IDS_BT, segment_ids=IDS_BT, cache=model.init_cache(B, T))

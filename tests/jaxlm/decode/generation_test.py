@@ -172,6 +172,9 @@ def test_prefill_computes_the_head_for_one_position_per_row(params):
   ids_BT, lengths_B = np.zeros((3, T), np.int32), np.array([5, T, 1])
   assert not holds_all_logits(functools.partial(prefill, MODEL), params, ids_BT, lengths_B)
   assert holds_all_logits(MODEL.apply, params, ids_BT)  # the search finds them
+  options = {"sampler": GREEDY, "buffer": 16, "max_new": 3, "eos": 1, "key": jax.random.key(0)}
+  whole = functools.partial(generation.generate_tokens, MODEL, **options)
+  assert not holds_all_logits(whole, params, ids_BT, lengths_B)
 
 
 @pytest.mark.parametrize(
@@ -187,3 +190,9 @@ def test_prefill_computes_the_head_for_one_position_per_row(params):
 def test_what_cannot_be_generated_is_refused_by_name(params, prompts, max_new, field):
   with pytest.raises(UserError, match=field):
     generate(CONFIG, params, prompts, max_new=max_new)
+
+
+@pytest.mark.parametrize("eos", [-1, 61])
+def test_an_end_that_no_row_can_draw_is_refused(params, eos):
+  with pytest.raises(UserError, match=f"eos={eos}: ids run from 0 to V - 1 = 60"):
+    generate(CONFIG, params, PROMPTS, max_new=3, eos=eos)

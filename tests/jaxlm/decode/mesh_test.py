@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import RopeConfig, decoder, revise
+from jaxlm.config import ComputeConfig, RopeConfig, decoder, revise
 from jaxlm.decode import Sampler, generate, generation
 from jaxlm.models import Transformer
 from sharding import MeshConfig, make_mesh
@@ -17,6 +17,12 @@ CONFIG = decoder(
 )
 DYNAMIC = revise(CONFIG, rope=RopeConfig(scaling="dynamic", factor=4.0, original_length=4))
 TIED = revise(CONFIG, tied=True, out_bias=True, post_norms=True, cap=5.0)
+MODELS = {
+  "plain": Transformer(CONFIG),
+  "scanned": Transformer(CONFIG, ComputeConfig(scan="always")),
+  "dynamic": Transformer(DYNAMIC),
+  "tied": Transformer(TIED),
+}
 MESHES = {
   "tensor": MeshConfig(data=4, tensor=2),
   "fsdp": MeshConfig(data=1, fsdp=8),
@@ -29,9 +35,8 @@ IDS_BT = np.random.default_rng(0).integers(0, 64, (8, 16)).astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def two_steps(config, params):
+def two_steps(model, params):
   """Logits after the prompts and after one more position, which stands at another place per row."""
-  model = Transformer(config)
   cache = model.init_cache(8, 18)
   first_BV, cache = generation.prefill(model, params, IDS_BT, LENGTHS_B, cache)
   positions_B1 = LENGTHS_B[:, None]
@@ -45,8 +50,8 @@ def params_of(config):
 
 
 @functools.cache
-def on_one_device(config):
-  return jax.device_get(two_steps(config, params_of(config)))
+def on_one_device(model):
+  return jax.device_get(two_steps(model, params_of(model.config)))
 
 
 def move(config, params):
@@ -61,15 +66,16 @@ def move(config, params):
   return jax.tree.map(put, params, wanted)
 
 
-CASES = [(mesh, "plain") for mesh in MESHES] + [("all", "dynamic"), ("all", "tied")]
+CASES = [(mesh, "plain") for mesh in MESHES]
+CASES += [("all", name) for name in MODELS if name != "plain"]
 
 
 @pytest.mark.parametrize("mesh, name", CASES)
 def test_logits_equal_those_of_one_device(mesh, name):
-  config = {"plain": CONFIG, "dynamic": DYNAMIC, "tied": TIED}[name]
-  params, want = params_of(config), on_one_device(config)
+  model = MODELS[name]
+  params, want = params_of(model.config), on_one_device(model)
   with jax.set_mesh(make_mesh(MESHES[mesh])):
-    got = jax.device_get(two_steps(config, move(config, params)))
+    got = jax.device_get(two_steps(model, move(model.config, params)))
   chex.assert_trees_all_close(got, want, atol=1e-5, rtol=0)
 
 

@@ -254,7 +254,7 @@ def test_bfloat16_logits_are_filtered_in_float32():
     apply_top_p(logits_BV, 0.5),
     apply_min_p(logits_BV, 0.9),
   ):
-    assert out_BV.dtype == jnp.float32
+    chex.assert_type(out_BV, jnp.float32)
   assert draw(logits_BV, jax.random.key(0), sampler=EVERY).dtype == jnp.int32
 
 

@@ -1,4 +1,4 @@
-"""Damaged folders: whatever the files say, loading gives a model or a ValueError, soon and without much memory."""
+"""Damaged folders: loading gives a model or a ValueError, soon and without much memory."""
 
 import copy
 import json
@@ -71,7 +71,7 @@ def nodes(value, found):
 
 
 def edit(value, draw):
-  """A copy with one to three random edits: another value, a missing or doubled entry, a number nearby, another key."""
+  """A copy with one to three random edits: values, entries missing or doubled, other keys."""
   value = copy.deepcopy(value)
   for _ in range(draw.choice((1, 1, 2, 3))):
     places = nodes(value, [])
@@ -165,7 +165,7 @@ def original(request, checkpoint):
 
 
 def fuzz(original, folder, seed, count):
-  """(how many were accepted, of how many); fails on anything but ValueError, on slowness, and on memory."""
+  """(accepted, all); fails on anything but ValueError, on slowness, and on memory."""
   draw = random.Random(seed)
   weights = folder / "model.safetensors"
   loadable = {}
@@ -193,7 +193,7 @@ def fuzz(original, folder, seed, count):
 
 
 def load_all(loadable, folder):
-  """What the headers let through either loads as the model that it says, or the model itself refuses it."""
+  """What the headers let through loads as the model that it says, or the model refuses it."""
   loaded = 0
   for config, (config_text, weight_bytes) in loadable.items():
     (folder / "config.json").write_bytes(config_text)

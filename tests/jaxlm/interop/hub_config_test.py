@@ -1,4 +1,4 @@
-"""config.json of both layouts to ModelConfig and back; contradictions and unknown keys are refused."""
+"""config.json of both layouts, read and written; contradictions and unknown keys are refused."""
 
 import dataclasses
 import json

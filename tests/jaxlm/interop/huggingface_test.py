@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -16,7 +17,7 @@ from jaxlm.interop.hub_config import read_config
 from jaxlm.interop.safetensors import MappedFile
 from jaxlm.interop.tensor_checks import check_tensors
 from jaxlm.interop.weight_files import find_tensors
-from jaxlm.interop.weight_names import weights
+from jaxlm.interop.weight_names import list_weights
 from jaxlm.models import Transformer
 from jaxlm.objectives import next_token_loss
 from pallas_kernels.common.errors import UserError
@@ -77,7 +78,7 @@ def assert_same_bits(folder, other):
 def only_needed(config, params):
   """The parameters that this configuration has, of those of another one."""
   kept = {}
-  for weight in weights(config):
+  for weight in list_weights(config):
     branch, found = kept, params
     for key in weight.path[:-1]:
       branch, found = branch.setdefault(key, {}), found[key]
@@ -99,7 +100,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(any_checkpoint, tra
 
 
 def test_embedding_gradient_is_that_of_transformers_without_its_padding_row(checkpoint):
-  """Gemma 2 names a padding id, 0 here, whose row gets a gradient as an output but none as an input."""
+  """Gemma 2 names a padding id, 0 here, whose row gets a gradient only as an output."""
   c = checkpoint("gemma2")
   model = Transformer(revise(c.config, tied=False))
   embed_VD = c.params["embed"]["weight"]
@@ -175,7 +176,7 @@ def test_load_save_load_is_bit_for_bit(any_checkpoint, tmp_path):
   config, params = huggingface.load(tmp_path / "saved")
   assert config == c.config
   assert jax.tree.structure(params) == jax.tree.structure(c.params)
-  jax.tree.map(np.testing.assert_array_equal, params, c.params)
+  chex.assert_trees_all_equal(params, c.params)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -183,9 +184,9 @@ def test_half_precision_survives_bit_for_bit(dtype, checkpoint, tmp_path):
   c = checkpoint("qwen2")
   config, params = huggingface.load(c.folder, dtype=dtype)
   assert config == c.config
-  for half, single in zip(jax.tree.leaves(params), jax.tree.leaves(c.params)):
-    assert half.dtype == dtype
-    np.testing.assert_array_equal(half, np.asarray(single).astype(half.dtype))
+  chex.assert_type(jax.tree.leaves(params), dtype)
+  rounded = jax.tree.map(lambda w: np.asarray(w).astype(jnp.dtype(dtype)), c.params)
+  chex.assert_trees_all_equal(params, rounded)
   huggingface.save(tmp_path / "half", config, params)
   again, back = huggingface.load(tmp_path / "half")
   assert again == config
@@ -222,7 +223,7 @@ def test_several_files_with_an_index(checkpoint, tmp_path):
   assert_same_bits(tmp_path / "split", c.folder)
   config, params = huggingface.load(tmp_path / "split")
   assert config == c.config
-  jax.tree.map(np.testing.assert_array_equal, params, c.params)
+  chex.assert_trees_all_equal(params, c.params)
 
 
 def test_tied_checkpoint_may_repeat_its_embedding_but_not_another_head(checkpoint, tmp_path):
@@ -234,13 +235,13 @@ def test_tied_checkpoint_may_repeat_its_embedding_but_not_another_head(checkpoin
     shutil.copy(c.folder / "config.json", tmp_path / name / "config.json")
   config, params = huggingface.load(tmp_path / "same")
   assert config == c.config
-  jax.tree.map(np.testing.assert_array_equal, params, c.params)
+  chex.assert_trees_all_equal(params, c.params)
   with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
     huggingface.load(tmp_path / "other")
 
 
 def test_loaded_arrays_may_be_donated(checkpoint):
-  """On the CPU, devices that hold the same piece share its memory; giving one array away must not change another."""
+  """CPU devices with the same piece share its memory; donating one must not change another."""
   c = checkpoint("llama")
   with jax.set_mesh(make_mesh(MeshConfig(data=8))):
     _, params = huggingface.load(c.folder)
@@ -305,3 +306,15 @@ def test_a_dtype_is_a_name_or_a_dtype(dtype, expected, checkpoint):
 def test_other_dtypes_are_refused_by_name(dtype, checkpoint):
   with pytest.raises(UserError, match="dtype=.*must be float32, bfloat16 or float16"):
     huggingface.load(checkpoint("llama").folder, dtype=dtype)
+
+
+def test_loading_runs_no_forward_pass(checkpoint):
+  calls = []
+
+  def watch(run, args, kwargs, context):
+    calls.append(context.method_name)
+    return run(*args, **kwargs)
+
+  with nn.intercept_methods(watch):
+    huggingface.load(checkpoint("qwen3").folder)
+  assert "declare" in calls and "__call__" not in calls

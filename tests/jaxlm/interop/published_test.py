@@ -11,12 +11,12 @@ from jaxlm import presets
 from jaxlm.config import revise
 from jaxlm.interop.hub_config import parse_config
 from jaxlm.interop.hub_export import write_config
-from jaxlm.interop.weight_names import weights
+from jaxlm.interop.weight_names import list_weights
 from jaxlm.models import Transformer
 from jaxlm.scaling.flops import parameter_count
 from pallas_kernels.common.errors import UserError
 
-# "Model size" of the safetensors on each model's page of the Hub; a head that repeats the embedding counts once
+# "Model size" of the safetensors on each model's page of the Hub; a tied head counts once
 PUBLISHED = {
   presets.llama_3_1_8b: ("llama", 8_030_261_248),
   presets.qwen2_5_0_5b: ("qwen2", 494_032_768),
@@ -150,5 +150,5 @@ def test_the_table_of_weights_is_the_parameter_tree(any_checkpoint):
     for path, x in jax.tree_util.tree_leaves_with_path(shapes)
   }
   assert found == {
-    w.path: (len(w.names), *w.shape) if w.stacked else w.shape for w in weights(config)
+    w.path: (len(w.names), *w.shape) if w.stacked else w.shape for w in list_weights(config)
   }

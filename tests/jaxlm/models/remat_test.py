@@ -1,5 +1,6 @@
 """Recomputation changes memory, not results."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -40,11 +41,7 @@ def test_loss_and_gradients_equal_those_without(compiled, policy):
   (want_loss, want_grads), (loss, grads) = results["none"], results[policy]
   assert loss == pytest.approx(want_loss, rel=1e-6)
   scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(want_grads))
-  jax.tree.map(
-    lambda got, want: np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * scale),
-    grads,
-    want_grads,
-  )
+  chex.assert_trees_all_close(grads, want_grads, rtol=0, atol=1e-6 * scale)
 
 
 def test_memory_is_ordered(compiled):

@@ -66,7 +66,7 @@ def expected_frequency(rope, j, width, length):
 def test_frequencies_match_the_formula_in_float64(rope, width):
   f_R, _ = frequencies(rope, width, 80)
   want = [expected_frequency(rope, j, width, 80) for j in range(width // 2)]
-  assert f_R.dtype == jnp.float32
+  chex.assert_type(f_R, jnp.float32)
   np.testing.assert_allclose(f_R, want, rtol=2e-6)
 
 

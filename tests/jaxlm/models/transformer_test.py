@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,6 +10,9 @@ import pytest
 from jaxlm.config import ComputeConfig, ModelConfig, decoder, revise
 from jaxlm.data.packing import join, pack
 from jaxlm.models import Transformer, roles
+from jaxlm.objectives import token_logprobs
+from sharding import MeshConfig, make_mesh
+from sharding.rules import shard
 
 # 80 positions: two query blocks of the blocked attention; every id once, so that a row of the embedding is a position
 T = 80
@@ -102,7 +106,7 @@ def test_scan_equals_the_python_loop_and_layer_order_is_that_of_the_pattern():
     return out, pull(jnp.cos(out))[0]
 
   looped, scanned = (value_and_gradients(scan, init(config)) for scan in ("never", "always"))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), looped, scanned)
+  chex.assert_trees_all_close(looped, scanned, atol=1e-5)
   # swapping two layers of a stack changes the result, so the order that both agree on is not arbitrary
   swapped = jax.tree.map(lambda w: w, init(config))
   swapped["stacks"]["0"]["0"] = jax.tree.map(lambda w: w[::-1], swapped["stacks"]["0"]["0"])
@@ -149,10 +153,10 @@ def test_a_tied_head_is_the_transposed_embedding():
 def test_bfloat16_computes_beside_float32_weights_and_logits():
   params = init(SMALL)
   initial = jax.eval_shape(Transformer(SMALL, BFLOAT16).init, jax.random.key(0))
-  assert {w.dtype for w in jax.tree.leaves(initial)} == {jnp.dtype(jnp.float32)}
+  chex.assert_type(jax.tree.leaves(initial), jnp.float32)
   ids_BT = np.arange(12)[None]
   half, single = (logits(SMALL, params, ids_BT, compute=c) for c in (BFLOAT16, PLAIN))
-  assert half.dtype == single.dtype == jnp.float32
+  chex.assert_type((half, single), jnp.float32)
   error = np.abs(np.asarray(half - single)).max()
   assert (
     1e-4 < error < 0.1 * np.abs(single).max()
@@ -194,3 +198,43 @@ def test_fresh_weights_predict_every_id_alike():
   assert loss == pytest.approx(np.log(64), rel=0.15)
   w_LDZ = params["stacks"]["0"]["0"]["mixer"]["q"]["weight"]
   assert np.abs(w_LDZ[0] - w_LDZ[1]).max() > 0.01
+
+
+HEADS = {
+  "head": {},
+  "tied, capped": {"tied": True, "logit_cap": 3.0},
+}
+LOGPROB_MESHES = [None, MeshConfig(data=2, fsdp=2, tensor=2)]
+
+
+@pytest.mark.parametrize("mesh", LOGPROB_MESHES, ids=["one device", "mesh"])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-3)])
+@pytest.mark.parametrize("fields", HEADS.values(), ids=HEADS)
+def test_logits_of_apply_agree_with_the_log_probabilities_of_the_loss(
+  fields, dtype, tolerance, mesh
+):
+  """In float32 whatever the compute type: rounded to bfloat16, logits would be off by 0.05."""
+  config = decoder(V=512, D=64, F=96, N=4, K=2, H=16, layers=2, **fields)
+  model = Transformer(config, ComputeConfig(dtype=dtype))
+  draw = np.random.default_rng(0)
+  ids_BT, targets_BT = (draw.integers(0, 512, (4, 16)).astype(np.int32) for _ in range(2))
+
+  @jax.jit
+  def both(key, ids_BT, targets_BT):
+    params = jax.tree.map(lambda w: 3 * w, model.init(key))  # logits of a trained model's size
+    logits_BTV = model.apply(params, ids_BT)
+    states_BTD = model.apply(params, ids_BT, logits=False)
+    logprobs_BT, _ = token_logprobs(states_BTD, model.head(params), targets_BT)
+    return logits_BTV, logprobs_BT
+
+  if mesh is None:
+    logits_BTV, logprobs_BT = both(jax.random.key(0), ids_BT, targets_BT)
+  else:
+    with jax.set_mesh(make_mesh(mesh)):
+      placed = [shard(jnp.asarray(x), "batch", None) for x in (ids_BT, targets_BT)]
+      logits_BTV, logprobs_BT = both(jax.random.key(0), *placed)
+  chex.assert_type([logits_BTV, logprobs_BT], jnp.float32)
+  all_BTV = jax.nn.log_softmax(np.asarray(logits_BTV))
+  want_BT = np.take_along_axis(np.asarray(all_BTV), targets_BT[..., None], axis=2)[..., 0]
+  assert np.ptp(want_BT) > 3
+  np.testing.assert_allclose(logprobs_BT, want_BT, rtol=0, atol=tolerance)

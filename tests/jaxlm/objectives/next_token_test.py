@@ -126,6 +126,6 @@ def test_half_precision_products_are_reduced_in_float32():
     jnp.asarray(draw.normal(size=shape), jnp.bfloat16) for shape in ((1, 4, 8), (8, 5000))
   )
   lp_BT, lse_BT = token_logprobs(states_BTD, Head(w_DV, "dv", None), np.zeros((1, 4), np.int32))
-  assert lp_BT.dtype == lse_BT.dtype == jnp.float32
+  chex.assert_type((lp_BT, lse_BT), jnp.float32)
   exact = np.asarray(states_BTD, np.float64) @ np.asarray(w_DV, np.float64)
   np.testing.assert_allclose(lse_BT, np.log(np.exp(exact).sum(-1)), atol=1e-5)

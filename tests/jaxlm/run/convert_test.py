@@ -5,8 +5,8 @@ import json
 import shutil
 import string
 
+import chex
 import jax
-import numpy as np
 import pytest
 import tokenizers
 
@@ -77,7 +77,7 @@ def test_checkpoint_to_run_and_back_is_bit_for_bit(folder, tmp_path, capsys):
   assert before["model_type"] == after["model_type"]
   assert (tmp_path / "back" / "tokenizer.json").is_file()
   left, right = (huggingface.load(path)[1] for path in (folder, tmp_path / "back"))
-  jax.tree.map(np.testing.assert_array_equal, left, right)
+  chex.assert_trees_all_equal(left, right)
   assert (
     main(["convert", str(tmp_path / "run"), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
   )
@@ -122,7 +122,7 @@ def test_training_goes_on_from_the_weights(folder, corpus, tmp_path, capsys):
   run = SavedRun.open(tmp_path / "run")
   config, params = huggingface.load(folder)
   assert run.config.model == config and run.step == 2
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run.params, params)
+  chex.assert_trees_all_close(run.params, params, atol=1e-6)
   losses = [
     json.loads(line)["loss"]
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -1,5 +1,6 @@
 """The batch of a bad step, written by several processes and read whole."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ WHOLE = Batch(*(np.arange(24).reshape(8, 3) + 100 * field for field in range(3))
 )
 def test_the_whole_batch_comes_back(tmp_path, monkeypatch, rows_of):
   save_by_processes(tmp_path, monkeypatch, WHOLE, rows_of)
-  jax.tree.map(np.testing.assert_array_equal, Batch(**load_batch(tmp_path, 7)), WHOLE)
+  chex.assert_trees_all_equal(Batch(**load_batch(tmp_path, 7)), WHOLE)
   assert load_batch(tmp_path, 8) is None
 
 

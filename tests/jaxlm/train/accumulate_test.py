@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,6 @@ import pytest
 
 from jaxlm.config import DataConfig, TrainConfig, decoder
 from jaxlm.data.packing import Batch
-from jaxlm.objectives import Weighted
 from jaxlm.run.text import TextTask
 from jaxlm.train import init_state
 from jaxlm.train.accumulate import accumulated_gradients, split_batch
@@ -85,12 +85,5 @@ def test_padding_rows_change_nothing(params):
 
 def test_every_row_is_in_one_micro_batch():
   rows_MB = split_batch(jnp.arange(12), 3)
-  assert rows_MB.shape == (3, 4)
+  chex.assert_shape(rows_MB, (3, 4))
   assert sorted(np.ravel(rows_MB)) == list(range(12))
-
-
-def test_weighted_sums_add_and_are_divided_once():
-  total = Weighted(jnp.float32(6), jnp.float32(2)).plus(Weighted(jnp.float32(1), jnp.float32(5)))
-  assert total.mean() == 1.0
-  assert Weighted(jnp.float32(0), jnp.float32(0)).mean() == 0
-  assert jax.grad(lambda x: Weighted(x * 0, x * 0).mean())(1.0) == 0

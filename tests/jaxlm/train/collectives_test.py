@@ -62,7 +62,7 @@ def config_on(mesh: MeshConfig, model: ModelConfig = MODEL) -> TrainConfig:
 
 class Collective(NamedTuple):
   kind: str
-  depth: int  # loops around it
+  depth: int  # loops around it; -1 where the compiler does not say
   shape: tuple[int, ...]  # of one result, on one device
 
 
@@ -86,7 +86,8 @@ def collectives(text: str) -> list[Collective]:
       kind = "reduce-scatter"
     if match is None or inside_scatter or _group_size(line) == 1:
       continue
-    depth = re.search(r'op_name="([^"]*)"', line)[1].split(";")[0].count("while/body")
+    name = re.search(r'op_name="([^"]*)"', line)
+    depth = name[1].split(";")[0].count("while/body") if name else -1
     for dims in re.findall(r"\w+\[([\d,]*)\]", match[1]):
       found.append(Collective(kind, depth, tuple(int(d) for d in dims.split(",") if d)))
   return found
@@ -169,8 +170,11 @@ def test_fsdp_gathers_weights_in_the_layer_loop(lower_step):
   gathers = [c for c in found if c.kind == "all-gather" and c.shape in gathered_matrices(1)]
   assert sorted(c.shape for c in gathers) == gathered_matrices(1)
   assert {c.depth for c in gathers} == {2}
-  activations = [c for c in found if len(c.shape) == 3 and c.shape[0] == 2]
-  assert not activations  # FSDP sends weights and their gradients, never activations
+  # of activations FSDP sends the rows of the embedding, once per micro-batch and direction
+  assert not [c for c in found if len(c.shape) == 3 and c.shape[0] == 2]
+  rows = [c for c in found if c.kind == "all-to-all"]
+  assert {(c.depth, c.shape) for c in rows} == {(1, (1, 2, LENGTH, D // 8))}
+  assert len(rows) == 2 * 8  # each is written as its 8 parts
 
 
 @pytest.mark.slow
@@ -216,3 +220,32 @@ def test_on_tpu_the_gradients_of_a_block_are_reduce_scattered_where_it_makes_the
   # a norm's gradient stays unsummed until the end of the step
   norms = [c for c in found if c.shape in ((128,), (MODEL.layers, 128))]
   assert len(norms) == 3 and {c.depth for c in norms} == {0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
+def test_on_tpu_fsdp_reduce_scatters_in_the_stated_type_and_gathers_in_the_compute_type(
+  lower_step, tpu_devices, dtype, reduce_dtype
+):
+  # smaller arrays than these the compiler does not scatter
+  config = config_on(FSDP, revise(MODEL, D=128, F=256, H=32, V=384))
+  compute = dataclasses.replace(config.compute, dtype=dtype, reduce_dtype=reduce_dtype)
+  config = dataclasses.replace(config, compute=compute, accumulate=1)
+  text = lower_step(config, tpu_devices).compile().as_text()
+  assert _matrix_types(text, _SCATTER) == {_SHORT[reduce_dtype]}
+  if dtype == "bfloat16":  # for float32 the compiler rounds before it gathers, as its products do
+    assert _matrix_types(text, _GATHER) == {"bf16"}
+
+
+_SHORT = {"float32": "f32", "bfloat16": "bf16"}
+_GATHER = re.compile(r" = (.*?) all-gather(?:-start)?\(")
+
+
+def _matrix_types(text: str, pattern: re.Pattern) -> set[str]:
+  """Returns the element types of these collectives inside the loop over layers."""
+  found = set()
+  for line in text.splitlines():
+    if (match := pattern.search(line)) and "while/body" in line:
+      found |= {kind for kind, dims in re.findall(r"(\w+)\[([\d,]+)\]", match[1]) if "," in dims}
+  return found

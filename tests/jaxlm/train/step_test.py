@@ -2,6 +2,7 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -115,10 +116,8 @@ def test_each_update_rule_on_eight_devices_equals_one(name):
   for a, b in zip(got.metrics, want.metrics):
     np.testing.assert_allclose([a["loss"], a["grad_norm"]], [b["loss"], b["grad_norm"]], rtol=1e-5)
 
-  def compare(path, a, b):
-    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5, err_msg=jax.tree_util.keystr(path))
-
-  jax.tree_util.tree_map_with_path(compare, got.states[-1].params, want.states[-1].params)
+  last, want_last = got.states[-1].params, want.states[-1].params
+  chex.assert_trees_all_close(last, want_last, rtol=0, atol=1e-5)
   if name != "adafactor":  # its factors have shapes of their own
     params, moments = got.specs
     assert sum(map(any, params.values())) == 9  # all but the norms
@@ -140,23 +139,19 @@ def test_clipping_scales_the_whole_gradient_and_reports_its_norm_before():
   first_moment = [r.states[1].opt_state.mu for r in (plain, clipped)]
   assert global_norm(first_moment[1]) / (1 - BASE.optimizer.b1) == pytest.approx(0.1, rel=1e-5)
   ratio = 0.1 / plain.metrics[0]["grad_norm"]
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(b, a * ratio, rtol=1e-4, atol=1e-9), *first_moment
-  )
+  scaled = jax.tree.map(lambda m: m * ratio, first_moment[0])
+  chex.assert_trees_all_close(first_moment[1], scaled, rtol=1e-4, atol=1e-9)
 
 
 def test_the_moving_average_starts_at_the_weights_and_follows_its_formula():
   states = run(dataclasses.replace(BASE, ema=0.75)).states
   average = states[0].params
-  jax.tree.map(np.testing.assert_array_equal, states[0].ema, states[0].params)
+  chex.assert_trees_all_equal(states[0].ema, states[0].params)
   for state in states[1:]:
     average = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, average, state.params)
-    jax.tree.map(
-      lambda got, want: np.testing.assert_allclose(got, want, atol=1e-6), state.ema, average
-    )
-  jax.tree.map(
-    np.testing.assert_array_equal, states[-1].params, run(BASE).states[-1].params
-  )  # training ignores it
+    chex.assert_trees_all_close(state.ema, average, atol=1e-6)
+  # training ignores it
+  chex.assert_trees_all_equal(states[-1].params, run(BASE).states[-1].params)
 
 
 def test_without_a_moving_average_none_is_kept():

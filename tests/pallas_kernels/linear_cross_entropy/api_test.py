@@ -3,6 +3,7 @@
 # N tokens, D model, V vocabulary
 import pathlib
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,7 @@ GOOD = dict(
       "implementation='cuda': must be one of None, 'reference', 'xla', 'pallas_tpu'",
     ),
     (dict(filter_e="Auto"), "filter_e='Auto'"),
+    (dict(implementation="pallas_tpu", interpret=3), "interpret=3 is neither True nor pltpu"),
     (dict(interpret=True), "interpret=True: needs implementation= one of"),
     (dict(labels_N=jnp.full(4, 5, jnp.int32)), r"labels lie in \[0, 5\)"),
   ],
@@ -126,7 +128,7 @@ def test_memory_on_cpu():
 
 
 def test_lse_that_is_not_differentiated_costs_no_second_pass():
-  """xla makes the gradients of a scalar loss in its forward pass: 6NVD FLOPs; with a gradient of lse it needs more."""
+  """xla makes the gradients of a scalar loss in its forward pass; a gradient of lse costs more."""
   N, D, V = 256, 64, 8192
   arrays = [
     jax.ShapeDtypeStruct(*a)
@@ -149,7 +151,7 @@ def test_lse_that_is_not_differentiated_costs_no_second_pass():
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_lowers_for_hopper(biased):
-  """Statistics and gradients of the GPU kernel; nothing here has been run on one."""
+  """Statistics and gradients of the GPU kernel, without anything that this jax deprecates."""
   N, D, V = 1024, 256, 4096
   device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
   shapes = ((N, D), jnp.bfloat16), ((V, D), jnp.bfloat16), ((N,), jnp.int32), ((V,), jnp.float32)
@@ -161,7 +163,10 @@ def test_lowers_for_hopper(biased):
       e_ND, c_VD, labels_N, bias_V=bias_V, softcap=30.0, implementation="pallas_gpu"
     )
 
-  with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+  with (
+    jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)),
+    warnings.catch_warnings(action="error", category=DeprecationWarning),
+  ):
     lowered = jax.jit(jax.grad(loss, (0, 1))).trace(*arrays).lower(lowering_platforms=("cuda",))
     with pytest.raises(NotImplementedError, match="must be multiples of 256, 128 and 64"):
       ragged = [jax.ShapeDtypeStruct((100, *a.shape[1:]), a.dtype) for a in (arrays[0], arrays[2])]

@@ -1,4 +1,4 @@
-"""Gradient filtering and vocabulary sorting: what is dropped is small, what is kept is exact, aux tells how much."""
+"""Gradient filtering and sorting: what is dropped is small, what is kept is exact."""
 
 # N tokens, D model, V vocabulary
 import functools
@@ -59,7 +59,7 @@ def gradients(implementation, reduction="none", arrays=None, **options):
 
 
 def kept_fraction(threshold, arrays, sort=False, z_loss=0.0):
-  """Share of the tiles with an |entry of the gradient of a logit| from `threshold` on, in float64."""
+  """Share of the tiles where some |gradient of a logit| reaches `threshold`, in float64."""
   e_ND, c_VD, labels_N = arrays
   order_V = np.arange(V)
   if sort:
@@ -125,7 +125,7 @@ def test_sorting_alone_changes_only_the_order_of_sums(implementation, reduction)
 
 
 def test_aux_shows_that_equal_logits_are_dropped():
-  """All logits alike: 1 / V is below the threshold, and every tile without a target goes, small gradient or not."""
+  """Where all logits are alike 1 / V is below the threshold: all tiles without a target go."""
   arrays = jnp.zeros((128, 4)), jnp.ones((5120, 4)), jnp.zeros(128, jnp.int32)
   (_, aux), _, dc_VD = gradients(
     "pallas_tpu", arrays=(arrays[0] + 1, *arrays[1:]), filter_c=1e-3, return_aux=True
@@ -137,7 +137,7 @@ def test_aux_shows_that_equal_logits_are_dropped():
 
 
 def test_the_whole_bracket_is_tested_with_z_loss():
-  """Far above 0 the z-loss makes small probabilities matter: 2 z lse p, not p, is compared with the threshold."""
+  """The z-loss makes small probabilities matter: 2 z lse p, not p, is compared."""
   arrays = peaked(jnp.float32)
   options = dict(arrays=arrays, filter_c=1e-7, sort_vocabulary=True, return_aux=True)
   plain = gradients("xla", **options)[0][1]

@@ -89,7 +89,7 @@ def test_gradient_inside_shard_map():
 
 
 def test_only_rows_cross_the_network():
-  """What is reduced has one number a token, or is the gradient of E: never N x V, nor its shards."""
+  """What is reduced has one number a token, or is the gradient of E: never N x V."""
   mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Explicit,))
   specs = P(), P("tensor"), P("tensor"), P()
   with jax.set_mesh(mesh):

@@ -22,7 +22,7 @@ def call(implementation, *args, **options):
 
 
 def problem(N, D, V, dtype=jnp.float32, scale=1.0, seed=None):
-  """Embeddings, classifier, labels and bias; the arrays that a float64 oracle sees are already rounded to dtype."""
+  """Embeddings, classifier, labels and bias; a float64 oracle sees them rounded to dtype too."""
   rng = np.random.default_rng(SEED if seed is None else seed)
   e_ND = jnp.asarray(scale * rng.normal(size=(N, D)), dtype)
   c_VD = jnp.asarray(rng.normal(size=(V, D)) / np.sqrt(D), dtype)
@@ -47,7 +47,7 @@ def oracle(
   label_smoothing,
   z_loss,
 ):
-  """Loss, lse and gradients of sum(ct_loss * loss + ct_lse * lse) in float64, from the formulas of the gradient."""
+  """Loss, lse and gradients of sum(ct_loss * loss + ct_lse * lse), written out in float64."""
   e_ND, c_VD, bias_V = (np.asarray(a, np.float64) for a in (e_ND, c_VD, bias_V))
   labels_N = np.asarray(labels_N)
   V = len(c_VD)
@@ -82,7 +82,7 @@ def relative(got, want):
 
 @functools.cache
 def differentiated(implementation, layout, **options):
-  """One compiled function for each set of options: loss, lse and the three gradients of a random combination."""
+  """One compiled function for each set of options: loss, lse and the three gradients."""
 
   def combined(e_ND, c, bias_V, labels_N, ct_loss_N, ct_lse_N):
     loss_N, lse_N = call(
@@ -142,7 +142,7 @@ def test_bfloat16(implementation):
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_gradients_of_bfloat16_before_their_last_rounding(implementation):
-  # The target's entry p - 1 is rounded like the others; with many entries p is small and that is nearly exact.
+  # The target's entry p - 1 is rounded too; with many entries p is small and that nearly exact.
   e_ND, c_VD, labels_N, bias_V = problem(150, 24, 8001, jnp.bfloat16)
   _, _, want = oracle(e_ND, c_VD, labels_N, bias_V, np.ones(150), np.zeros(150), **PLAIN)
   inputs = terms.Inputs(e_ND, c_VD, labels_N, bias_V)
@@ -174,7 +174,7 @@ def test_float64(implementation):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_scalar_reductions(implementation, reduction, options):
-  """xla makes these gradients in its forward pass: 5000 entries are more than its small vocabulary."""
+  """xla makes these gradients in its forward pass; 5000 entries are no small vocabulary."""
   V = 5000 if implementation == "xla" else 301
   e_ND, c_VD, labels_N, bias_V = problem(150, 8, V)
   labels_N = labels_N.at[3].set(-100)
