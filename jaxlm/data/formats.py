@@ -24,6 +24,9 @@ RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 ENDINGS = TEXT + RECORDS
 BLOCK = 1 << 16  # bytes that are read from a file at once
 PIECE = 1 << 15  # bytes of the longest piece
+CONTEXT = (
+  1 << 8
+)  # bytes around a piece that a tokenizer sees, so that it finds the whole text's tokens
 
 
 class Position(NamedTuple):
@@ -59,6 +62,8 @@ class Piece(NamedTuple):
   """Bytes of the document before this piece."""
   last: bool
   """Whether the document ends with this piece."""
+  before: str
+  """The character before the piece in its document, if there is one."""
   after: Position | None
   """Where reading goes on after this piece; None where more of what was read follows."""
 
@@ -84,8 +89,10 @@ class Reader:
       if path.name.lower().endswith(TEXT):
         if self.position.record == 0:
           with path.open("rb") as file:
-            file.seek(self.position.offset)
-            yield from self.document(name, iter(lambda: file.read(BLOCK), b""), str(path))
+            file.seek(max(self.position.offset - 4, 0))  # a character has up to 4 bytes
+            before = file.read(self.position.offset - file.tell())
+            blocks = iter(lambda: file.read(BLOCK), b"")
+            yield from self.document(name, before, blocks, str(path))
       elif path.name.lower().endswith(".parquet"):
         yield from self.parquet(path, name)
       else:
@@ -93,8 +100,13 @@ class Reader:
     except OSError as error:
       raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
-  def document(self, name: str, blocks: Iterable[bytes], where: str) -> Iterator[Piece]:
-    """Yields the pieces of the document that goes on with these blocks; moves past the record."""
+  def document(
+    self, name: str, before: bytes, blocks: Iterable[bytes], where: str
+  ) -> Iterator[Piece]:
+    """Yields the pieces of the document that goes on with these blocks; moves past the record.
+
+    `before` is the end of what precedes the blocks in the document.
+    """
     for raw, last in cut(blocks, PIECE):
       start, size = self.position.offset, self.position.size
       limit = len(raw) if self.config.max_bytes is None else self.config.max_bytes - size
@@ -111,9 +123,10 @@ class Reader:
       if last:
         self.next_record(empty=not start and not raw and not full, ended=bool(start or raw))
       if raw or (start and last):
-        yield Piece(name, text, start, last, self.position)
+        yield Piece(name, text, start, last, before.decode(errors="ignore")[-1:], self.position)
       if full:
         return
+      before = raw[-4:]
 
   def next_record(self, *, empty: bool = False, ended: bool = False) -> None:
     """Moves to the next record; counts the one before as an empty or ended document."""
@@ -148,7 +161,9 @@ class Reader:
     if not isinstance(raw, bytes):
       field = f"field {self.config.text_field!r} (data.text_field)"
       raise UserError(f"{where}: {field} is {type(value).__name__}, must be text")
-    yield from self.document(name, [raw[self.position.offset :]], where)
+    offset = self.position.offset
+    before = raw[max(offset - 4, 0) : offset]
+    yield from self.document(name, before, [raw[offset:]], where)
 
   def json_lines(self, path: Path, name: str) -> Iterator[Piece]:
     for index, line in enumerate(_lines(path)):
@@ -205,10 +220,9 @@ class Reader:
 def cut(blocks: Iterable[bytes], size: int) -> Iterator[tuple[bytes, bool]]:
   """Yields the joined blocks as pieces of at most `size` bytes, at least one; True with the last.
 
-  A piece ends before a line break that follows a letter or digit of ASCII: there a byte-level BPE
-  with the patterns of GPT-2 or Llama 3 gives the same ids to the pieces as to the whole. Without
-  one it ends before another line break, else between two characters. Where it ends depends on the
-  bytes from its start on, not on the blocks.
+  A piece ends before a line break that follows a letter or digit of ASCII, over which no usual
+  tokenizer has a token; without one it ends before another line break, else between two characters.
+  Where it ends depends on the bytes from its start on, not on the blocks.
   """
   rest = b""
   for block in blocks:

@@ -112,7 +112,7 @@ def _cut_piece(cut: int, size: int, piece: Piece) -> Iterator[tuple[Side, Piece]
     after = piece.after if whole else None
     yield "train", piece._replace(text=raw[:stop].decode(), last=True, after=after)
     if not whole:
-      yield "heldout", piece._replace(text=raw[stop:].decode())
+      yield "heldout", piece._replace(text=raw[stop:].decode(), before="")
 
 
 def _first_character(raw: bytes) -> int:

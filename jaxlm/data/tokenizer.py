@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
@@ -19,6 +19,13 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>"
 BATCH = (
   128  # texts that the library encodes in parallel; it needs some 100 bytes per token while it does
 )
+
+
+class Excerpt(NamedTuple):
+  """A part of a text, with the character before it there, if there is one."""
+
+  text: str
+  before: str = ""
 
 
 class Tokenizer(Protocol):
@@ -37,8 +44,11 @@ class Tokenizer(Protocol):
 
   def encode(self, text: str) -> np.ndarray: ...
 
-  def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """Yields the ids of each text; memory grows with the longest text, not with their number."""
+  def encode_all(self, excerpts: Iterable[Excerpt]) -> Iterator[np.ndarray]:
+    """Yields the ids of each excerpt, without what a tokenizer puts before the start of a text.
+
+    Memory grows with the longest excerpt, not with their number.
+    """
 
   def decode(self, ids: np.ndarray | Sequence[int]) -> str: ...
 
@@ -56,8 +66,8 @@ class ByteTokenizer:
   def encode(self, text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), np.uint8)
 
-  def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    return map(self.encode, texts)
+  def encode_all(self, excerpts: Iterable[Excerpt]) -> Iterator[np.ndarray]:
+    return (self.encode(excerpt.text) for excerpt in excerpts)
 
   def decode(self, ids: np.ndarray | Sequence[int]) -> str:
     """Returns the text of the bytes, with U+FFFD where they are not UTF-8."""
@@ -107,13 +117,27 @@ class BPETokenizer:
     return hashlib.blake2b(self.model.to_str().encode(), digest_size=16).hexdigest()
 
   def encode(self, text: str) -> np.ndarray:
-    return next(self.encode_all([text]))
+    return next(self.encode_all([Excerpt(text)]))
 
-  def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    rest = iter(texts)
+  def encode_all(self, excerpts: Iterable[Excerpt]) -> Iterator[np.ndarray]:
+    rest = iter(excerpts)
     while batch := list(itertools.islice(rest, BATCH)):
-      for encoding in self.model.encode_batch_fast(batch, add_special_tokens=False):
-        yield np.array(encoding.ids, self.dtype)
+      continued = any(excerpt.before for excerpt in batch)
+      encode = self.model.encode_batch if continued else self.model.encode_batch_fast
+      texts = [excerpt.before + excerpt.text for excerpt in batch]
+      for excerpt, encoding in zip(batch, encode(texts, add_special_tokens=False)):
+        yield np.array(self._ids(excerpt, encoding), self.dtype)
+
+  def _ids(self, excerpt: Excerpt, encoding: tokenizers.Encoding) -> list[int]:
+    """Returns the ids of an excerpt that was encoded behind the character before it."""
+    if not excerpt.before:
+      return encoding.ids
+    offsets = encoding.offsets
+    first = next((index for index, (_, end) in enumerate(offsets) if end > 1), 0)
+    if first and offsets[first][0] == 1:
+      return encoding.ids[first:]
+    # A token goes on over the border: the excerpt is a text of its own.
+    return self.model.encode(excerpt.text, add_special_tokens=False).ids
 
   def decode(self, ids: np.ndarray | Sequence[int]) -> str:
     return self.model.decode([int(id) for id in ids], skip_special_tokens=False)

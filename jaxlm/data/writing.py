@@ -25,7 +25,7 @@ from jaxlm.data.formats import Piece, Position, Reader
 from jaxlm.data.split import SIDES, Places, Side, Split, assign_sides, better_split, first_split
 from jaxlm.data.store import PROGRESS, SideWriter, TokenStore, write_finished, write_json
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
-from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, make_tokenizer
+from jaxlm.data.tokenizer import BPETokenizer, Excerpt, Tokenizer, make_tokenizer
 from pallas_kernels.common.errors import UserError
 
 Report = Callable[[str], None]
@@ -181,7 +181,7 @@ class StoreWriter:
     self, split: Split, reader: Reader, tokenizer: Tokenizer
   ) -> Iterator[tuple[Side, Piece, np.ndarray]]:
     pieces, copies = itertools.tee(assign_sides(split, self.source.pieces(reader)))
-    ids = tokenizer.encode_all(piece.text for _, piece in copies)
+    ids = tokenizer.encode_all(Excerpt(piece.text, piece.before) for _, piece in copies)
     for (side, piece), ids_S in zip(pieces, ids):
       yield side, piece, ids_S
 

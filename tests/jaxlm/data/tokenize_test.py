@@ -243,6 +243,24 @@ def test_a_store_of_something_else_is_not_touched(small, folder, tmp_path):
     write(config, Path("gs://bucket/store"))
 
 
+def test_an_unfinished_store_does_not_go_on_with_text_that_has_changed(
+  small, folder, tmp_path, monkeypatch
+):
+  config, at = DataConfig(source=str(folder), holdout=0.4), tmp_path / "store"
+
+  def die(line):
+    raise Killed
+
+  with pytest.raises(Killed):
+    write(config, at, report=die)
+  before = files(at)
+  assert Path("progress.json") in before and Path("store.json") not in before
+  (folder / "1.txt").write_text("something else")
+  with pytest.raises(UserError, match=f"{at}: was made from another source"):
+    write(config, at)
+  assert files(at) == before
+
+
 @pytest.mark.parametrize("name", ["new", "there"])
 def test_a_refused_source_leaves_nothing_behind(small, folder, tmp_path, name):
   (tmp_path / "there").mkdir()

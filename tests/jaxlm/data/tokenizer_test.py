@@ -8,11 +8,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxlm.config import DataConfig
+from jaxlm.data import formats
 from jaxlm.data import tokenizer as module
+from jaxlm.data.arrays import read_blocks
+from jaxlm.data.cache import open_text
 from jaxlm.data.formats import PIECE, cut
 from jaxlm.data.tokenizer import (
   BPETokenizer,
   ByteTokenizer,
+  Excerpt,
   load_tokenizer,
   make_tokenizer,
   train_bpe,
@@ -54,20 +58,51 @@ def test_pieces_join_to_the_text_and_are_short(text, size, block):
   raw = text.encode()
   blocks = [raw[start : start + block] for start in range(0, len(raw), block)]
   parts = list(cut(blocks, size))
-  assert b"".join(part for part, _ in parts) == raw
-  assert all(0 < len(part) <= size and part.decode() for part, _ in parts[:-1])
+  assert b"".join(piece for piece, _ in parts) == raw
+  assert all(0 < len(piece) <= size and piece.decode() for piece, _ in parts[:-1])
   assert [last for _, last in parts] == [False] * (len(parts) - 1) + [True]
   assert parts == list(cut([raw], size))
   # Reading goes on from any border with the same pieces.
   assert parts[1:] == (list(cut([raw[len(parts[0][0]) :]], size)) if len(parts) > 1 else [])
 
 
-def test_ids_of_pieces_are_those_of_the_whole_text(bpe):
-  lines = "".join(f"  line {i}, with\n\n\tan indented one; \n()\n" for i in range(200))
-  for text in (lines, lines.replace("\n", "\r\n")):
-    parts = [part.decode() for part, _ in cut([text.encode()], 500)]
-    assert len(parts) > 10
-    np.testing.assert_array_equal(np.concatenate(list(bpe.encode_all(parts))), bpe.encode(text))
+def other_models():
+  """Tokenizers that put a space before a text, as SentencePiece does, in two ways."""
+  lines = SOURCE.splitlines(keepends=True)
+  for way in ("normalizer", "pre-tokenizer"):
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
+    if way == "normalizer":  # Llama 2
+      prepend = tokenizers.normalizers.Prepend("▁")
+      replace = tokenizers.normalizers.Replace(" ", "▁")
+      model.normalizer = tokenizers.normalizers.Sequence([prepend, replace])
+    else:
+      model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    specials = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(
+      vocab_size=600, special_tokens=specials, show_progress=False
+    )
+    model.train_from_iterator(lines, trainer)
+    yield BPETokenizer(model)
+
+
+@pytest.mark.parametrize("piece", [300, 1000])
+def test_ids_of_pieces_are_those_of_the_whole_text(bpe, tmp_path, monkeypatch, piece):
+  """As the library gives them for each document at once, also where it puts a space before it."""
+  monkeypatch.setattr(formats, "PIECE", piece)
+  lines = "".join(f"  line {i}, with\n\n\tan indented one; \n()\n" for i in range(90))
+  texts = [lines, lines.replace("\n", "\r\n"), "é€😀 und mehr\n" * 90, "short"]
+  for index, text in enumerate(texts):
+    (tmp_path / f"{index}.txt").write_text(text, newline="")
+  config = DataConfig(source=str(tmp_path), holdout=0.4)
+  for tokenizer in (bpe, *other_models()):
+    stored = open_text(config, tokenizer)
+    got = list[list[int]]()
+    for side in (stored.train, stored.heldout):
+      ids = np.concatenate(list(read_blocks(side.tokens)))
+      borders = np.concatenate(list(read_blocks(side.borders)))
+      got += [ids[a + 1 : b].tolist() for a, b in zip(borders[:-1], borders[1:])]
+    expected = [tokenizer.model.encode(text, add_special_tokens=False).ids for text in texts]
+    assert sorted(got) == sorted(expected)
 
 
 def test_bpe_is_shorter_than_bytes_and_of_the_size_asked_for(bpe):
@@ -83,6 +118,7 @@ def test_bpe_training_repeats(bpe):
 def test_encode_all_equals_encode_whatever_the_batches(bpe, monkeypatch):
   texts = ["", SOURCE, "a", SOURCE[:500], ""]
   expected = [bpe.encode(text) for text in texts]
+  texts = [Excerpt(text) for text in texts]
   monkeypatch.setattr(module, "BATCH", 2)
   for got, ids in zip(bpe.encode_all(texts), expected, strict=True):
     np.testing.assert_array_equal(got, ids)
