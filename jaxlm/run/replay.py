@@ -1,6 +1,7 @@
-"""`jaxlm replay`: a step of a run once more, from the newest checkpoint before it, to find where its numbers go wrong.
+"""Repeats a step of a run to find where its numbers go wrong (`jaxlm replay`); writes nothing.
 
-Runs repeat bit for bit, so the steps between are run again (nothing is written) and compared with what was recorded.
+Runs repeat bit for bit, so the steps from the newest checkpoint before it are run again, and
+compared with what was recorded.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ from sharding.batches import globalize
 
 
 def replay(run: str | Path, step: int, print_status: Callable[[str], Any] = print) -> None:
-  """Says what the numbers of this step (1-based) are and which module's output is the first that is not finite.
+  """Prints the numbers of a step (1-based) and the first module whose output is not finite.
 
-  Uses the batch that a stopped run saved, else the one that the data order gives. One process, the run's own mesh.
+  Takes the batch that a stopped run saved, else the one that the data order gives. For one process,
+  on the run's own mesh.
   """
   folder = RunFolder(Path(run))
   config = folder.read_config()
   check(1 <= step <= config.steps, "step", step, f"the run has steps 1 to {config.steps}")
   check_mesh(config)
   with log_to(None), jax.set_mesh(make_mesh(config.mesh)):
-    state, batch = _before(config, folder, step, print_status)
+    state, batch = _repeat_until(config, folder, step, print_status)
     params = jax.device_get(state.params)
     print_status(
       f"norm of the weights before step {step}: {float(optax.tree.norm(state.params)):.6g}"
@@ -58,17 +60,16 @@ def replay(run: str | Path, step: int, print_status: Callable[[str], Any] = prin
       print_status(line)
 
 
-def _before(
+def _repeat_until(
   config: TrainConfig, folder: RunFolder, step: int, print_status: Callable[[str], Any]
 ) -> tuple[TrainState, Batch]:
-  """The state before a step and the step's batch."""
+  """Returns the state before a step and the step's batch."""
   text = load_text(config.data, load_tokenizer(folder.path, config.data, config.model.V))
   older = [at for at in finished_steps(folder.checkpoints) if at < step]
   sound = [at for at in older if not verify(checkpoint_path(folder.checkpoints, at))]
   start = sound[-1] if sound else 0
-  print_status(
-    f"replaying from {f'the checkpoint of step {start}' if sound else 'the initial weights'}"
-  )
+  origin = f"the checkpoint of step {start}" if sound else "the initial weights"
+  print_status(f"replaying from {origin}")
   task = TextTask(config, text)
   checkpoint = checkpoint_path(folder.checkpoints, start) if sound else None
   state, batches = restore_or_init(config, task, checkpoint)
@@ -82,13 +83,11 @@ def _before(
     guard.losses[at] = loss
     if at in recorded and not _same(recorded[at], loss):
       different.append(at)
-  if step > start + 1:
-    repeated = (
-      f"differ from the record from step {different[0]} on"
-      if different
-      else "repeat the record bit for bit"
-    )
-    print_status(f"steps {start + 1} to {step - 1} {repeated}")
+  if different:
+    differ = f"differ from the record from step {different[0]} on"
+    print_status(f"steps {start + 1} to {step - 1} {differ}")
+  elif step > start + 1:
+    print_status(f"steps {start + 1} to {step - 1} repeat the record bit for bit")
   expected, arrays = next(batches), load_batch(folder.bad_steps, step)
   saved = None if arrays is None else Batch(**arrays)
   if saved is not None and not all(
@@ -103,12 +102,15 @@ def _same(a: float, b: float) -> bool:
 
 
 def diagnose(config: TrainConfig, params: Any, batch: Batch) -> list[str]:
-  """Which weights, module output, loss or gradient of a step is the first that is not finite; on one device."""
+  """Returns lines that say which numbers of a step are the first that are not finite.
+
+  Looks at weights, outputs of modules, loss and gradients, on one device.
+  """
   named = jax.tree_util.tree_leaves_with_path(params)
   wrong = [_name(path) for path, w in named if not _finite(w)]
-  lines = (
-    [f"weights that are not finite: {', '.join(wrong)}"] if wrong else ["the weights are finite"]
-  )
+  lines = ["the weights are finite"]
+  if wrong:
+    lines = [f"weights that are not finite: {', '.join(wrong)}"]
   compute = dataclasses.replace(config.compute, scan="never", remat="none")
   eager = dataclasses.replace(config, compute=compute)
   for part in range(config.accumulate):
@@ -128,10 +130,9 @@ def diagnose(config: TrainConfig, params: Any, batch: Batch) -> list[str]:
   key = jax.random.key(0)  # text's objective draws nothing
   grads, _ = gradients(objective, params, jax.tree.map(jnp.asarray, batch), key, config.accumulate)
   wrong = [_name(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if not _finite(g)]
-  return [
-    *lines,
-    f"gradients that are not finite: {', '.join(wrong)}" if wrong else "every gradient is finite",
-  ]
+  if wrong:
+    return [*lines, f"gradients that are not finite: {', '.join(wrong)}"]
+  return [*lines, "every gradient is finite"]
 
 
 def first_not_finite(config: TrainConfig, params: Any, batch: Batch) -> tuple[str, float]:
