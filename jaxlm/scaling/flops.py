@@ -78,7 +78,7 @@ def train_flops_of_rows(
 
 
 def _attention_flops(mixer: AttentionConfig, length: int) -> float:
-  """Returns the FLOPs per token of the products of queries with keys, and of weights with values."""
+  """Returns FLOPs per token of the products of queries with keys and of weights with values."""
   pairs = _causal_pairs(length, mixer.window or length)
   return 12 * mixer.N * mixer.H * pairs / length
 
