@@ -1,7 +1,7 @@
-"""Repeats a step of a run to find where its numbers go wrong (`jaxlm replay`); writes nothing.
+"""Runs a step of a run again, to find where its numbers go wrong (`jaxlm replay`).
 
-Runs repeat bit for bit, so the steps from the newest checkpoint before it are run again, and
-compared with what was recorded.
+Starts from the newest checkpoint before the step. Runs repeat bit for bit, so the steps between are
+run again, without writing anything, and compared with what was recorded.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from sharding.batches import globalize
 def replay(run: str | Path, step: int, print_status: Callable[[str], Any] = print) -> None:
   """Prints the numbers of a step (1-based) and the first module whose output is not finite.
 
-  Takes the batch that a stopped run saved, else the one that the data order gives. For one process,
-  on the run's own mesh.
+  Uses the batch that a stopped run saved, or else the one that the order of the data gives. Needs
+  one process with the run's own mesh. Raises UserError for a step that the run does not have.
   """
   folder = RunFolder(Path(run))
   config = folder.read_config()
   check(1 <= step <= config.steps, "step", step, f"the run has steps 1 to {config.steps}")
   check_mesh(config)
   with log_to(None), jax.set_mesh(make_mesh(config.mesh)):
-    state, batch = _repeat_until(config, folder, step, print_status)
+    state, batch = _restore_before(config, folder, step, print_status)
     params = jax.device_get(state.params)
     print_status(
       f"norm of the weights before step {step}: {float(optax.tree.norm(state.params)):.6g}"
@@ -60,7 +60,7 @@ def replay(run: str | Path, step: int, print_status: Callable[[str], Any] = prin
       print_status(line)
 
 
-def _repeat_until(
+def _restore_before(
   config: TrainConfig, folder: RunFolder, step: int, print_status: Callable[[str], Any]
 ) -> tuple[TrainState, Batch]:
   """Returns the state before a step and the step's batch."""
@@ -83,11 +83,11 @@ def _repeat_until(
     guard.losses[at] = loss
     if at in recorded and not _same(recorded[at], loss):
       different.append(at)
-  if different:
-    differ = f"differ from the record from step {different[0]} on"
-    print_status(f"steps {start + 1} to {step - 1} {differ}")
-  elif step > start + 1:
-    print_status(f"steps {start + 1} to {step - 1} repeat the record bit for bit")
+  if step > start + 1:
+    outcome = "repeat the record bit for bit"
+    if different:
+      outcome = f"differ from the record from step {different[0]} on"
+    print_status(f"steps {start + 1} to {step - 1} {outcome}")
   expected, arrays = next(batches), load_batch(folder.bad_steps, step)
   saved = None if arrays is None else Batch(**arrays)
   if saved is not None and not all(
@@ -104,13 +104,9 @@ def _same(a: float, b: float) -> bool:
 def diagnose(config: TrainConfig, params: Any, batch: Batch) -> list[str]:
   """Returns lines that say which numbers of a step are the first that are not finite.
 
-  Looks at weights, outputs of modules, loss and gradients, on one device.
+  Looks at weights, outputs of modules, loss and gradients, in this order, on one device.
   """
-  named = jax.tree_util.tree_leaves_with_path(params)
-  wrong = [_name(path) for path, w in named if not _finite(w)]
-  lines = ["the weights are finite"]
-  if wrong:
-    lines = [f"weights that are not finite: {', '.join(wrong)}"]
+  lines = [_describe_leaves(params, "weights", "the weights are finite")]
   compute = dataclasses.replace(config.compute, scan="never", remat="none")
   eager = dataclasses.replace(config, compute=compute)
   for part in range(config.accumulate):
@@ -129,10 +125,14 @@ def diagnose(config: TrainConfig, params: Any, batch: Batch) -> list[str]:
   gradients = jax.jit(accumulated_gradients, static_argnums=(0, 4))
   key = jax.random.key(0)  # text's objective draws nothing
   grads, _ = gradients(objective, params, jax.tree.map(jnp.asarray, batch), key, config.accumulate)
-  wrong = [_name(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if not _finite(g)]
-  if wrong:
-    return [*lines, f"gradients that are not finite: {', '.join(wrong)}"]
-  return [*lines, "every gradient is finite"]
+  return [*lines, _describe_leaves(grads, "gradients", "every gradient is finite")]
+
+
+def _describe_leaves(tree: Any, kind: str, all_finite: str) -> str:
+  """Returns a line that names the leaves that are not finite, or `all_finite`."""
+  named = jax.tree_util.tree_leaves_with_path(tree)
+  bad_names = [_name(path) for path, leaf in named if not _finite(leaf)]
+  return f"{kind} that are not finite: {', '.join(bad_names)}" if bad_names else all_finite
 
 
 def first_not_finite(config: TrainConfig, params: Any, batch: Batch) -> tuple[str, float]:
@@ -143,7 +143,7 @@ def first_not_finite(config: TrainConfig, params: Any, batch: Batch) -> tuple[st
   bad_modules: list[str] = []
   layers = 0  # begun so far
 
-  def watch(run: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+  def watch(run: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     nonlocal layers
     if context.method_name != "__call__":
       return run(*args, **kwargs)
