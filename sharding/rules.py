@@ -155,6 +155,28 @@ def all_gather(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.reshard(x, P(*wanted, reduced=now.reduced | dropped))
 
 
+def all_gather_weight(w: jax.Array, names: Names, dtype: Any, reduce_dtype: Any) -> jax.Array:
+  """Casts a weight to `dtype` and all-gathers it over the mesh axes that `names` no longer has.
+
+  Its gradient is summed over these axes in `reduce_dtype`, whatever `dtype` is (reduce-scatter), and
+  comes back in the weight's own type. The result is typed `reduced`: only contractions may use it.
+  """
+  if not is_sharded():
+    return w.astype(dtype)
+  now = jax.typeof(w).sharding.spec
+
+  @jax.custom_vjp
+  def gather(w: jax.Array) -> jax.Array:
+    return all_gather(w.astype(dtype), *names)
+
+  def scatter(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    own = P(*now.partitions, unreduced=now.reduced)
+    return (jax.reshard(gradient.astype(reduce_dtype), own).astype(w.dtype),)
+
+  gather.defvjp(lambda w: (gather(w), None), scatter)
+  return gather(w)
+
+
 def reduce_gradients(grads: Any, params: Any) -> Any:
   """Sums the devices' shares of each gradient and shards it like its parameter."""
   if not is_sharded():

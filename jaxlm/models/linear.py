@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sharding.rules import Names, all_gather, axes_in, is_sharded, shard, spec
+from jaxlm.config import ComputeConfig
+from sharding.rules import Names, all_gather_weight, axes_in, is_sharded, shard, spec
 
 Roles = dict[str, Any]
 """A tree with the structure of parameters: "embedding", "matrix", "head", "norm" or "bias"."""
@@ -44,11 +45,11 @@ class Linear(nn.Module):
   std: float
   axes: Names
   out: Names
-  dtype: str
+  compute: ComputeConfig
   biased: bool = False
   role: str = "matrix"
   out_dtype: str | None = None
-  """of the result; by default `dtype`, the compute type"""
+  """of the result; by default the compute type"""
   layers: tuple[int, ...] = ()
   """the layers that this module computes (a scan computes several by one module); none: the head"""
 
@@ -75,8 +76,9 @@ class Linear(nn.Module):
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     """Returns x w + bias [B, T, F] in `out_dtype`."""
-    w_DF = all_gather(self.weight.astype(self.dtype), *self.axes_in_use)
-    y_BTF = matmul(x_BTD, w_DF, self.axes_in_use, self.out, self.out_dtype or self.dtype)
+    dtype, reduce_dtype = self.compute.dtype, self.compute.reduce_dtype
+    w_DF = all_gather_weight(self.weight, self.axes_in_use, dtype, reduce_dtype)
+    y_BTF = matmul(x_BTD, w_DF, self.axes_in_use, self.out, self.out_dtype or dtype)
     return add_bias(y_BTF, self.bias, self.out)
 
 

@@ -1,4 +1,4 @@
-"""The decoder: embed, run the stacks of layers, finish. Equal layers are stacked and run by a scan."""
+"""The decoder: embed, run the stacks of layers, finish. Each stack is one scan."""
 
 # B batch, T positions, D model, V vocabulary, R repeats of one stack
 
@@ -13,16 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ComputeConfig, ModelConfig
-from jaxlm.models.attention import Context
-from jaxlm.models.block import MIXERS, Block
+from jaxlm.models.block import Block
 from jaxlm.models.embedding import Embedding
 from jaxlm.models.head import Head
 from jaxlm.models.linear import Linear, Roles
+from jaxlm.models.mixers import MIXERS
+from jaxlm.models.mixers.attention import Context
 from jaxlm.models.norms import RMSNorm
 from pallas_kernels.attention.mask import soft_cap
 from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import platform
-from sharding.rules import all_gather, shard
+from sharding.rules import all_gather, all_gather_weight, shard
 
 Params = dict[str, Any]
 
@@ -168,13 +169,12 @@ class Transformer:
 
   def head(self, params: Params) -> Head:
     """Returns what makes logits of the normed states, for losses that never hold all logits."""
-    c, dtype = self.config, jnp.dtype(self.compute.dtype)
-    if c.tied:
-      w_VD = params["embed"]["weight"].astype(dtype)
-      return Head(all_gather(w_VD, "vocab", None), "vd", c.logit_cap)
-    return Head(
-      all_gather(params["head"]["weight"].astype(dtype), None, "vocab"), "dv", c.logit_cap
-    )
+    dtypes = (self.compute.dtype, self.compute.reduce_dtype)
+    if self.config.tied:
+      w_VD = all_gather_weight(params["embed"]["weight"], ("vocab", None), *dtypes)
+      return Head(w_VD, "vd", self.config.logit_cap)
+    w_DV = all_gather_weight(params["head"]["weight"], (None, "vocab"), *dtypes)
+    return Head(w_DV, "dv", self.config.logit_cap)
 
   def init_cache(self, batch: int, length: int) -> Any:
     """Returns empty decode caches, in the compute type, in the structure of the stacks.
@@ -224,7 +224,7 @@ class Transformer:
     """The head, which also multiplies by a tied embedding."""
     c = self.config
     out = ("batch", "length", "act_vocab")
-    options: dict[str, Any] = {"role": "head", "out_dtype": "float32", "dtype": self.compute.dtype}
+    options: dict[str, Any] = {"role": "head", "out_dtype": "float32", "compute": self.compute}
     return Linear((c.D, c.V), c.D**-0.5, ("embed", "vocab"), out, parent=None, **options)
 
   @property

@@ -121,7 +121,7 @@ def choose(
   if name in FUSED:
     reason = FUSED[name].unsupported(q_BTNH, k_BSKH, v_BSKU, tokens, options, return_lse)
   if implementation is None:
-    chosen = name if reason is None else f"xla ({name} {reason})"
+    chosen = name if reason is None else f"xla ({name}: {reason})"
     log_once("attention", chosen, platform())
     return name if reason is None else "xla"
   if reason is not None:

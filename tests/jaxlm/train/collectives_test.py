@@ -220,3 +220,32 @@ def test_on_tpu_the_gradients_of_a_block_are_reduce_scattered_where_it_makes_the
   # a norm's gradient stays unsummed until the end of the step
   norms = [c for c in found if c.shape in ((128,), (MODEL.layers, 128))]
   assert len(norms) == 3 and {c.depth for c in norms} == {0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
+def test_on_tpu_fsdp_reduce_scatters_in_the_stated_type_and_gathers_in_the_compute_type(
+  lower_step, tpu_devices, dtype, reduce_dtype
+):
+  # smaller arrays than these the compiler does not scatter
+  config = config_on(FSDP, revise(MODEL, D=128, F=256, H=32, V=384))
+  compute = dataclasses.replace(config.compute, dtype=dtype, reduce_dtype=reduce_dtype)
+  config = dataclasses.replace(config, compute=compute, accumulate=1)
+  text = lower_step(config, tpu_devices).compile().as_text()
+  assert _matrix_types(text, _SCATTER) == {_SHORT[reduce_dtype]}
+  if dtype == "bfloat16":  # for float32 the compiler rounds before it gathers, as its products do
+    assert _matrix_types(text, _GATHER) == {"bf16"}
+
+
+_SHORT = {"float32": "f32", "bfloat16": "bf16"}
+_GATHER = re.compile(r" = (.*?) all-gather(?:-start)?\(")
+
+
+def _matrix_types(text: str, pattern: re.Pattern) -> set[str]:
+  """Returns the element types of these collectives inside the loop over layers."""
+  found = set()
+  for line in text.splitlines():
+    if (match := pattern.search(line)) and "while/body" in line:
+      found |= {kind for kind, dims in re.findall(r"(\w+)\[([\d,]+)\]", match[1]) if "," in dims}
+  return found

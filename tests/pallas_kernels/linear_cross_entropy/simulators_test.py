@@ -106,8 +106,11 @@ def test_tpu_kernels_where_filters_skip_every_product():
 
 
 @needs_gpu_simulator
-@pytest.mark.parametrize("shape", [(256, 64, 128), (512, 192, 640)], ids=str)
-@pytest.mark.parametrize("options", [PLAIN, ALL], ids=["plain", "all options"])
+@pytest.mark.parametrize(
+  "shape, options",
+  [((256, 64, 128), ALL), ((512, 192, 640), PLAIN)],
+  ids=["one tile, all options", "many tiles"],
+)
 def test_gpu_kernels(shape, options):
   simulator = plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="error")
   got = value_and_gradients(

@@ -58,8 +58,9 @@ class Mlp(nn.Module):
   layers: tuple[int, ...]
 
   def setup(self) -> None:
-    D, F, dtype = self.config.D, self.spec.F, self.compute.dtype
-    options: dict[str, Any] = {"biased": self.spec.bias, "layers": self.layers, "dtype": dtype}
+    D, F = self.config.D, self.spec.F
+    options: dict[str, Any] = {"compute": self.compute, "layers": self.layers}
+    options["biased"] = self.spec.bias
     inner, outer = ("batch", "length", "act_mlp"), ("batch", "norm_length", None)
     self.gate = Linear((D, F), D**-0.5, ("embed", "mlp"), inner, **options)
     self.up = Linear((D, F), D**-0.5, ("embed", "mlp"), inner, **options)
