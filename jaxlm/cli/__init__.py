@@ -4,6 +4,6 @@
 command parses its flags first and imports jax only when it runs.
 """
 
-from jaxlm.cli.commands import RESUMABLE, main
+from jaxlm.cli.commands import COMMANDS, RESUMABLE, main
 
-__all__ = ["RESUMABLE", "main"]
+__all__ = ["COMMANDS", "RESUMABLE", "main"]

@@ -15,7 +15,7 @@ from jaxlm.cli.training import RESUMABLE, resume, train
 from jaxlm.cli.weights import convert, sample
 from pallas_kernels.common.errors import UserError
 
-__all__ = ["RESUMABLE", "main"]
+__all__ = ["COMMANDS", "RESUMABLE", "main"]
 
 USAGE = """\
 usage: jaxlm COMMAND ...
@@ -43,7 +43,6 @@ BY_SIGNATURE: dict[str, Callable[..., int]] = {
   "eval": evaluate,
   "plot": plot,
   "replay": replay,
-  "convert": convert,
   "checkpoint": checkpoint,
   "tokenize": tokenize,
 }
@@ -51,9 +50,11 @@ BY_SIGNATURE: dict[str, Callable[..., int]] = {
 BY_ARGUMENTS: dict[str, Callable[[list[str]], int]] = {
   "train": train,
   "resume": resume,
+  "convert": convert,
   "kernels": kernels,
 }
 """Commands that parse their arguments themselves."""
+COMMANDS = (*BY_ARGUMENTS, *BY_SIGNATURE)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
       return tyro.cli(BY_SIGNATURE[command], args=flags, prog=f"jaxlm {command}")
     if command in BY_ARGUMENTS:
       return BY_ARGUMENTS[command](flags)
-    names = nearest(command, [*BY_ARGUMENTS, *BY_SIGNATURE])
+    names = nearest(command, COMMANDS)
     raise UserError(f"command {command!r} does not exist; nearest: {names}")
   except UserError as error:
     return _print_error(str(error), status=2)

@@ -57,6 +57,8 @@ def _presets() -> dict[str, Callable[[], TrainConfig]]:
 
 
 def _find_function(preset: str, module_name: str, name: str) -> Callable[[], TrainConfig]:
+  if not module_name or not name:
+    raise UserError(f"preset {preset!r}: must be module:function, or a name without a colon")
   sys.path.insert(0, os.getcwd())
   try:
     module = importlib.import_module(module_name)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from jaxlm.config import TrainConfig
+
+CONVERT_USAGE = """\
+usage: jaxlm convert RUN CHECKPOINT [--dtype bfloat16]
+       jaxlm convert CHECKPOINT RUN [flags]
+
+The first writes a run's newest weights as a Hugging Face checkpoint. The second makes a run at step
+0 of a checkpoint (a folder, or hf:owner/name with extra hf), to be tuned by `jaxlm resume RUN`: in
+bfloat16, with recomputed layers, a learning rate of 1e-5 and rows of 4096 tokens, unless the flags
+of `jaxlm train` say otherwise, as --data.source and --optimizer.learning_rate do.
+"""
 
 
 def sample(
@@ -43,19 +54,30 @@ def sample(
   return 0
 
 
-def convert(
-  source: tyro.conf.Positional[str],
-  target: tyro.conf.Positional[Path],
-  dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-) -> int:
-  """Write a run's newest weights as a Hugging Face checkpoint, or such a checkpoint as a run.
+def convert(arguments: list[str]) -> int:
+  """Runs `jaxlm convert FROM TO [flags]`."""
+  if len(arguments) < 2 or arguments[0] in ("-h", "--help"):
+    print(CONVERT_USAGE, end="")
+    return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+  (source, target), flags = arguments[:2], arguments[2:]
+  prog = f"jaxlm convert {source} {target}"
+  from jaxlm.interop.huggingface import is_checkpoint
+  from jaxlm.run.convert import convert, tuning_config
+
+  if is_checkpoint(source):
+    default = tuning_config(source, target)
+    config = tyro.cli(TrainConfig, default=default, args=flags, prog=prog)
+    print(convert(source, target, config=config))
+  else:
+    dtype = tyro.cli(_parse_dtype, args=flags, prog=prog)
+    print(convert(source, target, dtype=dtype))
+  return 0
+
+
+def _parse_dtype(dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> str:
+  """Write a run's newest weights as a Hugging Face checkpoint.
 
   Args:
-    source: folder of a run or checkpoint, or hf:owner/name on the Hub (extra hf)
-    target: folder to write, new or empty
-    dtype: type of the written weights; by default float32, in which runs keep theirs
+    dtype: type of the written weights
   """
-  from jaxlm.run.convert import convert
-
-  print(convert(source, target, dtype))
-  return 0
+  return dtype

@@ -65,7 +65,9 @@ def _lookup_shard(
   is_held_EBT = (ids_EBT >= 0) & (ids_EBT < w_VD.shape[0])
   rows_EBTD = w_VD[jnp.where(is_held_EBT, ids_EBT, 0)]
   rows_EBTD = jnp.where(is_held_EBT[..., None], rows_EBTD, 0).astype(dtype)
-  if vocab_axes:
+  if vocab_axes and rows_EBTD.shape[2] == 1:  # a decoding step, whose one position stays whole
+    rows_EBTD = jax.lax.psum(rows_EBTD, vocab_axes)
+  elif vocab_axes:
     rows_EBTD = jax.lax.psum_scatter(rows_EBTD, vocab_axes, scatter_dimension=2, tiled=True)
   if not width_axes:
     return rows_EBTD[0]

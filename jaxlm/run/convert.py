@@ -6,16 +6,20 @@ import dataclasses
 import errno
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxlm import presets
 from jaxlm.checkpoint.checkpoint import Checkpoints
-from jaxlm.config import DataConfig, TrainConfig
+from jaxlm.config import TrainConfig, check
+from jaxlm.config_json import to_dict
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer
 from jaxlm.interop import huggingface
+from jaxlm.run.environment import differences
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.saved_run import SavedRun
 from jaxlm.run.text import TextTask
@@ -27,23 +31,43 @@ from sharding import make_mesh
 FIRST_POSITION = {"next_index": 0}  # of the training loader before its first batch
 
 
-def convert(source: str | Path, target: str | Path, dtype: DTypeLike | None = None) -> str:
+def convert(
+  source: str | Path,
+  target: str | Path,
+  *,
+  dtype: DTypeLike | None = None,
+  config: TrainConfig | None = None,
+) -> str:
   """Writes a run's newest weights as a checkpoint, or a checkpoint as a run at step 0.
 
   `source` is the folder of a run or of a checkpoint, or `hf:owner/name`. A written checkpoint has
-  weights of type `dtype`, by default float32, in which runs keep theirs; for a run, `dtype` must
-  be None or float32. tokenizer.json is copied. Returns a line that says what was written. Raises
-  UserError as `huggingface.load` and `save` do.
+  weights of type `dtype`, by default float32, in which runs keep theirs. A written run has
+  `config`, by default `tuning_config`; `dtype` must be None or float32 there. tokenizer.json is
+  copied. Returns a line that says what was written. Raises UserError as `huggingface.load` and `save` do.
   """
   weight_dtype = huggingface.resolve_dtype("float32" if dtype is None else dtype)
   if huggingface.is_checkpoint(source):
-    if weight_dtype != np.float32:
-      raise UserError(f"dtype={weight_dtype}: the weights of a run are float32")
-    return _to_run(huggingface.local_folder(source), Path(target))
-  return _to_checkpoint(SavedRun.open(source), Path(target), weight_dtype)
+    check(weight_dtype == np.float32, "dtype", str(weight_dtype), "weights of a run are float32")
+    return _write_run(config or tuning_config(source, target), tuning_config(source, target))
+  return _write_checkpoint(SavedRun.open(source), Path(target), weight_dtype)
 
 
-def _to_checkpoint(run: SavedRun, target: Path, dtype: np.dtype) -> str:
+def tuning_config(source: str | Path, target: str | Path) -> TrainConfig:
+  """Returns the configuration of a run that goes on from the weights of the checkpoint `source`.
+
+  It is `jaxlm.presets.tuning` with the checkpoint's model and tokenizer. Raises UserError where the
+  checkpoint is incomplete or has no tokenizer.json.
+  """
+  folder = huggingface.local_folder(source)
+  tokenizer = folder / TOKENIZER_FILE
+  BPETokenizer.load(tokenizer)
+  model, _, _ = huggingface.inspect(folder, "float32")
+  config = presets.tuning(model)
+  data = dataclasses.replace(config.data, tokenizer=str(tokenizer))
+  return dataclasses.replace(config, run=str(target), init=str(folder), data=data)
+
+
+def _write_checkpoint(run: SavedRun, target: Path, dtype: np.dtype) -> str:
   model = run.config.model
   if model.max_length is None:
     model = dataclasses.replace(model, max_length=run.config.data.length)
@@ -57,23 +81,33 @@ def _to_checkpoint(run: SavedRun, target: Path, dtype: np.dtype) -> str:
   return f"{target}: weights of step {run.step} in {dtype}, config.json, {tokens}"
 
 
-def _to_run(folder: Path, target: Path) -> str:
-  tokenizer = folder / TOKENIZER_FILE
-  BPETokenizer.load(tokenizer)
-  model, _, _ = huggingface.inspect(folder, "float32")
-  config = TrainConfig(
-    run=str(target), init=str(folder), model=model, data=DataConfig(tokenizer=str(tokenizer))
-  )
-  run = RunFolder(target)
+def _write_run(config: TrainConfig, given: TrainConfig) -> str:
+  """Writes a run of `config` at step 0; what the checkpoint fixes must be as in `given`."""
+  if wrong := differences(_fixed_fields(given), _fixed_fields(config)):
+    rule = "these flags contradict the checkpoint (checkpoint -> flag)"
+    raise UserError(f"{given.init}: {rule}: {'; '.join(wrong)}")
+  run = RunFolder(Path(config.run))
+  run.check_new()
   with jax.set_mesh(make_mesh(config.mesh)):
-    params = huggingface.load(folder, dtype="float32")[1]
-    run.create(config)
-    shutil.copy(tokenizer, target / TOKENIZER_FILE)
+    params = huggingface.load(config.init, dtype="float32")[1]
     initialize = lambda start: init_state(config, TextTask(config), start)  # noqa: E731
     state = jax.jit(initialize, donate_argnums=0)(Start(params))
+    run.create(config)
+    shutil.copy(config.data.tokenizer, run.path / TOKENIZER_FILE)
     checkpoints = Checkpoints(run.checkpoints, keep=config.keep)
     checkpoints.save(state, FIRST_POSITION)
     if checkpoints.close() != 0:
-      raise OSError(errno.EIO, "the checkpoint could not be written", str(target))
-  count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))
-  return f"{target}: a run of {count:,} parameters at step 0; go on with: jaxlm resume {target}"
+      raise OSError(errno.EIO, "the checkpoint could not be written", str(run.path))
+  count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  return f"{run.path}: a run of {count:,} parameters at step 0; go on with: jaxlm resume {run.path}"
+
+
+def _fixed_fields(config: TrainConfig) -> dict[str, Any]:
+  """Returns what a checkpoint fixes of the run that is made of it, as plain nested dicts."""
+  values = to_dict(config)
+  return {
+    "model": values["model"],
+    "init": config.init,
+    "run": config.run,
+    "data": {"tokenizer": config.data.tokenizer},
+  }

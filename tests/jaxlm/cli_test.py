@@ -121,6 +121,8 @@ def plain(text: str) -> str:
 UNKNOWN = [
   (["train", "micro", "--model.layrs", "3"], "--model.layers"),
   (["train", "micro", "--stepz", "3"], "--steps"),
+  (["train", "micro", "--model.pattern.0.mixr.N", "8"], "--model.pattern.0.mixer.N"),
+  (["train", "micro", "--compute.dtyp", "bfloat16"], "--compute.dtype"),
   (["train", "micro", "--optimizer.name", "adam"], "adamw"),
   (["train", "micro", "--steps", "many"], "steps"),
 ]

@@ -29,6 +29,7 @@ PRESETS = {
   name: function
   for name, function in inspect.getmembers(presets, inspect.isfunction)
   if function.__module__ == presets.__name__
+  and not inspect.signature(function).parameters
   and not name.startswith("_")
   and not inspect.signature(function).parameters
 }

@@ -10,6 +10,7 @@ import pytest
 from jaxlm.config import ComputeConfig, ModelConfig, decoder, revise
 from jaxlm.data.packing import join, pack
 from jaxlm.models import Transformer, roles
+from jaxlm.models.mixers.attention import Context
 from jaxlm.objectives import token_logprobs
 from sharding import MeshConfig, make_mesh
 from sharding.rules import shard
@@ -238,3 +239,52 @@ def test_logits_of_apply_agree_with_the_log_probabilities_of_the_loss(
   want_BT = np.take_along_axis(np.asarray(all_BTV), targets_BT[..., None], axis=2)[..., 0]
   assert np.ptp(want_BT) > 3
   np.testing.assert_allclose(logprobs_BT, want_BT, rtol=0, atol=tolerance)
+
+
+FEW, OTHER = (
+  decoder(V=T, D=16, F=F, N=4, K=2, H=4, layers=1, windows=(window,)).pattern[0]
+  for F, window in ((24, None), (40, 5))
+)
+UNEVEN = ModelConfig(
+  V=T, D=16, layers=9, prefix=(OTHER, OTHER), pattern=(FEW, OTHER), remainder=(FEW,)
+)
+
+
+def run_by_hand(model, params, ids_BT, split):
+  """The logits by `embed`, `run_stack` and `finish`; the stack of index 1 in two slices."""
+  context = Context(jnp.arange(ids_BT.shape[1])[None], ids_BT.shape[1])
+  x_BTD = model.embed(params, ids_BT)
+  for index in range(len(model.config.stacks)):
+    stack = params["stacks"][str(index)]
+    slices = [slice(0, split), slice(split, None)] if index == 1 else [slice(None)]
+    for part in slices:
+      layers = jax.tree.map(lambda w, part=part: w[part], stack)
+      x_BTD, cache, _ = model.run_stack(index, layers, x_BTD, context)
+      assert cache is None
+  return model.finish(params, x_BTD)
+
+
+@pytest.mark.parametrize("scan", ["always", "never"])
+def test_apply_is_embed_the_stacks_and_finish_and_a_stack_is_its_slices(scan):
+  model, params = Transformer(UNEVEN, ComputeConfig(scan=scan)), init(UNEVEN)
+  ids_BT = np.random.default_rng(3).integers(0, T, (2, 12))
+  want_BTV = jax.jit(model.apply)(params, ids_BT)
+  got_BTV = jax.jit(run_by_hand, static_argnums=(0, 3))(model, params, ids_BT, 1)
+  np.testing.assert_allclose(got_BTV, want_BTV, rtol=0, atol=1e-5)
+
+
+def test_layers_run_in_their_order_however_many_stacks_there_are():
+  """Twelve stacks, whose names as text sort otherwise: against the layers of one pattern."""
+  order = (FEW, OTHER) * 6
+  stacks = ModelConfig(V=T, D=16, layers=12, prefix=order)
+  pattern = ModelConfig(V=T, D=16, layers=12, pattern=(FEW, OTHER))
+  assert len(stacks.stacks) == 12
+  params = init(stacks)
+  layers = [params["stacks"][str(index)]["0"] for index in range(12)]
+  repeats = {
+    str(place): jax.tree.map(lambda *rows: np.concatenate(rows), *layers[place::2])
+    for place in range(2)
+  }
+  ids_BT = np.random.default_rng(4).integers(0, T, (2, 12))
+  want_BTV = logits(pattern, params | {"stacks": {"0": repeats}}, ids_BT)
+  np.testing.assert_allclose(logits(stacks, params, ids_BT), want_BTV, rtol=0, atol=1e-5)

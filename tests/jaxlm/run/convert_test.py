@@ -1,5 +1,6 @@
 """The command line on checkpoint folders: convert both ways, train from one, sample from one."""
 
+import dataclasses
 import json
 import shutil
 import string
@@ -9,13 +10,16 @@ import jax
 import pytest
 import tokenizers
 
+from jaxlm import presets
 from jaxlm.cli import main
 from jaxlm.config import DataConfig
 from jaxlm.data.loader import load_text, train_loader
 from jaxlm.decode import Sampler, generate
 from jaxlm.interop import huggingface
-from jaxlm.run.convert import FIRST_POSITION
+from jaxlm.run.convert import FIRST_POSITION, convert
+from jaxlm.run.run_folder import RunFolder, read_records
 from jaxlm.run.saved_run import SavedRun
+from pallas_kernels.common.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +89,8 @@ def test_checkpoint_to_run_and_back_is_bit_for_bit(folder, tmp_path, capsys):
 def test_converting_refuses(folder, tmp_path, capsys):
   assert main(["convert", str(folder), str(folder)]) == 2
   assert "must be a new or empty folder" in capsys.readouterr().err
-  assert main(["convert", str(folder), str(tmp_path / "x"), "--dtype", "bfloat16"]) == 2
-  assert "the weights of a run are float32" in capsys.readouterr().err
+  with pytest.raises(UserError, match="dtype='bfloat16': weights of a run are float32"):
+    convert(folder, tmp_path / "x", dtype="bfloat16")
   assert main(["convert", str(tmp_path / "absent"), str(tmp_path / "x")]) == 2
   assert f"{tmp_path / 'absent'}: no such folder; a model on the Hub" in capsys.readouterr().err
   (folder / "tokenizer.json").unlink()
@@ -129,18 +133,46 @@ def test_training_goes_on_from_the_weights(folder, corpus, tmp_path, capsys):
   assert huggingface.load(tmp_path / "out")[0] == config
 
 
+def test_a_converted_run_starts_from_the_tuning_preset_and_the_flags(folder, corpus, tmp_path):
+  flags = ["--data.source", str(corpus), "--optimizer.learning_rate", "2e-5"]
+  assert main(["convert", str(folder), str(tmp_path / "run"), *flags]) == 0
+  config = RunFolder(tmp_path / "run").read_config()
+  preset = presets.tuning(huggingface.load(folder)[0])
+  tokenizer = str(folder / "tokenizer.json")
+  assert config == dataclasses.replace(
+    preset,
+    run=str(tmp_path / "run"),
+    init=str(folder),
+    data=dataclasses.replace(preset.data, source=str(corpus), tokenizer=tokenizer),
+    optimizer=dataclasses.replace(preset.optimizer, learning_rate=2e-5),
+  )
+  assert config.compute.dtype == "bfloat16" and config.data.length == 4096
+
+
+@pytest.mark.parametrize(
+  "flags, field",
+  [
+    ("--model.norm_eps 1e-3", "model.norm_eps: 1e-06 -> 0.001"),
+    ("--data.tokenizer bytes", "tokenizer.json -> bytes"),
+    ("--init elsewhere", "published -> elsewhere"),
+  ],
+)
+def test_flags_that_contradict_the_checkpoint_are_refused(folder, tmp_path, capsys, flags, field):
+  assert main(["convert", str(folder), str(tmp_path / "run"), *flags.split()]) == 2
+  printed = capsys.readouterr().err
+  assert "contradict the checkpoint" in printed and field in printed
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_converted_run_goes_on_and_learns(folder, corpus, tmp_path):
-  assert main(["convert", str(folder), str(tmp_path / "run")]) == 0
-  written = tmp_path / "run" / "config.json"
-  config = json.loads(written.read_text())
-  config["data"] |= {"source": str(corpus), "length": 32, "holdout": 0.3}
-  written.write_text(json.dumps(config | {"eval_every": 0}))
-  assert main(["resume", str(tmp_path / "run"), "--steps", "120"]) == 0
-  losses = [
-    json.loads(line)["loss"]
-    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-  ]
+  """With flags at the conversion, and at its first resume: nothing is trained yet."""
+  convert_flags = ["--data.source", str(corpus), "--data.holdout", "0.3", "--eval_every", "0"]
+  assert main(["convert", str(folder), str(tmp_path / "run"), *convert_flags]) == 0
+  flags = ["--steps", "120", "--data.length", "32", "--batch", "8", "--mesh.data", "1"]
+  flags += ["--optimizer.learning_rate", "1e-3", "--compute.dtype", "float32"]
+  assert main(["resume", str(tmp_path / "run"), *flags]) == 0
+  losses = [record["loss"] for record in read_records(RunFolder(tmp_path / "run").metrics)]
   assert losses[-1] < 0.5 * losses[0]
 
 
