@@ -58,3 +58,17 @@ def test_no_array_of_queries_times_keys_is_traced(platform, B, T, N, K, H, monke
   least = B * N * 16 * T  # logits of the smallest block, where a budget does not suffice for it
   assert largest_array(jaxpr.jaxpr) <= max(blocks.BLOCK_BYTES // 4, least, 2 * q_BTNH.size)
   assert largest_array(jaxpr.jaxpr) <= B * N * T * T / 16
+
+
+@pytest.mark.parametrize("platform, keeps", [("gpu", False), ("tpu", False), ("cpu", True)])
+def test_only_a_cpu_keeps_logits_for_the_backward_pass(platform, keeps, monkeypatch):
+  B, T, N, H = 1, 1024, 2, 64
+  x_BTNH = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16)
+
+  def kept(q, k, v):
+    return jax.vjp(lambda *arrays: attention(*arrays, implementation="xla"), q, k, v)[1]
+
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  sizes = [x.size for x in jax.tree.leaves(jax.eval_shape(kept, x_BTNH, x_BTNH, x_BTNH))]
+  assert (sum(sizes) >= B * N * T * T / 2) == keeps
+  assert keeps or sum(sizes) <= 5 * x_BTNH.size  # q, k, v, output, and less
