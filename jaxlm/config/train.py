@@ -18,7 +18,11 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """A whole run: written to its folder as config.json, and enough to repeat it."""
+  """Configures a whole run: written to its folder as config.json, and enough to repeat it.
+
+  `model`, `compute`, `data`, `init`, `z_loss` and `loss_implementation` belong to text; other tasks
+  of `jaxlm.run.fit` leave them alone.
+  """
 
   steps: int = 400
   """optimizer steps"""
