@@ -1,4 +1,4 @@
-"""Whole configurations by name: each function returns one `TrainConfig`. Nothing here imports jax."""
+"""Whole configurations by name: each function returns one `TrainConfig`. Imports no jax."""
 
 from jaxlm.config import (
   ComputeConfig,
@@ -61,7 +61,7 @@ def tuning(model: ModelConfig) -> TrainConfig:
 
 
 def llama_3_1_8b() -> TrainConfig:
-  """Llama 3.1 8B (Grattafiori et al. 2024, arXiv 2407.21783), to go on training from its weights."""
+  """Llama 3.1 8B (Grattafiori et al. 2024, arXiv 2407.21783)."""
   rope = RopeConfig(theta=5e5, scaling="llama3", factor=8.0, original_length=8192)
   model = decoder(D=4096, F=14336, N=32, K=8, H=128, V=128256, layers=32, rope=rope)
   return tuning(revise(model, norm_eps=1e-5, max_length=131072))

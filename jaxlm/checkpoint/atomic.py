@@ -1,4 +1,4 @@
-"""Small files that are there whole or not at all, whenever the process dies."""
+"""Writes small files that are there whole or not at all, whenever the process dies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ TEMPORARY = ".tmp"  # what an interrupted write may leave behind, after the file
 
 
 def write_text(path: Path, text: str) -> None:
-  """Puts `text` in the place of `path` in one step, on disk before it returns; OSError leaves the former file."""
+  """Puts `text` in the place of `path` in one step, on disk before it returns.
+
+  An OSError leaves the former file.
+  """
   temporary = path.with_name(path.name + TEMPORARY)
   with open(temporary, "w", encoding="utf-8") as file:
     file.write(text)

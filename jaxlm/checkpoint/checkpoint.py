@@ -1,7 +1,7 @@
-"""Checkpoints: written by Orbax in the background, believed only with a manifest beside them.
+"""Writes checkpoints by Orbax in the background; reads those that have a manifest beside them.
 
-A run's `checkpoints/` holds one folder per saved step. Its items are the fields of `TrainState` that
-hold arrays (`params`, `frozen`, `model_state`, `opt_state`, `ema`, `key`, `step`, `hyper`) and
+A run's `checkpoints/` holds one folder per saved step. Its items are the fields of `TrainState`
+that hold arrays (`params`, `frozen`, `model_state`, `opt_state`, `ema`, `key`, `step`, `hyper`) and
 `data`, the position in the data; each is restored by itself and onto any mesh. The manifest is
 written last, so a folder without one was never finished.
 """

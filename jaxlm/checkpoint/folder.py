@@ -3,8 +3,9 @@
 | name | what |
 |---|---|
 | `00000100` | checkpoint of step 100; finished if it has a manifest |
-| `00000100.unsound` | set aside by a resumed run: damaged or unfinished; never read, never removed |
-| `00000100.orbax-checkpoint-tmp`, `00000100.deleting` | what a killed process was writing or removing |
+| `00000100.unsound` | damaged or unfinished, set aside by a resumed run; never read or removed |
+| `00000100.orbax-checkpoint-tmp` | what a killed process was writing |
+| `00000100.deleting` | what a killed process was removing |
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def refuse_old_format(path: Path) -> None:
   """Raises UserError for a checkpoint whose step and key are not items of their own."""
   if (path / "optimizer").is_dir() and not (path / "step").is_dir():
     raise UserError(
-      f"{path}: is of the old checkpoint format (its step and key are inside the item `optimizer`), "
+      f"{path}: is of the old checkpoint format (step and key are inside the item `optimizer`), "
       "which this version cannot read; use the version that wrote it, or train anew"
     )
 

@@ -1,9 +1,10 @@
-"""Integrity of a checkpoint folder: sizes and checksums of its files, written last and checked before loading.
+"""Writes sizes and checksums of a checkpoint's files last of all, and verifies them before loading.
 
-Orbax loads an array file with a flipped bit without complaint, as wrong numbers. A folder without a manifest is
-incomplete, because the manifest is the last thing written to it. Checksums are CRC-32 of pieces: they guard against
-decay (any flipped bit, any burst up to 32 bits, all but one in 4e9 of the rest), not against malice, and are several
-times faster than cryptographic digests, so that verifying costs a fraction of restoring.
+Orbax loads an array file with a flipped bit without complaint, as wrong numbers. A folder without
+a manifest is incomplete, because the manifest is the last thing written to it. Checksums are CRC-32
+of pieces: they guard against decay (any flipped bit, any burst up to 32 bits, all but one in 4e9 of
+the rest), not against malice, and are several times faster than cryptographic digests, so that
+verifying costs a fraction of restoring.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class NewerFormat(UserError):
 def write_manifest(folder: Path) -> None:
   """Writes `manifest.json` with size and checksums of every file below `folder`, atomically.
 
-  An interruption leaves no manifest (or the former one), never half of one. Raises OSError when a file cannot be read
-  or the manifest cannot be written.
+  An interruption leaves no manifest (or the former one), never half of one. Raises OSError when a
+  file cannot be read or the manifest cannot be written.
   """
   paths = _files(folder)
   sizes = {name: path.stat().st_size for name, path in paths.items()}
@@ -52,9 +53,10 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify(folder: Path) -> list[str]:
-  """Empty if every file below `folder` is as the manifest says, else one line per fault: "file: what differs".
+  """Returns one line "file: what differs" per fault, none if all is as the manifest says.
 
-  Names and sizes come first; contents are read only when those agree, so a truncation is found at once.
+  Compares names and sizes first and reads contents only when those agree, so that a truncation is
+  found at once.
   """
   try:
     files = _read(folder)
@@ -85,7 +87,7 @@ def verify(folder: Path) -> list[str]:
 
 
 def refuse_newer(folder: Path) -> None:
-  """Raises NewerFormat, and nothing else, where a checkpoint is not damaged but newer than this version."""
+  """Raises NewerFormat where a checkpoint is not damaged but newer than this version."""
   try:
     _read(folder)
   except NewerFormat as error:

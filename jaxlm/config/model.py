@@ -16,7 +16,7 @@ from jaxlm.config.rope import RopeConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-  """Causal grouped-query self-attention (`jaxlm.models.attention`)."""
+  """Causal grouped-query self-attention (`jaxlm.models.mixers.attention`)."""
 
   N: int = 4
   """query heads"""
@@ -52,7 +52,7 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MlpConfig:
-  """Gated feed-forward (`jaxlm.models.mlp`)."""
+  """Gated feed-forward (`jaxlm.models.feedforward.mlp`)."""
 
   F: int = 352
   """width of the gated activations"""

@@ -13,7 +13,7 @@ class OptimizerConfig:
   """Update rule, learning-rate schedule, clipping."""
 
   name: Literal["adamw", "muon", "adafactor"] = "adamw"
-  """adamw; muon (orthogonalised momentum for the matrices of the blocks, adamw for the rest); adafactor"""
+  """adamw; muon (orthogonalised momentum for matrices of the blocks, else adamw); adafactor"""
   learning_rate: float = 1e-3
   """peak"""
   schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"

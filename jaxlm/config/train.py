@@ -18,7 +18,11 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """A whole run: written to its folder as config.json, and enough to repeat it."""
+  """Configures a whole run: written to its folder as config.json, and enough to repeat it.
+
+  `model`, `compute`, `data`, `init`, `z_loss` and `loss_implementation` belong to text; other tasks
+  of `jaxlm.run.fit` leave them alone.
+  """
 
   steps: int = 400
   """optimizer steps"""
@@ -43,19 +47,19 @@ class TrainConfig:
   eval_batches: int = 8
   """batches of each evaluation (`jaxlm eval` reads all)"""
   nonfinite: Literal["stop", "skip"] = "stop"
-  """a loss or gradient that is not finite: stop the run and keep the batch, or leave out that update and count it"""
+  """a loss or gradient that is not finite: stop and keep the batch, or leave out that update"""
   spike: Literal["report", "skip", "stop"] = "report"
-  """a loss that jumps above the last 64: say so, leave out its update, or stop and keep the batch"""
+  """a loss that jumps above the last 64: say so, leave out its update, or stop, keeping the batch"""
   spike_size: float = 10.0
-  """what counts as a jump: median + this many median absolute deviations (of at least 1 % of the median)"""
+  """a jump: median + this many median absolute deviations (of at least 1 % of the median)"""
   log_every: int = 10
   """steps between printed lines where there is no terminal for the live display"""
   stop_after: str = ""
-  """time after which this process saves and leaves, to be resumed: 90s, 30m, 2h, 1d; empty: no limit"""
+  """time after which to save and stop, to be resumed later: 90s, 30m, 2h, 1d; empty: no limit"""
   z_loss: float = 0.0
   """times the mean squared log of the softmax normaliser"""
   loss_implementation: Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"] = "auto"
-  """of `pallas_kernels.linear_cross_entropy`; auto: by chip and vocabulary; reference holds all logits in memory"""
+  """of `pallas_kernels.linear_cross_entropy`; auto: by chip and vocabulary; reference: all logits"""
   ema: float = 0.0
   """decay of an exponential moving average of the weights; 0: none"""
   trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()

@@ -122,22 +122,18 @@ class BPETokenizer:
   def encode_all(self, excerpts: Iterable[Excerpt]) -> Iterator[np.ndarray]:
     rest = iter(excerpts)
     while batch := list(itertools.islice(rest, BATCH)):
-      continued = any(excerpt.before for excerpt in batch)
-      encode = self.model.encode_batch if continued else self.model.encode_batch_fast
-      texts = [excerpt.before + excerpt.text for excerpt in batch]
-      for excerpt, encoding in zip(batch, encode(texts, add_special_tokens=False)):
-        yield np.array(self._ids(excerpt, encoding), self.dtype)
+      ids = self._ids([excerpt.before + excerpt.text for excerpt in batch])
+      before_ids = self._ids([excerpt.before for excerpt in batch])
+      for excerpt, ids_S, before in zip(batch, ids, before_ids):
+        if excerpt.before and ids_S[: len(before)] == before:
+          ids_S = ids_S[len(before) :]
+        elif excerpt.before:  # a token goes on over the border: the excerpt is a text of its own
+          ids_S = self._ids([excerpt.text])[0]
+        yield np.array(ids_S, self.dtype)
 
-  def _ids(self, excerpt: Excerpt, encoding: tokenizers.Encoding) -> list[int]:
-    """Returns the ids of an excerpt that was encoded behind the character before it."""
-    if not excerpt.before:
-      return encoding.ids
-    offsets = encoding.offsets
-    first = next((index for index, (_, end) in enumerate(offsets) if end > 1), 0)
-    if first and offsets[first][0] == 1:
-      return encoding.ids[first:]
-    # A token goes on over the border: the excerpt is a text of its own.
-    return self.model.encode(excerpt.text, add_special_tokens=False).ids
+  def _ids(self, texts: list[str]) -> list[list[int]]:
+    encodings = self.model.encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
   def decode(self, ids: np.ndarray | Sequence[int]) -> str:
     return self.model.decode([int(id) for id in ids], skip_special_tokens=False)

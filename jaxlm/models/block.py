@@ -1,4 +1,4 @@
-"""One layer: a mixer and a feed-forward, chosen independently, each added to the residual stream."""
+"""One layer: a mixer and a feed-forward, each added to the residual stream."""
 
 # B batch, T positions, D model
 
@@ -10,14 +10,12 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.config import AttentionConfig, ComputeConfig, LayerSpec, MlpConfig, ModelConfig
-from jaxlm.models.attention import Attention, Context
+from jaxlm.config import ComputeConfig, LayerSpec, ModelConfig
+from jaxlm.models.feedforward import FEEDFORWARDS
 from jaxlm.models.linear import Roles, declare_parts
-from jaxlm.models.mlp import Mlp
+from jaxlm.models.mixers import MIXERS
+from jaxlm.models.mixers.attention import Context
 from jaxlm.models.norms import RMSNorm
-
-MIXERS: dict[type, Any] = {AttentionConfig: Attention}
-FEEDFORWARDS: dict[type, Any] = {MlpConfig: Mlp}
 
 
 class Block(nn.Module):

@@ -46,7 +46,7 @@ def rope_tables(
 
 @jax.custom_vjp
 def apply_rope(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
-  """Turns every pair (x[j], x[j + R]) of every head by its angle, in float32, and returns x's dtype.
+  """Turns every pair (x[j], x[j + R]) of every head by its angle in float32; returns x's dtype.
 
   `cos_BTR` and `sin_BTR` are [B or 1, T, R] for `x_BTNH` [B, T, N, 2 R], else UserError. They are
   constants: no gradient reaches them.
@@ -134,9 +134,10 @@ def _dynamic_stretch(rope: RopeConfig, length: int | jax.Array) -> jax.Array:
 
 
 def _yarn_ramp(rope: RopeConfig, index_R: np.ndarray, width: int) -> np.ndarray:
-  """Returns 0 for pairs that turn over beta_fast times within the original length, 1 under beta_slow.
+  """Returns YaRN's ramp over the pairs, linear between two borders.
 
-  Between them the ramp is linear in the index of the pair.
+  It is 0 for pairs that turn over beta_fast times within the original length, and 1 for those that
+  turn under beta_slow times.
   """
 
   def border(rotations: float) -> float:

@@ -1,4 +1,4 @@
-"""The decoder: embed, run the stacks of layers, finish. Equal layers are stacked and run by a scan."""
+"""The decoder: embed, run the stacks of layers, finish. Each stack is one scan."""
 
 # B batch, T positions, D model, V vocabulary, R repeats of one stack
 
@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ComputeConfig, ModelConfig
-from jaxlm.models.attention import Context
-from jaxlm.models.block import MIXERS, Block
+from jaxlm.models.block import Block
 from jaxlm.models.embedding import Embedding
 from jaxlm.models.head import Head
 from jaxlm.models.linear import Linear, Roles
+from jaxlm.models.mixers import MIXERS
+from jaxlm.models.mixers.attention import Context
 from jaxlm.models.norms import RMSNorm
 from pallas_kernels.attention.mask import soft_cap
 from pallas_kernels.common.errors import UnsupportedError

@@ -15,13 +15,13 @@ from pallas_kernels.common.errors import UserError
 FREE_OF_MODEL = ("max_length",)
 """Fields of the model that change no weight."""
 ROWS = ("length", "layout")
-"""Fields of the data that decide how text is cut into rows; the text itself is told by its digests."""
+"""Fields of the data that decide how text is cut into rows; digests identify the text itself."""
 
 
 def check_compatible(
   folder: RunFolder, config: TrainConfig, step: int, *, other_data: bool = False
 ) -> None:
-  """Raises UserError where `config` contradicts the run's checkpoint of `step`, and names the fields.
+  """Raises UserError with the fields in which `config` contradicts the run's checkpoint of `step`.
 
   The model, the update rule and whether an average is kept decide what arrays a checkpoint holds;
   seed, initial weights and the tokenizer's vocabulary are in them. After step 0 its position in the

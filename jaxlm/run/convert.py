@@ -41,9 +41,9 @@ def convert(
   """Writes a run's newest weights as a checkpoint, or a checkpoint as a run at step 0.
 
   `source` is the folder of a run or of a checkpoint, or `hf:owner/name`. A written checkpoint has
-  weights of type `dtype`, by default float32, in which runs keep theirs. A written run has `config`,
-  by default `tuning_config`; `dtype` must be None or float32 there. tokenizer.json is copied.
-  Returns a line that says what was written. Raises UserError as `huggingface.load` and `save` do.
+  weights of type `dtype`, by default float32, in which runs keep theirs. A written run has
+  `config`, by default `tuning_config`; `dtype` must be None or float32 there. tokenizer.json is
+  copied. Returns a line that says what was written. Raises UserError as `huggingface.load` and `save` do.
   """
   weight_dtype = huggingface.resolve_dtype("float32" if dtype is None else dtype)
   if huggingface.is_checkpoint(source):

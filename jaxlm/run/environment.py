@@ -83,7 +83,7 @@ def commit(checkout: Path) -> str | None:
 
 
 def starts(folder: RunFolder) -> list[dict[str, Any]]:
-  """Returns one object per start of the run, oldest first; [] where the file is missing or damaged."""
+  """Returns one object per start of the run, oldest first; [] for a missing or damaged file."""
   try:
     saved = json.loads(folder.environment.read_text())
   except (OSError, ValueError):

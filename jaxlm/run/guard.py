@@ -1,7 +1,7 @@
-"""Detects steps whose loss or gradient is not finite, or whose loss jumps; reports, or stops the run.
+"""Detects steps whose loss or gradient is not finite, or whose loss jumps; reports, or stops.
 
-The step itself leaves out an update that is not finite (`jaxlm.train.step`), so that a bad one never
-reaches a checkpoint.
+The step itself leaves out an update that is not finite (`jaxlm.train.step`), so that a bad one
+never reaches a checkpoint.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Guard:
     self.skipped = sum(record.get("skipped", 0) for record in records)
 
   def limit(self, step: int) -> float:
-    """Returns the loss above which the update of `step` is left out; infinite unless `spike=skip`."""
+    """Returns the loss above which `step` makes no update; infinite unless `spike` is `skip`."""
     return self._spike_limit(step) if self.config.spike == "skip" else math.inf
 
   def is_spike(self, step: int, loss: float) -> bool:

@@ -263,7 +263,7 @@ class _Run:
       return
     self.watch.set_activity("device")
     self.metrics = pending.read()
-    flops = self.task.flops(pending.batch) * jax.process_count()
+    flops = self.task.flops(pending.batch) * self.config.batch / len(self.rows)
     spike = self.guard.is_spike(pending.step, self.metrics["loss"])
     self.reporter.step(pending.step, self.metrics, spike=spike, flops=flops)
     self.guard.check_step(pending.step, self.metrics, pending.batch, self.rows)

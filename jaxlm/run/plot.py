@@ -105,7 +105,7 @@ def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
 
 
 def _smooth(losses: np.ndarray, share: float = 0.04) -> np.ndarray:
-  """Returns, at each step, the mean of the last `share` of the curve, without what is not finite."""
+  """Returns the mean of the last `share` of the curve at each step, without what is not finite."""
   width = max(1, int(share * len(losses)))
   finite = np.isfinite(losses)
   sums, counts = (

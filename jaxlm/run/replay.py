@@ -1,6 +1,7 @@
-"""`jaxlm replay`: a step of a run once more, from the newest checkpoint before it, to find where its numbers go wrong.
+"""Runs a step of a run again, to find where its numbers go wrong (`jaxlm replay`).
 
-Runs repeat bit for bit, so the steps between are run again (nothing is written) and compared with what was recorded.
+Starts from the newest checkpoint before the step. Runs repeat bit for bit, so the steps between are
+run again, without writing anything, and compared with what was recorded.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ from sharding.batches import globalize
 
 
 def replay(run: str | Path, step: int, print_status: Callable[[str], Any] = print) -> None:
-  """Says what the numbers of this step (1-based) are and which module's output is the first that is not finite.
+  """Prints the numbers of a step (1-based) and the first module whose output is not finite.
 
-  Uses the batch that a stopped run saved, else the one that the data order gives. One process, the run's own mesh.
+  Uses the batch that a stopped run saved, or else the one that the order of the data gives. Needs
+  one process with the run's own mesh. Raises UserError for a step that the run does not have.
   """
   folder = RunFolder(Path(run))
   config = folder.read_config()
   check(1 <= step <= config.steps, "step", step, f"the run has steps 1 to {config.steps}")
   check_mesh(config)
   with log_to(None), jax.set_mesh(make_mesh(config.mesh)):
-    state, batch = _before(config, folder, step, print_status)
+    state, batch = _restore_before(config, folder, step, print_status)
     params = jax.device_get(state.params)
     print_status(
       f"norm of the weights before step {step}: {float(optax.tree.norm(state.params)):.6g}"
@@ -58,17 +60,16 @@ def replay(run: str | Path, step: int, print_status: Callable[[str], Any] = prin
       print_status(line)
 
 
-def _before(
+def _restore_before(
   config: TrainConfig, folder: RunFolder, step: int, print_status: Callable[[str], Any]
 ) -> tuple[TrainState, Batch]:
-  """The state before a step and the step's batch."""
+  """Returns the state before a step and the step's batch."""
   text = load_text(config.data, load_tokenizer(folder.path, config.data, config.model.V))
   older = [at for at in finished_steps(folder.checkpoints) if at < step]
   sound = [at for at in older if not verify(checkpoint_path(folder.checkpoints, at))]
   start = sound[-1] if sound else 0
-  print_status(
-    f"replaying from {f'the checkpoint of step {start}' if sound else 'the initial weights'}"
-  )
+  origin = f"the checkpoint of step {start}" if sound else "the initial weights"
+  print_status(f"replaying from {origin}")
   task = TextTask(config, text)
   checkpoint = checkpoint_path(folder.checkpoints, start) if sound else None
   state, batches = restore_or_init(config, task, checkpoint)
@@ -83,12 +84,10 @@ def _before(
     if at in recorded and not _same(recorded[at], loss):
       different.append(at)
   if step > start + 1:
-    repeated = (
-      f"differ from the record from step {different[0]} on"
-      if different
-      else "repeat the record bit for bit"
-    )
-    print_status(f"steps {start + 1} to {step - 1} {repeated}")
+    outcome = "repeat the record bit for bit"
+    if different:
+      outcome = f"differ from the record from step {different[0]} on"
+    print_status(f"steps {start + 1} to {step - 1} {outcome}")
   expected, arrays = next(batches), load_batch(folder.bad_steps, step)
   saved = None if arrays is None else Batch(**arrays)
   if saved is not None and not all(
@@ -103,12 +102,11 @@ def _same(a: float, b: float) -> bool:
 
 
 def diagnose(config: TrainConfig, params: Any, batch: Batch) -> list[str]:
-  """Which weights, module output, loss or gradient of a step is the first that is not finite; on one device."""
-  named = jax.tree_util.tree_leaves_with_path(params)
-  wrong = [_name(path) for path, w in named if not _finite(w)]
-  lines = (
-    [f"weights that are not finite: {', '.join(wrong)}"] if wrong else ["the weights are finite"]
-  )
+  """Returns lines that say which numbers of a step are the first that are not finite.
+
+  Looks at weights, outputs of modules, loss and gradients, in this order, on one device.
+  """
+  lines = [_describe_leaves(params, "weights", "the weights are finite")]
   compute = dataclasses.replace(config.compute, scan="never", remat="none")
   eager = dataclasses.replace(config, compute=compute)
   for part in range(config.accumulate):
@@ -127,11 +125,14 @@ def diagnose(config: TrainConfig, params: Any, batch: Batch) -> list[str]:
   gradients = jax.jit(accumulated_gradients, static_argnums=(0, 4))
   key = jax.random.key(0)  # text's objective draws nothing
   grads, _ = gradients(objective, params, jax.tree.map(jnp.asarray, batch), key, config.accumulate)
-  wrong = [_name(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if not _finite(g)]
-  return [
-    *lines,
-    f"gradients that are not finite: {', '.join(wrong)}" if wrong else "every gradient is finite",
-  ]
+  return [*lines, _describe_leaves(grads, "gradients", "every gradient is finite")]
+
+
+def _describe_leaves(tree: Any, kind: str, all_finite: str) -> str:
+  """Returns a line that names the leaves that are not finite, or `all_finite`."""
+  named = jax.tree_util.tree_leaves_with_path(tree)
+  bad_names = [_name(path) for path, leaf in named if not _finite(leaf)]
+  return f"{kind} that are not finite: {', '.join(bad_names)}" if bad_names else all_finite
 
 
 def first_not_finite(config: TrainConfig, params: Any, batch: Batch) -> tuple[str, float]:
@@ -142,7 +143,7 @@ def first_not_finite(config: TrainConfig, params: Any, batch: Batch) -> tuple[st
   bad_modules: list[str] = []
   layers = 0  # begun so far
 
-  def watch(run: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+  def watch(run: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     nonlocal layers
     if context.method_name != "__call__":
       return run(*args, **kwargs)

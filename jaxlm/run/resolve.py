@@ -26,7 +26,7 @@ def with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
 def with_initial_model(config: TrainConfig) -> TrainConfig:
   """Returns `config` with the model of the checkpoint that training starts from, if there is one.
 
-  The checkpoint's tokenizer takes the place of `bytes`. Raises UserError as `huggingface.load` does.
+  The checkpoint's tokenizer takes the place of `bytes`. Raises UserError like `huggingface.load`.
   """
   if not config.init:
     return config
@@ -39,7 +39,7 @@ def with_initial_model(config: TrainConfig) -> TrainConfig:
 
 
 def check_mesh(config: TrainConfig) -> None:
-  """Raises UserError where the model does not divide over the mesh or cannot use one of its axes."""
+  """Raises UserError where the model does not divide over the mesh or cannot use an axis of it."""
   sizes = config.mesh.resolve(jax.device_count())
   for axis in ("stage", "context_ring", "context_ulysses", "expert"):
     rule = "the model does not use this axis; it must be 1"

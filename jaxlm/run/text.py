@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 
 from jaxlm.config import TrainConfig
 from jaxlm.data.baselines import baselines
@@ -28,7 +29,7 @@ from jaxlm.run.metrics import print_status
 from jaxlm.run.resolve import check_mesh, with_initial_model, with_vocabulary
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.text_identity import check_same_everywhere, check_text, record_text
-from jaxlm.scaling.flops import train_flops_per_token
+from jaxlm.scaling.flops import train_flops_of_rows
 from jaxlm.train.evaluate import make_evaluator
 from jaxlm.train.task import Batches, Start, Task
 from sharding.batches import globalize
@@ -153,8 +154,10 @@ class TextTask(Task):
     return roles(self.config.model)
 
   def flops(self, batch: Batch) -> float:
-    per_token = train_flops_per_token(self.config.model, self.config.data.length)
-    return per_token * float(batch.weights_BT.sum())
+    positions_BT = batch.positions_BT
+    if positions_BT is None:
+      positions_BT = np.broadcast_to(np.arange(batch.weights_BT.shape[1]), batch.weights_BT.shape)
+    return train_flops_of_rows(self.config.model, positions_BT, batch.weights_BT > 0)
 
   def save(self, folder: Path) -> None:
     self.text.tokenizer.save(folder)

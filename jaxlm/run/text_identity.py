@@ -37,7 +37,7 @@ def record_text(folder: RunFolder, text: TextData) -> None:
 
 
 def check_text(folder: RunFolder, text: TextData, *, other_text: bool) -> None:
-  """Raises UserError where `text` is not what the run was trained on; with `other_text`, prints it."""
+  """Raises UserError, or with `other_text` prints it, where `text` is not the text of the run."""
   changes = changed_text(folder, text.digests)
   if not changes:
     return
@@ -49,7 +49,7 @@ def check_text(folder: RunFolder, text: TextData, *, other_text: bool) -> None:
 
 
 def changed_text(folder: RunFolder, digests: Mapping[str, str]) -> list[str]:
-  """Returns a line for each side whose digest is not the recorded one; [] where none is recorded."""
+  """Returns a line for each side whose digest is not the recorded one; [] for a new run."""
   if not folder.text.is_file():
     return []
   before = json.loads(folder.text.read_text())

@@ -1,10 +1,12 @@
 """Parameters and training FLOPs of a decoder, counted from its configuration."""
 
-# T positions, D model, N query heads, K key heads, H head width, F feed-forward, V vocabulary
+# B rows, T positions, D model, N query heads, K key heads, H head width, F feed-forward, V vocabulary
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import numpy as np
 
 from jaxlm.config import AttentionConfig, LayerSpec, ModelConfig, check
 
@@ -53,8 +55,30 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
   return layers + 6 * config.D * config.V
 
 
+def train_flops_of_rows(
+  config: ModelConfig, positions_BT: np.ndarray, counted_BT: np.ndarray
+) -> float:
+  """Returns matmul FLOPs of forward and backward on rows, which may be packed.
+
+  Counts as `train_flops_per_token` does, but with the pairs that are attended: a token at position p
+  of its segment sees p + 1 keys, or fewer in a layer with a window. `positions_BT` are int, from 0
+  in each segment; `counted_BT` is bool, False for padding. Costs one pass over the positions for
+  each different window of the model.
+  """
+  keys_X = positions_BT[counted_BT] + 1  # X: counted tokens
+  windows = {spec.mixer.window for spec in config.layer_specs}
+  limits = {window: keys_X if window is None else np.minimum(keys_X, window) for window in windows}
+  pairs = {window: int(seen_X.sum(dtype=np.int64)) for window, seen_X in limits.items()}
+  flops = 6.0 * config.D * config.V * keys_X.size
+  for spec in config.layer_specs:
+    mixer = spec.mixer
+    flops += 6.0 * _matrix_entries(config, spec) * keys_X.size
+    flops += 12.0 * mixer.N * mixer.H * pairs[mixer.window]
+  return flops
+
+
 def _attention_flops(mixer: AttentionConfig, length: int) -> float:
-  """Returns the FLOPs per token of the products of queries with keys, and of weights with values."""
+  """Returns FLOPs per token of the products of queries with keys and of weights with values."""
   pairs = _causal_pairs(length, mixer.window or length)
   return 12 * mixer.N * mixer.H * pairs / length
 

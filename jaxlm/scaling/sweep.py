@@ -1,4 +1,4 @@
-"""Sweeps over hyperparameters: a grid of small trainings in one process, a row of a table for each.
+"""Sweeps over hyperparameters: trains a grid of small runs in one process, a table row for each.
 
 Runs of one shape are trained together under vmap (`jaxlm.run.together`), so that one compilation
 and one reading of the text serve all of them.
@@ -49,8 +49,9 @@ def sweep(
   `together` False, and where shapes differ, runs follow one after another. Either way each row is
   added to the CSV file `table` when its run ends, and a run whose row is there is not run again. A
   run whose loss or gradient is not finite has the status "diverged" and costs its own row only;
-  with `nonfinite="skip"` it goes on without those updates, as in `fit`. A run's numbers are those of
-  `fit` up to rounding, which differs where products of several runs are one batched product.
+  with `nonfinite="skip"` it goes on without those updates, as in `fit`. A run's numbers are those
+  of `fit` up to rounding, which differs where products of several runs are one batched product;
+  training at a rate that is barely stable amplifies it.
 
   `make_task(config)` returns (configuration with what the data decides filled in, task); by default
   the task is text, each text read once. Uses one device and writes no checkpoints. Raises UserError
@@ -114,7 +115,7 @@ def with_fields(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
 
 
 def read_table(table: Path) -> list[Row]:
-  """Returns the rows of a table that `sweep` wrote, with numbers as numbers; [] if it is missing."""
+  """Returns the rows of a table that `sweep` wrote, numbers parsed; [] if it is missing."""
   if not table.is_file():
     return []
   with table.open(newline="") as file:

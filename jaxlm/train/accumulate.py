@@ -1,4 +1,4 @@
-"""Gradients of a batch as the sum over its micro-batches, exact whatever each term is divided by."""
+"""Sums the gradients of a batch over micro-batches, exactly whatever each term is divided by."""
 
 # M micro-batches, B batch
 

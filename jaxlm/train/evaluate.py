@@ -1,4 +1,4 @@
-"""An objective over a whole set of batches."""
+"""Sums the terms of an objective over a whole set of batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run carries from step to step, besides its position in the data."""
+"""Holds what a run carries from step to step, besides its position in the data."""
 
 from __future__ import annotations
 

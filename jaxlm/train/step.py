@@ -1,4 +1,4 @@
-"""One optimizer step as a pure function of (state, batch)."""
+"""Makes one optimizer step: a pure function of (state, batch)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is trained: how parameters start, what a batch is, what is minimised, how it is evaluated."""
+"""Says what is trained: initial parameters, batches, what is minimised, and its evaluation."""
 
 from __future__ import annotations
 

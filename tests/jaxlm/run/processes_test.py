@@ -11,8 +11,8 @@ from jaxlm.run.run_folder import RunFolder, read_records
 
 FLAGS = (
   "--steps 6 --save_every 3 --eval_every 3 --eval_batches 2 --batch 8 --accumulate 2 --keep 5 "
-  "--optimizer.warmup 1 --model.D 16 --model.pattern.0.feedforward.F 16 --model.pattern.0.mixer.H 8 --data.length 32 "
-  "--data.layout packed --mesh.data 2 --mesh.fsdp 2"
+  "--optimizer.warmup 1 --model.D 16 --model.pattern.0.feedforward.F 16 "
+  "--model.pattern.0.mixer.H 8 --data.length 32 --data.layout packed --mesh.data 2 --mesh.fsdp 2"
 ).split()
 
 
@@ -121,3 +121,39 @@ def test_a_refusal_ends_all_processes(runs, folder):
   printed = run(folder, *arguments, processes=2, status=2)
   assert "must be a new or empty folder" in printed[0] and "Traceback" not in printed[0]
   assert "the main process stopped the run" in printed[1]
+
+
+FULL_DISK = """
+import os
+from jaxlm.run.run_folder import RunFolder
+def forget_after(self, step):
+  raise OSError(28, "No space left on device", str(self.metrics))
+RunFolder.forget_after = forget_after
+"""
+
+
+@pytest.mark.slow
+def test_a_failure_while_a_resume_is_prepared_ends_all_processes(runs, folder):
+  """The first process alone clears the folder; the others used to wait for it for ever."""
+  printed = run(folder, "resume", "two", "--steps", "9", processes=2, status=1, setup=FULL_DISK)
+  assert "jaxlm: OSError: [Errno 28] No space left on device" in printed[0]
+  assert "RuntimeError: the main process stopped the run" in printed[1]
+
+
+OTHER_TEXT = """
+import os, sys
+if os.environ["JAX_PROCESS_ID"] == "1":
+  sys.argv[sys.argv.index("text")] = "other"
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_read_different_text_are_refused(folder):
+  (folder / "other").mkdir()
+  for path in (folder / "text").iterdir():
+    (folder / "other" / path.name).write_text(path.read_text().replace("return", "assert"))
+  train = ["train", "micro", "--data.source", "text", *FLAGS, "--run", "different"]
+  printed = run(folder, *train, processes=2, status=2, setup=OTHER_TEXT)
+  for line in printed:
+    assert "processes [1] have read other text than process 0" in line
+  assert not (folder / "different").exists()

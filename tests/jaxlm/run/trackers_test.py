@@ -67,7 +67,7 @@ def test_wandb_writes_an_offline_run(tmp_path, monkeypatch):
 
 
 class FakeWandb:
-  """A server that knows what wandb documents: histories by id, rewinding, steps that only ascend."""
+  """A server with what wandb documents: histories by id, rewinding, steps that only ascend."""
 
   class errors:
     class Error(Exception):
@@ -106,7 +106,7 @@ def config(tmp_path):
 
 
 def interrupted(make_tracker) -> dict[int, float]:
-  """Six steps, a resume from the checkpoint of step 4, four more; the values that should be left."""
+  """Six steps, a resume after step 4, four more; returns the values that should be left."""
   for start, steps, value in ((0, range(1, 7), 1.0), (4, range(5, 9), 2.0)):
     tracker = make_tracker(start)
     for step in steps:

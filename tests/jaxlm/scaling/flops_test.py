@@ -5,10 +5,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxlm.config import decoder
-from jaxlm.scaling.flops import parameter_count, train_flops_per_token
+from jaxlm.config import DataConfig, TrainConfig, decoder
+from jaxlm.data.loader import load_text, train_loader
+from jaxlm.run.text import TextTask
+from jaxlm.scaling.flops import parameter_count, train_flops_of_rows, train_flops_per_token
 
 SMALL = decoder(D=16, F=48, N=4, K=2, H=12, V=40, layers=2, windows=(5, None))
 
@@ -120,3 +123,35 @@ def test_flops_equal_the_dots_of_a_traced_training_step(T):
 def test_bad_length_is_named():
   with pytest.raises(ValueError, match="length=0: must be at least 1"):
     train_flops_per_token(SMALL, 0)
+
+
+def test_whole_rows_have_the_flops_of_their_tokens():
+  positions_BT = np.tile(np.arange(24), (3, 1))
+  flops = train_flops_of_rows(SMALL, positions_BT, np.ones((3, 24), bool))
+  assert flops == pytest.approx(3 * 24 * train_flops_per_token(SMALL, 24), rel=1e-12)
+
+
+def test_packed_rows_count_the_pairs_that_their_mask_allows():
+  """Segments of 7, 4 and 9 tokens, then padding, against the mask itself."""
+  sizes, T = (7, 4, 9), 24
+  segments_T = np.repeat([1, 2, 3, 0], [*sizes, T - sum(sizes)])
+  positions_T = np.concatenate([*map(np.arange, sizes), np.zeros(T - sum(sizes), int)])
+  back_TT = np.arange(T)[:, None] - np.arange(T)
+  mask_TT = (segments_T[:, None] == segments_T) & (back_TT >= 0) & (segments_T[:, None] > 0)
+  expected = 6 * sum(sizes) * 16 * 40  # the head
+  for spec in SMALL.layer_specs:
+    entries = 2 * 16 * 4 * 12 + 2 * 16 * 2 * 12 + 3 * 16 * 48
+    pairs = (mask_TT & (back_TT < (spec.mixer.window or T))).sum()
+    expected += 6 * entries * sum(sizes) + 12 * 4 * 12 * pairs
+  assert train_flops_of_rows(SMALL, positions_T[None], segments_T[None] > 0) == expected
+  whole = sum(sizes) * train_flops_per_token(SMALL, T)
+  assert expected < whole  # what MFU was wrong by
+
+
+def test_the_text_task_counts_a_packed_batch(corpus):
+  config = TrainConfig(model=SMALL, data=DataConfig(source=str(corpus), length=64, layout="packed"))
+  text = load_text(config.data)
+  batch = next(train_loader(text, batch=4, seed=0))
+  flops = TextTask(config, text).flops(batch)
+  assert flops == train_flops_of_rows(SMALL, batch.positions_BT, batch.segment_ids_BT > 0)
+  assert flops < batch.weights_BT.sum() * train_flops_per_token(SMALL, 64)

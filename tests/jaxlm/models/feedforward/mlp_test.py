@@ -4,7 +4,7 @@ import chex
 import jax
 import numpy as np
 
-from jaxlm.models.mlp import swiglu
+from jaxlm.models.feedforward.mlp import swiglu
 
 
 def value_and_gradients(gate, up, dy):

@@ -1,0 +1,12 @@
+"""What exchanges information between positions. A mixer is called with (x, context, cache).
+
+It returns (the layer's output, the updated cache or None, statistics), declares its parameters
+and makes its own empty decode cache (`init_cache`).
+"""
+
+from typing import Any
+
+from jaxlm.config import AttentionConfig
+from jaxlm.models.mixers.attention import Attention
+
+MIXERS: dict[type, Any] = {AttentionConfig: Attention}
