@@ -83,7 +83,7 @@ def _bypass_compilation_cache() -> None:
   import jax
   from jax.experimental.compilation_cache import compilation_cache
 
-  if jax.config.jax_enable_compilation_cache:
+  if jax.config.values["jax_enable_compilation_cache"]:
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
 
