@@ -42,7 +42,9 @@ def hardware() -> str:
 
 
 def environment(*libraries: str) -> str:
-  """Returns one line: date, cores and processor, Python, and the version of each library."""
+  """Returns one line: date, accelerator, processor, Python, and the version of each library."""
+  import jax
+
   processor = platform.machine()
   if Path("/proc/cpuinfo").exists():
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -50,8 +52,10 @@ def environment(*libraries: str) -> str:
     processor = names[0] if names else processor
   versions = ", ".join(f"{name} {version(name)}" for name in libraries)
   date = datetime.date.today().isoformat()
-  cores = f"{os.cpu_count()} cores of {processor}"
-  return f"{date}; {cores}, Python {platform.python_version()}, {versions}"
+  machine = f"{os.cpu_count()} cores of {processor}"
+  if jax.default_backend() != "cpu":
+    machine = f"{jax.devices()[0].device_kind}, {machine}"
+  return f"{date}; {machine}, Python {platform.python_version()}, {versions}"
 
 
 def version(library: str) -> str:

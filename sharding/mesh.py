@@ -74,11 +74,26 @@ def describe_sizes(sizes: Mapping[str, int]) -> str:
   return " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "1 device"
 
 
+def _bypass_compilation_cache() -> None:
+  """Switches jax's compilation cache on disk off for the rest of this process.
+
+  A program of several CPU devices that comes from the cache hangs (jax 0.10.2): each device runs
+  independent collectives in an order of its own and waits for the others. Compiled anew it runs.
+  """
+  import jax
+  from jax.experimental.compilation_cache import compilation_cache
+
+  if jax.config.values["jax_enable_compilation_cache"]:
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+
+
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
   """Returns the mesh of `config`, every axis Explicit (shardings are types).
 
   It takes the first of `devices`, by default all of jax's, in the order that suits their network.
-  Raises UserError where they do not fit, or where some process would have no device in the mesh.
+  On several CPU devices it switches jax's compilation cache off. Raises UserError where devices do
+  not fit, or where some process would have none in the mesh.
   """
   import jax
   from jax.experimental import mesh_utils
@@ -92,6 +107,8 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
       f"mesh {describe_sizes(sizes)}: uses {len(used)} of {len(devices)} devices, "
       f"which leaves processes {sorted(idle)} without one; a mesh must use devices of every process"
     )
+  if len(used) > 1 and used[0].platform == "cpu":
+    _bypass_compilation_cache()
   axis_types = (jax.sharding.AxisType.Explicit,) * len(sizes)
   try:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types, devices=used)

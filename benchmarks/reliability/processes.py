@@ -85,8 +85,6 @@ def cluster(processes: int) -> list[dict[str, str]]:
     unused.bind(("localhost", 0))
     address = f"localhost:{unused.getsockname()[1]}"
   shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-  # a program of several processes is not read from the cache that another process writes
-  shared["JAX_COMPILATION_CACHE_DIR"] = ""
   return [shared | {"JAX_PROCESS_ID": str(index)} for index in range(processes)]
 
 

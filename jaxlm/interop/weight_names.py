@@ -49,11 +49,11 @@ def list_weights(c: ModelConfig) -> Iterator[Weight]:
   first = 0
   for index, (specs, repeats) in enumerate(c.stacks):
     end = first + len(specs) * repeats
-    for place, spec in enumerate(specs):
-      layers = range(first + place, end, len(specs))
+    for slot, spec in enumerate(specs):
+      layers = range(first + slot, end, len(specs))
       for (module, parameter), (suffix, shape) in _block(c, spec).items():
         names = tuple(f"model.layers.{layer}.{suffix}" for layer in layers)
-        path = ("stacks", str(index), str(place), *module.split("/"), parameter)
+        path = ("stacks", str(index), str(slot), *module.split("/"), parameter)
         yield Weight(path, shape, names, stacked=True, transposed=len(shape) == 2)
     first = end
   yield Weight(("norm", "weight"), (c.D,), ("model.norm.weight",), stacked=False, transposed=False)

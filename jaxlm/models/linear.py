@@ -76,10 +76,14 @@ class Linear(nn.Module):
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     """Returns x w + bias [B, T, F] in `out_dtype`."""
-    dtype, reduce_dtype = self.compute.dtype, self.compute.reduce_dtype
-    w_DF = all_gather_weight(self.weight, self.axes_in_use, dtype, reduce_dtype)
-    y_BTF = matmul(x_BTD, w_DF, self.axes_in_use, self.out, self.out_dtype or dtype)
+    dtype = self.out_dtype or self.compute.dtype
+    y_BTF = matmul(x_BTD, self.weight_in_use(), self.axes_in_use, self.out, dtype)
     return add_bias(y_BTF, self.bias, self.out)
+
+  def weight_in_use(self) -> jax.Array:
+    """Returns the weight [D, F] as it is multiplied: in the compute type, gathered on a mesh."""
+    dtype, reduce_dtype = self.compute.dtype, self.compute.reduce_dtype
+    return all_gather_weight(self.weight, self.axes_in_use, dtype, reduce_dtype)
 
 
 def matmul(

@@ -23,7 +23,7 @@ from jaxlm.models.norms import RMSNorm
 from pallas_kernels.attention.mask import soft_cap
 from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import platform
-from sharding.rules import all_gather, all_gather_weight, shard
+from sharding.rules import all_gather, shard
 
 Params = dict[str, Any]
 
@@ -164,16 +164,14 @@ class Transformer:
     x_BTD = all_gather(x_BTD, "batch", "length", None)
     if not logits:
       return x_BTD
-    head = {"weight": params["embed"]["weight"].T} if self.config.tied else params["head"]
-    return soft_cap(_call(self._head, head, x_BTD), self.config.logit_cap)
+    return soft_cap(_call(self._head, self._head_params(params), x_BTD), self.config.logit_cap)
 
   def head(self, params: Params) -> Head:
     """Returns what makes logits of the normed states, for losses that never hold all logits."""
-    dtypes = (self.compute.dtype, self.compute.reduce_dtype)
+    weights = {"params": self._head_params(params)}
+    w_DV: Any = self._head.apply(weights, method="weight_in_use")
     if self.config.tied:
-      w_VD = all_gather_weight(params["embed"]["weight"], ("vocab", None), *dtypes)
-      return Head(w_VD, "vd", self.config.logit_cap)
-    w_DV = all_gather_weight(params["head"]["weight"], (None, "vocab"), *dtypes)
+      return Head(w_DV.T, "vd", self.config.logit_cap)
     return Head(w_DV, "dv", self.config.logit_cap)
 
   def init_cache(self, batch: int, length: int) -> Any:
@@ -218,6 +216,9 @@ class Transformer:
   def _norm(self) -> RMSNorm:
     c = self.config
     return RMSNorm(c.D, c.norm_eps, c.norm_offset, parent=None)
+
+  def _head_params(self, params: Params) -> Params:
+    return {"weight": params["embed"]["weight"].T} if self.config.tied else params["head"]
 
   @property
   def _head(self) -> Linear:

@@ -72,7 +72,7 @@ def attention(
       "xla", and logs its choice once; a named one runs or raises.
       "xla" works by blocks of queries. Its memory is linear in T, but on CPU the backward pass
       reads kept exponentials, about half of T x S, up to 4096 positions.
-      "splash" is JAX's TPU kernel: in order, T = S a multiple of 128, no logsumexp.
+      "splash" is JAX's TPU kernel: in order, T = S a multiple of 128.
       "cudnn" is cuDNN's: in order, bfloat16 or float16, no cap, no logsumexp; segments become a
       mask of B x T x S numbers.
       "reference" materialises the logits.
@@ -145,7 +145,7 @@ def _local(
     o_BTNU = jnp.zeros((B, T, N, v_BSKU.shape[-1]), q_BTNH.dtype)
     lse_BTN = jnp.full((B, T, N), -jnp.inf, jnp.promote_types(q_BTNH.dtype, jnp.float32))
   elif name in FUSED:
-    o_BTNU, lse_BTN = FUSED[name].attend(*arrays)
+    o_BTNU, lse_BTN = FUSED[name].attend(*arrays, return_lse)
   elif name == "xla":
     o_BTNU, lse_BTN = xla.attend(*arrays, keeps=platform() == "cpu")
   else:

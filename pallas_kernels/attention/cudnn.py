@@ -66,7 +66,12 @@ def widest_head() -> int:
 
 
 def attend(
-  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, tokens: Tokens, options: Options
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  tokens: Tokens,
+  options: Options,
+  return_lse: bool,
 ) -> tuple[jax.Array, None]:
   """Returns the output [B, T, N, H]. Segments become a mask of [B, 1, T, S] numbers."""
   mask_BTS = visible(tokens, Options(causal=False, window=None, cap=None, scale=1.0))

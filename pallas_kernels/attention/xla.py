@@ -1,8 +1,8 @@
 """Attention by blocks of queries in plain products, with a backward pass of its own.
 
-Every block meets only the keys that it can see: for queries in order, half of the square. On CPU
-and up to `KEPT_LENGTH` positions the backward pass reads the exponentials that the forward pass
-kept. Elsewhere blocks run one after another and are computed again: memory is linear in T.
+Every block meets only the keys that it can see (`blocks.py`): for queries in order, half of the
+square. On CPU the backward pass may read the exponentials that the forward pass kept. Elsewhere
+blocks run one after another and are computed again: memory is linear in T.
 
 XLA on CPU is slow in the products that automatic differentiation asks for (the transpose of a
 [R, S] array times a narrow one) and in the sums over U that softmax's gradient takes. Here the
@@ -22,25 +22,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention.blocks import Band, Plan, make_plan
 from pallas_kernels.attention.mask import Options, Tokens, soft_cap, visible, with_positions
 from pallas_kernels.common.shards import zeros_varying_like
 
 MASKED = -1e30  # finite, so that a row that sees no key gives no NaN
 UNSEEN = MASKED / 2  # the least maximum of a row, below which exp(MASKED - maximum) is still 0
-KEPT_LENGTH = 4096  # on CPU; computing again takes about 1.3 times as long
-LOOPED_LENGTH = 1024
-BANDS = 8  # parts of T with their own range of keys: at most 1 / BANDS of the products are masked
-BLOCK_BYTES = 2**27  # of one block's logits in float32, over all rows and heads
-
-
-class Band(NamedTuple):
-  """Queries [start, stop), C at a time, and the keys [first, last) that they see."""
-
-  start: int
-  stop: int
-  C: int
-  first: int
-  last: int
 
 
 class Softmax(NamedTuple):
@@ -49,14 +36,6 @@ class Softmax(NamedTuple):
   exponentials_BKRS: jax.Array
   mass_BKR1: jax.Array
   slope_BKRS: jax.Array | None  # of the soft cap, if there is one
-
-
-class Plan(NamedTuple):
-  """How `_attend` divides the work; hashable."""
-
-  bands: tuple[Band, ...]
-  keeps: bool  # whether the backward pass reads what the forward pass kept
-  options: Options
 
 
 def attend(
@@ -70,64 +49,22 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the output [B, T, N, U] and the logsumexp of the logits [B, T, N].
 
-  `keeps`: the backward pass may read kept exponentials, up to `KEPT_LENGTH` positions. Has
-  reverse-mode gradients only.
+  `keeps`: the backward pass may read kept exponentials, up to `blocks.KEPT_LENGTH` positions.
+  Has reverse-mode gradients only.
   """
   B, T, N, H = q_BTNH.shape
   S, K, U = v_BSKU.shape[1:]
-  keeps = keeps and max(T, S) <= KEPT_LENGTH
-  causal = options.causal and tokens.in_order and T <= S
-  if keeps:
-    bands = _unrolled_bands(T, S, H, causal, options.window)
-  else:
-    bands = _looped_bands(T, S, B * N, causal, options.window)
+  plan = make_plan(q_BTNH.shape, S, options, tokens.in_order, keeps)
   q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
   o_BKGTU, lse_BKGT1 = _attend(
     q_BKGTH,
     k_BSKH.swapaxes(1, 2),
     v_BSKU.swapaxes(1, 2),
     with_positions(tokens, T, S),
-    Plan(bands, keeps, options),
+    plan,
   )
   o_BTNU = o_BKGTU.transpose(0, 3, 1, 2, 4).reshape(B, T, N, U)
   return o_BTNU, lse_BKGT1.reshape(B, N, T).swapaxes(1, 2)
-
-
-def _unrolled_bands(T: int, S: int, H: int, causal: bool, window: int | None) -> tuple[Band, ...]:
-  """Returns bands of one block each, at most about 16 of them."""
-  least = 64 if H < 64 else 128  # wide heads gain more from large products than masked entries cost
-  C = max(least, -(-T // 16 // 64) * 64)
-  return tuple(
-    _band(start, min(start + C, T), C, S - T, S, causal, window) for start in range(0, T, C)
-  )
-
-
-def _looped_bands(T: int, S: int, heads: int, causal: bool, window: int | None) -> tuple[Band, ...]:
-  """Returns at most `BANDS` bands of equal blocks, and one of the queries that are left.
-
-  `heads` counts the heads of all rows of the batch.
-  """
-  # two blocks and more of a long band make a loop: XLA cannot find that the backward pass computes
-  # the forward pass's exponentials again, and keep these
-  most = T // (2 * BANDS) if T > LOOPED_LENGTH else T
-  C = min(most, 512, max(16, BLOCK_BYTES // (4 * heads * S) // 16 * 16))
-  whole = T // C * C
-  per_band = -(-whole // C // (BANDS if causal else 1)) * C
-  starts = [*range(0, whole, per_band), *([whole] if whole < T else [])]
-  return tuple(
-    _band(start, stop, C, S - T, S, causal, window) for start, stop in zip(starts, [*starts[1:], T])
-  )
-
-
-def _band(
-  start: int, stop: int, C: int, ahead: int, S: int, causal: bool, window: int | None
-) -> Band:
-  """Returns the band with the keys that queries in order see, or with all S of them."""
-  C = min(C, stop - start)
-  if not causal:
-    return Band(start, stop, C, 0, S)
-  first = 0 if window is None else max(0, start + ahead - window + 1)
-  return Band(start, stop, C, first, stop + ahead)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

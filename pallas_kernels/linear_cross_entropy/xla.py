@@ -64,11 +64,12 @@ def _loss_sum_forward(inputs: Inputs, weight_N: Any, options: Options) -> tuple[
 
 def _loss_sum_backward(options: Options, saved: Any, cotangents: tuple[Any, Any]) -> Any:
   inputs, weight_N, scale, stats, sums = saved
-  ct_loss, ct_lse_N = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
-  if ct_lse_N is None:
+  ct_loss, ct_lse_N = cotangents
+  if isinstance(ct_lse_N, SymbolicZero):
     return terms.input_cotangents(sums, ct_loss * scale, inputs), None
   # Cotangents of the log-sum-exp are known only now, and the logits are computed again.
-  ct_loss = jnp.zeros((), ct_lse_N.dtype) if ct_loss is None else ct_loss
+  if isinstance(ct_loss, SymbolicZero):
+    ct_loss = jnp.zeros((), ct_lse_N.dtype)
   _, pull_back = jax.vjp(
     lambda stats: (terms.total_loss(stats, weight_N, options), stats.lse_N), stats
   )
@@ -103,8 +104,8 @@ def loss_gradients(
 
   # Every shard of the vocabulary has the same statistics: they vary like the weights alone.
   no_stats = Statistics(*(zeros_varying_like((N,), dtype, weight_N) for _ in range(3)))
-  start = (no_stats, no_gradients(inputs, weight_N))
-  return scan(add_chunk, start, jnp.arange(-(-N // rows)))[0]
+  nothing = (no_stats, no_gradients(inputs, weight_N))
+  return scan(add_chunk, nothing, jnp.arange(-(-N // rows)))[0]
 
 
 def statistics(inputs: Inputs, options: Options) -> Statistics:

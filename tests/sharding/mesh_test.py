@@ -63,3 +63,16 @@ def test_the_free_axis_takes_exactly_what_is_left(sizes, free, devices):
     assert {name: size for name, size in resolved.items() if name != NAMES[free]} == {
       name: size for name, size in written.items() if size != -1
     }
+
+
+def test_programs_of_several_cpu_devices_stay_out_of_the_compilation_cache():
+  """From the cache they would hang."""
+  before = jax.config.jax_enable_compilation_cache
+  try:
+    jax.config.update("jax_enable_compilation_cache", True)
+    make_mesh(MeshConfig(data=1))
+    assert jax.config.jax_enable_compilation_cache
+    make_mesh(MeshConfig(data=2))
+    assert not jax.config.jax_enable_compilation_cache
+  finally:
+    jax.config.update("jax_enable_compilation_cache", before)

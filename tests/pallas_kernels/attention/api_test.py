@@ -96,7 +96,7 @@ SPLASH = {
   "one position": (BF16(T=1, S=256), {}, "T=1 queries and S=256 keys"),
   "odd": (BF16(T=130), {}, "T=130 must be a multiple of 128"),
   "positions": (BF16(), dict(q_positions_BT=ROW), "q_positions_BT"),
-  "lse": (BF16(), dict(return_lse=True), "return_lse"),
+  "lse": (BF16(), dict(return_lse=True), None),
   "float16": (arrays(T=256, dtype=jnp.float16), {}, "float16"),
   "segments of keys": (BF16(), dict(q_segment_ids_BT=ROW, k_segment_ids_BS=ROW + 1), "k_segment"),
 }

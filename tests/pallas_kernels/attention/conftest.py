@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import attention, xla
+from pallas_kernels.attention import attention, blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def run(
   arrays = call.arrays() if arrays is None else arrays
   names = {"implementation": implementation, "options": tuple(call.options().items())}
   lengths = dict(KEPT_LENGTH=0, LOOPED_LENGTH=16, BANDS=2) if looped else {}
-  with mock.patch.multiple(xla, **lengths) if looped else contextlib.nullcontext():
+  with mock.patch.multiple(blocks, **lengths) if looped else contextlib.nullcontext():
     return _run(arrays, call.tokens(), looped=looped, **names)
 
 

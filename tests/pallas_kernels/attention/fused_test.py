@@ -20,39 +20,34 @@ CASES = {
 }
 
 
-def results_of_splash(case, arrays_of, tokens_of):
-  """Output and gradients by the interpreted kernel, which has no logsumexp."""
-  *arrays, do_BTNU, _ = arrays_of(case)
+@pytest.mark.parametrize("case", ["grouped"])
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_splash_interpreted_is_the_reference(
+  case, with_lse, run, arrays_of, tokens_of, assert_close
+):
+  *arrays, do_BTNU, dlse_BTN = arrays_of(CASES[case])
   names = ("causal", "window", "cap", "scale")
-  options = {name: case[name] for name in names if name in case}
-  attend = functools.partial(
-    attention, implementation="splash", interpret=True, **tokens_of(case), **options
-  )
+  options = {name: CASES[case][name] for name in names if name in CASES[case]}
+  options |= tokens_of(CASES[case]) | {"return_lse": with_lse}
 
   @jax.jit
-  def run(arrays, do_BTNU):
-    o_BTNU, pull = jax.vjp(attend, *arrays)
-    return o_BTNU, *pull(do_BTNU)
+  def attend(arrays, cotangents):
+    returned, pull = jax.vjp(
+      functools.partial(attention, implementation="splash", interpret=True, **options), *arrays
+    )
+    return *(returned if with_lse else [returned]), *pull(cotangents)
 
-  return dict(zip(("o", "dq", "dk", "dv"), run(arrays, do_BTNU)))
-
-
-def without_lse(case, arrays_of, run):
-  """Output and gradients by the reference, of the output alone."""
-  *arrays, dlse_BTN = arrays_of(case)
-  want = run(case, "reference", (*arrays, 0 * dlse_BTN))
-  return {name: want[name] for name in ("o", "dq", "dk", "dv")}
-
-
-def test_splash_interpreted_is_the_reference(run, arrays_of, tokens_of, assert_close):
-  test_splash_interpreted("grouped", run, arrays_of, tokens_of, assert_close)
+  names = ("o", "lse", "dq", "dk", "dv") if with_lse else ("o", "dq", "dk", "dv")
+  got = dict(zip(names, attend(arrays, (do_BTNU, dlse_BTN) if with_lse else do_BTNU)))
+  want = run(CASES[case], "reference", (*arrays, do_BTNU, dlse_BTN if with_lse else 0 * dlse_BTN))
+  assert_close(got, {name: want[name] for name in got}, 2e-5)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("with_lse", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_splash_interpreted(case, run, arrays_of, tokens_of, assert_close):
-  got = results_of_splash(CASES[case], arrays_of, tokens_of)
-  assert_close(got, without_lse(CASES[case], arrays_of, run), 2e-5)
+def test_splash_interpreted(case, with_lse, run, arrays_of, tokens_of, assert_close):
+  test_splash_interpreted_is_the_reference(case, with_lse, run, arrays_of, tokens_of, assert_close)
 
 
 def shapes(T, N, K, H, U=None, B=1, dtype=jnp.bfloat16):
@@ -63,8 +58,8 @@ def shapes(T, N, K, H, U=None, B=1, dtype=jnp.bfloat16):
 
 
 def loss(q_BTNH, k_BTKH, v_BTKU, segment_ids_BT=None, **options):
-  o_BTNU = attention(q_BTNH, k_BTKH, v_BTKU, q_segment_ids_BT=segment_ids_BT, **options)
-  return jnp.sum(o_BTNU.astype(jnp.float32) ** 2)
+  returned = attention(q_BTNH, k_BTKH, v_BTKU, q_segment_ids_BT=segment_ids_BT, **options)
+  return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(returned))
 
 
 # the presets' heads, and what they do not have
@@ -73,7 +68,7 @@ ON_TPU = {
   "qwen, packed": (shapes(4096, 7, 1, 64), {}),
   "gemma, windowed layer": (shapes(8192, 2, 1, 256), dict(window=4096, cap=50.0)),
   "narrow heads, float32": (shapes(256, 4, 4, 32, dtype=jnp.float32), {}),
-  "other widths": (shapes(384, 2, 1, 80, 96), {}),
+  "other widths, logsumexp": (shapes(384, 2, 1, 80, 96), dict(return_lse=True)),
 }
 
 

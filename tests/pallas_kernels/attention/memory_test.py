@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from pallas_kernels.attention import attention
-from pallas_kernels.attention import xla as blocks
+from pallas_kernels.attention import attention, blocks
 
 
 def loss(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
