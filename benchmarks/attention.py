@@ -138,6 +138,11 @@ def reference(shape: Shape, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, .
   return programs(attend, shape)["forward + backward"](*wide)
 
 
+def describe(error: Exception) -> str:
+  """Returns the type of the error and the first line of its message."""
+  return f"{type(error).__name__}: {str(error).split(chr(10))[0][:200]}"
+
+
 class Comparison:
   """Collects what agreed, what was timed, and what did not run."""
 
@@ -150,8 +155,16 @@ class Comparison:
 
   def run(self, shape: Shape, dtype: str) -> None:
     """Checks and times all arms on one shape."""
+    if time.monotonic() > self.stop:
+      self.skipped.append(f"{shape.describe()}, {dtype}: the time is up")
+      return
     arrays = inputs(shape, dtype)
-    want = reference(shape, arrays) if shape.checked else None
+    try:
+      want = jax.block_until_ready(reference(shape, arrays)) if shape.checked else None
+    except Exception as error:  # such as too little memory
+      self.failed = True
+      self.skipped.append(f"{shape.describe()}, {dtype}: the reference: {describe(error)}")
+      return
     for name, attend in ARMS.items():
       about = f"{shape.describe()}, {dtype}, {name}"
       if time.monotonic() > self.stop:
@@ -161,7 +174,7 @@ class Comparison:
         both = {what: f.lower(*arrays).compile() for what, f in programs(attend, shape).items()}
         got = jax.block_until_ready(both["forward + backward"](*arrays))
       except Exception as error:  # whatever a library refuses, the others are compared
-        self.skipped.append(f"{about}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        self.skipped.append(f"{about}: {describe(error)}")
         continue
       if self.agrees(shape, dtype, name, got, want):
         for what, program in both.items():

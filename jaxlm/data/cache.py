@@ -31,10 +31,9 @@ def open_text(
 ) -> TokenStore:
   """Returns the store of `config.source`; `tokenizer` is by default the one that `config` asks for.
 
-  `report` gets a line now and then while large text is tokenized.
-
-  Raises UserError for what `tokenize` refuses, and for a given store that is unfinished or damaged
-  or was made with another tokenizer or split than `config` asks for.
+  `report` gets a line now and then while large text is tokenized. Raises UserError for what
+  `tokenize` refuses, and for a given store that is unfinished or damaged or was made with another
+  tokenizer or split than `config` asks for.
   """
   folder = Path(config.source).expanduser()
   if is_store(folder):
@@ -48,13 +47,13 @@ def open_text(
       return tokenize_in_memory(config, source, tokenizer or fixed_tokenizer(config), IN_MEMORY)
     except TextTooLarge:  # it was compressed
       pass
-  folder = _cache_folder(config, make_plan(config, source, fixed_tokenizer(config)))
-  if not (folder / FINISHED).is_file():
-    report(f"{config.source}: writing a token store into {cache_root(config)}")
-  if tokenizer is not None and not _has_tokenizer(folder, tokenizer):
-    folder = _cache_folder(config, make_plan(config, source, tokenizer))
-    return tokenize(config, folder, tokenizer, source=source, report=report)
-  return tokenize(config, folder, source=source, report=report)
+  if config.tokenizer.startswith("bpe:"):
+    folder = _cache_folder(config, make_plan(config, source, None))
+    if tokenizer is None or _has_tokenizer(folder, tokenizer):
+      return tokenize(config, folder, source=source, report=report)
+  tokenizer = tokenizer or fixed_tokenizer(config)
+  folder = _cache_folder(config, make_plan(config, source, tokenizer))
+  return tokenize(config, folder, tokenizer, source=source, report=report)
 
 
 def cache_root(config: DataConfig) -> Path:

@@ -1,10 +1,11 @@
 """A token store: the tokens of a corpus on both sides of its split, with what identifies them.
 
-store.json counts, digests, tokenizer, split, source; written last, so that a store without it is
-unfinished progress.json where to go on, while the store is written tokenizer.json the tokenizer,
-unless tokens are bytes train/tokens the stream eos, document, eos, document, ..., eos train/borders
-int64, the places of the documents' ends: where the stream has its eos heldout/... likewise, and
-heldout/text, the UTF-8 bytes of its documents one after another
+token_store.json           counts, digests, tokenizer, split; without it a store is unfinished
+token_store_progress.json  where to go on, while the store is written
+tokenizer.json             the tokenizer, unless tokens are bytes
+train/tokens               the stream eos, document, eos, document, ..., eos
+train/borders              int64, the places of the documents' ends: where the stream has its eos
+heldout/...                likewise; heldout/text has the UTF-8 bytes of its documents in a row
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from jaxlm.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 from pallas_kernels.common.errors import UserError
 
 FORMAT = 1
-FINISHED = "store.json"
-PROGRESS = "progress.json"
+FINISHED = "token_store.json"
+PROGRESS = "token_store_progress.json"
 SHARD = 1 << 23  # elements of a shard of tokens; one is held in memory per array that is written
 BORDERS_SHARD = 1 << 20
 
@@ -55,7 +56,7 @@ class TokenStore:
 
   place: Place
   meta: dict[str, Any]
-  """The content of store.json."""
+  """The content of token_store.json."""
   tokenizer: Tokenizer
   train: StoredSide
   heldout: StoredSide
@@ -97,7 +98,7 @@ def is_store(folder: Path) -> bool:
 
 
 def read_finished(place: Place) -> dict[str, Any]:
-  """Returns the content of store.json; UserError where it is missing or damaged."""
+  """Returns the content of token_store.json; UserError where it is missing or damaged."""
   content = place.read(FINISHED)
   if content is None:
     if place.read(PROGRESS) is None:
@@ -197,7 +198,7 @@ class SideWriter:
     return self._record({name: array.flush() for name, array in self.arrays.items()})
 
   def finish(self) -> dict[str, Any]:
-    """Writes the rest; returns the counts and digests of the side for store.json."""
+    """Writes the rest; returns the counts and digests of the side for token_store.json."""
     arrays = {name: array.finish() for name, array in self.arrays.items()}
     record = self._record(arrays)
     record["digest"] = digest([arrays["tokens"]["digest"], arrays["borders"]["digest"]])
@@ -224,6 +225,6 @@ def write_json(place: Place, name: str, value: dict[str, Any]) -> None:
 
 
 def write_finished(place: Place, meta: dict[str, Any]) -> None:
-  """Writes store.json, which makes the store a finished one."""
+  """Writes token_store.json, which makes the store a finished one."""
   write_json(place, FINISHED, {**meta, "checksum": digest(meta)})
   del place.files[PROGRESS]

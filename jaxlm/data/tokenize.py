@@ -51,6 +51,7 @@ def tokenize(
       (folder / PROGRESS).unlink(missing_ok=True)  # killed between the last two writes
       report(f"{folder}: is finished; its digests are verified")
       return store
+    report(f"{config.source}: writing its tokens into {folder}")
     return StoreWriter(config, source, place, plan, report, commit_seconds).run(tokenizer)
 
 

@@ -1,6 +1,6 @@
 """Writes a token store in passes over its source, resumable after a kill at any moment.
 
-While a store is written, progress.json says how far the source has been read and how much of each
+While a store is written, its progress says how far the source has been read and how much of each
 array is valid. It is replaced after the arrays were written, so that a process which goes on from
 it writes again what came after. Memory does not grow with the corpus: it holds a shard of each
 array, the pieces that a tokenizer encodes at once, and one record.
@@ -37,7 +37,7 @@ class TextTooLarge(Exception):
 
 @dataclasses.dataclass
 class Progress:
-  """How far a store is written, as in progress.json."""
+  """How far a store is written, as in token_store_progress.json."""
 
   plan: dict[str, Any]
   split: Split

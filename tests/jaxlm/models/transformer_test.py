@@ -288,3 +288,18 @@ def test_layers_run_in_their_order_however_many_stacks_there_are():
   ids_BT = np.random.default_rng(4).integers(0, T, (2, 12))
   want_BTV = logits(pattern, params | {"stacks": {"0": repeats}}, ids_BT)
   np.testing.assert_allclose(logits(stacks, params, ids_BT), want_BTV, rtol=0, atol=1e-5)
+
+
+def test_the_size_of_the_program_does_not_grow_with_depth():
+  """What is compiled is one block per stack, forward and backward."""
+
+  def lines(config):
+    model = Transformer(config, ComputeConfig(scan="always"))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    gradient = jax.grad(lambda params: model.apply(params, np.zeros((1, 8), np.int32)).sum())
+    return len(jax.jit(gradient).lower(params).as_text().splitlines())
+
+  shallow = ModelConfig(V=T, D=16, layers=4, pattern=(FEW,))
+  base, deep = lines(shallow), lines(revise(shallow, layers=32))
+  uneven = lines(ModelConfig(V=T, D=16, layers=61, prefix=(OTHER,) * 3, pattern=(FEW,)))
+  assert abs(deep - base) < 0.02 * base and uneven < 2 * base
