@@ -42,8 +42,8 @@ def learning_rates(config: TrainConfig, runs: int) -> list[float]:
   return np.geomspace(rate / 10, 3 * rate, runs).tolist()
 
 
-def stepper(config: TrainConfig, runs: int) -> Callable[[], float]:
-  """Returns a function that does one compiled step of so many runs, and returns its seconds."""
+def stepper(config: TrainConfig, runs: int) -> Callable[[], tuple[float, float]]:
+  """Returns a function that does a compiled step of so many runs: (wall seconds, CPU seconds)."""
   import jax
   import jax.numpy as jnp
 
@@ -62,12 +62,12 @@ def stepper(config: TrainConfig, runs: int) -> Callable[[], float]:
   state = jax.jit(init)(jnp.arange(runs) if runs > 1 else 0)
   jitted = jax.jit(step, donate_argnums=0)
 
-  def timed() -> float:
+  def timed() -> tuple[float, float]:
     nonlocal state
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     state, metrics = jitted(state, batch)
     jax.block_until_ready(metrics)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
   timed()
   return timed
@@ -83,10 +83,12 @@ def per_step(config: TrainConfig, sizes: list[int], turns: int) -> str:
     keep_freed_memory()
   steppers = {runs: stepper(config, runs) for runs in (1, *sizes)}
   seconds: dict[int, list[float]] = {runs: [] for runs in steppers}
+  cpu_seconds: dict[int, list[float]] = {runs: [] for runs in steppers}
   for _ in range(turns):
     for runs, timed in steppers.items():
-      repeats = max(1, 8 // runs)
-      seconds[runs].append(statistics.median(timed() for _ in range(repeats)) / runs)
+      times = [timed() for _ in range(max(1, 8 // runs))]
+      seconds[runs].append(statistics.median(wall for wall, _ in times) / runs)
+      cpu_seconds[runs].append(statistics.median(cpu for _, cpu in times) / runs)
   rows = [
     [
       runs,
@@ -94,11 +96,13 @@ def per_step(config: TrainConfig, sizes: list[int], turns: int) -> str:
       f"{1e3 * min(values):.2f}",
       f"{median_ratio(seconds[1], values):.2f}",
       f"{min(seconds[1]) / min(values):.2f}",
+      f"{1e3 * statistics.median(cpu_seconds[runs]):.2f}",
     ]
     for runs, values in seconds.items()
   ]
-  columns = ["runs under vmap", "ms per run and step", "best", "gain", "gain of the best"]
-  return f"{jax.devices()[0].device_kind}\n\n{table(columns, rows)}"
+  columns = ["runs under vmap", "ms per run and step", "best", "gain", "gain of the best", "CPU ms"]
+  load = "load averages of the machine " + ", ".join(f"{value:.1f}" for value in os.getloadavg())
+  return f"{jax.devices()[0].device_kind}; {load}\n\n{table(columns, rows)}"
 
 
 def whole(options: argparse.Namespace, config: TrainConfig) -> str:
