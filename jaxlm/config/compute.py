@@ -13,7 +13,9 @@ class ComputeConfig:
   dtype: Literal["float32", "bfloat16"] = "float32"
   """compute type; norms, softmax, logits and losses are computed in float32 whatever it is"""
   reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-  """type in which FSDP sums the gradients of weight matrices over devices (reduce-scatter)"""
+  """type in which FSDP sums the gradients of weight matrices over devices (reduce-scatter); those
+  of looked-up embedding rows are sent in it, or in a narrower compute type, and summed in float32
+  where their row lies"""
   attention_implementation: Literal["auto", "reference", "xla", "splash", "cudnn"] = "auto"
   """auto: splash on TPU and cudnn on GPU where they can, else xla; a named one runs or raises"""
   remat: Literal["none", "full", "dots", "names"] = "none"

@@ -39,9 +39,10 @@ class Batch(NamedTuple):
   weights_BT: Any
   """float32, 1 where the target counts and 0 where there is padding"""
   positions_BT: Any | None = None
-  """int32, from 0 in each segment; None where rows are single segments"""
+  """int32, 0, 1, ... along each segment; None where rows are single segments"""
   segment_ids_BT: Any | None = None
-  """int32, 1, 2, ... along the row and 0 for padding; None where rows are single segments"""
+  """int32, 1, 2, ... along the row and 0 for padding, each in one piece; None where rows are single
+  segments"""
 
 
 class Rows(Protocol):

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxlm.config import ComputeConfig
 from jaxlm.models.linear import Roles, sharded_normal
 from pallas_kernels.common.shards import Axes, run_on_shards, sharded_axes, vary_together
 from sharding.rules import is_sharded, shard, spec
@@ -20,7 +21,7 @@ class Embedding(nn.Module):
 
   V: int
   D: int
-  dtype: str
+  compute: ComputeConfig
 
   def setup(self) -> None:
     shape, std = (self.V, self.D), self.D**-0.5
@@ -32,22 +33,30 @@ class Embedding(nn.Module):
 
   def __call__(self, ids_BT: jax.Array) -> jax.Array:
     """Returns the rows of these ids, [B, T, D] in the compute type."""
-    return lookup(self.weight, ids_BT, jnp.dtype(self.dtype))
+    dtype, reduce_dtype = self.compute.dtype, self.compute.reduce_dtype
+    return lookup(self.weight, ids_BT, jnp.dtype(dtype), jnp.dtype(reduce_dtype))
 
 
-def lookup(w_VD: jax.Array, ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def lookup(
+  w_VD: jax.Array, ids_BT: jax.Array, dtype: jnp.dtype, reduce_dtype: jnp.dtype
+) -> jax.Array:
   """Returns rows of the table, [B, T, D] in `dtype`; gradients add up in the table's own type.
 
   On a mesh the table stays where it is. Each device looks up its part of D, of the rows that it
   holds, for the tokens of all devices that share D; the rows are summed over the parts of V, and
-  each device gets D of its own tokens together by an all-to-all in `dtype`.
+  each device gets D of its own tokens together by an all-to-all in `dtype`. Its transpose sends the
+  rows' gradients, unsummed, in the narrower of `dtype` and `reduce_dtype`.
   """
   if not is_sharded():
     return w_VD[ids_BT].astype(dtype)
   ids_BT = shard(ids_BT, "batch", "length")
   vocab_axes, width_axes = sharded_axes(w_VD, 0), sharded_axes(w_VD, 1)
   local = functools.partial(
-    _lookup_shard, vocab_axes=vocab_axes, width_axes=width_axes, dtype=dtype
+    _lookup_shard,
+    vocab_axes=vocab_axes,
+    width_axes=width_axes,
+    dtype=dtype,
+    reduce_dtype=reduce_dtype,
   )
   layouts = (vocab_axes, width_axes), (sharded_axes(ids_BT, 0), sharded_axes(ids_BT, 1))
   out = spec((*ids_BT.shape, w_VD.shape[1]), "batch", "norm_length", None)
@@ -55,7 +64,13 @@ def lookup(w_VD: jax.Array, ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _lookup_shard(
-  w_VD: jax.Array, ids_BT: jax.Array, *, vocab_axes: Axes, width_axes: Axes, dtype: jnp.dtype
+  w_VD: jax.Array,
+  ids_BT: jax.Array,
+  *,
+  vocab_axes: Axes,
+  width_axes: Axes,
+  dtype: jnp.dtype,
+  reduce_dtype: jnp.dtype,
 ) -> jax.Array:
   """Does one device's part of `lookup`; V, D, B and T are those of its shards."""
   w_VD, ids_BT = vary_together(w_VD, ids_BT)
@@ -71,6 +86,29 @@ def _lookup_shard(
     rows_EBTD = jax.lax.psum_scatter(rows_EBTD, vocab_axes, scatter_dimension=2, tiled=True)
   if not width_axes:
     return rows_EBTD[0]
-  parts_EBTD = jax.lax.all_to_all(rows_EBTD, width_axes, split_axis=0, concat_axis=0, tiled=True)
+  parts_EBTD = _exchange(rows_EBTD, width_axes, reduce_dtype)
   parts_BTED = jnp.moveaxis(parts_EBTD, 0, 2)
   return parts_BTED.reshape(*parts_BTED.shape[:2], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _exchange(rows_EBTD: jax.Array, axes: Axes, reduce_dtype: jnp.dtype) -> jax.Array:
+  """Sends entry e of the leading axis to device e of `axes`; returns what the others sent."""
+  return jax.lax.all_to_all(rows_EBTD, axes, split_axis=0, concat_axis=0, tiled=True)
+
+
+def _exchange_forward(
+  rows_EBTD: jax.Array, axes: Axes, reduce_dtype: jnp.dtype
+) -> tuple[jax.Array, None]:
+  return _exchange(rows_EBTD, axes, reduce_dtype), None
+
+
+def _exchange_backward(
+  axes: Axes, reduce_dtype: jnp.dtype, _: None, drows_EBTD: jax.Array
+) -> tuple[jax.Array]:
+  dtype = drows_EBTD.dtype
+  narrower = min(dtype, reduce_dtype, key=lambda dtype: dtype.itemsize)
+  return (_exchange(drows_EBTD.astype(narrower), axes, reduce_dtype).astype(dtype),)
+
+
+_exchange.defvjp(_exchange_forward, _exchange_backward)

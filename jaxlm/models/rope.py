@@ -24,18 +24,19 @@ Angles = tuple[jax.Array, jax.Array]  # cosines and sines [B, T, R]
 
 
 def rope_tables(
-  rope: RopeConfig, positions_BT: jax.Array, width: int, length: int | jax.Array
+  rope: RopeConfig, positions_BT: jax.Array, width: int, lengths_BT: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
   """Returns cosines and sines of the angles, float32 [B, T, width / 2], times the attention factor.
 
-  `positions_BT` holds integers [B or 1, T]; `length` as in `frequencies`. Raises UserError for
-  positions of another shape or dtype.
+  `positions_BT` holds integers [B or 1, T]; `lengths_BT` [B or 1, T or 1] those of each token's
+  sequence, for dynamic scaling. Raises UserError for positions of another shape or dtype.
   """
   check_shape("positions_BT", positions_BT, (None, None))
   check_dtype("positions_BT", positions_BT, jnp.integer)
-  f_R, attention_factor = frequencies(rope, width, length)
-  f_BR = jnp.atleast_2d(f_R)  # one row for all, or one for each row of the batch
-  angles_BTR = positions_BT[..., None].astype(jnp.float32) * f_BR[:, None]
+  f_BTR, attention_factor = frequencies(rope, width, lengths_BT)
+  if f_BTR.ndim == 1:
+    f_BTR = f_BTR[None, None]
+  angles_BTR = positions_BT[..., None].astype(jnp.float32) * f_BTR
   tables_BTH = attention_factor * jnp.concatenate(
     (jnp.cos(angles_BTR), jnp.sin(angles_BTR)), axis=-1
   )
@@ -82,13 +83,30 @@ def _apply_rope_backward(
 apply_rope.defvjp(_apply_rope_forward, _apply_rope_backward)
 
 
-def frequencies(rope: RopeConfig, width: int, length: int | jax.Array) -> tuple[jax.Array, float]:
+def sequence_lengths(positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+  """Returns the lengths that dynamic scaling goes by, int32 [B or 1, 1]: the last position plus 1.
+
+  With segments [B or 1, T] each is a sequence of its own, as long as from its first position to its
+  last, and lengths are [B or 1, T]: what else stands in the row changes nothing.
+  """
+  if segment_ids_BT is None:
+    return jnp.max(positions_BT, axis=1, keepdims=True) + 1
+  same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+  offsets_BTS = positions_BT[:, None, :] - positions_BT[:, :, None]
+  last_BT = jnp.max(jnp.where(same_BTS, offsets_BTS, 0), axis=2)
+  first_BT = jnp.min(jnp.where(same_BTS, offsets_BTS, 0), axis=2)
+  return last_BT - first_BT + 1
+
+
+def frequencies(
+  rope: RopeConfig, width: int, length: int | jax.Array | None = None
+) -> tuple[jax.Array, float]:
   """Returns radians per position of each pair, float32 [width / 2], and the factor on cos and sin.
 
   `length` is the number of positions seen so far: an int, or int32 of any shape, which may be
-  traced. Dynamic scaling alone reads it: it returns [..., width / 2], and keys cached under it must
-  be cached before rotation. Raises UserError when `width` is odd or too small for the scaling, and
-  when YaRN's two borders are out of order.
+  traced. Dynamic scaling alone reads and needs it: it returns [..., width / 2], and keys cached
+  under it must be cached before rotation. Raises UserError when `width` is odd or too small for the
+  scaling, and when YaRN's two borders are out of order.
   """
   check(
     width >= 2 and width % 2 == 0,
@@ -109,7 +127,8 @@ def frequencies(rope: RopeConfig, width: int, length: int | jax.Array) -> tuple[
       if rope.scaling == "ntk":
         f_R = f_R * rope.factor**exponent_R
       else:
-        stretch = _dynamic_stretch(rope, length)[..., None]
+        check(length is not None, "length", length, "dynamic scaling goes by the sequence's length")
+        stretch = _dynamic_stretch(rope, jnp.asarray(length))[..., None]
         leading = tuple(range(stretch.ndim - 1))
         f_R = np.expand_dims(f_R, leading) * stretch ** np.expand_dims(exponent_R, leading)
     case "yarn":
@@ -127,9 +146,9 @@ def _by_parts(f_R: np.ndarray, factor: float, kept_R: np.ndarray) -> np.ndarray:
   return (1 - kept_R) * f_R / factor + kept_R * f_R
 
 
-def _dynamic_stretch(rope: RopeConfig, length: int | jax.Array) -> jax.Array:
+def _dynamic_stretch(rope: RopeConfig, length: jax.Array) -> jax.Array:
   """Returns factor * l / L - (factor - 1), float32, with l = max(length, L): exactly 1 up to L."""
-  beyond = jnp.maximum(jnp.asarray(length) - rope.original_length, 0) / rope.original_length
+  beyond = jnp.maximum(length - rope.original_length, 0) / rope.original_length
   return 1 + rope.factor * beyond.astype(jnp.float32)
 
 

@@ -71,20 +71,30 @@ class Transformer:
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    in_order: bool = False,
     cache: Any = None,
     logits: bool = True,
   ) -> Any:
     """Returns logits [B, T, V] in float32 of ids [B, T] int32; with a `cache`, also its update.
 
-    positions: int32 [B or 1, T], by default 0 .. T-1.
-    segment_ids: int32 [B, T], for packed rows; attention stays within a segment.
+    positions: int32 [B or 1, T], in any order, by default 0 .. T-1. They decide what a token sees:
+      those of its segment at its own position and before, in a window those less than it behind.
+    segment_ids: int32 [B or 1, T], for packed rows; attention stays within a segment.
+    in_order: promises that positions count up by one along each segment, which stands in one piece
+      (padding aside), as the loader's rows do. Attention then goes by the order of the row: the
+      fused kernels know no other. Default positions need no promise; a cache makes no use of it.
     cache: from `init_cache`; the T positions are written into it and see what is there. Here
       positions may be -1: padding, which is written nowhere and which nothing sees. The logits of
       a position that the cache has no room for are NaN.
     logits: False gives, in place of logits, the states [B, T, D] that `head` multiplies.
     """
     x_BTD, cache = self.run_layers(
-      params, ids_BT, positions=positions, segment_ids=segment_ids, cache=cache
+      params,
+      ids_BT,
+      positions=positions,
+      segment_ids=segment_ids,
+      in_order=in_order,
+      cache=cache,
     )
     out = self.finish(params, x_BTD, logits=logits)
     return out if cache is None else (out, cache)
@@ -96,6 +106,7 @@ class Transformer:
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    in_order: bool = False,
     cache: Any = None,
   ) -> tuple[jax.Array, Any]:
     """Embeds and runs all stacks; arguments as in `apply`.
@@ -106,11 +117,9 @@ class Transformer:
       raise UnsupportedError("segment_ids: rows of several segments have no decode cache")
     B, T = ids_BT.shape
     positions_BT = jnp.arange(T)[None] if positions is None else positions
-    length: jax.Array | int = T
     if cache is not None:
       positions_BT = shard(jnp.broadcast_to(positions_BT, (B, T)), "batch", "length")
-      length = jnp.max(positions_BT, axis=1) + 1
-    context = Context(positions_BT, length, segment_ids)
+    context = Context(positions_BT, segment_ids, in_order or positions is None)
     x_BTD = self.embed(params, ids_BT)
     updated = {}
     for index in range(len(self.config.stacks)):
@@ -210,7 +219,7 @@ class Transformer:
 
   @property
   def _embedding(self) -> Embedding:
-    return Embedding(self.config.V, self.config.D, self.compute.dtype, parent=None)
+    return Embedding(self.config.V, self.config.D, self.compute, parent=None)
 
   @property
   def _norm(self) -> RMSNorm:

@@ -155,7 +155,11 @@ def first_not_finite(config: TrainConfig, params: Any, batch: Batch) -> tuple[st
 
   with nn.intercept_methods(watch):
     Transformer(config.model, config.compute).apply(
-      params, batch.inputs_BT, positions=batch.positions_BT, segment_ids=batch.segment_ids_BT
+      params,
+      batch.inputs_BT,
+      positions=batch.positions_BT,
+      segment_ids=batch.segment_ids_BT,
+      in_order=True,
     )
   loss = TextTask(config).objective(params, {}, batch, jax.random.key(0))["loss"].mean()
   return (bad_modules[0] if bad_modules else ""), float(loss)

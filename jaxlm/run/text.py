@@ -118,6 +118,7 @@ class TextTask(Task):
       batch.inputs_BT,
       positions=batch.positions_BT,
       segment_ids=batch.segment_ids_BT,
+      in_order=True,
       logits=False,
     )
     return next_token_loss(

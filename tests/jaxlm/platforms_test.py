@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxlm import presets
-from jaxlm.config import TrainConfig
+from jaxlm.config import ComputeConfig, TrainConfig, decoder
 from jaxlm.data.packing import Batch
 from jaxlm.decode.generation import generate_tokens
 from jaxlm.decode.sampling import Sampler
@@ -22,6 +22,7 @@ from jaxlm.models import Transformer
 from jaxlm.run.text import TextTask
 from jaxlm.train import init_state, make_train_step
 from pallas_kernels.attention import cudnn
+from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import log_once
 from sharding import MeshConfig
 
@@ -117,6 +118,21 @@ def test_every_preset_on_every_platform(name, platform, with_cudnn, caplog):
 def test_packed_rows_and_without_cudnn(platform):
   with traced_for(platform):
     trace_everything(presets.qwen2_5_0_5b(), packed=True)
+
+
+def test_packed_rows_and_default_positions_take_the_fused_kernel_and_other_orders_are_refused():
+  model = decoder(V=256, D=128, F=128, N=2, K=2, H=64, layers=1)
+  compute = ComputeConfig(attention_implementation="splash")
+  task = TextTask(TrainConfig(model=model, compute=compute))
+  ids, weights = (jax.ShapeDtypeStruct((2, 128), dtype) for dtype in (np.int32, np.float32))
+  with traced_for("tpu"):
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(task.model.init, key)
+    for rows in (Batch(ids, ids, weights), Batch(ids, ids, weights, ids, ids)):
+      assert "loss" in jax.eval_shape(task.objective, params, {}, rows, key)
+    assert jax.eval_shape(task.model.apply, params, ids).shape == (2, 128, 256)
+    with pytest.raises(UnsupportedError, match="implementation='splash': .*order"):
+      jax.eval_shape(lambda params, ids: task.model.apply(params, ids, positions=ids), params, ids)
 
 
 @pytest.mark.parametrize("platform", DEVICES)

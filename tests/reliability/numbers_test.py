@@ -35,8 +35,8 @@ TAMPERED = """
 import jax.numpy as jnp
 import jaxlm.models.embedding as embedding
 whole = embedding.lookup
-def lookup(w_VD, ids_BT, dtype):
-  return jnp.where((ids_BT == 7)[..., None], jnp.nan, whole(w_VD, ids_BT, dtype))
+def lookup(w_VD, ids_BT, *dtypes):
+  return jnp.where((ids_BT == 7)[..., None], jnp.nan, whole(w_VD, ids_BT, *dtypes))
 embedding.lookup = lookup
 """
 

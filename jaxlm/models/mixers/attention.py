@@ -2,6 +2,7 @@
 
 # B batch, T query positions, S key positions, D model, N query heads, K key heads, H head width
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.config import AttentionConfig, ComputeConfig, ModelConfig
 from jaxlm.models.linear import Linear, Roles, declare_parts
 from jaxlm.models.norms import RMSNorm
-from jaxlm.models.rope import apply_rope, rope_tables
+from jaxlm.models.rope import apply_rope, rope_tables, sequence_lengths
 from pallas_kernels.attention import attention
 from pallas_kernels.common.shards import check_not_sharded
 from sharding.rules import all_gather, is_sharded, shard, spec
@@ -28,14 +29,16 @@ class KVCache(NamedTuple):
   v_BSKH: jax.Array
 
 
-class Context(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
   """What every layer of one forward pass shares."""
 
   positions_BT: jax.Array
   """int32; [1, T] if all rows count alike; -1: padding, with a cache"""
-  length: jax.Array | int
-  """of the sequence so far, for dynamic rotary scaling; with a cache int32 [B], one per row"""
   segment_ids_BT: jax.Array | None = None
+  in_order: bool = dataclasses.field(default=False, metadata={"static": True})
+  """the caller's promise that positions count up by one along each segment, in one piece"""
 
 
 class Attention(nn.Module):
@@ -87,14 +90,20 @@ class Attention(nn.Module):
     v_BTKH = _split_heads(self.v(x_BTD), c.H)
     if c.qk_norm:
       q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-    tables = rope_tables(c.rope, context.positions_BT, c.H, context.length)
+    lengths_BT = None
+    if c.rope.scaling == "dynamic":
+      lengths_BT = sequence_lengths(context.positions_BT, context.segment_ids_BT)
+    tables = rope_tables(c.rope, context.positions_BT, c.H, lengths_BT)
     q_BTNH = apply_rope(q_BTNH, *tables)
     if cache is None:
       name = self.compute.attention_implementation
+      positions_BT = None if context.in_order else context.positions_BT
       o_BTNH = attention(
         q_BTNH,
         apply_rope(k_BTKH, *tables),
         v_BTKH,
+        q_positions_BT=positions_BT,
+        k_positions_BS=positions_BT,
         q_segment_ids_BT=context.segment_ids_BT,
         window=c.window,
         cap=c.cap,
@@ -102,7 +111,9 @@ class Attention(nn.Module):
         implementation=None if name == "auto" else name,
       )
     else:
-      cache, o_BTNH = _attend_cached(q_BTNH, k_BTKH, v_BTKH, cache, context, c)
+      cache, o_BTNH = _attend_cached(
+        q_BTNH, k_BTKH, v_BTKH, cache, context.positions_BT, lengths_BT, c
+      )
     o_BTNH = checkpoint_name(o_BTNH, "attention_out")
     return self.o(o_BTNH.reshape(B, T, c.N * c.H)), cache, {}
 
@@ -129,7 +140,8 @@ def _attend_cached(
   k_BTKH: jax.Array,
   v_BTKH: jax.Array,
   cache: KVCache,
-  context: Context,
+  positions_BT: jax.Array,
+  lengths_B1: jax.Array | None,
   c: AttentionConfig,
 ) -> tuple[KVCache, jax.Array]:
   """Writes T positions into the cache and attends to all positions up to each query's own.
@@ -141,26 +153,26 @@ def _attend_cached(
   # dynamic frequencies change with the length, so these keys are rotated when they are read
   rotate_on_read = c.rope.scaling == "dynamic"
   if not rotate_on_read:
-    k_BTKH = apply_rope(k_BTKH, *rope_tables(c.rope, context.positions_BT, c.H, context.length))
+    k_BTKH = apply_rope(k_BTKH, *rope_tables(c.rope, positions_BT, c.H))
   cache = KVCache(
-    _write_positions(cache.k_BSKH, k_BTKH, context.positions_BT),
-    _write_positions(cache.v_BSKH, v_BTKH, context.positions_BT),
+    _write_positions(cache.k_BSKH, k_BTKH, positions_BT),
+    _write_positions(cache.v_BSKH, v_BTKH, positions_BT),
   )
   k_BSKH = cache.k_BSKH
   s_1S = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None]
   if rotate_on_read:
-    k_BSKH = apply_rope(k_BSKH, *rope_tables(c.rope, s_1S, c.H, context.length))
+    k_BSKH = apply_rope(k_BSKH, *rope_tables(c.rope, s_1S, c.H, lengths_B1))
   o_BTNH = attention(
     q_BTNH,
     k_BSKH,
     cache.v_BSKH,
-    q_positions_BT=context.positions_BT,
+    q_positions_BT=positions_BT,
     k_positions_BS=s_1S,
     window=c.window,
     cap=c.cap,
     scale=_scale(c),
   )
-  has_room_BT = context.positions_BT < k_BSKH.shape[1]
+  has_room_BT = positions_BT < k_BSKH.shape[1]
   return cache, jnp.where(has_room_BT[:, :, None, None], o_BTNH, jnp.nan)
 
 

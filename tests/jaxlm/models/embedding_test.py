@@ -31,12 +31,12 @@ def inputs():
   return w_VD, ids_BT, draw.normal(size=(B, T, D)).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def rows_and_gradient(w_VD, ids_BT, dx_BTD, dtype):
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def rows_and_gradient(w_VD, ids_BT, dx_BTD, dtype, reduce_dtype="float32"):
   """The rows, and the gradient as the training step takes it: unsummed per device until the end."""
 
   def summed(w_VD):
-    x_BTD = lookup(w_VD, ids_BT, jnp.dtype(dtype))
+    x_BTD = lookup(w_VD, ids_BT, jnp.dtype(dtype), jnp.dtype(reduce_dtype))
     return jnp.sum(x_BTD.astype(jnp.float32) * dx_BTD), x_BTD
 
   deferred = defer_reduction({"w": w_VD})["w"]
@@ -79,8 +79,26 @@ def test_rows_are_those_of_the_table():
 def test_gradients_of_a_frequent_token_add_up_in_float32():
   """In bfloat16 a sum of ones would stop at 256."""
   ids_BT = jnp.zeros((2, 512), jnp.int32)
-  gradient_VD = jax.grad(lambda w_VD: lookup(w_VD, ids_BT, jnp.bfloat16).sum())(jnp.ones((4, 2)))
+  bfloat16 = jnp.dtype("bfloat16")
+  looked_up = functools.partial(lookup, ids_BT=ids_BT, dtype=bfloat16, reduce_dtype=bfloat16)
+  gradient_VD = jax.grad(lambda w_VD: looked_up(w_VD).sum())(jnp.ones((4, 2)))
   np.testing.assert_array_equal(gradient_VD[0], [1024, 1024])
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:], ids=MeshConfig.describe)
+def test_fsdp_sends_the_rows_gradients_in_reduce_dtype_and_sums_them_in_float32(mesh):
+  w_VD, ids_BT, dx_BTD = inputs()
+  rounded_BTD = dx_BTD.astype(jnp.bfloat16).astype(np.float32)
+  want_BTD, want_VD = rows_and_gradient(w_VD, ids_BT, rounded_BTD, "float32")
+  with jax.set_mesh(make_mesh(mesh)):
+    lowered = rows_and_gradient.lower(*placed_inputs(), "float32", "bfloat16")
+    got_BTD, got_VD = rows_and_gradient(*placed_inputs(), "float32", "bfloat16")
+  sent = re.findall(r"all_to_all.*-> tensor<[\dx]*x(\w+)>", lowered.as_text())
+  assert sent == ["f32", "bf16"]  # rows, then their gradients
+  np.testing.assert_array_equal(got_BTD, want_BTD)
+  chex.assert_trees_all_close(jax.device_get(got_VD), jax.device_get(want_VD), atol=1e-5)
+  exact_VD = rows_and_gradient(w_VD, ids_BT, dx_BTD, "float32")[1]
+  assert np.abs(got_VD - exact_VD).max() > 1e-3
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:], ids=MeshConfig.describe)

@@ -127,7 +127,7 @@ def test_each_row_of_a_batch_may_have_a_length_of_its_own():
   rope = RopeConfig(scaling="dynamic", factor=2.0, original_length=32)
   lengths = (5, 40, 64)
   f_BR, _ = jax.jit(lambda length_B: frequencies(rope, 16, length_B))(jnp.array(lengths))
-  tables = rope_tables(rope, jnp.arange(6)[None], 16, jnp.array(lengths))
+  tables = rope_tables(rope, jnp.arange(6)[None], 16, jnp.array(lengths)[:, None])
   for row, length in enumerate(lengths):
     chex.assert_trees_all_close(f_BR[row], frequencies(rope, 16, length)[0], rtol=1e-6)
     alone = rope_tables(rope, jnp.arange(6)[None], 16, length)
@@ -237,6 +237,10 @@ def tables():
   "call, message",
   [
     (lambda: rope_tables(RopeConfig(), jnp.arange(6), 16, 1), r"positions_BT.shape=\(6,\): must"),
+    (
+      lambda: rope_tables(RopeConfig(scaling="dynamic"), jnp.arange(6)[None], 16),
+      "length=None: dynamic scaling goes by",
+    ),
     (lambda: rope_tables(RopeConfig(), jnp.ones((1, 6)), 16, 1), "positions_BT.dtype='float32'"),
     (lambda: apply_rope(random_heads(0)[0], *tables()), r"x_BTNH.shape=\(6, 3, 16\): must"),
     (lambda: apply_rope(random_heads(0)[..., :8], *tables()), r"x_BTNH.shape=\(2, 6, 3, 8\): must"),

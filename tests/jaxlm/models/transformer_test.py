@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxlm.config import ComputeConfig, ModelConfig, decoder, revise
+from jaxlm.config import ComputeConfig, ModelConfig, RopeConfig, decoder, revise
 from jaxlm.data.packing import join, pack
 from jaxlm.models import Transformer, roles
 from jaxlm.models.mixers.attention import Context
@@ -33,10 +33,12 @@ def init(config: ModelConfig):
   )
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="compute")
-def logits(config, params, ids_BT, positions=None, segment_ids=None, compute=PLAIN):
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("compute", "in_order"))
+def logits(config, params, ids_BT, positions=None, segment_ids=None, compute=PLAIN, in_order=False):
   model = Transformer(config, compute)
-  return model.apply(params, ids_BT, positions=positions, segment_ids=segment_ids)
+  return model.apply(
+    params, ids_BT, positions=positions, segment_ids=segment_ids, in_order=in_order
+  )
 
 
 @pytest.mark.parametrize(
@@ -65,8 +67,8 @@ def test_no_gradient_reaches_a_later_position(windows, implementation):
   np.testing.assert_array_equal(reached(params["embed"]["weight"]), want)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_packed_rows_equal_the_separate_sequences(implementation):
+@pytest.mark.parametrize("implementation, in_order", [("xla", True), ("reference", False)])
+def test_packed_rows_equal_the_separate_sequences(implementation, in_order):
   config, compute = SMALL, ComputeConfig(attention_implementation=implementation)
   draw = np.random.default_rng(1)
   documents = [draw.integers(1, config.V, size) for size in (30, 75, 11, 1, 52, 23, 40)]
@@ -74,9 +76,8 @@ def test_packed_rows_equal_the_separate_sequences(implementation):
   rows = pack(tokens_S, borders_D, T)
   batch = rows.take(np.arange(len(rows)))
   assert batch.segment_ids_BT.max() >= 3 and (batch.weights_BT == 0).any()
-  packed_BTV = logits(
-    config, init(config), batch.inputs_BT, batch.positions_BT, batch.segment_ids_BT, compute=compute
-  )
+  packed = (batch.inputs_BT, batch.positions_BT, batch.segment_ids_BT)
+  packed_BTV = logits(config, init(config), *packed, compute=compute, in_order=in_order)
 
   apart_DT = np.zeros((len(documents), T), np.int32)  # each document alone, after its eos
   for d, document in enumerate(documents):
@@ -94,6 +95,75 @@ def test_packed_rows_equal_the_separate_sequences(implementation):
       np.testing.assert_allclose(packed_BTV[b, at], apart_DTV[document, : len(at)], atol=1e-4)
       seen.add(document)
   assert seen == set(range(len(documents)))
+
+
+DYNAMIC = decoder(
+  V=T,
+  D=16,
+  F=24,
+  N=4,
+  K=2,
+  H=4,
+  layers=2,
+  windows=(5, None),
+  rope=RopeConfig(scaling="dynamic", factor=4.0, original_length=4),
+)
+
+
+@pytest.mark.parametrize("config", [SMALL, DYNAMIC], ids=["plain", "dynamic"])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_permutation_of_tokens_and_positions_permutes_the_logits(config, remat):
+  draw = np.random.default_rng(5)
+  ids_BT = draw.integers(0, T, (2, 24))
+  order_BT = np.stack([draw.permutation(24) for _ in range(2)])
+  want_BTV = np.take_along_axis(
+    np.asarray(logits(config, init(config), ids_BT)), order_BT[..., None], axis=1
+  )
+  permuted_BT = np.take_along_axis(ids_BT, order_BT, axis=1)
+  compute = ComputeConfig(remat=remat)
+  got_BTV = logits(config, init(config), permuted_BT, order_BT, compute=compute)
+  np.testing.assert_allclose(got_BTV, want_BTV, rtol=0, atol=1e-5)
+
+
+def test_a_permutation_across_segments_permutes_the_logits():
+  draw = np.random.default_rng(6)
+  ids_BT = draw.integers(0, T, (1, 24))
+  positions_BT = np.concatenate([np.arange(9), np.arange(15)])[None]
+  segments_BT = np.repeat([7, 3], [9, 15])[None]
+  order_T = draw.permutation(24)
+  packed = (ids_BT, positions_BT, segments_BT)
+  want_BTV = logits(DYNAMIC, init(DYNAMIC), *packed, in_order=True)
+  got_BTV = logits(DYNAMIC, init(DYNAMIC), *(x[:, order_T] for x in packed))
+  np.testing.assert_allclose(got_BTV, want_BTV[:, order_T], rtol=0, atol=1e-5)
+
+
+def test_positions_and_segments_in_any_order_are_those_of_one_device_on_a_mesh():
+  draw = np.random.default_rng(8)
+  ids_BT = draw.integers(0, T, (8, 24))
+  order_BT = np.stack([draw.permutation(24) for _ in range(8)])
+  segments_BT = draw.integers(0, 3, (8, 24))
+  want_BTV = logits(DYNAMIC, init(DYNAMIC), ids_BT, order_BT, segments_BT)
+  with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+    params = jax.jit(Transformer(DYNAMIC).init)(jax.random.key(0))
+    params = jax.tree.map(lambda w, like: jax.device_put(w, like.sharding), init(DYNAMIC), params)
+    rows = [shard(jnp.asarray(x), "batch", None) for x in (ids_BT, order_BT, segments_BT)]
+    got_BTV = jax.device_get(logits(DYNAMIC, params, *rows))
+  np.testing.assert_allclose(got_BTV, want_BTV, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_under_dynamic_scaling_a_packed_document_has_the_logits_that_it_has_alone(in_order):
+  """Each document is longer than the original length 4, and of another length than the others."""
+  sizes = (15, 6, 9)
+  ids_BT = np.random.default_rng(7).integers(0, T, (1, 32))
+  pieces = np.split(ids_BT, np.cumsum(sizes), axis=1)
+  positions_BT = np.concatenate([*map(np.arange, sizes), [0, 0]])[None]
+  segments_BT = np.repeat([1, 2, 3, 0], [*sizes, 2])[None]
+  packed = (ids_BT, positions_BT, segments_BT)
+  packed_BTV = logits(DYNAMIC, init(DYNAMIC), *packed, in_order=in_order)
+  alone = [logits(DYNAMIC, init(DYNAMIC), piece) for piece in pieces[:-1]]
+  want_BTV = np.concatenate(alone, axis=1)
+  np.testing.assert_allclose(packed_BTV[:, :-2], want_BTV, rtol=0, atol=1e-5)
 
 
 def test_scan_equals_the_python_loop_and_layer_order_is_that_of_the_pattern():
@@ -252,7 +322,7 @@ UNEVEN = ModelConfig(
 
 def run_by_hand(model, params, ids_BT, split):
   """The logits by `embed`, `run_stack` and `finish`; the stack of index 1 in two slices."""
-  context = Context(jnp.arange(ids_BT.shape[1])[None], ids_BT.shape[1])
+  context = Context(jnp.arange(ids_BT.shape[1])[None], in_order=True)
   x_BTD = model.embed(params, ids_BT)
   for index in range(len(model.config.stacks)):
     stack = params["stacks"][str(index)]
