@@ -131,7 +131,7 @@ def test_packed_rows_and_default_positions_take_the_fused_kernel_and_other_order
     for rows in (Batch(ids, ids, weights), Batch(ids, ids, weights, ids, ids)):
       assert "loss" in jax.eval_shape(task.objective, params, {}, rows, key)
     assert jax.eval_shape(task.model.apply, params, ids).shape == (2, 128, 256)
-    with pytest.raises(UnsupportedError, match="implementation='splash': .*order"):
+    with pytest.raises(UnsupportedError, match="'splash': .* takes no q_positions_BT"):
       jax.eval_shape(lambda params, ids: task.model.apply(params, ids, positions=ids), params, ids)
 
 
