@@ -26,21 +26,23 @@ PLATFORM = ("config-", "_sysconfigdata")  # differ from one build of Python to t
 
 
 class Source(Protocol):
+  """Gives the pieces of a text's documents, in an order that does not change."""
+
   @property
   def identity(self) -> str:
-    """Digest that changes when the source does: names, sizes and times of files, or a revision."""
+    """Returns a digest of names, sizes and times of files, or of a revision."""
 
   @property
   def notes(self) -> tuple[str, ...]:
-    """What the log says about the source."""
+    """Returns what the log says about the source."""
 
   @property
   def expected_size(self) -> int | None:
-    """Bytes of text that the source seems to hold, where that is known without reading it."""
+    """Returns the bytes of text, where they are known without reading it."""
 
   @property
   def single_size(self) -> int | None:
-    """Bytes of the document, where the source is sure to hold only one."""
+    """Returns the bytes of the document, where the source is sure to hold only one."""
 
   def progress(self, position: Position) -> str:
     """Returns how much of the source lies before the position, as far as that is known."""
@@ -81,7 +83,7 @@ def open_source(config: DataConfig) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class FileSource:
-  """Files of a folder, in the order of their names."""
+  """Reads files of a folder, in the order of their names."""
 
   root: Path
   names: tuple[str, ...]
@@ -164,7 +166,7 @@ def _stdlib() -> FileSource:
 
 @dataclasses.dataclass(frozen=True)
 class HubSource:
-  """A split of a dataset on the Hub at one revision, streamed."""
+  """Streams a split of a dataset on the Hub at one revision."""
 
   name: str
   split: str

@@ -47,7 +47,7 @@ def tokenize(
     if (folder / FINISHED).is_file():
       store = TokenStore.open(place)
       check_plan(place, store.meta["plan"], plan)
-      store.verify()
+      store.check_digests()
       (folder / PROGRESS).unlink(missing_ok=True)  # killed between the last two writes
       report(f"{folder}: is finished; its digests are verified")
       return store

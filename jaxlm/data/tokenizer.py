@@ -22,27 +22,29 @@ BATCH = (
 
 
 class Excerpt(NamedTuple):
-  """A part of a text, with the character before it there, if there is one."""
+  """Holds a part of a text, with the character before it there, if there is one."""
 
   text: str
   before: str = ""
 
 
 class Tokenizer(Protocol):
-  """Ids are 1-D arrays of the smallest unsigned dtype that holds the vocabulary."""
+  """Encodes text as 1-D arrays of the smallest unsigned dtype that holds the vocabulary."""
 
   @property
-  def vocab_size(self) -> int: ...
+  def vocab_size(self) -> int:
+    """Returns the number of ids."""
 
   @property
   def eos(self) -> int:
-    """Id that stands between documents; `encode` never gives it."""
+    """Returns the id that stands between documents; `encode` never gives it."""
 
   @property
   def digest(self) -> str:
     """Identifies the tokenizer: two with the same digest give the same ids."""
 
-  def encode(self, text: str) -> np.ndarray: ...
+  def encode(self, text: str) -> np.ndarray:
+    """Returns the ids of a text."""
 
   def encode_all(self, excerpts: Iterable[Excerpt]) -> Iterator[np.ndarray]:
     """Yields the ids of each excerpt, without what a tokenizer puts before the start of a text.
@@ -50,14 +52,15 @@ class Tokenizer(Protocol):
     Memory grows with the longest excerpt, not with their number.
     """
 
-  def decode(self, ids: np.ndarray | Sequence[int]) -> str: ...
+  def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+    """Returns the text of ids."""
 
   def save(self, folder: Path) -> None:
     """Writes what `load_tokenizer(folder, config)` needs."""
 
 
 class ByteTokenizer:
-  """A token is a byte of UTF-8; the end of a text is NUL, which text files do not contain."""
+  """Makes each byte of UTF-8 a token; NUL, which text files do not contain, ends a text."""
 
   vocab_size = 256
   eos = 0

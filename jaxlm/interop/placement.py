@@ -22,7 +22,7 @@ _PACKET_BYTES = 8  # moved as one where possible
 
 
 class Source(NamedTuple):
-  """One tensor of a file."""
+  """Names one tensor of a file."""
 
   values: np.ndarray
   """view of the file, in the orientation of the target"""

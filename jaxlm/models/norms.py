@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4)."""
+"""Computes RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4)."""
 
 # Z any leading axes (batch, positions, heads), D normalised width
 

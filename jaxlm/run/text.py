@@ -1,4 +1,4 @@
-"""Text as a task, and `train` and `resume` on top of the loop."""
+"""Makes text a task, and puts `train` and `resume` on top of the loop."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def resume(
 
 
 class TextTask(Task):
-  """Next-token prediction on text. Without `text` it serves for shapes and steps alone."""
+  """Predicts the next token of text. Without `text` it serves for shapes and steps alone."""
 
   unit: ClassVar[str] = "tokens"
 

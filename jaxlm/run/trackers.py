@@ -19,9 +19,11 @@ _MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # of the extras of
 class Tracker(Protocol):
   """Takes the numbers of a step; steps ascend, and those after a resume replace older ones."""
 
-  def log(self, values: dict[str, float], step: int) -> None: ...
+  def log(self, values: dict[str, float], step: int) -> None:
+    """Records the numbers of a step."""
 
-  def close(self) -> None: ...
+  def close(self) -> None:
+    """Writes what is left."""
 
 
 def check_trackers(config: TrainConfig) -> None:

@@ -28,7 +28,7 @@ COPY_US = 0.35
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-  """One kernel on one chip; times are of all its calls in the program."""
+  """Holds the numbers of one kernel on one chip; times are of all its calls in the program."""
 
   kernel: str
   chip: str

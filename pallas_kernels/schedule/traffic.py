@@ -22,7 +22,7 @@ Walk = Generator["Call", None, list[Any]]
 
 @dataclasses.dataclass
 class Call:
-  """One pallas_call of a program."""
+  """Describes one pallas_call of a program."""
 
   name: str
   """Empty where the program gives none."""
@@ -39,6 +39,7 @@ class Call:
 
   @property
   def steps(self) -> int:
+    """Returns the number of grid steps."""
     return math.prod(self.grid)
 
 
@@ -137,13 +138,14 @@ def changes(block: Any, grid: tuple[int, ...], prefetch: list[Any], rank: int) -
   steps, as for an index that is fixed during the call, the values do not matter.
   """
   unknown = any(value is None for value, _ in prefetch)
-  found = []
+  steps_by_filling = []
   for filling in (0, 1) if unknown else (0,):
     scalars = [
       fill(atom.aval, filling) if value is None else np.asarray(value) for value, atom in prefetch
     ]
-    found.append(index_changes(block, grid, scalars, rank))
-  return found[0] if all(np.array_equal(found[0], other) for other in found) else None
+    steps_by_filling.append(index_changes(block, grid, scalars, rank))
+  first, *others = steps_by_filling
+  return first if all(np.array_equal(first, other) for other in others) else None
 
 
 def fill(aval: Any, filling: int) -> np.ndarray:

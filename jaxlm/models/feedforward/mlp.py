@@ -1,4 +1,4 @@
-"""Gated feed-forward (Shazeer 2020, arXiv 2002.05202, equation 6): SwiGLU, GEGLU."""
+"""Computes gated feed-forwards (Shazeer 2020, arXiv 2002.05202, equation 6): SwiGLU, GEGLU."""
 
 # B batch, T positions, D model, F feed-forward width
 
