@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import ComputeConfig
@@ -99,8 +100,10 @@ def matmul(
   if is_sharded():
     partial = spec((B, T, w_DF.shape[1]), "batch", "length", out[2])
     sharding = P(*partial, unreduced=axes_in(spec((D,), axes[0])))
-  contract = _contract_rounded if x_BTD.dtype == dtype != jnp.float32 else _contract
-  return shard(contract(x_BTD, w_DF, sharding).astype(dtype), *out)
+  rounds = x_BTD.dtype == jnp.dtype(dtype) and x_BTD.dtype.itemsize < 4
+  contract = _contract_rounded if rounds else _contract
+  y_BTF = checkpoint_name(contract(x_BTD, w_DF, sharding).astype(dtype), "product")
+  return shard(y_BTF, *out)
 
 
 def _contract(x_BTD: jax.Array, w_DF: jax.Array, sharding: P | None) -> jax.Array:

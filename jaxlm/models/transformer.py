@@ -30,7 +30,7 @@ Params = dict[str, Any]
 _REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "names": jax.checkpoint_policies.save_only_these_names("attention_out", "feedforward_in"),
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_only_these_names("product"),
 }
 # on CPU a Python loop over a few layers is faster than scan; more cost too much compile time
 _UNROLLED_LAYERS = 8
