@@ -53,12 +53,12 @@ lock: $(VENV)-lock/tools  ## constraints/*.lock.txt: the known-good versions wit
 	    -c $$set.txt --extra dev pyproject.toml constraints/build.in -o $$set.lock.txt || exit 1; \
 	done
 
-install-locked: $(VENV)/bin/python  ## environment of files with the locked hashes only (Linux x86-64)
+install-locked: $(VENV)/bin/python  ## environment of locked files, by their hashes (Linux x86-64)
 	$(BIN)/pip install -q --require-hashes --no-deps -r $(PINS:.txt=.lock.txt)
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch $(VENV)/dev $(VENV)/core
 
-audit: $(VENV)-lock/tools  ## known vulnerabilities of the locked versions; needs an index with these
+audit: $(VENV)-lock/tools  ## known vulnerabilities of the locked versions (needs an index)
 	$(VENV)-lock/bin/pip-audit --strict --no-deps --disable-pip -r $(PINS:.txt=.lock.txt)
 
 clean:  ## remove environments and caches
