@@ -41,6 +41,8 @@ def tokenize(
   """
   if re.fullmatch(r"\w+:", folder.parts[0] if folder.parts else ""):
     raise UserError(f"store={str(folder)!r}: must be a local folder, not an address")
+  if "\0" in str(folder):
+    raise UserError(f"store={str(folder)!r}: a path holds no NUL")
   source, tokenizer = source or open_source(config), tokenizer or fixed_tokenizer(config)
   plan, place = make_plan(config, source, tokenizer), Place(folder)
   with _only_writer(folder, report):

@@ -85,6 +85,7 @@ def fit(config: TrainConfig, task: Task, *, resume: bool = False) -> TrainResult
 def check_run(config: TrainConfig) -> None:
   """Raises UserError for what is wrong with any run: what is missing, or does not divide."""
   check(bool(config.run), "run", config.run, "names the folder of the run")
+  check("\0" not in config.run, "run", config.run, "a path holds no NUL")
   check_schedule(config.optimizer, config.steps)
   check_trackers(config)
   sizes = config.mesh.resolve(jax.device_count())
