@@ -93,6 +93,7 @@ class FileSource:
 
   @property
   def identity(self) -> str:
+    """Returns a digest of the names, sizes and times of the files."""
     root = self.root.resolve()
     stats = [(name, (root / name).stat()) for name in self.names]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
@@ -100,20 +101,24 @@ class FileSource:
 
   @property
   def expected_size(self) -> int | None:
+    """Returns the bytes of all files, some of which may be compressed."""
     return sum((self.root / name).stat().st_size for name in self.names)
 
   @property
   def single_size(self) -> int | None:
+    """Returns the bytes of the only file, where it is plain text."""
     if len(self.names) == 1 and self.names[0].lower().endswith(TEXT):
       return self.expected_size
     return None
 
   def progress(self, position: Position) -> str:
+    """Returns the share of a single text, or the number of the file."""
     if size := self.single_size:
       return f"{position.size / size:.0%}"
     return f"file {min(position.file + 1, len(self.names))} of {len(self.names)}"
 
   def pieces(self, reader: Reader) -> Iterator[Piece]:
+    """Yields the rest of the files, one after another."""
     while reader.position.file < len(self.names) and not reader.position.full:
       name = self.names[reader.position.file]
       if self.skip_invalid:
@@ -178,16 +183,20 @@ class HubSource:
 
   @property
   def identity(self) -> str:
+    """Returns a digest of the name, the split and the revision."""
     return digest(["hub", self.name, self.split, self.revision])
 
   @property
   def notes(self) -> tuple[str, ...]:
+    """Returns the revision."""
     return (f"revision {self.revision}",)
 
   def progress(self, position: Position) -> str:
+    """Returns the number of the record."""
     return f"record {position.record}"
 
   def pieces(self, reader: Reader) -> Iterator[Piece]:
+    """Yields the rest of the records, skipping those before the position."""
     if reader.position.full:
       return
     source = f"hf:{self.name}:{self.split}"

@@ -77,6 +77,7 @@ class Windows:
     return -(-(self.size - 1) // self.length)
 
   def build(self, index_B: np.ndarray) -> Batch:
+    """Builds these rows, each from its span of the stream."""
     starts_B = np.asarray(index_B, np.int64) * self.length
     sizes_B = np.clip(self.size - starts_B, 0, self.length + 1)
     row_BX = np.zeros((len(starts_B), self.length + 1), np.int32)  # X = T + 1
@@ -122,6 +123,7 @@ class Packed:
     return int(self.full_D[-1]) + len(self.rows_R) - 1
 
   def build(self, index_B: np.ndarray) -> Batch:
+    """Builds these rows, with the segment and position of each target."""
     shape = (len(index_B), self.length)
     inputs_BT = np.zeros(shape, np.int32)
     targets_BT = np.zeros(shape, np.int32)

@@ -67,9 +67,11 @@ class ByteTokenizer:
   digest = "bytes"
 
   def encode(self, text: str) -> np.ndarray:
+    """Returns the bytes of the text, uint8."""
     return np.frombuffer(text.encode(), np.uint8)
 
   def encode_all(self, excerpts: Iterable[Excerpt]) -> Iterator[np.ndarray]:
+    """Yields the bytes of each excerpt."""
     return (self.encode(excerpt.text) for excerpt in excerpts)
 
   def decode(self, ids: np.ndarray | Sequence[int]) -> str:
@@ -117,12 +119,15 @@ class BPETokenizer:
 
   @property
   def digest(self) -> str:
+    """Returns a BLAKE2b digest of the tokenizer.json."""
     return hashlib.blake2b(self.model.to_str().encode(), digest_size=16).hexdigest()
 
   def encode(self, text: str) -> np.ndarray:
+    """Returns the ids of a text."""
     return next(self.encode_all([Excerpt(text)]))
 
   def encode_all(self, excerpts: Iterable[Excerpt]) -> Iterator[np.ndarray]:
+    """Yields the ids of each excerpt, many of which are encoded in parallel."""
     rest = iter(excerpts)
     while batch := list(itertools.islice(rest, BATCH)):
       ids = self._ids([excerpt.before + excerpt.text for excerpt in batch])
@@ -139,9 +144,11 @@ class BPETokenizer:
     return [encoding.ids for encoding in encodings]
 
   def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+    """Returns the text of the ids, special tokens spelt out."""
     return self.model.decode([int(id) for id in ids], skip_special_tokens=False)
 
   def save(self, folder: Path) -> None:
+    """Writes tokenizer.json into the folder."""
     self.model.save(str(Path(folder) / FILE))
 
 

@@ -21,7 +21,7 @@ _BLOCK_ROWS = 256  # rows of the file: a block stays in a core's cache while it 
 _PACKET_BYTES = 8  # moved as one where possible
 
 
-class Source(NamedTuple):
+class TensorSource(NamedTuple):
   """Names one tensor of a file."""
 
   values: np.ndarray
@@ -33,7 +33,10 @@ class Source(NamedTuple):
 
 
 def assemble(
-  target: jax.ShapeDtypeStruct, sources: Sequence[Source], stacked: bool, pool: ThreadPoolExecutor
+  target: jax.ShapeDtypeStruct,
+  sources: Sequence[TensorSource],
+  stacked: bool,
+  pool: ThreadPoolExecutor,
 ) -> jax.Array:
   """Returns the array of the target's shape, dtype and sharding with the values of the sources.
 

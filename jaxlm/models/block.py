@@ -31,6 +31,7 @@ class Block(nn.Module):
   """the layers of the model that this block computes, one after the other"""
 
   def setup(self) -> None:
+    """Makes the norms, the mixer and the feed-forward."""
     c, spec = self.config, self.spec
     shared = (c, self.compute, self.layers)
     self.mixer_norm = RMSNorm(c.D, c.norm_eps, c.norm_offset)

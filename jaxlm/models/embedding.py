@@ -23,6 +23,7 @@ class Embedding(nn.Module):
   dtype: str
 
   def setup(self) -> None:
+    """Declares the table."""
     shape, std = (self.V, self.D), self.D**-0.5
     self.weight = self.param("weight", sharded_normal, shape, std, "vocab", "embed")
 

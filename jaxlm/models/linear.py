@@ -55,6 +55,7 @@ class Linear(nn.Module):
   """the layers that this module computes (a scan computes several by one module); none: the head"""
 
   def setup(self) -> None:
+    """Declares the weight and the bias."""
     self.weight = self.param("weight", sharded_normal, self.shape, self.std, *self.axes)
     self.bias = None
     if self.biased:

@@ -42,6 +42,7 @@ class RMSNorm(nn.Module):
   offset: int = 0
 
   def setup(self) -> None:
+    """Declares the weight."""
     start = nn.initializers.constant(1 - self.offset)
     self.weight = self.param("weight", start, (self.width,), jnp.float32)
 

@@ -173,9 +173,11 @@ class _LogFile(logging.FileHandler):
   """Writes the log; a full disk costs lines of it, nothing else."""
 
   def handleError(self, record: logging.LogRecord) -> None:
+    """Ignores a refusing file system; reports any other fault as logging does."""
     if not isinstance(sys.exc_info()[1], OSError):
       super().handleError(record)
 
   def close(self) -> None:
+    """Closes the file, even where what is buffered has no room."""
     with contextlib.suppress(OSError):
       super().close()

@@ -59,10 +59,12 @@ class TensorBoard:
     )
 
   def log(self, values: dict[str, float], step: int) -> None:
+    """Adds a scalar for each value."""
     for name, value in values.items():
       self._writer.add_scalar(name, value, step)
 
   def close(self) -> None:
+    """Writes what is buffered, and closes the file."""
     self._writer.close()
 
 
@@ -91,9 +93,11 @@ class WeightsAndBiases:
       raise UserError(f"trackers=wandb: {error}") from error
 
   def log(self, values: dict[str, float], step: int) -> None:
+    """Sends the values of a step."""
     self._run.log(values, step=step)
 
   def close(self) -> None:
+    """Sends what is left, and ends the run there."""
     self._run.finish()
 
 

@@ -87,7 +87,7 @@ class Total:
     return busy * core.mxu_cycles / (core.mxus * max(self.cycles, 1))
 
 
-class Schedule:
+class KernelSchedule:
   """Holds one compiled kernel. Raises DumpError where its listings are not as known here."""
 
   def __init__(self, bundles: str, use: str, core: TensorCore):

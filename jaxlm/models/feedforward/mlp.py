@@ -58,6 +58,7 @@ class Mlp(nn.Module):
   layers: tuple[int, ...]
 
   def setup(self) -> None:
+    """Makes the projections."""
     D, F = self.config.D, self.spec.F
     options: dict[str, Any] = {"compute": self.compute, "layers": self.layers}
     options["biased"] = self.spec.bias

@@ -47,6 +47,7 @@ class Attention(nn.Module):
   layers: tuple[int, ...]
 
   def setup(self) -> None:
+    """Makes the projections and the norms of queries and keys."""
     c, D = self.spec, self.config.D
     Q, Z = c.N * c.H, c.K * c.H
     for heads, axis in ((c.N, "heads"), (c.K, "kv_heads")):
