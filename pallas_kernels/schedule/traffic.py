@@ -60,7 +60,7 @@ def pallas_calls(
     results: Sequence[Any] = ()
     inner = [eqn.params[name] for name in ("jaxpr", "call_jaxpr", "branches") if name in eqn.params]
     if eqn.primitive.name == "pallas_call":
-      yield replay(eqn, values, calls)
+      yield count_traffic(eqn, values, calls)
     elif eqn.primitive.name in ("scan", "while", "cond") or not inner:
       times = calls * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else calls
       for body in inner_jaxprs(eqn.params):
@@ -70,7 +70,7 @@ def pallas_calls(
         "while",
         "cond",
       ):
-        results = evaluate(eqn, values)
+        results = evaluate_equation(eqn, values)
     else:
       closed = inner[0]
       body, body_consts = (
@@ -90,14 +90,14 @@ def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
         yield leaf
 
 
-def evaluate(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+def evaluate_equation(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
   """Returns the results of one equation whose operands are known."""
   with jax.default_device(jax.devices("cpu")[0]):
     results = eqn.primitive.bind(*map(jnp.asarray, values), **eqn.params)
   return results if eqn.primitive.multiple_results else [results]
 
 
-def replay(eqn: Any, values: list[Any], calls: int) -> Call:
+def count_traffic(eqn: Any, values: list[Any], calls: int) -> Call:
   """Returns the traffic of one pallas_call whose operands have these values (None: unknown)."""
   mapping, notes = eqn.params["grid_mapping"], []
   bounds = sum(not isinstance(size, int) for size in mapping.grid)

@@ -363,7 +363,7 @@ def test_two_processes_write_one_store_once(folder, tmp_path):
     other = start(folder, "bytes", at)
     assert "waiting for another process" in other.stdout.readline()
     source = open_source(config)
-    plan = tokenize.make_plan(config, source, ByteTokenizer())
+    plan = tokenize.make_store_plan(config, source, ByteTokenizer())
     mine = writing.StoreWriter(config, source, Place(at), plan, print, 5.0).run(ByteTokenizer())
     time.sleep(0.2)
     assert other.poll() is None
