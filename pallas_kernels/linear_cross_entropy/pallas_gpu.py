@@ -1,4 +1,4 @@
-"""Linear cross-entropy on Hopper (Pallas Mosaic GPU).
+"""Computes linear cross-entropy on Hopper (Pallas Mosaic GPU).
 
 One kernel computes tiles of the logits on the tensor cores, TMA and two consumer warpgroups as in a
 matrix product, and ends each tile either with its part of the row statistics or with the gradient
@@ -81,7 +81,7 @@ def backward_tile(inputs: Inputs, options: Options) -> TileSize:
 
 
 class KernelInputs(NamedTuple):
-  """What the kernel reads; arrays outside of it, references inside."""
+  """Holds what the kernel reads; arrays outside of it, references inside."""
 
   first_tile: Any  # [2]: row and entry at which the grid of tiles begins
   e_ND: Any
@@ -92,7 +92,7 @@ class KernelInputs(NamedTuple):
 
 
 class LogitTile(NamedTuple):
-  """The logits of one warpgroup: rows of the launch's outputs, entries of the vocabulary."""
+  """Holds one warpgroup's logits: rows of the launch's outputs, entries of the vocabulary."""
 
   x_RW: jax.Array
   hit_RW: jax.Array  # where an entry is the label of its row
@@ -101,7 +101,7 @@ class LogitTile(NamedTuple):
 
 
 class RunStatistics(NamedTuple):
-  """Statistics of the rows of a launch, for each tile of entries: [S, N]."""
+  """Holds statistics of the rows of a launch, for each tile of entries: [S, N]."""
 
   top: Any
   mass: Any
