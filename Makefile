@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
 BIN := $(VENV)/bin
-PINS := constraints/$(shell $(PYTHON) -c 'import sys; print("py312" if sys.version_info >= (3, 12) else "py311")').txt
+PINS := constraints/$(shell $(PYTHON) -c \
+  'import sys; print("py312" if sys.version_info >= (3, 12) else "py311")').txt
 
-.PHONY: help demo test test-slow test-gpu peers lint typecheck format newest lock install-locked audit clean
+.PHONY: help demo test test-slow test-gpu peers lint typecheck format newest lock install-locked
+.PHONY: audit clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/core  ## train, stop, resume, evaluate and sample a 1M-parameter model (about 3 minutes)
+demo: $(VENV)/core  ## train, stop, resume, evaluate and sample a 1M model (about 3 minutes)
 	$(BIN)/python experiments/demo.py
 
 test: $(VENV)/dev  ## quick tests
@@ -42,29 +44,33 @@ newest:  ## quick tests against the newest release of every dependency, in a new
 	.venv-newest/bin/pip install -q --upgrade --upgrade-strategy eager -e '.[dev]'
 	.venv-newest/bin/python -m pytest -n 2 -m "not slow and not gpu and not tpu" $(TESTS)
 
-lock: $(VENV)-lock/tools  ## constraints/*.lock.txt: the known-good versions with the hashes of their files
+lock: $(VENV)-lock/tools  ## constraints/*.lock.txt: the known-good versions with hashes of files
 	for python in 3.11 3.12; do \
 	  set=constraints/py$$(echo $$python | tr -d .); \
 	  $(VENV)-lock/bin/uv pip compile -q --generate-hashes --no-annotate --no-emit-index-url \
-	    --custom-compile-command "make lock" --python-version $$python --python-platform x86_64-manylinux_2_31 \
+	    --custom-compile-command "make lock" --python-version $$python \
+	    --python-platform x86_64-manylinux_2_31 \
 	    -c $$set.txt --extra dev pyproject.toml constraints/build.in -o $$set.lock.txt || exit 1; \
 	done
 
-install-locked: $(VENV)/bin/python  ## the development environment from files with the locked hashes only (Linux x86-64)
+install-locked: $(VENV)/bin/python  ## environment of locked files, by their hashes (Linux x86-64)
 	$(BIN)/pip install -q --require-hashes --no-deps -r $(PINS:.txt=.lock.txt)
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch $(VENV)/dev $(VENV)/core
 
-audit: $(VENV)-lock/tools  ## known vulnerabilities of the locked versions; needs an index that publishes them
+audit: $(VENV)-lock/tools  ## known vulnerabilities of the locked versions (needs an index)
 	$(VENV)-lock/bin/pip-audit --strict --no-deps --disable-pip -r $(PINS:.txt=.lock.txt)
 
 clean:  ## remove environments and caches
-	rm -rf .venv .venv-lock .venv-newest .venv-second .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-lock .venv-newest .venv-second *.egg-info
+	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache
 
 # Stamps: the environment is made once, and again when the dependencies change.
 $(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."'
-	$(PYTHON) -m venv $(VENV) || (echo "the venv module is missing: on Debian, apt install python3-venv"; exit 1)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  (echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1)
+	$(PYTHON) -m venv $(VENV) || \
+	  (echo "the venv module is missing: on Debian, apt install python3-venv"; exit 1)
 
 $(VENV)-lock/tools:
 	$(PYTHON) -m venv $(VENV)-lock

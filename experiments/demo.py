@@ -19,11 +19,13 @@ PROMPT = "class Parser:\n    def __init__(self, name):\n"
 
 
 def jaxlm(*arguments: str) -> subprocess.Popen:
+  """Prints a command and starts it."""
   print(f"\n$ jaxlm {shlex.join(arguments)}", flush=True)
   return subprocess.Popen([sys.executable, "-m", "jaxlm", *arguments])
 
 
 def finish(process: subprocess.Popen, *allowed: int) -> None:
+  """Waits for a command, and leaves with a message where its status is not 0 or an allowed one."""
   if process.wait() not in (0, *allowed):
     sys.exit(f"demo: that command ended with status {process.returncode}")
 
@@ -39,6 +41,7 @@ def interrupt_at(process: subprocess.Popen, folder: RunFolder, step: int) -> Non
 
 
 def main() -> None:
+  """Runs the demo in a new folder below runs/."""
   start = time.perf_counter()
   names = itertools.chain(["runs/demo"], (f"runs/demo-{count}" for count in itertools.count(2)))
   folder = RunFolder(next(path for path in map(Path, names) if not path.exists()))

@@ -1,3 +1,5 @@
+"""Runs the command line as `python -m jaxlm`."""
+
 import sys
 
 from jaxlm.cli import main

@@ -1,4 +1,4 @@
-"""Configurations as JSON and back: what config.json holds, and what is wrong with an edited one.
+"""Turns configurations into JSON and back, and says what is wrong with an edited config.json.
 
 A dataclass becomes an object of its fields, a tuple a list. Where a field may hold one of several
 dataclasses, the object says which by the key "kind".
@@ -94,7 +94,7 @@ def _dataclasses_in(hint: Any) -> dict[str, Any]:
 
 
 def _is_of(hint: Any, value: Any) -> bool:
-  """Whether a value read from JSON fits a field's type, of int, float, str, bool and Literal.
+  """Returns whether a value from JSON fits a field's type, of int, float, str, bool and Literal.
 
   Unions and tuples of these count too.
   """

@@ -1,4 +1,4 @@
-"""Whole configurations by name: each function returns one `TrainConfig`. Imports no jax."""
+"""Defines whole configurations by name: each function returns a `TrainConfig`. Imports no jax."""
 
 from jaxlm.config import (
   ComputeConfig,
@@ -13,7 +13,7 @@ from jaxlm.config import (
 
 
 def micro() -> TrainConfig:
-  """About 20 thousand parameters, for tests: more than 20 steps a second on 2 cores."""
+  """Configures about 20 thousand parameters, for tests: over 20 steps a second on 2 cores."""
   return TrainConfig(
     steps=50,
     batch=8,
@@ -27,7 +27,7 @@ def micro() -> TrainConfig:
 
 
 def tiny() -> TrainConfig:
-  """About 1M parameters on the sources of Python's standard library: the demo."""
+  """Configures about 1M parameters on the sources of Python's standard library: the demo."""
   return TrainConfig(
     steps=600,
     batch=8,
@@ -37,7 +37,7 @@ def tiny() -> TrainConfig:
 
 
 def small() -> TrainConfig:
-  """About 10M parameters on the sources of Python's standard library."""
+  """Configures about 10M parameters on the sources of Python's standard library."""
   return TrainConfig(
     steps=2000,
     batch=8,
@@ -61,45 +61,45 @@ def tuning(model: ModelConfig) -> TrainConfig:
 
 
 def llama_3_1_8b() -> TrainConfig:
-  """Llama 3.1 8B (Grattafiori et al. 2024, arXiv 2407.21783)."""
+  """Configures Llama 3.1 8B (Grattafiori et al. 2024, arXiv 2407.21783)."""
   rope = RopeConfig(theta=5e5, scaling="llama3", factor=8.0, original_length=8192)
   model = decoder(D=4096, F=14336, N=32, K=8, H=128, V=128256, layers=32, rope=rope)
   return tuning(revise(model, norm_eps=1e-5, max_length=131072))
 
 
 def qwen2_5_0_5b() -> TrainConfig:
-  """Qwen2.5 0.5B (Qwen Team 2024, arXiv 2412.15115)."""
+  """Configures Qwen2.5 0.5B (Qwen Team 2024, arXiv 2412.15115)."""
   model = revise(_QWEN2_5, D=896, F=4864, N=14, K=2, H=64, layers=24, tied=True, max_length=32768)
   return tuning(model)
 
 
 def qwen2_5_1_5b() -> TrainConfig:
-  """Qwen2.5 1.5B (Qwen Team 2024, arXiv 2412.15115)."""
+  """Configures Qwen2.5 1.5B (Qwen Team 2024, arXiv 2412.15115)."""
   return tuning(revise(_QWEN2_5, D=1536, F=8960, N=12, K=2, H=128, layers=28, tied=True))
 
 
 def qwen2_5_7b() -> TrainConfig:
-  """Qwen2.5 7B (Qwen Team 2024, arXiv 2412.15115)."""
+  """Configures Qwen2.5 7B (Qwen Team 2024, arXiv 2412.15115)."""
   return tuning(revise(_QWEN2_5, D=3584, F=18944, N=28, K=4, H=128, V=152064, layers=28))
 
 
 def qwen3_0_6b() -> TrainConfig:
-  """Qwen3 0.6B (Qwen Team 2025, arXiv 2505.09388)."""
+  """Configures Qwen3 0.6B (Qwen Team 2025, arXiv 2505.09388)."""
   return tuning(revise(_QWEN3, D=1024, F=3072, N=16, layers=28, tied=True))
 
 
 def qwen3_8b() -> TrainConfig:
-  """Qwen3 8B (Qwen Team 2025, arXiv 2505.09388)."""
+  """Configures Qwen3 8B (Qwen Team 2025, arXiv 2505.09388)."""
   return tuning(revise(_QWEN3, D=4096, F=12288, N=32, layers=36))
 
 
 def gemma_2_2b() -> TrainConfig:
-  """Gemma 2 2B (Gemma Team 2024, arXiv 2408.00118)."""
+  """Configures Gemma 2 2B (Gemma Team 2024, arXiv 2408.00118)."""
   return tuning(revise(_GEMMA_2, D=2304, F=9216, N=8, K=4, layers=26))
 
 
 def gemma_2_9b() -> TrainConfig:
-  """Gemma 2 9B (Gemma Team 2024, arXiv 2408.00118)."""
+  """Configures Gemma 2 9B (Gemma Team 2024, arXiv 2408.00118)."""
   return tuning(revise(_GEMMA_2, D=3584, F=14336, N=16, K=8, layers=42))
 
 

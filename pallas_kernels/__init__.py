@@ -1,1 +1,4 @@
-"""Kernels, one folder per operation; the root imports nothing, so no name is module and function."""
+"""Holds kernels, one folder per operation.
+
+The root imports nothing, so that no name is both a module and a function.
+"""

@@ -1,4 +1,4 @@
-"""Meshes, sharding rules and chip facts."""
+"""Holds meshes, sharding rules, chip facts and pipeline schedules."""
 
 from sharding.mesh import MeshConfig, make_mesh
 

@@ -1,4 +1,4 @@
-"""Batches across processes: which rows a process builds, and how they become one global array."""
+"""Says which rows of a batch a process builds, and joins them into one global array."""
 
 from __future__ import annotations
 

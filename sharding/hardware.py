@@ -1,4 +1,4 @@
-"""What accelerators can do at most: the chip table of `pallas_kernels.common.chips`."""
+"""Lists what accelerators can do at most: the chip table of `pallas_kernels.common.chips`."""
 
 from pallas_kernels.common.chips import CHIPS, Chip, find_chip
 

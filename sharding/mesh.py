@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """How many devices each kind of parallelism gets; -1 on one axis takes all that are left."""
+  """Says how many devices each kind of parallelism gets; -1 on one axis takes all that are left."""
 
   data: int = -1
   """replicas of the model: splits the batch, all-reduces gradients once per step"""

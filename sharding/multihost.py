@@ -1,4 +1,4 @@
-"""Several processes, one run: joins them, and does on the main process what happens once."""
+"""Joins several processes to one run, and does on the main process what happens once."""
 
 from __future__ import annotations
 

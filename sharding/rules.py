@@ -1,7 +1,8 @@
-"""Logical axis names in, mesh axes out: the only file of the model stack that knows the mesh axes.
+"""Maps logical axis names to mesh axes: the only file of the model stack that knows the mesh axes.
 
-Models name the axes of their arrays (`batch`, `embed`, `mlp`, ...); `RULES` says which mesh axes split each of them.
-All functions use the mesh set by `jax.set_mesh`, and without one leave arrays as they are.
+Models name the axes of their arrays (`batch`, `embed`, `mlp`, ...); `RULES` says which mesh axes
+split each of them. All functions use the mesh set by `jax.set_mesh`, and without one leave arrays
+as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _LENGTH_NAMES = ("length", "norm_length")
 
 @dataclasses.dataclass(frozen=True)
 class LogicalRules:
-  """A table from logical axis names to the mesh axes that split them."""
+  """Maps logical axis names to the mesh axes that split them."""
 
   axes: Mapping[str, tuple[str, ...]]
 
@@ -91,17 +92,17 @@ _GRADIENT_AXES = ("data", "fsdp", "expert", "context_ring", "context_ulysses", "
 
 
 def mesh_shape() -> Mapping[str, int]:
-  """Axis name -> size of the current mesh; empty without one."""
+  """Returns axis name -> size of the current mesh; empty without one."""
   return jax.sharding.get_abstract_mesh().shape
 
 
 def is_sharded() -> bool:
-  """Whether the current mesh has more than one device."""
+  """Returns whether the current mesh has more than one device."""
   return math.prod(mesh_shape().values()) > 1
 
 
 def spec(shape: tuple[int, ...], *names: str | None) -> P:
-  """The PartitionSpec that `RULES` gives an array of this shape on the current mesh."""
+  """Returns the PartitionSpec that `RULES` gives an array of this shape on the current mesh."""
   return RULES.spec(names, shape, mesh_shape())
 
 
@@ -111,7 +112,7 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def out_sharding(shape: tuple[int, ...], *names: str | None) -> P | None:
-  """For the `out_sharding=` of a contraction: the spec of its result, or None without a mesh."""
+  """Returns the spec of a contraction's result, for its `out_sharding`; None without a mesh."""
   return spec(shape, *names) if is_sharded() else None
 
 
@@ -121,15 +122,16 @@ def split_count(name: str) -> int:
 
 
 def axes_in(partitions: P) -> set[str]:
-  """The mesh axes that a spec names."""
+  """Returns the mesh axes that a spec names."""
   return set(jax.tree.leaves(tuple(partitions)))
 
 
 def defer_reduction(params: Any) -> Any:
-  """Types every parameter so that its gradient stays an unsummed share per device until `reduce_gradients`.
+  """Types parameters so that devices keep unsummed shares of gradients until `reduce_gradients`.
 
-  The values stay where they are. Called once per step, outside the loops over micro-batches and layers, so that each
-  gradient crosses the `data` axis once (JAX documentation, "Explicit sharding", reduced and unreduced).
+  The values stay where they are. It is called once per step, outside the loops over micro-batches
+  and layers, so that each gradient crosses the `data` axis once (JAX documentation, "Explicit
+  sharding", reduced and unreduced).
   """
   if not is_sharded():
     return params
@@ -143,7 +145,7 @@ def defer_reduction(params: Any) -> Any:
 
 
 def all_gather(x: jax.Array, *names: str | None) -> jax.Array:
-  """All-gathers over the mesh axes that `names` no longer has; the gradient returns by reduce-scatter.
+  """All-gathers over mesh axes that `names` no longer has; the gradient comes by reduce-scatter.
 
   The result is typed `reduced` over them: only contractions may use it.
   """
@@ -158,23 +160,24 @@ def all_gather(x: jax.Array, *names: str | None) -> jax.Array:
 def all_gather_weight(w: jax.Array, names: Names, dtype: Any, reduce_dtype: Any) -> jax.Array:
   """Casts a weight to `dtype` and all-gathers it over the mesh axes that `names` no longer has.
 
-  Its gradient is summed over these axes in `reduce_dtype`, whatever `dtype` is (reduce-scatter), and
-  comes back in the weight's own type. The result is typed `reduced`: only contractions may use it.
+  Its gradient is summed over these axes in `reduce_dtype`, whatever `dtype` is (reduce-scatter),
+  and comes back in the weight's own type. The result is typed `reduced`: only contractions may use
+  it.
   """
   if not is_sharded():
     return w.astype(dtype)
   now = jax.typeof(w).sharding.spec
 
   @jax.custom_vjp
-  def gather(w: jax.Array) -> jax.Array:
+  def cast_and_gather(w: jax.Array) -> jax.Array:
     return all_gather(w.astype(dtype), *names)
 
   def scatter(_: None, gradient: jax.Array) -> tuple[jax.Array]:
     own = P(*now.partitions, unreduced=now.reduced)
     return (jax.reshard(gradient.astype(reduce_dtype), own).astype(w.dtype),)
 
-  gather.defvjp(lambda w: (gather(w), None), scatter)
-  return gather(w)
+  cast_and_gather.defvjp(lambda w: (cast_and_gather(w), None), scatter)
+  return cast_and_gather(w)
 
 
 def reduce_gradients(grads: Any, params: Any) -> Any:

@@ -1,1 +1,1 @@
-"""What is on disk of a run's state, written atomically and verified before it is believed."""
+"""Writes a run's state to disk atomically, and verifies it before it is believed."""

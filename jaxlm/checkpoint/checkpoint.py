@@ -38,7 +38,7 @@ _ITEMS = (*TrainState._fields, "data")
 
 
 class Checkpoints:
-  """The checkpoints of one run: `save` returns at once, `wait` and `close` wait for the writing.
+  """Saves the checkpoints of one run in the background; `wait` and `close` wait for the writing.
 
   A context manager that closes, except on KeyboardInterrupt, which is to leave at once. A save that
   fails is logged, what it left is removed, and `saved` stays behind; the next one tries anew.

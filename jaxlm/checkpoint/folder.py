@@ -83,7 +83,7 @@ def set_aside(folder: Path) -> list[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-  """Removes what a killed process or a failed save left.
+  """Removes what a killed process or a failed save left behind.
 
   Only for the process that writes to the run, while it is not writing.
   """

@@ -29,7 +29,7 @@ _THREADS = 4
 
 
 class NewerFormat(UserError):
-  """Says that a later version of this project wrote a manifest."""
+  """Raised for a manifest that a later version of this project wrote."""
 
 
 def write_manifest(folder: Path) -> None:
@@ -77,13 +77,13 @@ def verify(folder: Path) -> list[str]:
   if faults:
     return faults
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    found = {
+    faults_of = {
       name: pool.map(
         functools.partial(_piece_fault, paths[name]), _pieces(files[name][0]), files[name][1]
       )
       for name in common
     }
-    return [f"{name}: {fault}" for name in common for fault in found[name] if fault]
+    return [f"{name}: {fault}" for name in common for fault in faults_of[name] if fault]
 
 
 def refuse_newer(folder: Path) -> None:
@@ -99,7 +99,7 @@ def refuse_newer(folder: Path) -> None:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-  """Relative name -> path of every file below `folder` except the manifest itself."""
+  """Returns relative name -> path of every file below `folder` except the manifest itself."""
   paths = {
     path.relative_to(folder).as_posix(): path
     for path in sorted(folder.rglob("*"))
@@ -109,12 +109,12 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _pieces(size: int) -> range:
-  """Where the pieces of a file begin."""
+  """Returns where the pieces of a file begin."""
   return range(0, size, PIECE)
 
 
 def _checksum(path: Path, start: int) -> str:
-  """CRC-32 of the piece from `start` on, as 8 hexadecimal digits."""
+  """Returns the CRC-32 of the piece from `start` on, as 8 hexadecimal digits."""
   checksum, left, buffer = 0, PIECE, memoryview(bytearray(_BUFFER))
   with open(path, "rb", buffering=0) as file:
     file.seek(start)
@@ -138,12 +138,12 @@ def _piece_fault(path: Path, start: int, want: str) -> str | None:
 
 
 def _digest_of(files: dict[str, Any]) -> str:
-  """The manifest guards its own entries, so that its decay is not blamed on the files it lists."""
+  """Digests the manifest's own entries, so that its decay is not blamed on the files it lists."""
   return hashlib.blake2b(json.dumps(files, sort_keys=True).encode(), digest_size=32).hexdigest()
 
 
 def _read(folder: Path) -> dict[str, Any]:
-  """The manifest's entries; ValueError when it is damaged or of a newer format."""
+  """Returns the manifest's entries; raises ValueError when it is damaged or of a newer format."""
   try:
     manifest = json.loads((folder / NAME).read_bytes())
   except (ValueError, RecursionError) as error:

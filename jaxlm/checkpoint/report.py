@@ -18,7 +18,7 @@ from jaxlm.config import TrainConfig
 from jaxlm.config_json import flatten, to_dict
 
 
-def verify(folder: Path) -> int:
+def print_soundness(folder: Path) -> int:
   """Prints a line for each checkpoint of a folder; returns 0 where all are sound, else 1.
 
   Reads every byte, and needs no jax.

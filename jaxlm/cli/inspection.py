@@ -1,4 +1,4 @@
-"""Commands that look: `jaxlm eval`, `plot`, `replay`, `checkpoint` and `kernels`."""
+"""Defines the commands that look: `jaxlm eval`, `plot`, `replay`, `checkpoint` and `kernels`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pallas_kernels.common.errors import UserError
 
 
 def evaluate(run: tyro.conf.Positional[Path], batches: int | None = None) -> int:
-  """Loss of a run's newest weights on held-out text, beside a byte model's and zlib's.
+  """Compute the loss of a run's newest weights on held-out text, beside a byte model's and zlib's.
 
   Args:
     run: folder of the run
@@ -74,13 +74,13 @@ def checkpoint(
       steps, sizes, configuration and arrays
     run: folder of the run
   """
-  from jaxlm.checkpoint.report import show, verify
+  from jaxlm.checkpoint.report import print_soundness, show
   from jaxlm.run.run_folder import RunFolder
 
   folder = RunFolder(run)
   config = folder.read_config()
   if action == "verify":
-    return verify(folder.checkpoints)
+    return print_soundness(folder.checkpoints)
   return show(folder.checkpoints, config)
 
 

@@ -1,4 +1,4 @@
-"""Presets by name: functions of `jaxlm.presets`, and functions of the user's own."""
+"""Finds presets by name: functions of `jaxlm.presets`, and functions of the user's own."""
 
 from __future__ import annotations
 

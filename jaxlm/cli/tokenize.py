@@ -1,4 +1,4 @@
-"""`jaxlm tokenize`: any source into a token store."""
+"""Defines `jaxlm tokenize`, which turns any source into a token store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that train: `jaxlm train` and `jaxlm resume`."""
+"""Defines the commands that train: `jaxlm train` and `jaxlm resume`."""
 
 from __future__ import annotations
 

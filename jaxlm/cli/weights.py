@@ -1,4 +1,4 @@
-"""Commands that use weights: `jaxlm sample` and `jaxlm convert`."""
+"""Defines the commands that use weights: `jaxlm sample` and `jaxlm convert`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses and their checks, nothing else.
+"""Configures a run: frozen dataclasses and their checks, nothing else.
 
 `TrainConfig` is the root and nests the others. Every field is a flag by its path
 (`--model.layers 3`), the text under it is its help, and every error names the field, its value and

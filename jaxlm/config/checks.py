@@ -1,4 +1,4 @@
-"""Checks of configuration fields. Every error names the field, its value and the rule."""
+"""Checks configuration fields. Every error names the field, its value and the rule."""
 
 from __future__ import annotations
 

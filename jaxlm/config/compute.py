@@ -1,4 +1,4 @@
-"""How a model is computed: nothing here changes what its weights mean."""
+"""Configures how a model is computed; nothing here changes what its weights mean."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-  """How a model is computed. Weights keep their own type; nothing here is saved with them."""
+  """Configures how a model is computed. Weights keep their own type; none of this is in them."""
 
   dtype: Literal["float32", "bfloat16"] = "float32"
   """compute type; norms, softmax, logits and losses are computed in float32 whatever it is"""

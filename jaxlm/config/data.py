@@ -10,7 +10,7 @@ from jaxlm.config.checks import check, check_finite
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """Where text comes from and how it becomes rows of tokens."""
+  """Configures where text comes from and how it becomes rows of tokens."""
 
   source: str = "stdlib"
   """A file or folder (.txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet), hf:owner/dataset, stdlib

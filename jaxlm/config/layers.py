@@ -1,4 +1,4 @@
-"""Model configurations from fewer words: layers that are alike, and layers that come as a list."""
+"""Makes model configurations from fewer words: of layers that are alike, or that come as a list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is: sizes, and its layers as data. How it is computed is in `jaxlm.config.compute`.
+"""Configures a model: its sizes, and its layers as data; `jaxlm.config.compute` says how it runs.
 
 The layers of a model are a prefix, a pattern that repeats, and a remainder. Each layer is one
 `LayerSpec`, whose mixer and feed-forward are chosen independently, each by its own configuration.
@@ -16,7 +16,7 @@ from jaxlm.config.rope import RopeConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-  """Causal grouped-query self-attention (`jaxlm.models.mixers.attention`)."""
+  """Configures causal grouped-query self-attention (`jaxlm.models.mixers.attention`)."""
 
   N: int = 4
   """query heads"""
@@ -52,7 +52,7 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MlpConfig:
-  """Gated feed-forward (`jaxlm.models.feedforward.mlp`)."""
+  """Configures a gated feed-forward (`jaxlm.models.feedforward.mlp`)."""
 
   F: int = 352
   """width of the gated activations"""
@@ -67,7 +67,7 @@ class MlpConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-  """One layer: a mixer, which exchanges between positions, and a feed-forward, which does not."""
+  """Pairs a mixer, which exchanges between positions, with a feed-forward, which does not."""
 
   mixer: AttentionConfig = AttentionConfig()
   feedforward: MlpConfig = MlpConfig()
@@ -79,7 +79,7 @@ Stack = tuple[tuple[LayerSpec, ...], int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """A decoder: embedding, layers, norm, head. It says what the weights mean, and goes with them."""
+  """Configures a decoder: embedding, layers, norm and head. It goes with the weights."""
 
   D: int = 128
   """width of the residual stream"""
@@ -125,14 +125,14 @@ class ModelConfig:
 
   @property
   def stacks(self) -> tuple[Stack, ...]:
-    """The layers in order as stacks: equal neighbours of prefix and remainder are one stack."""
+    """Returns the layers in order as stacks; equal neighbours of prefix and remainder are one."""
     repeats = (self.layers - len(self.prefix) - len(self.remainder)) // len(self.pattern)
     pattern = ((self.pattern, repeats),) if repeats else ()
     return _runs(self.prefix) + pattern + _runs(self.remainder)
 
   @property
   def layer_specs(self) -> tuple[LayerSpec, ...]:
-    """The spec of every layer, in order."""
+    """Returns the spec of every layer, in order."""
     return tuple(spec for specs, repeats in self.stacks for spec in specs * repeats)
 
 

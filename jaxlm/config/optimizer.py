@@ -1,4 +1,4 @@
-"""Update rule, learning-rate schedule and clipping."""
+"""Configures the update rule, the learning-rate schedule and clipping."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxlm.config.checks import check, check_finite
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """Update rule, learning-rate schedule, clipping."""
+  """Configures the update rule, the learning-rate schedule and clipping."""
 
   name: Literal["adamw", "muon", "adafactor"] = "adamw"
   """adamw; muon (orthogonalised momentum for matrices of the blocks, else adamw); adafactor"""

@@ -1,4 +1,4 @@
-"""Rotary position embedding and its context extensions."""
+"""Configures the rotary position embedding and its context extensions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxlm.config.checks import check, check_finite
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-  """Rotary position embedding and its context extensions (frequencies: `jaxlm.models.rope`)."""
+  """Configures rotary position embedding and its extensions (frequencies: `jaxlm.models.rope`)."""
 
   theta: float = 10_000.0
   """base of the frequencies theta^(-2j/H)"""

@@ -1,4 +1,4 @@
-"""A whole run: the root that nests the other configurations."""
+"""Configures a whole run: the root that nests the other configurations."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TrainConfig:
   nonfinite: Literal["stop", "skip"] = "stop"
   """a loss or gradient that is not finite: stop and keep the batch, or leave out that update"""
   spike: Literal["report", "skip", "stop"] = "report"
-  """a loss that jumps above the last 64: say so, leave out its update, or stop, keeping the batch"""
+  """a loss that jumps above the last 64: print it, leave out the update, or stop, keep the batch"""
   spike_size: float = 10.0
   """a jump: median + this many median absolute deviations (of at least 1 % of the median)"""
   log_every: int = 10
@@ -59,7 +59,7 @@ class TrainConfig:
   z_loss: float = 0.0
   """times the mean squared log of the softmax normaliser"""
   loss_implementation: Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"] = "auto"
-  """of `pallas_kernels.linear_cross_entropy`; auto: by chip and vocabulary; reference: all logits"""
+  """of `pallas_kernels.linear_cross_entropy`; auto: by chip, vocabulary; reference: all logits"""
   ema: float = 0.0
   """decay of an exponential moving average of the weights; 0: none"""
   trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -90,7 +90,7 @@ class TrainConfig:
 
   @property
   def stop_seconds(self) -> float:
-    """`stop_after` in seconds; infinite where it is empty."""
+    """Returns `stop_after` in seconds; infinite where it is empty."""
     if not self.stop_after:
       return math.inf
     number, unit = self.stop_after[:-1], self.stop_after[-1]

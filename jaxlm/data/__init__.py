@@ -1,1 +1,1 @@
-"""Text in, batches of tokens out."""
+"""Turns text into batches of tokens."""

@@ -1,4 +1,4 @@
-"""One-dimensional arrays of a token store: appended to shard by shard, read span by span.
+"""Appends to the arrays of a token store shard by shard, and reads them span by span.
 
 They are zarr3 arrays of tensorstore. A shard is one file, or one entry in memory, and is written at
 once; the chunks in it are what a reader fetches, each with a checksum (CRC-32C), so that a damaged
@@ -30,7 +30,7 @@ _CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "c
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where a store is: a local folder, or the memory of this process."""
+  """Says where a store is: in a local folder, or in the memory of this process."""
 
   folder: Path | None = None
   cache: int = dataclasses.field(default=0, compare=False)
@@ -40,6 +40,7 @@ class Place:
     return "memory" if self.folder is None else str(self.folder)
 
   def spec(self, prefix: str = "") -> dict[str, Any]:
+    """Returns tensorstore's description of the place below `prefix`."""
     if self.folder is None:
       return {"driver": "memory", "path": prefix}
     path = str(self.folder.resolve())
@@ -49,12 +50,12 @@ class Place:
 
   @functools.cached_property
   def context(self) -> ts.Context:
-    """The cache of the store, and its memory where it is held there."""
+    """Returns the cache of the store, with its memory where it is held there."""
     return ts.Context({"cache_pool": {"total_bytes_limit": self.cache}, "file_io_sync": SYNC})
 
   @functools.cached_property
   def files(self) -> ts.KvStore:
-    """The files of the store by name; a write replaces a file in one step and is then on disk."""
+    """Returns the files by name; a write replaces a file in one step and is then on disk."""
     return ts.KvStore.open(self.spec(), context=self.context).result()
 
   def read(self, name: str) -> bytes | None:
@@ -63,6 +64,7 @@ class Place:
     return result.value if result.state == "value" else None
 
   def open_array(self, name: str, metadata: dict | None = None, **options: Any) -> ts.TensorStore:
+    """Opens an array of the store."""
     spec = {
       "driver": "zarr3",
       **({"metadata": metadata} if metadata else {}),
@@ -131,6 +133,7 @@ class ArrayWriter:
       self.digest.update(read_spans(self.array, [block], [self.size - block])[0])
 
   def append(self, values: np.ndarray) -> None:
+    """Appends values; writes each shard that they fill."""
     self.digest.update(values)
     while len(values):
       start = self.size % len(self.buffer)
@@ -171,6 +174,7 @@ class ChainDigest:
     self.filled = 0
 
   def update(self, values: np.ndarray) -> None:
+    """Adds values to what is digested."""
     while len(values):
       part = values[: DIGEST_BLOCK - self.filled]
       self.block[self.filled : self.filled + len(part)] = part
@@ -180,6 +184,7 @@ class ChainDigest:
         self.chain, self.filled = self.hexdigest(), 0
 
   def hexdigest(self) -> str:
+    """Returns the digest of all values so far."""
     link = hashlib.sha256(bytes.fromhex(self.chain))
     link.update(self.block[: self.filled].data)
     return link.hexdigest()

@@ -17,7 +17,7 @@ from jaxlm.config import DataConfig
 from jaxlm.data.arrays import Place
 from jaxlm.data.corpus import digest, open_source
 from jaxlm.data.store import FINISHED, TokenStore, is_store
-from jaxlm.data.tokenize import fixed_tokenizer, make_plan, tokenize, tokenize_in_memory
+from jaxlm.data.tokenize import fixed_tokenizer, make_store_plan, tokenize, tokenize_in_memory
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.writing import Report, TextTooLarge
 from pallas_kernels.common.errors import UserError
@@ -48,11 +48,11 @@ def open_text(
     except TextTooLarge:  # it was compressed
       pass
   if config.tokenizer.startswith("bpe:"):
-    folder = _cache_folder(config, make_plan(config, source, None))
+    folder = _cache_folder(config, make_store_plan(config, source, None))
     if tokenizer is None or _has_tokenizer(folder, tokenizer):
       return tokenize(config, folder, source=source, report=report)
   tokenizer = tokenizer or fixed_tokenizer(config)
-  folder = _cache_folder(config, make_plan(config, source, tokenizer))
+  folder = _cache_folder(config, make_store_plan(config, source, tokenizer))
   return tokenize(config, folder, tokenizer, source=source, report=report)
 
 

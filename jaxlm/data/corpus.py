@@ -26,21 +26,23 @@ PLATFORM = ("config-", "_sysconfigdata")  # differ from one build of Python to t
 
 
 class Source(Protocol):
+  """Gives the pieces of a text's documents, in an order that does not change."""
+
   @property
   def identity(self) -> str:
-    """Digest that changes when the source does: names, sizes and times of files, or a revision."""
+    """Returns a digest of names, sizes and times of files, or of a revision."""
 
   @property
   def notes(self) -> tuple[str, ...]:
-    """What the log says about the source."""
+    """Returns what the log says about the source."""
 
   @property
   def expected_size(self) -> int | None:
-    """Bytes of text that the source seems to hold, where that is known without reading it."""
+    """Returns the bytes of text, where they are known without reading it."""
 
   @property
   def single_size(self) -> int | None:
-    """Bytes of the document, where the source is sure to hold only one."""
+    """Returns the bytes of the document, where the source is sure to hold only one."""
 
   def progress(self, position: Position) -> str:
     """Returns how much of the source lies before the position, as far as that is known."""
@@ -81,7 +83,7 @@ def open_source(config: DataConfig) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class FileSource:
-  """Files of a folder, in the order of their names."""
+  """Reads files of a folder, in the order of their names."""
 
   root: Path
   names: tuple[str, ...]
@@ -91,6 +93,7 @@ class FileSource:
 
   @property
   def identity(self) -> str:
+    """Returns a digest of the names, sizes and times of the files."""
     root = self.root.resolve()
     stats = [(name, (root / name).stat()) for name in self.names]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
@@ -98,20 +101,24 @@ class FileSource:
 
   @property
   def expected_size(self) -> int | None:
+    """Returns the bytes of all files, some of which may be compressed."""
     return sum((self.root / name).stat().st_size for name in self.names)
 
   @property
   def single_size(self) -> int | None:
+    """Returns the bytes of the only file, where it is plain text."""
     if len(self.names) == 1 and self.names[0].lower().endswith(TEXT):
       return self.expected_size
     return None
 
   def progress(self, position: Position) -> str:
+    """Returns the share of a single text, or the number of the file."""
     if size := self.single_size:
       return f"{position.size / size:.0%}"
     return f"file {min(position.file + 1, len(self.names))} of {len(self.names)}"
 
   def pieces(self, reader: Reader) -> Iterator[Piece]:
+    """Yields the rest of the files, one after another."""
     while reader.position.file < len(self.names) and not reader.position.full:
       name = self.names[reader.position.file]
       if self.skip_invalid:
@@ -164,7 +171,7 @@ def _stdlib() -> FileSource:
 
 @dataclasses.dataclass(frozen=True)
 class HubSource:
-  """A split of a dataset on the Hub at one revision, streamed."""
+  """Streams a split of a dataset on the Hub at one revision."""
 
   name: str
   split: str
@@ -176,16 +183,20 @@ class HubSource:
 
   @property
   def identity(self) -> str:
+    """Returns a digest of the name, the split and the revision."""
     return digest(["hub", self.name, self.split, self.revision])
 
   @property
   def notes(self) -> tuple[str, ...]:
+    """Returns the revision."""
     return (f"revision {self.revision}",)
 
   def progress(self, position: Position) -> str:
+    """Returns the number of the record."""
     return f"record {position.record}"
 
   def pieces(self, reader: Reader) -> Iterator[Piece]:
+    """Yields the rest of the records, skipping those before the position."""
     if reader.position.full:
       return
     source = f"hf:{self.name}:{self.split}"

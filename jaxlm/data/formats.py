@@ -30,7 +30,7 @@ CONTEXT = (
 
 
 class Position(NamedTuple):
-  """How far a source has been read, and what was met on the way."""
+  """Records how far a source has been read, and what was met on the way."""
 
   file: int = 0
   """Index of the file in the source's list."""
@@ -53,7 +53,7 @@ class Position(NamedTuple):
 
 
 class Piece(NamedTuple):
-  """A part of a document's text."""
+  """Holds a part of a document's text."""
 
   document: str
   """Name of the document."""
@@ -107,7 +107,7 @@ class Reader:
 
     `before` is the end of what precedes the blocks in the document.
     """
-    for raw, last in cut(blocks, PIECE):
+    for raw, last in cut_pieces(blocks, PIECE):
       start, size = self.position.offset, self.position.size
       limit = len(raw) if self.config.max_bytes is None else self.config.max_bytes - size
       full = len(raw) > limit
@@ -166,6 +166,7 @@ class Reader:
     yield from self.document(name, before, [raw[offset:]], where)
 
   def json_lines(self, path: Path, name: str) -> Iterator[Piece]:
+    """Yields the rest of a file that holds one object per line."""
     for index, line in enumerate(_lines(path)):
       if index < self.position.record:
         continue
@@ -187,6 +188,7 @@ class Reader:
         return
 
   def parquet(self, path: Path, name: str) -> Iterator[Piece]:
+    """Yields the rest of a parquet file, of which one row group at a time is read."""
     purpose = f"{path}: reading .parquet"
     arrow = import_extra("pyarrow", "data", purpose)
     parquet = import_extra("pyarrow.parquet", "data", purpose)
@@ -217,7 +219,7 @@ class Reader:
       raise UserError(f"{path}: damaged parquet: {error}") from error
 
 
-def cut(blocks: Iterable[bytes], size: int) -> Iterator[tuple[bytes, bool]]:
+def cut_pieces(blocks: Iterable[bytes], size: int) -> Iterator[tuple[bytes, bool]]:
   """Yields the joined blocks as pieces of at most `size` bytes, at least one; True with the last.
 
   A piece ends before a line break that follows a letter or digit of ASCII, over which no usual

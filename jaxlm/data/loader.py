@@ -30,7 +30,7 @@ __all__ = ["Batch", "TextData", "heldout_batches", "load_text", "train_loader"]
 
 @dataclasses.dataclass(frozen=True)
 class TextData:
-  """The rows of both sides of a text, and what identifies them."""
+  """Holds the rows of both sides of a text, and what identifies them."""
 
   config: DataConfig
   tokenizer: Tokenizer
@@ -42,12 +42,12 @@ class TextData:
 
   @property
   def digests(self) -> dict[str, str]:
-    """Side -> digest of its tokens and of the borders of its documents."""
+    """Returns side -> digest of its tokens and of the borders of its documents."""
     return self.store.digests
 
   @property
   def heldout_tokens_per_byte(self) -> float:
-    """Targets per UTF-8 byte of the held-out text; the ends of documents are targets too."""
+    """Returns the targets per UTF-8 byte of the held-out text, ends of documents included."""
     heldout = self.store.heldout
     return (heldout.tokens.shape[0] - 1) / heldout.size
 
@@ -90,7 +90,7 @@ def _rows(config: DataConfig, side: StoredSide, *, keep_last: bool) -> Rows:
 
 @dataclasses.dataclass(frozen=True)
 class _TrainBatches:
-  """Batch i holds rows i * batch, i * batch + 1, ... of an endless order; builds a slice of it."""
+  """Builds slices of batches; batch i holds the i-th `batch` rows of an endless order."""
 
   source: Rows
   order: grain.MapDataset
@@ -103,7 +103,7 @@ class _TrainBatches:
   def __getitem__(self, index: int) -> Batch:
     first = index * self.batch
     rows_B = first + np.arange(self.batch)[self.rows]
-    return self.source.take(np.array([self.order[row] for row in rows_B]))
+    return self.source.build(np.array([self.order[row] for row in rows_B]))
 
 
 def train_loader(
@@ -141,4 +141,4 @@ def heldout_batches(
   if limit is not None and limit < count:
     order = np.arange(limit * batch) * total // (limit * batch)
   for index_B in order.reshape(-1, batch):
-    yield text.heldout.take(index_B[rows])
+    yield text.heldout.build(index_B[rows])

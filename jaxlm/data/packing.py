@@ -30,7 +30,7 @@ from jaxlm.data.arrays import read_spans
 
 
 class Batch(NamedTuple):
-  """Rows of numpy arrays, and of jax arrays once they are on the devices."""
+  """Holds rows of numpy arrays, or of jax arrays once they are on the devices."""
 
   inputs_BT: Any
   """int32"""
@@ -46,9 +46,11 @@ class Batch(NamedTuple):
 
 
 class Rows(Protocol):
+  """Builds batches of rows of a text; rows are named by their index."""
+
   def __len__(self) -> int: ...
 
-  def take(self, index_B: np.ndarray) -> Batch:
+  def build(self, index_B: np.ndarray) -> Batch:
     """Builds these rows; an index past the end gives a row of padding (all weights 0)."""
 
 
@@ -66,7 +68,7 @@ def join(
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-  """Row r predicts tokens r * length + 1 to (r + 1) * length of the first `size` of a stream."""
+  """Predicts tokens r * length + 1 to (r + 1) * length of the first `size` of a stream in row r."""
 
   tokens_S: ts.TensorStore
   size: int
@@ -75,7 +77,8 @@ class Windows:
   def __len__(self) -> int:
     return -(-(self.size - 1) // self.length)
 
-  def take(self, index_B: np.ndarray) -> Batch:
+  def build(self, index_B: np.ndarray) -> Batch:
+    """Builds these rows, each from its span of the stream."""
     starts_B = np.asarray(index_B, np.int64) * self.length
     sizes_B = np.clip(self.size - starts_B, 0, self.length + 1)
     row_BX = np.zeros((len(starts_B), self.length + 1), np.int32)  # X = T + 1
@@ -102,7 +105,7 @@ def _as_store(tokens_S: np.ndarray | ts.TensorStore) -> ts.TensorStore:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-  """Rows of whole documents: the full rows of long ones, then rows where rests stand together.
+  """Packs whole documents into rows: full rows of long ones, then rows where rests stand together.
 
   Row r below F, the last of `full_D`, is one of the full rows of the document d for which r lies
   between full_D[d - 1] and full_D[d]. Row F + r holds the rests rows_R[r] to rows_R[r + 1], each
@@ -120,7 +123,8 @@ class Packed:
   def __len__(self) -> int:
     return int(self.full_D[-1]) + len(self.rows_R) - 1
 
-  def take(self, index_B: np.ndarray) -> Batch:
+  def build(self, index_B: np.ndarray) -> Batch:
+    """Builds these rows, with the segment and position of each target."""
     shape = (len(index_B), self.length)
     inputs_BT = np.zeros(shape, np.int32)
     targets_BT = np.zeros(shape, np.int32)

@@ -19,7 +19,7 @@ SIDES: tuple[Side, Side] = ("train", "heldout")
 
 
 class Split(NamedTuple):
-  """A rule that gives every document, or both parts of a single one, its side."""
+  """Gives every document, or both parts of a single one, its side."""
 
   border: float
   """Documents whose place is at most this are held out."""
@@ -30,7 +30,7 @@ class Split(NamedTuple):
 
 
 class Places(NamedTuple):
-  """What a split has to know of all documents: the extreme places among them."""
+  """Holds what a split has to know of all documents: the extreme places among them."""
 
   lowest: float = 1.0
   highest: float = -1.0

@@ -1,4 +1,4 @@
-"""A token store: the tokens of a corpus on both sides of its split, with what identifies them.
+"""Stores the tokens of a corpus on both sides of its split, with what identifies them.
 
 token_store.json           counts, digests, tokenizer, split; without it a store is unfinished
 token_store_progress.json  where to go on, while the store is written
@@ -35,7 +35,7 @@ BORDERS_SHARD = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class StoredSide:
-  """One side of the split; arrays are read by `jaxlm.data.arrays.read_spans` and `read_blocks`."""
+  """Describes one side of the split; `jaxlm.data.arrays` reads its arrays."""
 
   tokens: ts.TensorStore
   borders: ts.TensorStore
@@ -52,7 +52,7 @@ class StoredSide:
 
 @dataclasses.dataclass(frozen=True)
 class TokenStore:
-  """A finished store, opened for reading."""
+  """Holds a finished store, opened for reading."""
 
   place: Place
   meta: dict[str, Any]
@@ -76,15 +76,15 @@ class TokenStore:
 
   @property
   def digests(self) -> dict[str, str]:
-    """Side -> digest of its tokens and borders."""
+    """Returns side -> digest of its tokens and borders."""
     return {"train": self.train.digest, "heldout": self.heldout.digest}
 
   @property
   def report(self) -> str:
-    """One line for the log: where the text is from and how much there is."""
+    """Returns a line for the log: where the text is from and how much there is."""
     return self.meta["report"]
 
-  def verify(self) -> None:
+  def check_digests(self) -> None:
     """Reads the whole store; UserError names the first part that is not as it was written."""
     for side in SIDES:
       for name, recorded in self.meta[side]["arrays"].items():
@@ -117,8 +117,8 @@ def read_finished(place: Place) -> dict[str, Any]:
   return meta
 
 
-def _damaged(place: Place, what: str) -> UserError:
-  return UserError(f"{place}: damaged token store: {what}")
+def _damaged(place: Place, fault: str) -> UserError:
+  return UserError(f"{place}: damaged token store: {fault}")
 
 
 def _tokenizer(place: Place, meta: dict[str, Any]) -> Tokenizer:

@@ -41,13 +41,16 @@ def tokenize(
   """
   if re.fullmatch(r"\w+:", folder.parts[0] if folder.parts else ""):
     raise UserError(f"store={str(folder)!r}: must be a local folder, not an address")
+  if "\0" in str(folder):
+    raise UserError(f"store={str(folder)!r}: a path holds no NUL")
   source, tokenizer = source or open_source(config), tokenizer or fixed_tokenizer(config)
-  plan, place = make_plan(config, source, tokenizer), Place(folder)
+  plan = make_store_plan(config, source, tokenizer)
+  place = Place(folder)
   with _only_writer(folder, report):
     if (folder / FINISHED).is_file():
       store = TokenStore.open(place)
       check_plan(place, store.meta["plan"], plan)
-      store.verify()
+      store.check_digests()
       (folder / PROGRESS).unlink(missing_ok=True)  # killed between the last two writes
       report(f"{folder}: is finished; its digests are verified")
       return store
@@ -59,7 +62,7 @@ def tokenize_in_memory(
   config: DataConfig, source: Source, tokenizer: Tokenizer | None, limit: int
 ) -> TokenStore:
   """Writes a store in the memory of this process; TextTooLarge above `limit` bytes of text."""
-  plan = make_plan(config, source, tokenizer)
+  plan = make_store_plan(config, source, tokenizer)
   return StoreWriter(config, source, Place(), plan, _log.debug, math.inf, limit).run(tokenizer)
 
 
@@ -68,7 +71,9 @@ def fixed_tokenizer(config: DataConfig) -> Tokenizer | None:
   return None if config.tokenizer.startswith("bpe:") else make_tokenizer(config, [])
 
 
-def make_plan(config: DataConfig, source: Source, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def make_store_plan(
+  config: DataConfig, source: Source, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
   """Returns what decides the content of a store, before any text is read."""
   return {
     "format": FORMAT,

@@ -22,27 +22,29 @@ BATCH = (
 
 
 class Excerpt(NamedTuple):
-  """A part of a text, with the character before it there, if there is one."""
+  """Holds a part of a text, with the character before it there, if there is one."""
 
   text: str
   before: str = ""
 
 
 class Tokenizer(Protocol):
-  """Ids are 1-D arrays of the smallest unsigned dtype that holds the vocabulary."""
+  """Encodes text as 1-D arrays of the smallest unsigned dtype that holds the vocabulary."""
 
   @property
-  def vocab_size(self) -> int: ...
+  def vocab_size(self) -> int:
+    """Returns the number of ids."""
 
   @property
   def eos(self) -> int:
-    """Id that stands between documents; `encode` never gives it."""
+    """Returns the id that stands between documents; `encode` never gives it."""
 
   @property
   def digest(self) -> str:
     """Identifies the tokenizer: two with the same digest give the same ids."""
 
-  def encode(self, text: str) -> np.ndarray: ...
+  def encode(self, text: str) -> np.ndarray:
+    """Returns the ids of a text."""
 
   def encode_all(self, excerpts: Iterable[Excerpt]) -> Iterator[np.ndarray]:
     """Yields the ids of each excerpt, without what a tokenizer puts before the start of a text.
@@ -50,23 +52,26 @@ class Tokenizer(Protocol):
     Memory grows with the longest excerpt, not with their number.
     """
 
-  def decode(self, ids: np.ndarray | Sequence[int]) -> str: ...
+  def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+    """Returns the text of ids."""
 
   def save(self, folder: Path) -> None:
     """Writes what `load_tokenizer(folder, config)` needs."""
 
 
 class ByteTokenizer:
-  """A token is a byte of UTF-8; the end of a text is NUL, which text files do not contain."""
+  """Makes each byte of UTF-8 a token; NUL, which text files do not contain, ends a text."""
 
   vocab_size = 256
   eos = 0
   digest = "bytes"
 
   def encode(self, text: str) -> np.ndarray:
+    """Returns the bytes of the text, uint8."""
     return np.frombuffer(text.encode(), np.uint8)
 
   def encode_all(self, excerpts: Iterable[Excerpt]) -> Iterator[np.ndarray]:
+    """Yields the bytes of each excerpt."""
     return (self.encode(excerpt.text) for excerpt in excerpts)
 
   def decode(self, ids: np.ndarray | Sequence[int]) -> str:
@@ -114,12 +119,15 @@ class BPETokenizer:
 
   @property
   def digest(self) -> str:
+    """Returns a BLAKE2b digest of the tokenizer.json."""
     return hashlib.blake2b(self.model.to_str().encode(), digest_size=16).hexdigest()
 
   def encode(self, text: str) -> np.ndarray:
+    """Returns the ids of a text."""
     return next(self.encode_all([Excerpt(text)]))
 
   def encode_all(self, excerpts: Iterable[Excerpt]) -> Iterator[np.ndarray]:
+    """Yields the ids of each excerpt, many of which are encoded in parallel."""
     rest = iter(excerpts)
     while batch := list(itertools.islice(rest, BATCH)):
       ids = self._ids([excerpt.before + excerpt.text for excerpt in batch])
@@ -136,9 +144,11 @@ class BPETokenizer:
     return [encoding.ids for encoding in encodings]
 
   def decode(self, ids: np.ndarray | Sequence[int]) -> str:
+    """Returns the text of the ids, special tokens spelt out."""
     return self.model.decode([int(id) for id in ids], skip_special_tokens=False)
 
   def save(self, folder: Path) -> None:
+    """Writes tokenizer.json into the folder."""
     self.model.save(str(Path(folder) / FILE))
 
 

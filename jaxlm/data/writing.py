@@ -32,12 +32,12 @@ Report = Callable[[str], None]
 
 
 class TextTooLarge(Exception):
-  """The text is larger than the limit under which it was to be written."""
+  """Raised where the text is larger than the limit under which it was to be written."""
 
 
 @dataclasses.dataclass
 class Progress:
-  """How far a store is written, as in token_store_progress.json."""
+  """Records how far a store is written, as in token_store_progress.json."""
 
   plan: dict[str, Any]
   split: Split
@@ -47,6 +47,7 @@ class Progress:
 
   @classmethod
   def parse(cls, content: bytes) -> Progress:
+    """Reads the content of token_store_progress.json."""
     values = json.loads(content)
     left_out = tuple(values["position"].pop("left_out"))
     return cls(
@@ -58,12 +59,13 @@ class Progress:
     )
 
   def to_json(self) -> dict[str, Any]:
+    """Returns the content of token_store_progress.json."""
     tuples = {name: getattr(self, name)._asdict() for name in ("split", "position", "places")}
     return {"plan": self.plan, **tuples, "sides": self.sides}
 
   @property
   def better_split(self) -> Split | None:
-    """The rule that the text should have been split by, once it has been read; None if it was."""
+    """Returns the rule that the text, now read, should have been split by; None if it was."""
     at, holdout = self.position, self.plan["holdout"]
     return better_split(self.split, holdout, at.documents, at.size, self.places)
 
@@ -82,6 +84,7 @@ class StoreWriter:
   """Most bytes of text."""
 
   def run(self, tokenizer: Tokenizer | None) -> TokenStore:
+    """Writes what is missing and returns the finished store; trains a tokenizer for None."""
     content = self.place.read(PROGRESS)
     if content is None:
       progress = self._restart(first_split(self.config.holdout, self._single_size()))

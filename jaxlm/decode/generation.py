@@ -1,4 +1,4 @@
-"""Cached generation: one prefill of the prompts, then one position at a time until all rows end."""
+"""Generates with a cache: one prefill of the prompts, then a position at a time until rows end."""
 
 # B batch, T positions of the padded prompts, D model, V vocabulary, M new tokens
 
@@ -78,7 +78,7 @@ def _pad_prompts(
 
 
 class Generation(NamedTuple):
-  """What has been generated so far, on every device."""
+  """Holds what has been generated so far, on every device."""
 
   ids_BM: jax.Array
   """int32; `eos` where nothing has been drawn yet"""

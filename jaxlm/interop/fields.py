@@ -14,7 +14,7 @@ SMALLEST_FLOAT, LARGEST_FLOAT = 1e-12, 1e12
 
 
 class Fields:
-  """The fields of one JSON object. Each is read once; `refuse_unread` raises for the rest."""
+  """Holds the fields of one JSON object. Each is read once; `refuse_unread` raises for the rest."""
 
   def __init__(self, values: dict[str, Any], where: str):
     self._unread, self._where, self._known = dict(values), where, set[str]()

@@ -19,7 +19,7 @@ from pallas_kernels.common.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """What a family fixes, and the defaults of the fields that it reads."""
+  """Holds what a family fixes, and the defaults of the fields that it reads."""
 
   architecture: str
   """the only entry of `architectures`"""

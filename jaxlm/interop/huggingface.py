@@ -22,7 +22,7 @@ from jaxlm.interop import safetensors
 from jaxlm.interop.hub_config import read_config
 from jaxlm.interop.hub_export import write_config
 from jaxlm.interop.hub_folder import CONFIG, is_checkpoint, local_folder
-from jaxlm.interop.placement import Source, assemble
+from jaxlm.interop.placement import TensorSource, assemble
 from jaxlm.interop.safetensors import Entry, MappedFile
 from jaxlm.interop.tensor_checks import check_tensors, check_tied_head
 from jaxlm.interop.weight_files import INDEX, SINGLE, find_tensors, plan_files
@@ -88,10 +88,10 @@ def resolve_dtype(dtype: DTypeLike) -> np.dtype:
   return resolved
 
 
-def _open_source(weight: Weight, entry: Entry, files: Mapping[Path, MappedFile]) -> Source:
+def _open_source(weight: Weight, entry: Entry, files: Mapping[Path, MappedFile]) -> TensorSource:
   file = files[entry.file]
   values = file.view(entry)
-  return Source(
+  return TensorSource(
     values.T if weight.transposed else values,
     lambda: file.advise(entry, "WILLNEED"),
     lambda: file.advise(entry, "DONTNEED"),

@@ -21,8 +21,8 @@ _BLOCK_ROWS = 256  # rows of the file: a block stays in a core's cache while it 
 _PACKET_BYTES = 8  # moved as one where possible
 
 
-class Source(NamedTuple):
-  """One tensor of a file."""
+class TensorSource(NamedTuple):
+  """Names one tensor of a file."""
 
   values: np.ndarray
   """view of the file, in the orientation of the target"""
@@ -33,7 +33,10 @@ class Source(NamedTuple):
 
 
 def assemble(
-  target: jax.ShapeDtypeStruct, sources: Sequence[Source], stacked: bool, pool: ThreadPoolExecutor
+  target: jax.ShapeDtypeStruct,
+  sources: Sequence[TensorSource],
+  stacked: bool,
+  pool: ThreadPoolExecutor,
 ) -> jax.Array:
   """Returns the array of the target's shape, dtype and sharding with the values of the sources.
 

@@ -32,7 +32,7 @@ HEADER_BYTES, HEADER_SHARE = 1 << 20, 1 / 16
 
 
 class Entry(NamedTuple):
-  """Dtype and shape of a tensor, and where it lies: bytes start .. stop of its file."""
+  """Holds dtype and shape of a tensor, and where it lies: bytes start .. stop of its file."""
 
   file: Path
   dtype: np.dtype
@@ -114,7 +114,7 @@ def _check_ranges(entries: Mapping[str, Entry], path: Path, data_start: int, siz
 
 
 class MappedFile:
-  """A memory-mapped file whose pages can be released after use."""
+  """Maps a file into memory; its pages can be released after use."""
 
   def __init__(self, path: Path):
     with path.open("rb") as file:

@@ -18,7 +18,7 @@ Path = tuple[str, ...]
 
 
 class Weight(NamedTuple):
-  """One parameter of the tree and the tensors that hold it."""
+  """Names one parameter of the tree and the tensors that hold it."""
 
   path: Path
   """keys from the root of the tree"""
@@ -33,12 +33,12 @@ class Weight(NamedTuple):
 
   @property
   def file_shape(self) -> tuple[int, ...]:
-    """Shape of one tensor in the file."""
+    """Returns the shape of one tensor in the file."""
     return self.shape[::-1] if self.transposed else self.shape
 
   @property
   def size(self) -> int:
-    """Number of entries of one tensor."""
+    """Returns the number of entries of one tensor."""
     return math.prod(self.shape)
 
 

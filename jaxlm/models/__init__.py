@@ -1,4 +1,4 @@
-"""Models: pure functions of arrays and the thin modules that own their parameters."""
+"""Defines models: pure functions of arrays, and the thin modules that own their parameters."""
 
 from jaxlm.models.head import Head
 from jaxlm.models.transformer import Transformer, roles

@@ -1,4 +1,4 @@
-"""One layer: a mixer and a feed-forward, each added to the residual stream."""
+"""Builds one layer: a mixer and a feed-forward, each added to the residual stream."""
 
 # B batch, T positions, D model
 
@@ -19,7 +19,7 @@ from jaxlm.models.norms import RMSNorm
 
 
 class Block(nn.Module):
-  """Pre-norm residual layer: x += mixer(norm(x)); x += feedforward(norm(x)).
+  """Adds a mixer and a feed-forward: x += mixer(norm(x)); x += feedforward(norm(x)).
 
   Under `post_norms` both outputs are normed again before they are added.
   """
@@ -31,6 +31,7 @@ class Block(nn.Module):
   """the layers of the model that this block computes, one after the other"""
 
   def setup(self) -> None:
+    """Makes the norms, the mixer and the feed-forward."""
     c, spec = self.config, self.spec
     shared = (c, self.compute, self.layers)
     self.mixer_norm = RMSNorm(c.D, c.norm_eps, c.norm_offset)

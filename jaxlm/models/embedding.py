@@ -1,4 +1,4 @@
-"""The token embedding: a table [V, D] whose rows are looked up, no device holding all of it."""
+"""Looks up rows of the token embedding, a table [V, D], no device holding all of it."""
 
 # B batch, T positions, D model, V vocabulary, E parts that D is split into on a mesh
 
@@ -24,6 +24,7 @@ class Embedding(nn.Module):
   compute: ComputeConfig
 
   def setup(self) -> None:
+    """Declares the table."""
     shape, std = (self.V, self.D), self.D**-0.5
     self.weight = self.param("weight", sharded_normal, shape, std, "vocab", "embed")
 

@@ -1,4 +1,4 @@
-"""The head of a decoder as an array, for losses that never hold all logits."""
+"""Holds the head of a decoder as an array, for losses that never hold all logits."""
 
 # V vocabulary, D model
 
@@ -10,7 +10,7 @@ import jax
 
 
 class Head(NamedTuple):
-  """What makes logits of the last states: their product with `weight`, softly capped."""
+  """Makes logits of the last states: their product with `weight`, softly capped."""
 
   weight: jax.Array
   """in the compute type; on a mesh gathered but for the vocabulary, and typed `reduced`"""

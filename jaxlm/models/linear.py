@@ -1,4 +1,4 @@
-"""The one contraction with a weight: how weights start, how they are sharded, how they are used.
+"""Contracts with a weight; says how weights start, how they are sharded and how they are used.
 
 Products accumulate in float32 and are cast to the compute type. Where `tensor` splits the
 contracted axis, the devices' partial products are summed in the compute type.
@@ -55,6 +55,7 @@ class Linear(nn.Module):
   """the layers that this module computes (a scan computes several by one module); none: the head"""
 
   def setup(self) -> None:
+    """Declares the weight and the bias."""
     self.weight = self.param("weight", sharded_normal, self.shape, self.std, *self.axes)
     self.bias = None
     if self.biased:
@@ -66,12 +67,12 @@ class Linear(nn.Module):
 
   @property
   def axes_in_use(self) -> Names:
-    """The logical axes that still split the weight where it is used: `embed` is gathered."""
+    """Returns the logical axes that still split the weight in use: `embed` is gathered."""
     return tuple(None if axis == "embed" else axis for axis in self.axes)
 
   @property
   def names(self) -> tuple[str, ...]:
-    """The name of this contraction in each of its layers, as in "layers.3.mixer.q", or "head"."""
+    """Returns this contraction's name per layer, as in "layers.3.mixer.q", or "head"."""
     path = ".".join(self.path)
     return tuple(f"layers.{layer}.{path}" for layer in self.layers) or (path or "head",)
 

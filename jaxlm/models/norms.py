@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4)."""
+"""Computes RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4)."""
 
 # Z any leading axes (batch, positions, heads), D normalised width
 
@@ -42,6 +42,7 @@ class RMSNorm(nn.Module):
   offset: int = 0
 
   def setup(self) -> None:
+    """Declares the weight."""
     start = nn.initializers.constant(1 - self.offset)
     self.weight = self.param("weight", start, (self.width,), jnp.float32)
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding and its extensions to longer contexts.
+"""Computes rotary position embedding and its extensions to longer contexts.
 
 Su et al., arXiv:2104.09864: pair j of a head turns by position * theta^(-2j / width). Pairs are
 half-split: entry j goes with entry j + width / 2, as in the published Llama and Qwen weights.
@@ -136,14 +136,16 @@ def frequencies(
       attention_factor = _yarn_attention_factor(rope)
     case "llama3":
       rotations_R = rope.original_length * f_R / (2 * math.pi)
-      kept_R = (rotations_R - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-      f_R = _by_parts(f_R, rope.factor, np.clip(kept_R, 0, 1))
+      share_R = (rotations_R - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+      )
+      f_R = _by_parts(f_R, rope.factor, np.clip(share_R, 0, 1))
   return jnp.asarray(f_R, jnp.float32), attention_factor
 
 
-def _by_parts(f_R: np.ndarray, factor: float, kept_R: np.ndarray) -> np.ndarray:
-  """Interpolates between f / factor (kept = 0) and f (kept = 1)."""
-  return (1 - kept_R) * f_R / factor + kept_R * f_R
+def _by_parts(f_R: np.ndarray, factor: float, share_R: np.ndarray) -> np.ndarray:
+  """Interpolates between f / factor (share = 0) and f (share = 1)."""
+  return (1 - share_R) * f_R / factor + share_R * f_R
 
 
 def _dynamic_stretch(rope: RopeConfig, length: jax.Array) -> jax.Array:

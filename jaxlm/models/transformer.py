@@ -1,4 +1,4 @@
-"""The decoder: embed, run the stacks of layers, finish. Each stack is one scan."""
+"""Runs the decoder: embed, run the stacks of layers, finish. Each stack is one scan."""
 
 # B batch, T positions, D model, V vocabulary, R repeats of one stack
 
@@ -38,7 +38,7 @@ _UNROLLED_LAYERS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-  """A causal language model: functions of parameters, which are a plain nested dict.
+  """Models text causally by functions of parameters, which are a plain nested dict.
 
   Parameters: `embed`; `stacks` {"0": {"0": ..., ...}, ...} with an entry for each of
   `config.stacks`, and in it one for each spec of a repeat, whose arrays have a leading axis R;
@@ -231,7 +231,7 @@ class Transformer:
 
   @property
   def _head(self) -> Linear:
-    """The head, which also multiplies by a tied embedding."""
+    """Returns the head, which also multiplies by a tied embedding."""
     c = self.config
     out = ("batch", "length", "act_vocab")
     options: dict[str, Any] = {"role": "head", "out_dtype": "float32", "compute": self.compute}
@@ -276,13 +276,13 @@ def roles(config: ModelConfig) -> Roles:
   """
 
   def declared(module: nn.Module, repeats: int | None, number: int) -> Roles:
-    found: list[Roles] = []
+    declared_roles: list[Roles] = []
 
     def declare(key: jax.Array) -> None:
-      found.append(module.init_with_output(key, method="declare")[0])
+      declared_roles.append(module.init_with_output(key, method="declare")[0])
 
     jax.eval_shape(declare, jax.random.key(0))
-    return found[0]
+    return declared_roles[0]
 
   return Transformer(config)._map_modules(declared)
 

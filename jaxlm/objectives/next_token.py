@@ -1,4 +1,4 @@
-"""Next-token cross-entropy in nats, in float32, without all logits in memory."""
+"""Computes next-token cross-entropy in nats, in float32, without all logits in memory."""
 
 # B batch, T positions, N = B T tokens, D model
 

@@ -1,4 +1,4 @@
-"""Losses as sums: `Weighted(num, den)` adds over micro-batches, shards and hosts, divided once."""
+"""Expresses losses as sums: `Weighted(num, den)` adds over micro-batches, shards and hosts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weighted:
-  """One term of an objective: a sum over a batch and what it is divided by.
+  """Holds one term of an objective: a sum over a batch and what it is divided by.
 
   What is minimised is the sum over all terms of weight * num / den, each over the whole batch.
   """

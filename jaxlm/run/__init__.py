@@ -1,4 +1,4 @@
-"""One run from start to end: `fit` trains any task, `train` text; `SavedRun` opens a run."""
+"""Runs training from start to end: `fit` any task, `train` text; `SavedRun` opens a run."""
 
 from __future__ import annotations
 

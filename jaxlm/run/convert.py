@@ -43,7 +43,8 @@ def convert(
   `source` is the folder of a run or of a checkpoint, or `hf:owner/name`. A written checkpoint has
   weights of type `dtype`, by default float32, in which runs keep theirs. A written run has
   `config`, by default `tuning_config`; `dtype` must be None or float32 there. tokenizer.json is
-  copied. Returns a line that says what was written. Raises UserError as `huggingface.load` and `save` do.
+  copied. Returns a line that says what was written. Raises UserError as `huggingface.load` and
+  `save` do.
   """
   weight_dtype = huggingface.resolve_dtype("float32" if dtype is None else dtype)
   if huggingface.is_checkpoint(source):

@@ -1,4 +1,4 @@
-"""The loop of a run: state, steps, evaluations, checkpoints and records, for any task."""
+"""Loops over the steps of a run, with state, evaluations, checkpoints and records, for any task."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _log = logging.getLogger("jaxlm")
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-  """What a run ends with."""
+  """Holds what a run ends with."""
 
   config: TrainConfig
   params: Any
@@ -85,6 +85,7 @@ def fit(config: TrainConfig, task: Task, *, resume: bool = False) -> TrainResult
 def check_run(config: TrainConfig) -> None:
   """Raises UserError for what is wrong with any run: what is missing, or does not divide."""
   check(bool(config.run), "run", config.run, "names the folder of the run")
+  check("\0" not in config.run, "run", config.run, "a path holds no NUL")
   check_schedule(config.optimizer, config.steps)
   check_trackers(config)
   sizes = config.mesh.resolve(jax.device_count())
@@ -185,7 +186,7 @@ def restore_or_init(
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
-  """A step that the devices may still be working on."""
+  """Holds a step that the devices may still be working on."""
 
   step: int
   metrics: Mapping[str, jax.Array]
@@ -198,7 +199,7 @@ class _Pending:
 
 
 class _Run:
-  """One run under its lock, its mesh and its signal handlers."""
+  """Trains one run under its lock, its mesh and its signal handlers."""
 
   def __init__(
     self, config: TrainConfig, task: Task, folder: RunFolder, stop: StopRequest, watch: Watch
@@ -209,6 +210,7 @@ class _Run:
     self.evaluation: dict[str, float] = {}
 
   def train(self, newest: int) -> TrainResult:
+    """Runs the steps that are left, and returns what the run ends with."""
     config, watch = self.config, self.watch
     resume_from = None if newest < 0 else checkpoint_path(self.folder.checkpoints, newest)
     watch.set_activity("compile" if resume_from is None else "checkpoint")

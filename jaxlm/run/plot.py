@@ -22,7 +22,8 @@ def draw_loss(folder: RunFolder, references: Mapping[str, float]) -> None:
   """
   new_figure = import_extra("matplotlib.figure", "plot", "drawing curves").Figure
   records = list(read_records(folder.metrics))
-  steps, losses = (np.array([record[key] for record in records]) for key in ("step", "loss"))
+  steps = np.array([record["step"] for record in records])
+  losses = np.array([record["loss"] for record in records])
   evals = list(read_records(folder.evals)) if folder.evals.is_file() else []
   last = evals[-1] if evals else {}
   in_bits = "bits_per_byte" in last
@@ -63,7 +64,8 @@ def draw_loss(folder: RunFolder, references: Mapping[str, float]) -> None:
 
 def _draw_evaluations(axes: Any, evals: Sequence[Mapping[str, Any]], name: str) -> None:
   """Draws one value of all evaluations over their steps."""
-  steps, values = ([record[key] for record in evals] for key in ("step", name))
+  steps = [record["step"] for record in evals]
+  values = [record[name] for record in evals]
   axes.plot(steps, values, "o-", color="tab:red", markersize=4, label="held-out")
 
 

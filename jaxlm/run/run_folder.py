@@ -61,6 +61,7 @@ class RunFolder:
     self.write_config(config)
 
   def write_config(self, config: TrainConfig) -> None:
+    """Writes config.json in one step."""
     write_text(self.config, json.dumps(to_dict(config), indent=2) + "\n")
 
   def read_config(self) -> TrainConfig:
@@ -99,10 +100,12 @@ class RecordFile:
     self._failing = False
 
   def append(self, record: dict[str, Any]) -> None:
+    """Appends one object as a line, after those that wait in memory."""
     self._waiting += json.dumps(record).encode() + b"\n"
     self._write()
 
   def close(self) -> None:
+    """Writes the lines that wait, logs those that could not be written, and closes the file."""
     self._write()
     if self._waiting:
       _log.error("%s: lacks its last %d lines", self._file.name, self._waiting.count(b"\n"))
@@ -170,9 +173,11 @@ class _LogFile(logging.FileHandler):
   """Writes the log; a full disk costs lines of it, nothing else."""
 
   def handleError(self, record: logging.LogRecord) -> None:
+    """Ignores a refusing file system; reports any other fault as logging does."""
     if not isinstance(sys.exc_info()[1], OSError):
       super().handleError(record)
 
   def close(self) -> None:
+    """Closes the file, even where what is buffered has no room."""
     with contextlib.suppress(OSError):
       super().close()

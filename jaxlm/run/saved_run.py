@@ -29,7 +29,7 @@ _NEEDS = {"splash": "tpu", "cudnn": "gpu", "pallas_tpu": "tpu", "pallas_gpu": "g
 
 @dataclasses.dataclass(frozen=True)
 class SavedRun:
-  """The newest sound checkpoint of a run, or published weights, on one device.
+  """Holds the newest sound checkpoint of a run, or published weights, on one device.
 
   A run that names a kernel of another platform than this one runs the one that is chosen here.
   """

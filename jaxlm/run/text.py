@@ -1,4 +1,4 @@
-"""Text as a task, and `train` and `resume` on top of the loop."""
+"""Makes text a task, and puts `train` and `resume` on top of the loop."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def resume(
 
 
 class TextTask(Task):
-  """Next-token prediction on text. Without `text` it serves for shapes and steps alone."""
+  """Predicts the next token of text. Without `text` it serves for shapes and steps alone."""
 
   unit: ClassVar[str] = "tokens"
 
@@ -96,23 +96,28 @@ class TextTask(Task):
 
   @property
   def text(self) -> TextData:
+    """Returns the text; the task must have been made with one."""
     assert self._text is not None, "this task was made without text"
     return self._text
 
   def init(self, key: jax.Array) -> Start:
+    """Draws the parameters of the model, all of which are trained."""
     return Start(self.model.init(key))
 
   def pretrained(self) -> Start | None:
+    """Loads the weights of the checkpoint `config.init` in float32, if it is set."""
     if not self.config.init:
       return None
     return Start(huggingface.load(self.config.init, dtype="float32")[1])
 
   def batches(self, rows: Any) -> Batches:
+    """Returns an iterator over packed or windowed rows of the training text."""
     return train_loader(self.text, batch=self.config.batch, seed=self.config.seed, rows=rows)
 
   def objective(
     self, params: Any, model_state: Any, batch: Batch, key: jax.Array
   ) -> dict[str, Weighted]:
+    """Returns the terms of next-token prediction, without all logits in memory."""
     states_BTD = self.model.apply(
       params,
       batch.inputs_BT,
@@ -152,20 +157,25 @@ class TextTask(Task):
     }
 
   def roles(self, params: Any) -> Any:
+    """Returns each parameter's role, as the model declares it."""
     return roles(self.config.model)
 
   def flops(self, batch: Batch) -> float:
+    """Returns the matmul FLOPs of forward and backward on these rows."""
     positions_BT = batch.positions_BT
     if positions_BT is None:
       positions_BT = np.broadcast_to(np.arange(batch.weights_BT.shape[1]), batch.weights_BT.shape)
     return train_flops_of_rows(self.config.model, positions_BT, batch.weights_BT > 0)
 
   def save(self, folder: Path) -> None:
+    """Writes the tokenizer and the digests of the text."""
     self.text.tokenizer.save(folder)
     record_text(RunFolder(folder), self.text)
 
   def references(self) -> dict[str, float]:
+    """Returns what simple codes of the held-out text cost, in bits per byte."""
     return baselines(self.text.store)
 
   def describe(self) -> str:
+    """Returns the line of the log that says how much text there is."""
     return self.text.report.splitlines()[-1]

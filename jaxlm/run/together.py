@@ -26,7 +26,7 @@ MakeTask = Callable[[TrainConfig], tuple[TrainConfig, Task]]
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How one of the runs ended."""
+  """Records how one of the runs ended."""
 
   index: int
   """which of the runs"""
@@ -45,7 +45,7 @@ class Outcome:
 
 
 class Together:
-  """The compiled program of runs that differ in learning rate, weight decay, steps and seed alone.
+  """Compiles one program for runs that differ in learning rate, weight decay, steps and seed alone.
 
   Nothing is written. Everything is compiled once per number of runs, however often it is used.
   """
@@ -127,7 +127,7 @@ class Together:
 
 
 class _Record:
-  """Numbers of all runs, read one step late so that the devices need not wait."""
+  """Keeps the numbers of all runs, read one step late so that the devices need not wait."""
 
   def __init__(self, runs: int, unit: str, stop: bool):
     self.unit, self.stop = unit, stop

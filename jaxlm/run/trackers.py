@@ -19,9 +19,11 @@ _MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # of the extras of
 class Tracker(Protocol):
   """Takes the numbers of a step; steps ascend, and those after a resume replace older ones."""
 
-  def log(self, values: dict[str, float], step: int) -> None: ...
+  def log(self, values: dict[str, float], step: int) -> None:
+    """Records the numbers of a step."""
 
-  def close(self) -> None: ...
+  def close(self) -> None:
+    """Writes what is left."""
 
 
 def check_trackers(config: TrainConfig) -> None:
@@ -57,10 +59,12 @@ class TensorBoard:
     )
 
   def log(self, values: dict[str, float], step: int) -> None:
+    """Adds a scalar for each value."""
     for name, value in values.items():
       self._writer.add_scalar(name, value, step)
 
   def close(self) -> None:
+    """Writes what is buffered, and closes the file."""
     self._writer.close()
 
 
@@ -89,9 +93,11 @@ class WeightsAndBiases:
       raise UserError(f"trackers=wandb: {error}") from error
 
   def log(self, values: dict[str, float], step: int) -> None:
+    """Sends the values of a step."""
     self._run.log(values, step=step)
 
   def close(self) -> None:
+    """Sends what is left, and ends the run there."""
     self._run.finish()
 
 

@@ -20,7 +20,7 @@ ACTIVITIES = {
 
 
 class Watch:
-  """Reports a run that has stopped moving. A context manager around the training loop.
+  """Reports a run that has stopped moving; a context manager around the training loop.
 
   `set_activity` states what the main thread does from now on, `step_done` that a step has ended.
   Calls `print_status` with a line when no step ends for `FACTOR` times the median of the last

@@ -1,1 +1,1 @@
-"""Scaling: parameter and FLOP counts."""
+"""Counts parameters and FLOPs, and sweeps over hyperparameters."""

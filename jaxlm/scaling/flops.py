@@ -1,6 +1,7 @@
-"""Parameters and training FLOPs of a decoder, counted from its configuration."""
+"""Counts parameters and training FLOPs of a decoder from its configuration."""
 
-# B rows, T positions, D model, N query heads, K key heads, H head width, F feed-forward, V vocabulary
+# B rows, T positions, D model, N query heads, K key heads, H head width, F feed-forward,
+# V vocabulary
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from jaxlm.config import AttentionConfig, LayerSpec, ModelConfig, check
 
 
 class Parameters(NamedTuple):
-  """How many numbers each part learns; laws differ in which parts they call N."""
+  """Holds how many numbers each part learns; laws differ in which parts they call N."""
 
   embedding: int
   """V D"""
@@ -23,6 +24,7 @@ class Parameters(NamedTuple):
 
   @property
   def total(self) -> int:
+    """Returns the sum of all parts."""
     return self.embedding + self.blocks + self.head
 
 
@@ -60,9 +62,9 @@ def train_flops_of_rows(
 ) -> float:
   """Returns matmul FLOPs of forward and backward on rows, which may be packed.
 
-  Counts as `train_flops_per_token` does, but with the pairs that are attended: a token at position p
-  of its segment sees p + 1 keys, or fewer in a layer with a window. `positions_BT` are int, from 0
-  in each segment; `counted_BT` is bool, False for padding. Costs one pass over the positions for
+  Counts as `train_flops_per_token` does, but with the pairs that are attended: a token at position
+  p of its segment sees p + 1 keys, or fewer in a layer with a window. `positions_BT` are int, from
+  0 in each segment; `counted_BT` is bool, False for padding. Costs one pass over the positions for
   each different window of the model.
   """
   keys_X = positions_BT[counted_BT] + 1  # X: counted tokens

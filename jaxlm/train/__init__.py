@@ -1,4 +1,4 @@
-"""Training as pure functions of (state, batch): no files, no signals."""
+"""Trains by pure functions of (state, batch): no files, no signals."""
 
 from jaxlm.objectives.weighted import Weighted
 from jaxlm.train.state import Hyper, TrainState, init_state

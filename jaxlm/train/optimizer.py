@@ -1,4 +1,4 @@
-"""Learning-rate schedules and update rules; parameters are treated by their declared role.
+"""Computes learning rates and updates; parameters are treated by their declared role.
 
 A rule from optax gives a direction, and `update` moves the parameters:
 p -= rate * (direction + weight_decay * p), the decay for "matrix" and "head" alone.

@@ -15,7 +15,7 @@ from pallas_kernels.common.errors import UserError
 
 
 class Hyper(NamedTuple):
-  """Hyperparameters that a sweep varies; arrays of the state, so that one program serves all."""
+  """Holds the hyperparameters that a sweep varies, as arrays, so that one program serves all."""
 
   learning_rate: jax.Array  # float32, peak of the schedule
   weight_decay: jax.Array  # float32
@@ -32,7 +32,7 @@ class Hyper(NamedTuple):
 
 
 class TrainState(NamedTuple):
-  """All that a run carries from step to step; each field is an item of a checkpoint."""
+  """Holds all that a run carries from step to step; each field is an item of a checkpoint."""
 
   step: jax.Array  # int32, steps done
   params: Any  # what is trained

@@ -13,7 +13,7 @@ from jaxlm.objectives.weighted import Weighted
 
 
 class Start(NamedTuple):
-  """What training starts from: three trees of arrays, in nested dicts.
+  """Holds what training starts from: three trees of arrays, in nested dicts.
 
   `params` are trained, `frozen` are weights that are not. `model_state` is what neither gradient
   nor optimizer touches and `Task.after_update` changes: router biases, histories of maxima.
@@ -25,17 +25,19 @@ class Start(NamedTuple):
 
 
 class Batches(Protocol):
-  """An endless iterator over batches whose position is a small dict that JSON can hold."""
+  """Iterates without end over batches; its position is a small dict that JSON can hold."""
 
   def __next__(self) -> Any: ...
 
-  def get_state(self) -> dict[str, Any]: ...
+  def get_state(self) -> dict[str, Any]:
+    """Returns the position."""
 
-  def set_state(self, state: dict[str, Any]) -> None: ...
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes on from a position that `get_state` gave."""
 
 
 class Task(abc.ABC):
-  """Everything that `jaxlm.run.fit` has to know about what it trains.
+  """Tells `jaxlm.run.fit` everything that it has to know about what it trains.
 
   `init`, `batches` and `objective` must be given. All functions of arrays are pure: they are traced
   by jit, grad and vmap.
@@ -125,7 +127,9 @@ class IndexedBatches:
     return self.make_batch(self.next_index - 1)
 
   def get_state(self) -> dict[str, Any]:
+    """Returns the next index."""
     return {"next_index": self.next_index}
 
   def set_state(self, state: dict[str, Any]) -> None:
+    """Goes on from an index that `get_state` gave."""
     self.next_index = state["next_index"]

@@ -1,4 +1,4 @@
-"""Attention of arrays: causal or not, with positions, segments, windows and soft caps."""
+"""Attends: causal or not, with positions, segments, windows and soft caps."""
 
 from pallas_kernels.attention.api import attention
 

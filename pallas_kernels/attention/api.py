@@ -1,4 +1,4 @@
-"""`attention`: softmax attention of arrays by the platform's best implementation."""
+"""Computes softmax attention of arrays by the platform's best implementation."""
 
 # B batch, T query positions, S key positions, N query heads, K key heads, G = N / K,
 # H width of queries and keys, U width of values

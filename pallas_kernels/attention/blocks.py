@@ -1,4 +1,4 @@
-"""How attention by blocks divides the queries: blocks of C queries, in bands with their own keys."""
+"""Divides the queries of attention into blocks of C, in bands that have their own keys."""
 
 # T query positions, S key positions, H head width, C queries of a block
 from __future__ import annotations
@@ -14,7 +14,7 @@ BLOCK_BYTES = 2**27  # of one block's logits in float32, over all rows and heads
 
 
 class Band(NamedTuple):
-  """Queries [start, stop), C at a time, and the keys [first, last) that they see."""
+  """Describes queries [start, stop), C at a time, and the keys [first, last) that they see."""
 
   start: int
   stop: int
@@ -24,7 +24,7 @@ class Band(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """How the work is divided; hashable."""
+  """Says how the work is divided; hashable."""
 
   bands: tuple[Band, ...]
   keeps: bool  # whether the backward pass reads what the forward pass kept

@@ -1,4 +1,4 @@
-"""What `attention` refuses whatever the implementation, and the record of its checked options."""
+"""Refuses what no implementation of attention can do, and records its checked options."""
 
 # B batch, T query positions, S key positions, N query heads, K key heads,
 # H width of queries and keys, U width of values

@@ -1,4 +1,4 @@
-"""cuDNN's fused attention for GPU, through `jax.nn.dot_product_attention`."""
+"""Calls cuDNN's fused attention for GPU, through `jax.nn.dot_product_attention`."""
 
 # B batch, T query positions, S key positions, N query heads, K key heads,
 # H width of queries, keys and values

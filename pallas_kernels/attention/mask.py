@@ -1,4 +1,4 @@
-"""Which keys a query sees and how its logits are bent: shared by all implementations."""
+"""Says which keys a query sees and how its logits are bent, for all implementations."""
 
 # B batch, T query positions, S key positions
 from __future__ import annotations
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 class Tokens(NamedTuple):
-  """Where queries and keys stand; None: in order (the last query at the last key), one segment."""
+  """Says where queries and keys stand. None: in order, last query at last key; one segment."""
 
   q_positions_BT: jax.Array | None = None  # int32; [1, T] where all rows stand alike
   k_positions_BS: jax.Array | None = None
@@ -20,13 +20,13 @@ class Tokens(NamedTuple):
 
   @property
   def in_order(self) -> bool:
-    """Whether query i stands at position S - T + i, and key j at position j."""
+    """Returns whether query i stands at position S - T + i, and key j at position j."""
     return self.q_positions_BT is None
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """The arguments of `attention` that are no arrays, checked."""
+  """Holds the arguments of `attention` that are no arrays, checked."""
 
   causal: bool
   window: int | None

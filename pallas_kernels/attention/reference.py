@@ -1,4 +1,4 @@
-"""Attention with all T x S logits in memory: what every other implementation is compared with."""
+"""Attends with all T x S logits in memory; every other implementation is compared with it."""
 
 # B batch, T query positions, S key positions, N query heads, K key heads, G = N / K,
 # H width of queries and keys, U width of values

@@ -1,4 +1,4 @@
-"""JAX's splash attention for TPU (`jax.experimental.pallas.ops.tpu.splash_attention`).
+"""Calls JAX's splash attention for TPU (`jax.experimental.pallas.ops.tpu.splash_attention`).
 
 Its public function gives no gradient of the logsumexp. Where one is asked for, `_attend_with_lse`
 calls the same kernels with that gradient in the mean that softmax's gradient subtracts.

@@ -1,4 +1,4 @@
-"""Attention by blocks of queries in plain products, with a backward pass of its own.
+"""Attends by blocks of queries in plain products, with a backward pass of its own.
 
 Every block meets only the keys that it can see (`blocks.py`): for queries in order, half of the
 square. On CPU the backward pass may read the exponentials that the forward pass kept. Elsewhere
@@ -31,7 +31,7 @@ UNSEEN = MASKED / 2  # the least maximum of a row, below which exp(MASKED - maxi
 
 
 class Softmax(NamedTuple):
-  """What the backward pass needs of a block's softmax: probabilities are exponentials / mass."""
+  """Holds a block's softmax for the backward pass: probabilities are exponentials / mass."""
 
   exponentials_BKRS: jax.Array
   mass_BKR1: jax.Array
@@ -84,21 +84,24 @@ def _forward(q_BKGTH, k_BKSH, v_BKSU, tokens: Tokens, plan: Plan):
     o_BKRU = _dot("bkrs,bksu->bkru", e_BKRS, v_BKSU_) / softmax.mass_BKR1
     lse_BKR1 = max_BKR1 + jnp.log(softmax.mass_BKR1)
     lse_BKR1 = jnp.where(max_BKR1 == UNSEEN, -jnp.inf, lse_BKR1)
-    o_BKGCU, lse_BKGC1 = (x.reshape(B, K, G, band.C, -1) for x in (o_BKRU, lse_BKR1))
-    return (o_BKGCU.astype(v_BKSU.dtype), lse_BKGC1), softmax
+    o_BKGCU = o_BKRU.reshape(B, K, G, band.C, -1).astype(v_BKSU.dtype)
+    return (o_BKGCU, lse_BKR1.reshape(B, K, G, band.C, 1)), softmax
 
-  kept: tuple[Softmax, ...] = ()
+  softmaxes: tuple[Softmax, ...] = ()
   if plan.keeps:
-    rows, kept = zip(*(block(band.start, band) for band in plan.bands))
+    rows, softmaxes = zip(*(block(band.start, band) for band in plan.bands))
   else:
     rows = tuple(_run_blocks(lambda *at: (block(*at)[0], ()), band)[0] for band in plan.bands)
-  o_BKGTU, lse_BKGT1 = (jnp.concatenate(parts, axis=3) for parts in zip(*rows))
+  outputs, normalisers = zip(*rows)
+  o_BKGTU = jnp.concatenate(outputs, axis=3)
+  lse_BKGT1 = jnp.concatenate(normalisers, axis=3)
   blind_BKGT1 = jnp.isneginf(lse_BKGT1)
-  return (o_BKGTU, lse_BKGT1), (q_BKGTH, k_BKSH, v_BKSU, tokens, o_BKGTU, blind_BKGT1, kept)
+  residuals = (q_BKGTH, k_BKSH, v_BKSU, tokens, o_BKGTU, blind_BKGT1, softmaxes)
+  return (o_BKGTU, lse_BKGT1), residuals
 
 
 def _backward(plan: Plan, residuals, cotangents):
-  q_BKGTH, k_BKSH, v_BKSU, tokens, o_BKGTU, blind_BKGT1, kept = residuals
+  q_BKGTH, k_BKSH, v_BKSU, tokens, o_BKGTU, blind_BKGT1, softmaxes = residuals
   do_BKGTU, dlse_BKGT1 = cotangents
   B, K, G, T, U = o_BKGTU.shape
   dtype, scale = q_BKGTH.dtype, plan.options.scale
@@ -110,7 +113,8 @@ def _backward(plan: Plan, residuals, cotangents):
 
   def block(start: jax.Array | int, band: Band, softmax: Softmax):
     e_BKRS, mass_BKR1, slope_BKRS = softmax
-    k_BKSH_, v_BKSU_ = (x[:, :, band.first : band.last] for x in (k_BKSH, v_BKSU))
+    k_BKSH_ = k_BKSH[:, :, band.first : band.last]
+    v_BKSU_ = v_BKSU[:, :, band.first : band.last]
     mean_BKR1 = _rows(mean_BKGT1, start, band.C) / mass_BKR1
     do_BKRU = (_rows(do_BKGTU, start, band.C) / mass_BKR1).astype(dtype)
     da_BKRS = e_BKRS * (_dot("bkru,bksu->bkrs", do_BKRU, v_BKSU_) - mean_BKR1)
@@ -124,12 +128,14 @@ def _backward(plan: Plan, residuals, cotangents):
     return block(start, band, _softmax(q_BKGTH, k_BKSH, tokens, start, band, plan.options)[0])
 
   if plan.keeps:
-    parts = [block(band.start, band, softmax) for band, softmax in zip(plan.bands, kept)]
+    parts = [block(band.start, band, softmax) for band, softmax in zip(plan.bands, softmaxes)]
   else:
     like = (q_BKGTH, k_BKSH, v_BKSU, do_BKGTU)
     parts = [_run_blocks(block_again, band, like) for band in plan.bands]
   dqs, sums = zip(*parts)
-  dk_BKSH, dv_BKSU = (_sum_by_key(parts, plan.bands).astype(dtype) for parts in zip(*sums))
+  dks, dvs = zip(*sums)
+  dk_BKSH = _sum_by_key(dks, plan.bands).astype(dtype)
+  dv_BKSU = _sum_by_key(dvs, plan.bands).astype(dtype)
   return jnp.concatenate(dqs, axis=3), dk_BKSH, dv_BKSU, None
 
 
@@ -207,13 +213,13 @@ def _run_blocks(
 
 
 def _merge_blocks(x: jax.Array) -> jax.Array:
-  """[blocks, B, K, G, C, Z] -> [B, K, G, blocks * C, Z]."""
+  """Merges [blocks, B, K, G, C, Z] to [B, K, G, blocks * C, Z]."""
   blocks, B, K, G, C, Z = x.shape
   return x.transpose(1, 2, 3, 0, 4, 5).reshape(B, K, G, blocks * C, Z)
 
 
 def _sum_by_key(parts: tuple[jax.Array, ...], bands: tuple[Band, ...]) -> jax.Array:
-  """One [B, K, Z, keys] per band -> their sum over the bands [B, K, S, Z]."""
+  """Sums one [B, K, Z, keys] per band over the bands; returns [B, K, S, Z]."""
   total_BKZS, first, finished = parts[-1], bands[-1].first, []
   for part_BKZS, band in zip(parts[-2::-1], bands[-2::-1]):
     finished.append(total_BKZS[..., band.last - first :])  # earlier queries see no later key

@@ -1,1 +1,1 @@
-"""What every operation needs: argument checks, platform, chip table, shard_map entry, padding."""
+"""Holds what every operation needs: checks, platform, chip table, shard_map entry, padding."""

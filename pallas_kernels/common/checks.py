@@ -1,4 +1,4 @@
-"""Checks of arguments. Every error names the argument, its value and the rule. Imports no jax."""
+"""Checks arguments. Every error names the argument, its value and the rule. Imports no jax."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The project's one table of accelerators, per device as JAX counts them. Imports no jax.
+"""Lists accelerators in the project's one table, per device as JAX counts them. Imports no jax.
 
 Vendors mix conventions. Here FLOP/s are dense (half of NVIDIA's figures "with sparsity"), rates
 and sizes are in FLOP/s, bytes and bytes/s, and the interconnect is what one device can send (half
@@ -12,7 +12,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorCore:
-  """A TPU core as its compiler schedules it.
+  """Describes a TPU core as its compiler schedules it.
 
   Units, VMEM: jax's `tpu_info`. Clock: the bfloat16 peak over the multiply-adds of a cycle.
   `mxu_cycles` and `delay_slots` are read off the compiler's listings.
@@ -38,7 +38,7 @@ class TensorCore:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-  """One device; None where no source states the figure or the hardware has no such unit."""
+  """Describes one device; None where no source states the figure or there is no such unit."""
 
   name: str
   """Key in `CHIPS`."""

@@ -1,4 +1,4 @@
-"""The error classes for mistakes of the user; every other exception is a fault of the program."""
+"""Defines the errors for mistakes of the user; every other exception is a fault of the program."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 
 class UserError(ValueError):
-  """Something that the user can mend: the message names the field, its value and the rule."""
+  """Raised for what the user can mend: the message names the field, its value and the rule."""
 
 
 class UnsupportedError(UserError, NotImplementedError):
-  """A combination that was asked for and that nothing here can run; the message says why."""
+  """Raised for what was asked for and nothing here can run; the message says why."""
 
 
 class MissingExtraError(UserError, ImportError):
-  """An optional dependency is not installed; the message names the extra that brings it."""
+  """Raised where an optional dependency is not installed; the message names its extra."""
 
 
 def import_extra(module: str, extra: str, purpose: str) -> Any:

@@ -1,4 +1,4 @@
-"""The platform that an operation is traced for: the mesh's in ahead-of-time compilation."""
+"""Finds the platform that an operation is traced for: the mesh's in ahead-of-time compilation."""
 
 from __future__ import annotations
 

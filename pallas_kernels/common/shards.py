@@ -26,6 +26,15 @@ def sharded_axes(array: jax.Array, dimension: int) -> Axes:
   return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+def mesh_size(*arrays: Any) -> int:
+  """Returns the devices of the largest mesh, of the current one and those in the arrays' types.
+
+  Takes arrays or trees of them; axes of every type count; 1 without a mesh.
+  """
+  meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(arrays)]
+  return max(1, *(mesh.size for mesh in (jax.sharding.get_abstract_mesh(), *meshes)))
+
+
 def check_not_sharded(name: str, array: jax.Array, dimension: int) -> None:
   """Raises UnsupportedError when a dimension, of which each device needs all, is spread.
 

@@ -1,4 +1,4 @@
-"""Linear cross-entropy: the loss of a large-vocabulary classifier without its logits in memory."""
+"""Computes the loss of a large-vocabulary classifier without its logits in memory."""
 
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 from pallas_kernels.linear_cross_entropy.filtering import Aux

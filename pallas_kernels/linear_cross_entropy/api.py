@@ -92,12 +92,15 @@ def linear_cross_entropy(
     sort_vocabulary: the backward pass visits the vocabulary by falling mean logit, so that filters
       keep fewer tiles.
     return_aux: also return the fractions of tiles that the filters keep; costs 2NVD FLOPs.
-    implementation: None takes "pallas_tpu" on TPU for more than 4096 entries, else "xla"; a named
-      one runs or raises. "xla" with a scalar reduction makes the gradients in its forward pass:
-      6NVD FLOPs and R x V logits at a time (up to 4096 entries, R is all N rows or what 32 MiB
-      hold; above, N / 8, but 128 to 512), and a byte-level vocabulary costs what materialised
-      logits cost. Where lse is differentiated, and for "none", the logits are computed twice, 8NVD.
-      "reference" materialises the logits. "pallas_gpu" (Hopper) is taken only by name.
+    implementation: for more than 4096 entries None takes "pallas_tpu" on TPU and "pallas_gpu" on
+      one Hopper GPU, where they can run, else "xla". It keeps "xla" on a mesh of several GPUs,
+      where "pallas_gpu" has never run. A named one runs or raises. "xla" with a scalar reduction
+      makes the gradients in its forward pass: 6NVD FLOPs and R x V logits at a time (up to 4096
+      entries, R is all N rows or what 32 MiB hold; above, N / 8, but 128 to 512), and a byte-level
+      vocabulary costs what materialised logits cost. Where lse is differentiated, and for "none",
+      the logits are computed twice, 8NVD. "reference" materialises the logits. "pallas_gpu"
+      transposes a [D, V] classifier: one more copy of it from the forward to the backward pass, and
+      one of its gradient.
     interpret: runs a named Pallas implementation on CPU. True: "pallas_tpu" in Pallas's plain
       interpreter, "pallas_gpu" (jax 0.11) in the simulator of a GPU. Or the parameters of a
       simulator: `pltpu.InterpretParams(...)` of a TPU's memories, copies, cores and races,
@@ -205,9 +208,7 @@ def _run_local(
     first = jax.lax.axis_index(options.axis_name) * entries
     labels_N = labels_N - first.astype(jnp.int32)
   embeddings_ND, classifier, bias_V = shards.vary_together(embeddings_ND, classifier, bias_V)
-  if name == "xla" and options.layout == "vd" and classifier.shape[0] <= xla.SMALL_VOCABULARY:
-    classifier, options = classifier.T, dataclasses.replace(options, layout="dv")  # faster so
-  inputs = Inputs(embeddings_ND, classifier, labels_N, bias_V)
+  inputs, options = arrange(name, Inputs(embeddings_ND, classifier, labels_N, bias_V), options)
   weight = jnp.sum(weight_N, keepdims=True)
   if labels_N.size == 0:
     aux = Aux(jnp.ones(1), jnp.ones(1)) if with_aux else None
@@ -222,6 +223,19 @@ def _run_local(
     loss, lse_N = loss_N if per_token else jnp.sum(loss_N, keepdims=True), stats.lse_N
   aux = _kept_tiles(name, one_pass, inputs, weight_N, options) if with_aux else None
   return _Parts(loss, weight, lse_N, aux)
+
+
+def arrange(name: str, inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+  """Transposes the classifier where the implementation needs the other layout, or is faster so."""
+  layout = options.layout
+  if name == "pallas_gpu":
+    layout = "vd"
+  elif name == "xla" and options.entries(inputs) <= xla.SMALL_VOCABULARY:
+    layout = "dv"
+  if layout == options.layout:
+    return inputs, options
+  transposed = inputs._replace(classifier=inputs.classifier.T)
+  return transposed, dataclasses.replace(options, layout=layout)
 
 
 def _statistics(name: str, inputs: Inputs, options: Options) -> Statistics:
@@ -249,12 +263,14 @@ def _kept_tiles(
 def choose(implementation: Implementation | None, inputs: Inputs, options: Options) -> str:
   """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
   if implementation is None:
+    kernel: Any = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(platform())
     fits = (
-      platform() == "tpu"
+      kernel is not None
       and options.entries(inputs) > xla.SMALL_VOCABULARY
-      and pallas_tpu.unsupported(inputs, options) is None
+      and (kernel != "pallas_gpu" or shards.mesh_size(inputs) == 1)  # never ran on several GPUs
+      and PALLAS[kernel].unsupported(inputs, options) is None
     )
-    implementation = "pallas_tpu" if fits else "xla"
+    implementation = kernel if fits else "xla"
     log_once("linear_cross_entropy", implementation, platform())
   reason = None
   if implementation in PALLAS:

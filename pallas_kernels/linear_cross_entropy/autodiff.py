@@ -1,4 +1,4 @@
-"""Row statistics as one differentiable operation, whatever backend computes them."""
+"""Makes row statistics one differentiable operation, whatever backend computes them."""
 
 # N tokens
 from __future__ import annotations

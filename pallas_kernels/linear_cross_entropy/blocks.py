@@ -22,7 +22,7 @@ LOGIT_BYTES = 20
 
 
 class TileLimits(NamedTuple):
-  """What tile sizes depend on: the memory of one core, the rates of the whole device."""
+  """Holds what tile sizes depend on: the memory of a core, the rates of the whole device."""
 
   vmem: int  # bytes
   cores: int  # that share one device and its HBM
@@ -76,14 +76,14 @@ def backward_tile(N: int, V: int, D: int, dtype: DTypeLike, limits: TileLimits) 
 
 
 def _balanced_rows(balance: float) -> int:
-  """A power of two, at least 1024 and 1.5 times the rows where HBM and MXU take equally long."""
+  """Returns a power of two: 1.5 times the rows at which HBM and MXU take equally long, or 1024."""
   return max(1024, 2 ** math.ceil(math.log2(1.5 * balance)))
 
 
 def _fit(
   rows: int, entries: int, vmem: Callable[[TileSize], int], limits: TileLimits, N: int, V: int
 ) -> TileSize | None:
-  """The tile, halved until it fits in 85 % of VMEM, no larger than the inputs in whole lanes."""
+  """Halves the tile until it fits in 85 % of VMEM, no larger than the inputs in whole lanes."""
   tile = TileSize(min(rows, limits.largest_tile), min(entries, limits.largest_tile))
   while vmem(tile) > 0.85 * limits.vmem:
     if tile.entries > 256 or LANES == tile.rows < tile.entries:

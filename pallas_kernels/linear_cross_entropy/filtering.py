@@ -13,7 +13,7 @@ from pallas_kernels.linear_cross_entropy.terms import Inputs, Options, RowFactor
 
 
 class Aux(NamedTuple):
-  """Fractions of the tiles of logits whose product the backward pass does, float32 scalars.
+  """Holds the fractions of tiles of logits whose product the backward pass does, float32 scalars.
 
   1 without a threshold.
   """
@@ -41,5 +41,5 @@ def kept_tiles(inputs: Inputs, factors: RowFactors, size: TileSize, options: Opt
     kept_c = terms.passes_filter(gradient, spread, options.threshold_c)
     return Aux(jnp.asarray(kept_e, jnp.float32), jnp.asarray(kept_c, jnp.float32))
 
-  kept = jax.lax.map(filter_tile, jnp.arange(-(-N // size.rows) * tiles_of_V))
-  return jax.tree.map(jnp.mean, kept)
+  kept_by_tile = jax.lax.map(filter_tile, jnp.arange(-(-N // size.rows) * tiles_of_V))
+  return jax.tree.map(jnp.mean, kept_by_tile)

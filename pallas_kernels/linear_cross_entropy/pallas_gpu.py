@@ -1,13 +1,14 @@
-"""Linear cross-entropy on Hopper (Pallas Mosaic GPU).
+"""Computes linear cross-entropy on Hopper (Pallas Mosaic GPU).
 
 One kernel computes tiles of the logits on the tensor cores, TMA and two consumer warpgroups as in a
 matrix product, and ends each tile either with its part of the row statistics or with the gradient
 of its logits, in the inputs' dtype. The forward pass combines the parts of a run of tiles; the
 backward pass writes the gradient of a block of logits to HBM (8 MiB in bfloat16) and leaves the two
-products with E and C to XLA. 8NVD FLOPs together.
+products with E and C to XLA. 8NVD FLOPs together. The classifier is [V, D]: `api` transposes
+another before it comes here.
 
 Values and gradients are tested in the simulator of a GPU (shared memory, TMA, barriers, warpgroups,
-races; jax 0.11 and later); it lowers for Hopper on jax 0.10 to 0.12. No GPU has run it.
+races; jax 0.11 and later) and on one H100; it lowers for Hopper on jax 0.10 to 0.12.
 """
 
 # N tokens, D model, V vocabulary; R rows and W entries of a tile; S tiles of a run
@@ -52,8 +53,6 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
   V, (N, D) = options.entries(inputs), inputs.embeddings_ND.shape
   if N % (TILE * WARPGROUPS) or V % TILE or D % DEPTH:
     return f"N={N}, V={V}, D={D} must be multiples of {TILE * WARPGROUPS}, {TILE} and {DEPTH}"
-  if options.layout != "vd":
-    return "classifier_layout='dv' is not written"
   if options.threshold_e is not None or options.threshold_c is not None:
     return "filter_e and filter_c are not written"
   if options.interpret:
@@ -82,7 +81,7 @@ def backward_tile(inputs: Inputs, options: Options) -> TileSize:
 
 
 class KernelInputs(NamedTuple):
-  """What the kernel reads; arrays outside of it, references inside."""
+  """Holds what the kernel reads; arrays outside of it, references inside."""
 
   first_tile: Any  # [2]: row and entry at which the grid of tiles begins
   e_ND: Any
@@ -93,7 +92,7 @@ class KernelInputs(NamedTuple):
 
 
 class LogitTile(NamedTuple):
-  """The logits of one warpgroup: rows of the launch's outputs, entries of the vocabulary."""
+  """Holds one warpgroup's logits: rows of the launch's outputs, entries of the vocabulary."""
 
   x_RW: jax.Array
   hit_RW: jax.Array  # where an entry is the label of its row
@@ -102,7 +101,7 @@ class LogitTile(NamedTuple):
 
 
 class RunStatistics(NamedTuple):
-  """Statistics of the rows of a launch, for each tile of entries: [S, N]."""
+  """Holds statistics of the rows of a launch, for each tile of entries: [S, N]."""
 
   top: Any
   mass: Any

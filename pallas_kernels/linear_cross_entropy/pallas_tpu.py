@@ -1,4 +1,4 @@
-"""Linear cross-entropy on TPU (Pallas Mosaic): tiles of the logits live in VMEM only.
+"""Computes linear cross-entropy on TPU (Pallas Mosaic): tiles of logits live in VMEM only.
 
 Tiles are transposed, [entries, rows], so that what belongs to a row lies along the lanes. Forward:
 a block of E stays while C streams past. Backward: for one block of rows at a time, a kernel visits
@@ -56,7 +56,7 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
 
 
 def _tiles(inputs: Inputs, options: Options) -> tuple[TileSize | None, TileSize | None]:
-  """Forward and backward tiles on the chip at hand."""
+  """Returns forward and backward tiles on the chip at hand."""
   N, D = inputs.embeddings_ND.shape
   sizes = (N, options.entries(inputs), D, inputs.embeddings_ND.dtype)
   limits = blocks.tile_limits(options.interpret)
@@ -89,7 +89,7 @@ def compiler_params(options: Options) -> pltpu.CompilerParams:
 
 
 class ForwardInputs(NamedTuple):
-  """Blocks that the forward kernel reads."""
+  """Holds the blocks that the forward kernel reads."""
 
   labels_1R: Any
   e_RD: Any
@@ -98,7 +98,7 @@ class ForwardInputs(NamedTuple):
 
 
 class ForwardOutputs(NamedTuple):
-  """Blocks that the forward kernel writes, finished at the last tile of the vocabulary."""
+  """Holds the blocks that the forward kernel writes, finished at the vocabulary's last tile."""
 
   lse_1R: Any
   target_1R: Any
@@ -106,7 +106,7 @@ class ForwardOutputs(NamedTuple):
 
 
 class ForwardScratch(NamedTuple):
-  """The log-sum-exp of the tiles so far."""
+  """Holds the log-sum-exp of the tiles so far."""
 
   top_1R: Any
   mass_1R: Any
@@ -188,14 +188,14 @@ def forward_kernel(
 
 
 class Sums(NamedTuple):
-  """Gradients of C and of the bias as a row, summed over the blocks of rows so far."""
+  """Holds gradients of C and of the bias as a row, summed over the blocks of rows so far."""
 
   c: Any
   bias_1W: Any | None
 
 
 class BackwardInputs(NamedTuple):
-  """Blocks that the backward kernel reads."""
+  """Holds the blocks that the backward kernel reads."""
 
   labels_1R: Any
   factors: RowFactors  # [1, R], but active_N is a column [R, 1]
@@ -205,7 +205,7 @@ class BackwardInputs(NamedTuple):
 
 
 class BackwardGrid(NamedTuple):
-  """How the backward kernel walks over the vocabulary."""
+  """Says how the backward kernel walks over the vocabulary."""
 
   V: int
   width: int

@@ -1,4 +1,4 @@
-"""Materialised logits and JAX's own gradient: what every other implementation is compared with."""
+"""Materialises the logits, for JAX's own gradient; others are compared with it."""
 
 # N tokens, D model, V vocabulary
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The records and the mathematics that every implementation of the linear cross-entropy shares.
+"""Defines the records and the mathematics that every implementation of the loss shares.
 
     u = (E C^T + b) / temperature
     x = softcap * tanh(u / softcap), or u
@@ -28,7 +28,7 @@ from pallas_kernels.common.checks import check, check_choice, check_number, is_n
 
 
 class Inputs(NamedTuple):
-  """The arrays of the operation; of one shard inside shard_map."""
+  """Holds the arrays of the operation; of one shard inside shard_map."""
 
   embeddings_ND: jax.Array
   classifier: jax.Array  # [V, D], or [D, V] with Options.layout "dv"
@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
 
 
 class Statistics(NamedTuple):
-  """What the loss needs of each row of logits, in float32 (float64 for float64 inputs).
+  """Holds what the loss needs of each row of logits, in float32 (float64 for float64 inputs).
 
   Cotangents have the same form.
   """
@@ -48,7 +48,7 @@ class Statistics(NamedTuple):
 
 
 class RowFactors(NamedTuple):
-  """What the backward pass needs of each row, see `row_factors`: arrays, or blocks in kernels."""
+  """Holds each row's factors in the backward pass (`row_factors`): arrays, blocks in kernels."""
 
   lse_N: Any
   scale_N: Any
@@ -59,7 +59,7 @@ class RowFactors(NamedTuple):
 
 
 class Gradients(NamedTuple):
-  """Gradients of the inputs in the accumulator's dtype; bias_V is None where there is no bias."""
+  """Holds gradients in the accumulator's dtype; bias_V is None where there is no bias."""
 
   embeddings_ND: jax.Array
   classifier: jax.Array
@@ -67,7 +67,7 @@ class Gradients(NamedTuple):
 
 
 class TileSize(NamedTuple):
-  """Rows of E and entries of C in one tile of logits."""
+  """Counts the rows of E and the entries of C in one tile of logits."""
 
   rows: int
   entries: int
@@ -75,7 +75,7 @@ class TileSize(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """What is fixed when the operation is traced. Raises UserError for values out of range."""
+  """Holds what is fixed at trace time. Raises UserError for values out of range."""
 
   vocabulary: int
   """V, all shards together."""
@@ -117,12 +117,12 @@ class Options:
 
   @property
   def needs_total(self) -> bool:
-    """Whether the loss needs the sum of every row's logits."""
+    """Returns whether the loss needs the sum of every row's logits."""
     return self.label_smoothing > 0
 
   @property
   def vocabulary_axis(self) -> int:
-    """The axis of the classifier that counts entries of the vocabulary."""
+    """Returns the axis of the classifier that counts entries of the vocabulary."""
     return self.layout.index("v")
 
   def entries(self, inputs: Inputs) -> int:

@@ -1,4 +1,4 @@
-"""Linear cross-entropy in plain JAX: tiles of logits instead of all N x V, on any backend.
+"""Computes linear cross-entropy in plain JAX by tiles of logits instead of all N x V.
 
 `loss_sum` serves a scalar loss with 6NVD FLOPs: each token's weight is known in the forward pass,
 so a chunk of rows keeps its logits just long enough to make its part of the gradients. `statistics`
@@ -154,7 +154,7 @@ def backward_tile(inputs: Inputs, options: Options) -> TileSize:
 
 
 class Tile(NamedTuple):
-  """W entries of the vocabulary; where W does not divide V, the last tile starts early."""
+  """Holds W entries of the vocabulary; where W does not divide V, the last tile starts early."""
 
   classifier: jax.Array
   bias_W: jax.Array | None
@@ -164,7 +164,7 @@ class Tile(NamedTuple):
 
 
 class Running(NamedTuple):
-  """Statistics of the entries so far of each row of a chunk."""
+  """Holds statistics of the entries so far of each row of a chunk."""
 
   top_R: jax.Array
   mass_R: jax.Array
@@ -380,7 +380,7 @@ def update_if(condition: jax.Array | bool, update: Callable[[Any], Any], value: 
 
 
 def scan(body: Callable[[Any, Any], Any], start: Any, xs: Any) -> Any:
-  """Like `jax.lax.scan`, but runs a single step without a loop."""
+  """Scans as `jax.lax.scan` does, but runs a single step without a loop."""
   if len(xs) > 1:
     return jax.lax.scan(body, start, xs)
   return body(start, xs[0])

@@ -19,7 +19,7 @@ import numpy as np
 from pallas_kernels.common.checks import check_choice
 from pallas_kernels.common.chips import CHIPS, CORES, Chip
 from pallas_kernels.schedule.compiler import chip_mesh, compile_with_listings
-from pallas_kernels.schedule.listing import DumpError, Schedule, Total
+from pallas_kernels.schedule.listing import DumpError, KernelSchedule, Total
 from pallas_kernels.schedule.traffic import Call, pallas_calls
 
 COPY_US = 0.35
@@ -28,7 +28,7 @@ COPY_US = 0.35
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-  """One kernel on one chip; times are of all its calls in the program."""
+  """Holds the numbers of one kernel on one chip; times are of all its calls in the program."""
 
   kernel: str
   chip: str
@@ -122,7 +122,7 @@ def summarise(
   if not {"bundles", "use", "original"} <= set(listings):
     raise DumpError(f"{kernel}: of the listings only {sorted(listings)} were written")
   core = CORES[chip.name]
-  schedule = Schedule(listings["bundles"], listings["use"], core)
+  schedule = KernelSchedule(listings["bundles"], listings["use"], core)
   step, cycles = count_cycles(schedule, call)
   sizes = re.findall(r"space=vmem, size = (0x[0-9a-f]+)", listings["original"])
   counted = sum(2 * n * k.rows * core.mxu_side**2 for k, n in step.matmuls.items())
@@ -173,7 +173,7 @@ def peak_flops(chip: Chip, operands: str) -> float:
   return peak
 
 
-def count_cycles(schedule: Schedule, call: Call) -> tuple[Total, float]:
+def count_cycles(schedule: KernelSchedule, call: Call) -> tuple[Total, float]:
   """Returns what one grid step executes and a core's cycles; the first loop is the grid's."""
   body = next(schedule.loops(), None) if call.steps > 1 else None
   if body is None:

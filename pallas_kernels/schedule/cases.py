@@ -27,7 +27,7 @@ TOKENS, WIDTH, VOCABULARY = 8192, 2304, 256_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-  """A function to compile; `kernel` picks one of its Pallas calls by a part of the name."""
+  """Holds a function to compile; `kernel` picks one of its Pallas calls by a part of the name."""
 
   name: str
   shape: str
@@ -60,12 +60,14 @@ def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
 def linear_cross_entropy_loss(
   embeddings_ND: jax.Array, classifier_VD: jax.Array, labels_N: jax.Array
 ) -> jax.Array:
+  """Returns the mean loss of this project's TPU kernels."""
   return linear_cross_entropy(embeddings_ND, classifier_VD, labels_N, implementation="pallas_tpu")
 
 
 def tokamax_loss(
   embeddings_ND: jax.Array, classifier_DV: jax.Array, labels_N: jax.Array
 ) -> jax.Array:
+  """Returns the loss of tokamax's TPU kernels."""
   loss = importlib.import_module("tokamax").linear_softmax_cross_entropy_loss
   return loss(embeddings_ND, labels_N, classifier_DV, implementation="mosaic_tpu")
 
@@ -81,6 +83,7 @@ def with_tpu_as_default(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def tokamax_cases() -> Iterator[Case]:
+  """Yields tokamax's kernels at the shapes of this project's."""
   name = "tokamax linear_cross_entropy"
   for case in linear_cross_entropy_cases(
     name, tokamax_loss, classifier=(WIDTH, VOCABULARY), kernel="bwd"
@@ -108,6 +111,7 @@ def linear_cross_entropy_cases(
 
 
 def matmul_case() -> Case:
+  """Returns the case of JAX's example of a matrix product."""
   size = 8192
   fn = functools.partial(matmul, block_shape=(1024, 1024), block_k=512)
   return Case(
@@ -120,6 +124,7 @@ def matmul_case() -> Case:
 
 
 def splash_case() -> Case:
+  """Returns the case of JAX's splash attention, forward."""
   heads, length, width = 8, 4096, 128
   mask = splash_attention_mask.MultiHeadMask(
     [splash_attention_mask.CausalMask((length, length))] * heads
@@ -138,6 +143,7 @@ def splash_case() -> Case:
 
 
 def megablox_case() -> Case:
+  """Returns the case of JAX's grouped matrix product."""
   rows, inner, outer, groups = 8192, 2048, 2048, 8
   sizes = jnp.full(groups, rows // groups, jnp.int32)
   return Case(

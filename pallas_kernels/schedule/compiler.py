@@ -73,8 +73,8 @@ def compile_with_listings(
   }
   for path in sorted(folder.iterdir()):
     for kind, pattern in kinds.items():
-      if found := re.fullmatch(rf"\d+-([^<].*?)-\d+-{pattern}", path.name):
-        listings.setdefault(found[1], {})[kind] = path.read_text()
+      if name := re.fullmatch(rf"\d+-([^<].*?)-\d+-{pattern}", path.name):
+        listings.setdefault(name[1], {})[kind] = path.read_text()
   if not listings:
     raise RuntimeError(
       "libtpu wrote no listings: it was loaded in this process before pallas_kernels.schedule "

@@ -25,12 +25,12 @@ OPPOSITE = ({"eq", "ne"}, {"lt", "ge"}, {"le", "gt"})
 
 
 class DumpError(ValueError):
-  """A listing that this reader does not understand."""
+  """Raised for a listing that this reader does not understand."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Matmul:
-  """One kind of MXU instruction."""
+  """Describes one kind of MXU instruction."""
 
   operands: str
   rows: int
@@ -54,7 +54,7 @@ def matmul_kind(suffixes: str) -> Matmul:
 
 @dataclasses.dataclass
 class Span:
-  """Bundles [start, end): the body of a loop, or a region that a branch may skip."""
+  """Holds bundles [start, end): the body of a loop, or a region that a branch may skip."""
 
   start: int
   end: int
@@ -68,13 +68,14 @@ class Span:
 
 @dataclasses.dataclass
 class Total:
-  """What one pass over a span is expected to execute."""
+  """Sums what one pass over a span is expected to execute."""
 
   cycles: float = 0.0
   units: Counter[str] = dataclasses.field(default_factory=Counter)
   matmuls: Counter[Matmul] = dataclasses.field(default_factory=Counter)
 
   def add(self, other: Total, weight: float) -> None:
+    """Adds `weight` times the other total."""
     self.cycles += weight * other.cycles
     for mine, theirs in ((self.units, other.units), (self.matmuls, other.matmuls)):
       for key, count in theirs.items():
@@ -86,8 +87,8 @@ class Total:
     return busy * core.mxu_cycles / (core.mxus * max(self.cycles, 1))
 
 
-class Schedule:
-  """One compiled kernel. Raises DumpError where the listings are not what this reader knows."""
+class KernelSchedule:
+  """Holds one compiled kernel. Raises DumpError where its listings are not as known here."""
 
   def __init__(self, bundles: str, use: str, core: TensorCore):
     self.core = core
@@ -173,7 +174,7 @@ def read_use(text: str) -> tuple[list[str], np.ndarray]:
 
 
 def nest(root: Span, spans: list[Span]) -> Span:
-  """Hangs the spans below `root` by what contains what, and returns it."""
+  """Nests the spans below `root` by which contains which, and returns it."""
   stack = [root]
   for span in sorted(spans, key=lambda span: (span.start, -span.end)):
     while span.start >= stack[-1].end:

@@ -91,25 +91,25 @@ def closing(rows: Iterable[dict[str, Any]]) -> str:
 
 def versions(*packages: str) -> dict[str, str]:
   """Returns the versions of these packages (none: those that a schedule depends on)."""
-  found = {}
+  version_of = {}
   for package in packages or PACKAGES:
     try:
-      found[package] = importlib.metadata.version(package)
+      version_of[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-      found[package] = "not installed"
-  return found
+      version_of[package] = "not installed"
+  return version_of
 
 
 def row(case: Case, chip: str) -> dict[str, Any]:
   """Returns one line of the table: the case, and either the finding's numbers or the error."""
   about = dict(name=case.name, shape=case.shape, chip=chip)
   try:
-    found = analyse(case.fn, case.args, chip, flops=case.flops, kernel=case.kernel)
+    findings = analyse(case.fn, case.args, chip, flops=case.flops, kernel=case.kernel)
   except (ImportError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
     return about | dict(error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
-  if len(found) != 1:
-    return about | dict(error=f"{len(found)} kernels match {case.kernel!r}")
-  return about | dataclasses.asdict(found[0])
+  if len(findings) != 1:
+    return about | dict(error=f"{len(findings)} kernels match {case.kernel!r}")
+  return about | dataclasses.asdict(findings[0])
 
 
 COLUMNS = (

@@ -22,7 +22,7 @@ Walk = Generator["Call", None, list[Any]]
 
 @dataclasses.dataclass
 class Call:
-  """One pallas_call of a program."""
+  """Describes one pallas_call of a program."""
 
   name: str
   """Empty where the program gives none."""
@@ -39,6 +39,7 @@ class Call:
 
   @property
   def steps(self) -> int:
+    """Returns the number of grid steps."""
     return math.prod(self.grid)
 
 
@@ -59,7 +60,7 @@ def pallas_calls(
     results: Sequence[Any] = ()
     inner = [eqn.params[name] for name in ("jaxpr", "call_jaxpr", "branches") if name in eqn.params]
     if eqn.primitive.name == "pallas_call":
-      yield replay(eqn, values, calls)
+      yield count_traffic(eqn, values, calls)
     elif eqn.primitive.name in ("scan", "while", "cond") or not inner:
       times = calls * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else calls
       for body in inner_jaxprs(eqn.params):
@@ -69,7 +70,7 @@ def pallas_calls(
         "while",
         "cond",
       ):
-        results = evaluate(eqn, values)
+        results = evaluate_equation(eqn, values)
     else:
       closed = inner[0]
       body, body_consts = (
@@ -89,14 +90,14 @@ def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
         yield leaf
 
 
-def evaluate(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+def evaluate_equation(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
   """Returns the results of one equation whose operands are known."""
   with jax.default_device(jax.devices("cpu")[0]):
     results = eqn.primitive.bind(*map(jnp.asarray, values), **eqn.params)
   return results if eqn.primitive.multiple_results else [results]
 
 
-def replay(eqn: Any, values: list[Any], calls: int) -> Call:
+def count_traffic(eqn: Any, values: list[Any], calls: int) -> Call:
   """Returns the traffic of one pallas_call whose operands have these values (None: unknown)."""
   mapping, notes = eqn.params["grid_mapping"], []
   bounds = sum(not isinstance(size, int) for size in mapping.grid)
@@ -137,13 +138,14 @@ def changes(block: Any, grid: tuple[int, ...], prefetch: list[Any], rank: int) -
   steps, as for an index that is fixed during the call, the values do not matter.
   """
   unknown = any(value is None for value, _ in prefetch)
-  found = []
+  steps_by_filling = []
   for filling in (0, 1) if unknown else (0,):
     scalars = [
       fill(atom.aval, filling) if value is None else np.asarray(value) for value, atom in prefetch
     ]
-    found.append(index_changes(block, grid, scalars, rank))
-  return found[0] if all(np.array_equal(found[0], other) for other in found) else None
+    steps_by_filling.append(index_changes(block, grid, scalars, rank))
+  first, *others = steps_by_filling
+  return first if all(np.array_equal(first, other) for other in others) else None
 
 
 def fill(aval: Any, filling: int) -> np.ndarray:

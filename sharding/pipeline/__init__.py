@@ -1,4 +1,4 @@
-"""Pipeline parallelism: schedules, what they cost, and whether they are right. Needs no devices."""
+"""Makes pipeline schedules, tells what they cost and checks that they are right, off devices."""
 
 from sharding.pipeline.auto import auto_schedule
 from sharding.pipeline.checker import check_schedule, check_table

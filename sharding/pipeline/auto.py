@@ -1,4 +1,4 @@
-"""Schedules found for given times under a memory limit.
+"""Finds schedules for given times under a memory limit.
 
 Follows the heuristic of Qi et al. 2024 (arXiv 2401.10241, section 3.1): warm up with as many
 forward passes as fit before the first backward pass arrives, then alternate F and B, and use W to
@@ -31,14 +31,14 @@ def auto_schedule(
   check(microbatches >= 1, "microbatches", microbatches, "must be at least 1")
   largest = footprint.until_input_gradient
   check(limit >= largest, "limit", limit, f"must hold one micro-batch of {largest}")
-  kept = footprint.until_weight_gradient
+  rest = footprint.until_weight_gradient
   rule = f"must be at most until_input_gradient={largest}"
-  check(kept <= largest, "footprint.until_weight_gradient", kept, rule)
-  found = []
+  check(rest <= largest, "footprint.until_weight_gradient", rest, rule)
+  schedules = []
   for extra in (-1, 0, 1, 2):
     warmup = _warmup(stages, microbatches, times, int((limit + _ROUNDING) / largest), extra)
-    found.append(_Planner(microbatches, times, footprint, limit, warmup).run())
-  return min(found, key=lambda schedule: simulate(schedule, times).cost)
+    schedules.append(_Planner(microbatches, times, footprint, limit, warmup).run())
+  return min(schedules, key=lambda schedule: simulate(schedule, times).cost)
 
 
 def _warmup(P: int, M: int, times: Times, room: int, extra: int) -> list[int]:
@@ -66,7 +66,7 @@ class _Planner:
     P = len(warmup)
     self.actions: list[list[Op]] = [[] for _ in range(P)]
     self.done = [{"F": 0, "B": 0, "W": 0} for _ in range(P)]
-    self.free = [0.0] * P
+    self.free_at = [0.0] * P
     self.bubble = [0.0] * P
     self.held = [0.0] * P
     self.turn = ["F"] * P
@@ -79,7 +79,7 @@ class _Planner:
     """Returns the schedule once no rank has anything left to do."""
     while self.wakes:
       now, _, rank = heapq.heappop(self.wakes)
-      if now >= self.free[rank] - _ROUNDING:
+      if now >= self.free_at[rank] - _ROUNDING:
         kind = self.choose(rank, now)
         if kind is not None:
           self.issue(rank, kind, now)
@@ -119,8 +119,8 @@ class _Planner:
     m = self.done[rank][kind]
     op = Op(kind, rank, m)  # type: ignore[arg-type]
     if self.actions[rank]:
-      self.bubble[rank] += now - self.free[rank]
-    end = self.free[rank] = now + self.times.of((op,))
+      self.bubble[rank] += now - self.free_at[rank]
+    end = self.free_at[rank] = now + self.times.of((op,))
     self.actions[rank].append(op)
     self.done[rank][kind] += 1
     large, small = self.footprint.until_input_gradient, self.footprint.until_weight_gradient

@@ -26,39 +26,39 @@ __all__ = [
 
 
 class ScheduleError(ValueError):
-  """A schedule that does not compute the gradient, or not within its limits."""
+  """Raised for a schedule that does not compute the gradient, or not within its limits."""
 
 
 class DuplicateError(ScheduleError):
-  """An operation is issued twice, on its own or as part of BW."""
+  """Raised where an operation is issued twice, on its own or as part of BW."""
 
 
 class MissingError(ScheduleError):
-  """An operation is never issued."""
+  """Raised where an operation is never issued."""
 
 
 class OwnerError(ScheduleError):
-  """An operation is issued on a rank that does not hold its stage."""
+  """Raised where an operation is issued on a rank that does not hold its stage."""
 
 
 class OrderError(ScheduleError):
-  """A rank issues an operation before one of its own that it needs."""
+  """Raised where a rank issues an operation before one of its own that it needs."""
 
 
 class MemoryLimitError(ScheduleError):
-  """A rank keeps more activations than allowed."""
+  """Raised where a rank keeps more activations than allowed."""
 
 
 class MessageCollisionError(ScheduleError):
-  """Two arrays would travel in the same direction out of one rank in one tick."""
+  """Raised where two arrays would travel in the same direction out of one rank in one tick."""
 
 
 class PrematureReadError(ScheduleError):
-  """A tick uses an array before it has arrived."""
+  """Raised where a tick uses an array before it has arrived."""
 
 
 class SlotError(ScheduleError):
-  """Two activations hold one slot at the same time."""
+  """Raised where two activations hold one slot at the same time."""
 
 
 def check_schedule(schedule: Schedule, limit: int | Sequence[int] | None = None) -> None:
@@ -67,10 +67,10 @@ def check_schedule(schedule: Schedule, limit: int | Sequence[int] | None = None)
   `limit` bounds the activations (stage, micro-batch) that a rank, or each of them, keeps between F
   and the end of W, in the order of its list.
   """
-  place = _check_ops(schedule)
-  for op, (rank, index) in place.items():
+  place_of = _check_ops(schedule)
+  for op, (rank, index) in place_of.items():
     for needed in inputs(schedule, op):
-      other, position = place[needed]
+      other, position = place_of[needed]
       if other == rank and position > index:
         raise OrderError(
           f"rank {rank}, entry {index}: {op} comes before {needed} (entry {position})"
@@ -84,7 +84,7 @@ def check_schedule(schedule: Schedule, limit: int | Sequence[int] | None = None)
 
 def _check_ops(schedule: Schedule) -> dict[Op, tuple[int, int]]:
   """Returns the (rank, entry) of every F, B and W; each must be there once, on its own rank."""
-  place: dict[Op, tuple[int, int]] = {}
+  place_of: dict[Op, tuple[int, int]] = {}
   for rank, actions in enumerate(schedule.actions):
     for index, action in enumerate(actions):
       for op in (part for whole in action for part in split(whole)):
@@ -92,17 +92,17 @@ def _check_ops(schedule: Schedule) -> dict[Op, tuple[int, int]]:
         owner = schedule.rank_of(op.stage, op.microbatch) if known else None
         if owner != rank:
           raise OwnerError(f"rank {rank}, entry {index}: {op} belongs to rank {owner}")
-        if op in place:
+        if op in place_of:
           raise DuplicateError(
-            f"rank {rank}, entry {index}: {op} is already issued as entry {place[op][1]}"
+            f"rank {rank}, entry {index}: {op} is already issued as entry {place_of[op][1]}"
           )
-        place[op] = rank, index
+        place_of[op] = rank, index
   for stage in range(schedule.stages):
     for m in range(schedule.microbatches):
       for kind in ("F", "B", "W"):
-        if (op := Op(kind, stage, m)) not in place:
+        if (op := Op(kind, stage, m)) not in place_of:
           raise MissingError(f"rank {schedule.rank_of(stage, m)}: {op} is never issued")
-  return place
+  return place_of
 
 
 def _check_limit(schedule: Schedule, rank: int, most: int) -> None:

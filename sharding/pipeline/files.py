@@ -1,4 +1,4 @@
-"""Schedules as CSV files that PyTorch's pipelining and torchtitan read and write.
+"""Reads and writes schedules as CSV files in the form of PyTorch's pipelining and torchtitan.
 
 One row per rank, one cell per action: `3F5` is the forward pass of micro-batch 5 on stage 3; `I`
 stands for the gradient of the input (our B), `W` for that of the weights, `B` for both (our BW);

@@ -1,4 +1,4 @@
-"""What a pipeline does: operations on stages and micro-batches, and the schedule that orders them.
+"""Defines the operations of a pipeline, and the schedule that orders them.
 
 A model is cut into stages 0 .. S-1, each stage lies on one rank, and a batch is cut into
 micro-batches. Four kinds of operation act on a stage and a micro-batch: F, the forward pass; B, the
@@ -15,7 +15,7 @@ Kind = Literal["F", "B", "W", "BW"]
 
 
 class Op(NamedTuple):
-  """One operation on one stage and micro-batch."""
+  """Names one operation on one stage and micro-batch."""
 
   kind: Kind
   stage: int
@@ -31,7 +31,7 @@ Action = tuple[Op, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-  """Ordered actions of every rank, and where every stage lies."""
+  """Holds the ordered actions of every rank, and where every stage lies."""
 
   name: str
   microbatches: int
@@ -42,17 +42,17 @@ class Schedule:
 
   @property
   def ranks(self) -> int:
-    """Number of pipeline ranks P."""
+    """Returns the number of pipeline ranks P."""
     return len(self.actions)
 
   @property
   def stages(self) -> int:
-    """Number of stages S."""
+    """Returns the number of stages S."""
     return len(self.placements[0])
 
   @property
   def chunks(self) -> int:
-    """Stages that one rank runs for one micro-batch, v = S / P."""
+    """Returns the number of stages that one rank runs for one micro-batch, v = S / P."""
     return self.stages // self.ranks
 
   def rank_of(self, stage: int, microbatch: int) -> int:

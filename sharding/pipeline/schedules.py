@@ -1,4 +1,4 @@
-"""Pipeline schedules as lists of operations, one list per rank: who does what in which order.
+"""Makes pipeline schedules as lists of operations, one list per rank, in the order of their issue.
 
 No times are given here; `sharding.pipeline.simulator` adds them.
 """
@@ -13,7 +13,7 @@ from sharding.pipeline.operations import Action, Kind, Op, Schedule, make_schedu
 
 
 def gpipe(stages: int, microbatches: int) -> Schedule:
-  """All forward passes, then all backward passes (Huang et al. 2019, arXiv 1811.06965)."""
+  """Does all forward passes, then all backward passes (Huang et al. 2019, arXiv 1811.06965)."""
   _check(stages, microbatches)
   lists = [
     [Op("F", r, m) for m in range(microbatches)] + [Op("BW", r, m) for m in range(microbatches)]
@@ -35,7 +35,9 @@ def one_f_one_b(stages: int, microbatches: int) -> Schedule:
 
 
 def interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
-  """1F1B over `chunks` stages per rank, stage j P + r on rank r (arXiv 2104.04473, section 2.2).
+  """Runs 1F1B over `chunks` stages per rank, stage j P + r on rank r.
+
+  Source: arXiv 2104.04473, section 2.2.
 
   Raises UserError unless the ranks divide the micro-batches.
   """
@@ -54,7 +56,7 @@ def interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
 
 
 def circular(ranks: int, microbatches: int, repeats: int) -> Schedule:
-  """What differentiating a scan over stages gives: all forward passes, then their reverse."""
+  """Does all forward passes, then their reverse, as differentiating a scan over stages does."""
   _check(ranks, microbatches)
   check(repeats >= 1, "repeats", repeats, "must be at least 1")
   lists = []
@@ -67,17 +69,17 @@ def circular(ranks: int, microbatches: int, repeats: int) -> Schedule:
 
 
 def zb_h1(stages: int, microbatches: int) -> Schedule:
-  """Zero bubble with the memory of 1F1B (Qi et al. 2024, arXiv 2401.10241, section 2.1)."""
+  """Leaves no bubble with the memory of 1F1B (Qi et al. 2024, arXiv 2401.10241, section 2.1)."""
   return _handcrafted("zb_h1", stages, microbatches, lag=1)
 
 
 def zb_h2(stages: int, microbatches: int) -> Schedule:
-  """Zero bubble with twice the memory of 1F1B (arXiv 2401.10241, section 2.2)."""
+  """Leaves no bubble with twice the memory of 1F1B (arXiv 2401.10241, section 2.2)."""
   return _handcrafted("zb_h2", stages, microbatches, lag=2)
 
 
 def _handcrafted(name: str, P: int, M: int, lag: int) -> Schedule:
-  """B follows its forward pass `lag` (P - 1 - r) turns later, W `lag` (P - 1) turns later."""
+  """Does B `lag` (P - 1 - r) turns after its forward pass, and W `lag` (P - 1) turns after it."""
   _check(P, M)
   lists = []
   for r in range(P):
@@ -94,7 +96,9 @@ def _handcrafted(name: str, P: int, M: int, lag: int) -> Schedule:
 
 
 def zb_v(ranks: int, microbatches: int) -> Schedule:
-  """Two stages per rank in a V, r and 2P - 1 - r; no bubble at equal times (arXiv 2405.15362).
+  """Lays two stages on a rank in a V, r and 2P - 1 - r; no bubble at equal times.
+
+  Source: arXiv 2405.15362.
 
   Raises UserError for fewer than 2P - 1 micro-batches.
   """
@@ -126,7 +130,9 @@ def zb_v(ranks: int, microbatches: int) -> Schedule:
 
 
 def dualpipe(ranks: int, microbatches: int) -> Schedule:
-  """Micro-batches enter at both ends; forwards overlap backwards (arXiv 2412.19437, section 3.2.1).
+  """Feeds micro-batches in at both ends, so that forward passes overlap backward ones.
+
+  Source: arXiv 2412.19437, section 3.2.1.
 
   Every rank holds two stages' weights. Raises UserError unless the numbers of ranks P and of
   micro-batches are even and there are at least 2P micro-batches.
@@ -147,7 +153,7 @@ def dualpipe(ranks: int, microbatches: int) -> Schedule:
 
 
 def dualpipev(ranks: int, microbatches: int) -> Schedule:
-  """Half of DualPipe folded into a V: stages r and 2P - 1 - r on rank r, one copy of the weights.
+  """Folds half of DualPipe into a V: stages r and 2P - 1 - r on rank r, the weights held once.
 
   Raises UserError for fewer than 2P micro-batches.
   """
@@ -181,10 +187,10 @@ def _dual(half: int, depth: int, count: int, q: _Queue) -> list[Action]:
     q.pair("F1", "BW0")
   split = False
   for i in range(depth + 1):
-    middle = i == (depth + 1) // 2
-    split = split or (middle and depth % 2 == 1)
+    is_middle = i == (depth + 1) // 2
+    split = split or (is_middle and depth % 2 == 1)
     q.issue("B1" if split else "BW1")
-    split = split or (middle and depth % 2 == 0)
+    split = split or (is_middle and depth % 2 == 0)
     q.issue("B0" if split else "BW0")
   for _ in range(inner):
     q.issue("W", "B0")

@@ -13,12 +13,12 @@ from sharding.pipeline.operations import Action, Op, Schedule
 
 
 class DeadlockError(ValueError):
-  """Every unfinished rank waits for an operation that is never issued; the message names them."""
+  """Raised where all unfinished ranks wait for operations that never come; names them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Times:
-  """Durations of one stage's operations, in any unit."""
+  """Holds the durations of one stage's operations, in any unit."""
 
   forward: float = 1.0
   input_gradient: float = 1.0
@@ -48,7 +48,7 @@ class Times:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Footprint:
-  """Bytes that one stage keeps of one micro-batch."""
+  """Holds the bytes that one stage keeps of one micro-batch."""
 
   until_input_gradient: float = 1.0
   """From the start of F to the end of B or BW (M_B in the paper)."""
@@ -58,7 +58,7 @@ class Footprint:
 
 @dataclasses.dataclass(frozen=True)
 class Simulation:
-  """When everything happens, in the unit of `Times`, and what is kept meanwhile."""
+  """Records when everything happens, in the unit of `Times`, and what is kept meanwhile."""
 
   schedule: Schedule
   times: Times
@@ -80,17 +80,17 @@ class Simulation:
 
   @property
   def makespan(self) -> float:
-    """From 0 to the end of the last operation of all ranks."""
+    """Returns the time from 0 to the end of the last operation of all ranks."""
     return max(self.ends(rank)[-1] for rank in range(self.schedule.ranks))
 
   @property
   def cost(self) -> float:
-    """The longest time from a rank's first start to its last end (the paper's section 2.3)."""
+    """Returns the longest time from a rank's first start to its last end (section 2.3 there)."""
     return max(self.ends(r)[-1] - self.starts[r][0] for r in range(self.schedule.ranks))
 
   @property
   def idle(self) -> tuple[float, ...]:
-    """For each rank the time within `cost` in which it does nothing."""
+    """Returns for each rank the time within `cost` in which it does nothing."""
     return tuple(
       self.cost - sum(self.times.of(action) for action in actions)
       for actions in self.schedule.actions
@@ -98,7 +98,7 @@ class Simulation:
 
   @property
   def bubble_rate(self) -> float:
-    """Share of `cost` in which the busiest rank idles: (cost - work) / cost."""
+    """Returns the share of `cost` in which the busiest rank idles: (cost - work) / cost."""
     return min(self.idle) / self.cost
 
 
@@ -141,7 +141,7 @@ def start_times(schedule: Schedule, times: Times) -> list[list[float]]:
   """Returns for each rank the earliest start of each action, or raises DeadlockError."""
   done: dict[Op, float] = {}
   starts: list[list[float]] = [[] for _ in schedule.actions]
-  free = [0.0] * schedule.ranks
+  free_at = [0.0] * schedule.ranks
   progress = True
   while progress:
     progress = False
@@ -151,9 +151,9 @@ def start_times(schedule: Schedule, times: Times) -> list[list[float]]:
         ready = _ready(schedule, action, done, times.hop)
         if ready is None:
           break
-        start = max(free[rank], ready)
-        free[rank] = start + times.of(action)
-        done |= {part: free[rank] for op in action for part in split(op)}
+        start = max(free_at[rank], ready)
+        free_at[rank] = start + times.of(action)
+        done |= {part: free_at[rank] for op in action for part in split(op)}
         starts[rank].append(start)
         progress = True
   if waiting := [

@@ -1,4 +1,4 @@
-"""A schedule as a table of ticks: one operation per rank and tick, as one SPMD program runs it.
+"""Lays a schedule out as a table of ticks: one operation per rank and tick, as one program runs it.
 
 All ranks run the same loop. In a tick each of them does one operation (or none), then sends at most
 one array to its right and one to its left neighbour on the ring of ranks. BW is done as B and then
@@ -20,7 +20,7 @@ Direction = Literal["right", "left", "stay"]
 
 
 class Message(NamedTuple):
-  """The output of one operation on its way to the rank that needs it."""
+  """Describes the output of one operation on its way to the rank that needs it."""
 
   op: Op
   """What made it: F for the state of the next stage, B for the gradient of the one before."""
@@ -35,7 +35,7 @@ class Message(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-  """The ticks of a schedule."""
+  """Holds the ticks of a schedule."""
 
   schedule: Schedule
   ops: tuple[tuple[Op | None, ...], ...]
@@ -46,12 +46,12 @@ class Table:
 
   @property
   def ticks(self) -> int:
-    """Number of ticks."""
+    """Returns the number of ticks."""
     return len(self.ops[0])
 
   @property
   def slot_counts(self) -> tuple[int, ...]:
-    """Activation slots that each rank needs."""
+    """Returns the number of activation slots that each rank needs."""
     return tuple(1 + max(slots.values()) for slots in self.slots)
 
 

@@ -1,4 +1,4 @@
-"""What works on each position by itself.
+"""Holds the layers that work on each position by itself.
 
 A feed-forward is called with x, returns (the layer's output, statistics) and declares its
 parameters.

@@ -1,4 +1,4 @@
-"""Gated feed-forward (Shazeer 2020, arXiv 2002.05202, equation 6): SwiGLU, GEGLU."""
+"""Computes gated feed-forwards (Shazeer 2020, arXiv 2002.05202, equation 6): SwiGLU, GEGLU."""
 
 # B batch, T positions, D model, F feed-forward width
 
@@ -58,6 +58,7 @@ class Mlp(nn.Module):
   layers: tuple[int, ...]
 
   def setup(self) -> None:
+    """Makes the projections."""
     D, F = self.config.D, self.spec.F
     options: dict[str, Any] = {"compute": self.compute, "layers": self.layers}
     options["biased"] = self.spec.bias

@@ -1,7 +1,7 @@
-"""What exchanges information between positions. A mixer is called with (x, context, cache).
+"""Holds the layers that exchange information between positions.
 
-It returns (the layer's output, the updated cache or None, statistics), declares its parameters
-and makes its own empty decode cache (`init_cache`).
+A mixer is called with (x, context, cache). It returns (the layer's output, the updated cache or
+None, statistics), declares its parameters and makes its own empty decode cache (`init_cache`).
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245) with rotary embedding."""
+"""Computes grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245), with rotation."""
 
 # B batch, T query positions, S key positions, D model, N query heads, K key heads, H head width
 
@@ -20,7 +20,7 @@ from sharding.rules import all_gather, is_sharded, shard, spec
 
 
 class KVCache(NamedTuple):
-  """Keys and values of one layer; slot s holds position s.
+  """Holds keys and values of one layer; slot s holds position s.
 
   Keys are rotated, except under dynamic scaling.
   """
@@ -32,7 +32,7 @@ class KVCache(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """What every layer of one forward pass shares."""
+  """Holds what every layer of one forward pass shares."""
 
   positions_BT: jax.Array
   """int32; [1, T] if all rows count alike; -1: padding, with a cache"""
@@ -50,6 +50,7 @@ class Attention(nn.Module):
   layers: tuple[int, ...]
 
   def setup(self) -> None:
+    """Makes the projections and the norms of queries and keys."""
     c, D = self.spec, self.config.D
     Q, Z = c.N * c.H, c.K * c.H
     for heads, axis in ((c.N, "heads"), (c.K, "kv_heads")):
@@ -126,7 +127,7 @@ def _scale(c: AttentionConfig) -> float:
 
 
 def _split_heads(x_BTZ: jax.Array, H: int) -> jax.Array:
-  """[B, T, heads * H] -> [B, T, heads, H]; `tensor` splits whole heads."""
+  """Reshapes [B, T, heads * H] to [B, T, heads, H]; `tensor` splits whole heads."""
   B, T, Z = x_BTZ.shape
   if not is_sharded():
     return x_BTZ.reshape(B, T, Z // H, H)

@@ -61,7 +61,7 @@ def test_a_list_of_layers_is_arranged_as_the_fewest_blocks(specs):
 
 
 def test_arrangements_of_known_models():
-  """Three dense layers and 58 of experts; 26 in turn; 27 as three of one kind and one of another."""
+  """Three dense layers and 58 of experts; 26 in turn; 27 as three of one kind, one of another."""
 
   def shapes(*specs):
     model = rearrange(ModelConfig(layers=len(specs), pattern=specs))

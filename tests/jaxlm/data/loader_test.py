@@ -92,12 +92,12 @@ def test_slices_reassemble_to_the_whole(text, parts):
 
 
 def test_only_the_slice_is_built(text):
-  seen, original = [], type(text.train).take
+  seen, original = [], type(text.train).build
 
   class Spy:
     __len__ = text.train.__len__
 
-    def take(self, index_B):
+    def build(self, index_B):
       seen.append(len(index_B))
       return original(text.train, index_B)
 
@@ -110,7 +110,7 @@ def test_only_the_slice_is_built(text):
 def test_epochs_hold_every_row_once_in_another_order(text):
   count = len(text.train)
   rows = rows_of(take(train_loader(text, batch=BATCH, seed=0), -(-2 * count // BATCH)))
-  everything = rows_of([text.train.take(np.arange(count))])
+  everything = rows_of([text.train.build(np.arange(count))])
   first, second = rows[:count], rows[count : 2 * count]
   assert sorted(first) == sorted(second) == sorted(everything)
   assert first != second and first != everything
@@ -231,7 +231,7 @@ def test_layouts_score_the_same_heldout_tokens(folder):
 def test_bpe_and_a_given_tokenizer(folder):
   config = DataConfig(source=str(folder), length=LENGTH, tokenizer="bpe:300")
   text = load_text(config)
-  batch = text.train.take(np.arange(len(text.train)))
+  batch = text.train.build(np.arange(len(text.train)))
   joined = text.tokenizer.decode(
     np.concatenate([batch.inputs_BT[0, :1], batch.targets_BT.reshape(-1)])
   )

@@ -31,7 +31,7 @@ def test_join_puts_eos_before_and_after_each_document():
 def test_kept_windows_predict_each_token_once(sizes, length):
   tokens_S, _ = stream(sizes)
   rows = windows(tokens_S, length, keep_last=True)
-  batch = rows.take(np.arange(len(rows) + 2))  # two rows past the end
+  batch = rows.build(np.arange(len(rows) + 2))  # two rows past the end
   counted = batch.weights_BT == 1
   assert batch.targets_BT[counted].tolist() == tokens_S[1:].tolist()
   np.testing.assert_array_equal(batch.inputs_BT[counted], batch.targets_BT[counted] - 1)
@@ -42,17 +42,17 @@ def test_kept_windows_predict_each_token_once(sizes, length):
 def test_dropped_windows_are_the_full_ones(sizes, length):
   tokens_S, _ = stream(sizes)
   rows, kept = windows(tokens_S, length), windows(tokens_S, length, keep_last=True)
-  batch = rows.take(np.arange(len(rows) + 1))  # one row past the end
+  batch = rows.build(np.arange(len(rows) + 1))  # one row past the end
   assert (batch.weights_BT[:-1] == 1).all() and not batch.weights_BT[-1].any()
   assert len(rows) == (len(tokens_S) - 1) // length
-  np.testing.assert_array_equal(batch.targets_BT[:-1], kept.take(np.arange(len(rows))).targets_BT)
+  np.testing.assert_array_equal(batch.targets_BT[:-1], kept.build(np.arange(len(rows))).targets_BT)
 
 
 @given(sizes=documents, length=st.integers(1, 9))
 def test_packed_rows(sizes, length):
   tokens_S, borders_D = stream(sizes)
   rows = pack(tokens_S, borders_D, length)
-  batch = rows.take(np.arange(len(rows) + 1))  # one row past the end
+  batch = rows.build(np.arange(len(rows) + 1))  # one row past the end
   inputs_BT, targets_BT, weights_BT, positions_BT, segment_ids_BT = batch
   chex.assert_shape(list(batch), (len(rows) + 1, length))
   chex.assert_type(list(batch), [np.int32, np.int32, np.float32, np.int32, np.int32])
@@ -91,14 +91,14 @@ def test_packed_rows(sizes, length):
 @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=40), length=st.integers(8, 16))
 def test_no_two_packed_rows_would_fit_in_one(sizes, length):
   rows = pack(*stream(sizes), length)
-  filled = sorted(rows.take(np.arange(len(rows))).weights_BT.sum(axis=1))
+  filled = sorted(rows.build(np.arange(len(rows))).weights_BT.sum(axis=1))
   assert len(rows) == 1 or filled[0] + filled[1] > length
 
 
 def test_packing_finds_the_exact_fit():
   tokens_S, borders_D = stream([5, 1, 3, 2, 0, 7])  # 6 + 2, 4 + 3 + 1, 8
   rows = pack(tokens_S, borders_D, 8)
-  assert len(rows) == 3 and (rows.take(np.arange(3)).weights_BT == 1).all()
+  assert len(rows) == 3 and (rows.build(np.arange(3)).weights_BT == 1).all()
 
 
 @pytest.mark.parametrize("length", [64, 1024])

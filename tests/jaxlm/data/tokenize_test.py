@@ -103,7 +103,7 @@ def test_a_killed_store_goes_on_to_the_same_content(
   assert killed > 3
   assert files(tmp_path / "killed") == files(tmp_path / "whole")
   assert got.digests == whole.digests
-  got.verify()
+  got.check_digests()
 
 
 def test_the_store_in_memory_is_the_store_on_disk(small, folder, tmp_path):
@@ -189,11 +189,11 @@ def test_a_flipped_bit_is_an_error_when_it_is_read_and_when_all_is_verified(
   small, folder, tmp_path, name
 ):
   at = tmp_path / "store"
-  write(DataConfig(source=str(folder), holdout=0.4), at).verify()
+  write(DataConfig(source=str(folder), holdout=0.4), at).check_digests()
   flip(at / name / "c/0")
   opened = TokenStore.open(Place(at))
   with pytest.raises(UserError, match=f"damaged token store: .*{name}/c/0"):
-    opened.verify()
+    opened.check_digests()
   with pytest.raises(UserError, match="damaged token store"):
     list(read_blocks(opened.place.open_array(name)))
 
@@ -203,7 +203,7 @@ def test_other_tokens_under_good_checksums_fail_the_digest(small, folder, tmp_pa
   opened = write(DataConfig(source=str(folder), holdout=0.4), at)
   opened.place.open_array("train/tokens", open=True)[3:4].write(np.array([7], np.uint8)).result()
   with pytest.raises(UserError, match="the digest of train/tokens is not the one"):
-    TokenStore.open(Place(at)).verify()
+    TokenStore.open(Place(at)).check_digests()
 
 
 def test_another_tokenizer_than_the_one_asked_for_is_refused(small, folder, tmp_path):
@@ -363,7 +363,7 @@ def test_two_processes_write_one_store_once(folder, tmp_path):
     other = start(folder, "bytes", at)
     assert "waiting for another process" in other.stdout.readline()
     source = open_source(config)
-    plan = tokenize.make_plan(config, source, ByteTokenizer())
+    plan = tokenize.make_store_plan(config, source, ByteTokenizer())
     mine = writing.StoreWriter(config, source, Place(at), plan, print, 5.0).run(ByteTokenizer())
     time.sleep(0.2)
     assert other.poll() is None

@@ -12,7 +12,7 @@ from jaxlm.data import formats
 from jaxlm.data import tokenizer as module
 from jaxlm.data.arrays import read_blocks
 from jaxlm.data.cache import open_text
-from jaxlm.data.formats import PIECE, cut
+from jaxlm.data.formats import PIECE, cut_pieces
 from jaxlm.data.tokenizer import (
   BPETokenizer,
   ByteTokenizer,
@@ -57,13 +57,13 @@ def test_bpe_round_trip(bpe, text):
 def test_pieces_join_to_the_text_and_are_short(text, size, block):
   raw = text.encode()
   blocks = [raw[start : start + block] for start in range(0, len(raw), block)]
-  parts = list(cut(blocks, size))
+  parts = list(cut_pieces(blocks, size))
   assert b"".join(piece for piece, _ in parts) == raw
   assert all(0 < len(piece) <= size and piece.decode() for piece, _ in parts[:-1])
   assert [last for _, last in parts] == [False] * (len(parts) - 1) + [True]
-  assert parts == list(cut([raw], size))
+  assert parts == list(cut_pieces([raw], size))
   # Reading goes on from any border with the same pieces.
-  assert parts[1:] == (list(cut([raw[len(parts[0][0]) :]], size)) if len(parts) > 1 else [])
+  assert parts[1:] == (list(cut_pieces([raw[len(parts[0][0]) :]], size)) if len(parts) > 1 else [])
 
 
 def other_models():

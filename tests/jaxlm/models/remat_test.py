@@ -14,7 +14,7 @@ POLICIES = ("none", "dots", "names", "full")
 
 @pytest.fixture(scope="module")
 def compiled():
-  """Loss and gradients by policy: compiled programs, and their results on the same weights and tokens."""
+  """Loss and gradients by policy: compiled programs, and their results on the same inputs."""
   ids_BT = np.random.default_rng(0).integers(0, 32, (8, 64))
   weights_BT = np.ones((8, 64), np.float32)
   programs, results, params = {}, {}, None
@@ -55,7 +55,7 @@ def test_memory_is_ordered(compiled):
 
 
 def test_full_recomputes_one_forward_pass(compiled):
-  """Products in the program of `full` are those of `none` and one more forward pass of a block, at most."""
+  """The program of `full` has the products of `none` and at most one more forward of a block."""
   programs, _ = compiled
   flops = {policy: program.cost_analysis()["flops"] for policy, program in programs.items()}
   assert (

@@ -35,7 +35,7 @@ def expected_frequency(rope, j, width, length):
     grown = s if rope.scaling == "ntk" else s * max(length, original) / original - (s - 1)
     return 1.0 / math.pow(rope.theta * grown ** (width / (width - 2)), 2 * j / width)
   if rope.scaling == "yarn":
-    # pair d has wavelength 2 pi theta^(2 d / width); at the border original / wavelength = rotations
+    # pair d has wavelength 2 pi theta^(2 d / width); at the border it is original / rotations
     pairs = width / 2 / math.log(rope.theta)
     low = pairs * math.log(original / (2 * math.pi * rope.beta_fast))
     high = pairs * math.log(original / (2 * math.pi * rope.beta_slow))

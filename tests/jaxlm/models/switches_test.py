@@ -1,4 +1,4 @@
-"""Each switch of the model against a decoder in float64 numpy that loops over positions and heads."""
+"""Compares each switch of the model with a float64 decoder that loops over positions and heads."""
 
 import functools
 import math
@@ -157,7 +157,7 @@ def test_fresh_norms_multiply_by_one_and_fresh_biases_add_nothing(offset):
 
 @pytest.mark.parametrize("prefilled", [1, 5])
 def test_cached_decoding_equals_the_full_pass(prefilled):
-  """With window, soft caps, norms of queries and keys, and biases; one compiled step for every position."""
+  """With window, soft caps, norms of queries and keys, and biases; one compiled step for all."""
   config = decoder(**BASE, **GEMMA, **BIASES)
   params = random_params(config)
   model = Transformer(config, REFERENCE)
@@ -187,7 +187,7 @@ MESHES = [
 
 @pytest.mark.parametrize("mesh", MESHES, ids=MeshConfig.describe)
 def test_gradients_of_every_switch_on_a_mesh(mesh):
-  """Biases, norms over heads and post-norms sum their gradients over devices exactly once, with micro-batches too."""
+  """Biases and norms sum their gradients over devices exactly once, with micro-batches too."""
   config = decoder(**BASE | {"H": 8} | GEMMA | BIASES)
   ids_BT = np.random.default_rng(4).integers(0, 40, (16, 8))
   params = random_params(config)

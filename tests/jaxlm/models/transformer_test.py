@@ -15,7 +15,8 @@ from jaxlm.objectives import token_logprobs
 from sharding import MeshConfig, make_mesh
 from sharding.rules import shard
 
-# 80 positions: two query blocks of the blocked attention; every id once, so that a row of the embedding is a position
+# 80 positions: two query blocks of the blocked attention; every id once, so that a row of the
+# embedding is a position
 T = 80
 SMALL = decoder(V=T, D=16, F=24, N=4, K=2, H=4, layers=2, windows=(5, None))
 PLAIN = ComputeConfig()
@@ -74,7 +75,7 @@ def test_packed_rows_equal_the_separate_sequences(implementation, in_order):
   documents = [draw.integers(1, config.V, size) for size in (30, 75, 11, 1, 52, 23, 40)]
   tokens_S, borders_D = join(documents, eos=0, dtype=np.dtype(np.int64))
   rows = pack(tokens_S, borders_D, T)
-  batch = rows.take(np.arange(len(rows)))
+  batch = rows.build(np.arange(len(rows)))
   assert batch.segment_ids_BT.max() >= 3 and (batch.weights_BT == 0).any()
   packed = (batch.inputs_BT, batch.positions_BT, batch.segment_ids_BT)
   packed_BTV = logits(config, init(config), *packed, compute=compute, in_order=in_order)
@@ -178,14 +179,14 @@ def test_scan_equals_the_python_loop_and_layer_order_is_that_of_the_pattern():
 
   looped, scanned = (value_and_gradients(scan, init(config)) for scan in ("never", "always"))
   chex.assert_trees_all_close(looped, scanned, atol=1e-5)
-  # swapping two layers of a stack changes the result, so the order that both agree on is not arbitrary
+  # swapping two layers of a stack changes the result, so both agreeing on the order is no accident
   swapped = jax.tree.map(lambda w: w, init(config))
   swapped["stacks"]["0"]["0"] = jax.tree.map(lambda w: w[::-1], swapped["stacks"]["0"]["0"])
   assert np.abs(np.asarray(value_and_gradients("never", swapped)[0] - looped[0])).max() > 1e-3
 
 
 def test_positions_shift_nothing_but_rotary_phase():
-  """Rotary embedding is relative: the same offset for all positions changes no logits; another distance does."""
+  """The same offset for all positions changes no logits; another distance between them does."""
   ids_BT, places_BT = np.arange(12)[None], np.arange(12)[None]
   config = SMALL
   plain = logits(config, init(config), ids_BT, places_BT)
@@ -197,7 +198,7 @@ def test_positions_shift_nothing_but_rotary_phase():
 
 @pytest.mark.parametrize("K", [1, 2])
 def test_grouped_heads_equal_repeated_key_heads(K):
-  """Query heads n*G .. n*G + G - 1 share key head n: repeating the key heads' weights gives multi-head attention."""
+  """Query heads n*G .. n*G + G - 1 share key head n: with repeated heads it is multi-head."""
   N, H = 4, 4
   grouped = revise(SMALL, K=K)
   params = init(grouped)
@@ -245,7 +246,7 @@ def test_bfloat16_computes_beside_float32_weights_and_logits():
 
 
 def test_rounded_weights_in_bfloat16_give_the_same_logits():
-  """Weights are cast once, to the compute type: rounding them beforehand changes nothing but the norms."""
+  """Weights are cast once, to the compute type: rounding them before changes only the norms."""
   params = init(SMALL)
   roles_of_leaves = roles(SMALL)
   rounded = jax.tree.map(

@@ -54,7 +54,7 @@ def packed_batch() -> Batch:
   documents = [draw.integers(1, 32, size) for size in draw.integers(1, 10, 40)]
   tokens_S, borders_D = join(documents, eos=0, dtype=np.dtype(np.int64))
   rows = pack(tokens_S, borders_D, 16)
-  batch = rows.take(np.arange(len(rows) - 15, len(rows) + 1))
+  batch = rows.build(np.arange(len(rows) - 15, len(rows) + 1))
   tokens_B = batch.weights_BT.sum(1)
   assert tokens_B[-1] == 0 and len(set(tokens_B)) > 3 and batch.segment_ids_BT.max() > 2
   return batch

@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.common import checks, padding, platform, shards
@@ -102,3 +103,20 @@ def test_shards_see_their_part_and_gradients_are_summed_over_the_others(mesh):
     gradients = jax.jit(jax.grad(total, (0, 1)))(spread, weights_VD)
   expected = jax.grad(lambda r, w: jnp.sum(r @ w.T), (0, 1))(rows_ND, weights_VD)
   chex.assert_trees_all_close(jax.device_get(gradients), expected)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_the_size_of_the_mesh_is_known_from_types_or_context(kind):
+  mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
+  sizes = []
+
+  def record(x):
+    sizes.append(shards.mesh_size((x * 2, None), jnp.ones(3)))
+
+  plain = jnp.ones(8)
+  jax.eval_shape(record, plain)
+  jax.eval_shape(record, jax.device_put(plain, jax.NamedSharding(mesh, P("a"))))
+  with jax.set_mesh(mesh):
+    jax.eval_shape(record, plain)
+    jax.eval_shape(lambda x: jax.shard_map(record, in_specs=P(), out_specs=None)(x), plain)
+  assert sizes == [1, 8, 8, 8]

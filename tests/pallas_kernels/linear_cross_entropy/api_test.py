@@ -92,24 +92,31 @@ def test_tpu_refuses_float16():
 
 
 @pytest.mark.parametrize(
-  ("device", "V", "chosen"),
+  ("device", "V", "devices", "chosen"),
   [
-    ("TPU v5 lite", 32_000, "pallas_tpu"),
-    ("TPU v5 lite", 256, "xla"),
-    ("NVIDIA H200", 32_000, "xla"),
+    ("TPU v5 lite", 32_000, 1, "pallas_tpu"),
+    ("TPU v5 lite", 32_000, 4, "pallas_tpu"),
+    ("TPU v5 lite", 256, 1, "xla"),
+    ("NVIDIA H200", 32_000, 1, "pallas_gpu"),
+    ("NVIDIA H200", 32_000, 2, "xla"),
+    ("NVIDIA H200", 256, 1, "xla"),
+    ("NVIDIA H200", 50_257, 1, "xla"),
+    ("NVIDIA A100-SXM4-80GB", 32_000, 1, "xla"),
   ],
 )
-def test_default_by_platform_and_size(device, V, chosen):
+@pytest.mark.parametrize("layout", ["vd", "dv"])
+def test_default_by_platform_and_size(device, V, devices, chosen, layout):
   platform = "tpu" if "TPU" in device else "gpu"
   abstract = AbstractDevice(device_kind=device, num_cores=1, platform=platform)
-  with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract)):
+  mesh = AbstractMesh((devices,), ("x",), abstract_device=abstract)
+  with jax.sharding.use_abstract_mesh(mesh):
     inputs = Inputs(
-      jax.ShapeDtypeStruct((64, 128), jnp.bfloat16),
-      jax.ShapeDtypeStruct((V, 128), jnp.bfloat16),
-      jax.ShapeDtypeStruct((64,), jnp.int32),
+      jax.ShapeDtypeStruct((256, 128), jnp.bfloat16),
+      jax.ShapeDtypeStruct((V, 128) if layout == "vd" else (128, V), jnp.bfloat16),
+      jax.ShapeDtypeStruct((256,), jnp.int32),
       None,
     )
-    assert choose(None, inputs, Options(vocabulary=V)) == chosen
+    assert choose(None, inputs, Options(vocabulary=V, layout=layout)) == chosen
 
 
 def temp_bytes(fn, *shapes):
@@ -149,19 +156,18 @@ def test_lse_that_is_not_differentiated_costs_no_second_pass():
   assert flops(lambda loss, lse_N: loss + jnp.sum(lse_N)) > plain
 
 
-@pytest.mark.parametrize("biased", [False, True])
-def test_lowers_for_hopper(biased):
+@pytest.mark.parametrize("biased, layout", [(False, "vd"), (True, "vd"), (False, "dv")])
+def test_lowers_for_hopper(biased, layout):
   """Statistics and gradients of the GPU kernel, without anything that this jax deprecates."""
   N, D, V = 1024, 256, 4096
   device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-  shapes = ((N, D), jnp.bfloat16), ((V, D), jnp.bfloat16), ((N,), jnp.int32), ((V,), jnp.float32)
+  c = (V, D) if layout == "vd" else (D, V)
+  shapes = ((N, D), jnp.bfloat16), (c, jnp.bfloat16), ((N,), jnp.int32), ((V,), jnp.float32)
   arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+  options = dict(softcap=30.0, classifier_layout=layout, implementation="pallas_gpu")
 
-  def loss(e_ND, c_VD, labels_N, bias_V):
-    bias_V = bias_V if biased else None
-    return linear_cross_entropy(
-      e_ND, c_VD, labels_N, bias_V=bias_V, softcap=30.0, implementation="pallas_gpu"
-    )
+  def loss(e_ND, c, labels_N, bias_V):
+    return linear_cross_entropy(e_ND, c, labels_N, bias_V=bias_V if biased else None, **options)
 
   with (
     jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)),

@@ -1,6 +1,9 @@
 """The Hopper kernel on a Hopper GPU, against the reference: values, gradients, repetition."""
 
 # N tokens, D model, V vocabulary
+import functools
+import operator
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -84,3 +87,27 @@ def test_repeats_bit_for_bit():
   first = value_and_gradients(arrays, implementation="pallas_gpu")
   for _ in range(3):
     chex.assert_trees_all_equal(value_and_gradients(arrays, implementation="pallas_gpu"), first)
+
+
+def test_the_other_layout():
+  e_ND, c_VD, *rest = problem(*SHAPES[1], jnp.bfloat16)
+  run = functools.partial(value_and_gradients, (e_ND, c_VD.T, *rest), classifier_layout="dv")
+  assert_close(run(implementation="pallas_gpu"), run(implementation="reference"))
+
+
+def test_several_problems_under_vmap():
+  one = problem(*SHAPES[0], jnp.bfloat16)
+  both = jax.tree.map(lambda array: jnp.stack([array, jnp.roll(array, 5, axis=0)]), one)
+
+  def run(name):
+    return jax.vmap(lambda *arrays: value_and_gradients(arrays, implementation=name))(*both)
+
+  got, want = run("pallas_gpu"), run("reference")
+  for i in range(2):
+    assert_close(*(jax.tree.map(operator.itemgetter(i), tree) for tree in (got, want)))
+
+
+def test_it_is_the_default_for_large_vocabularies():
+  arrays = problem(1024, 64, 8192, jnp.bfloat16)
+  named = value_and_gradients(arrays, implementation="pallas_gpu")
+  chex.assert_trees_all_equal(value_and_gradients(arrays), named)

@@ -6,6 +6,7 @@ accesses to one place that nothing orders.
 
 # N tokens, D model, V vocabulary
 import functools
+import operator
 
 import chex
 import jax
@@ -107,14 +108,29 @@ def test_tpu_kernels_where_filters_skip_every_product():
 
 @needs_gpu_simulator
 @pytest.mark.parametrize(
-  "shape, options",
-  [((256, 64, 128), ALL), ((512, 192, 640), PLAIN)],
-  ids=["one tile, all options", "many tiles"],
+  "shape, layout, options",
+  [((256, 64, 128), "vd", ALL), ((512, 192, 640), "vd", PLAIN), ((512, 64, 256), "dv", ALL)],
+  ids=["one tile, all options", "many tiles", "the other layout"],
 )
-def test_gpu_kernels(shape, options):
+def test_gpu_kernels(shape, layout, options):
   simulator = plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="error")
-  got = value_and_gradients(
-    problem(*shape, jnp.bfloat16), implementation="pallas_gpu", interpret=simulator, **options
-  )
+  own = dict(implementation="pallas_gpu", interpret=simulator, layout=layout)
+  got = value_and_gradients(problem(*shape, jnp.bfloat16), **own, **options)
   # Gradients of the logits are rounded to bfloat16 before the products, and the results again.
   assert_close(got, expected(*shape, "bfloat16", tuple(options.items())), 1e-6, 4e-3)
+
+
+@needs_gpu_simulator
+def test_gpu_kernels_under_vmap():
+  """Two problems in one launch, as in a sweep that trains several models together."""
+  simulator = plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="error")
+  one = problem(256, 64, 128, jnp.bfloat16)
+  both = jax.tree.map(lambda array: jnp.stack([array, jnp.roll(array, 5, axis=0)]), one)
+
+  def run(**options):
+    return jax.vmap(lambda *arrays: value_and_gradients(arrays, **ALL, **options))(*both)
+
+  got = run(implementation="pallas_gpu", interpret=simulator)
+  want = run(implementation="reference")
+  for i in range(2):
+    assert_close(*(jax.tree.map(operator.itemgetter(i), tree) for tree in (got, want)), 1e-6, 4e-3)

@@ -4,7 +4,7 @@ import pytest
 
 from pallas_kernels.common.chips import CORES
 from pallas_kernels.schedule import DumpError
-from pallas_kernels.schedule.listing import Schedule, matmul_kind
+from pallas_kernels.schedule.listing import KernelSchedule, matmul_kind
 
 # 3 bundles, a loop of 5 trips over 8 bundles (its branch in the 4th has 4 delay slots), 2 bundles.
 BUNDLES = """
@@ -28,7 +28,7 @@ V5E = CORES["v5e"]
 
 
 def test_loop_cycles_and_matmuls():
-  schedule = Schedule(BUNDLES, USE, V5E)
+  schedule = KernelSchedule(BUNDLES, USE, V5E)
   (loop,) = schedule.loops()
   assert (loop.start, loop.end, loop.trips) == (3, 11, 5)
   total = schedule.total(schedule.root, rare=0)
@@ -43,7 +43,7 @@ def test_a_region_without_matmuls_counts_as_often_as_it_runs():
   skipping = BUNDLES.replace(
     "0x1   :  { %5 = vsyncpa", "0x1   :  { %3 = sbr.rel (%p9_p1) target bundleno = 9 (0x9) }"
   )
-  schedule = Schedule(
+  schedule = KernelSchedule(
     skipping.replace("bundleno = 3 (0x3)", "bundleno = 8 (0x8)").replace("vmatmul", "vadd"),
     USE,
     V5E,
@@ -53,7 +53,7 @@ def test_a_region_without_matmuls_counts_as_often_as_it_runs():
 
 
 def test_dynamic_bound():
-  (loop,) = Schedule(BUNDLES.replace("%s3_s2, 5 }", "%s3_s2, %s99 }"), USE, V5E).loops()
+  (loop,) = KernelSchedule(BUNDLES.replace("%s3_s2, 5 }", "%s3_s2, %s99 }"), USE, V5E).loops()
   assert loop.trips is None
 
 
@@ -84,4 +84,4 @@ def test_kinds_of_matmul(suffixes, operands, rows):
 )
 def test_what_cannot_be_parsed_raises(bundles, use, message):
   with pytest.raises(DumpError, match=message):
-    Schedule(bundles, use, V5E)
+    KernelSchedule(bundles, use, V5E)
