@@ -51,7 +51,10 @@ def lookup(
   if not is_sharded():
     return w_VD[ids_BT].astype(dtype)
   ids_BT = shard(ids_BT, "batch", "length")
-  vocab_axes, width_axes = sharded_axes(w_VD, 0), sharded_axes(w_VD, 1)
+  rows_axes, length_axes = sharded_axes(ids_BT, 0), sharded_axes(ids_BT, 1)
+  # where one position is not spread over the sequence's axes, D is gathered over these
+  width_axes = tuple(a for a in sharded_axes(w_VD, 1) if a in rows_axes + length_axes)
+  vocab_axes = sharded_axes(w_VD, 0)
   local = functools.partial(
     _lookup_shard,
     vocab_axes=vocab_axes,
@@ -59,7 +62,7 @@ def lookup(
     dtype=dtype,
     reduce_dtype=reduce_dtype,
   )
-  layouts = (vocab_axes, width_axes), (sharded_axes(ids_BT, 0), sharded_axes(ids_BT, 1))
+  layouts = (vocab_axes, width_axes), (rows_axes, length_axes)
   out = spec((*ids_BT.shape, w_VD.shape[1]), "batch", "norm_length", None)
   return run_on_shards(local, (w_VD, ids_BT), layouts, out)
 

@@ -68,8 +68,8 @@ def test_show_lists_steps_sizes_configuration_and_arrays(whole, capsys):
   shown = capsys.readouterr().out
   for line in ("step 3: 0.", "step 6: 0.", "  model.D = 16\n", "  ema = 0.9\n"):
     assert line in shown
-  assert re.search(r"^  float32\[256, 16\] +params/params/embed$", shown, re.MULTILINE)
-  assert re.search(r"^  float32\[256, 16\] +ema/params/embed$", shown, re.MULTILINE)
+  assert re.search(r"^  float32\[256, 16\] +params/embed/weight$", shown, re.MULTILINE)
+  assert re.search(r"^  float32\[256, 16\] +ema/embed/weight$", shown, re.MULTILINE)
   assert "learning_rate = 0.001" not in shown  # a default
 
 

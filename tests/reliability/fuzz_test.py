@@ -164,9 +164,9 @@ def test_configurations_quickly():
 
 
 @pytest.mark.slow
-def test_98_000_configurations():
-  taken, refused = fuzz_configs(98_000, seed=1)
-  assert taken + refused == 98_000 and taken > 3_000
+def test_30_000_configurations():
+  taken, refused = fuzz_configs(30_000, seed=1)
+  assert taken + refused == 30_000 and taken > 1_000
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxlm.models.transformer as transformer
 from benchmarks.reliability.processes import run, write_corpus
 from jaxlm import presets
 from jaxlm.checkpoint.folder import all_steps, finished_steps
@@ -20,6 +19,7 @@ from jaxlm.checkpoint.manifest import verify
 from jaxlm.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig, decoder
 from jaxlm.data.loader import load_text, train_loader
 from jaxlm.data.packing import Batch
+from jaxlm.models import embedding
 from jaxlm.objectives import Weighted
 from jaxlm.run import guard as guards
 from jaxlm.run import resume, train
@@ -74,12 +74,12 @@ def steps_with_bells(config: TrainConfig, steps: int) -> list[int]:
 @pytest.fixture
 def nan_at_bells(monkeypatch) -> None:
   """The embedding of a bell is not a number."""
-  whole = transformer._lookup
+  whole = embedding.lookup
 
-  def bell(embed_VD, ids_BT):
-    return jnp.where((ids_BT == BELL)[..., None], jnp.nan, whole(embed_VD, ids_BT))
+  def bell(w_VD, ids_BT, *dtypes):
+    return jnp.where((ids_BT == BELL)[..., None], jnp.nan, whole(w_VD, ids_BT, *dtypes))
 
-  monkeypatch.setattr(transformer, "_lookup", bell)
+  monkeypatch.setattr(embedding, "lookup", bell)
 
 
 @pytest.mark.slow
