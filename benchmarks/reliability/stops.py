@@ -41,11 +41,11 @@ def campaign(folder: Path) -> dict[str, Stop]:
   return {
     "SIGINT": by_signals(folder, "SIGINT"),
     "SIGTERM, three times": by_signals(folder, "SIGTERM", "SIGTERM", "SIGTERM"),
-    "--stop_after 4s": by_clock(folder),
+    "--stop_after 10s": by_clock(folder),
     "SIGINT twice, while a slow disk writes the checkpoint": twice(folder),
     "SIGTERM to the second of two processes": second_of_two(folder, "SIGTERM"),
     "SIGINT to the second of two processes": second_of_two(folder, "SIGINT"),
-    "--stop_after 6s in the second of two processes": second_of_two(folder, "--stop_after"),
+    "--stop_after 20s in the second of two processes": second_of_two(folder, "--stop_after"),
   }
 
 
@@ -62,7 +62,7 @@ def by_signals(folder: Path, *signals: str) -> Stop:
 def by_clock(folder: Path) -> Stop:
   return _leave(
     RunFolder(folder / "clock"),
-    (folder, start(folder, *ENDLESS, "--run", "clock", "--stop_after", "4s")),
+    (folder, start(folder, *ENDLESS, "--run", "clock", "--stop_after", "10s")),
   )
 
 
@@ -84,7 +84,7 @@ def second_of_two(folder: Path, how: str) -> Stop:
   flags = ["--mesh.data", "2", "--data.source", str(folder / "text"), "--run", str(ours.path)]
   processes = []
   for where, shared in zip((folder, other), cluster(2)):
-    limit = "6s" if where == other and how == "--stop_after" else ""
+    limit = "20s" if where == other and how == "--stop_after" else ""
     processes.append((where, start(where, *ENDLESS, *flags, "--stop_after", limit, **shared)))
   wait_until(lambda: last_step(ours) >= 3, processes[0][1])
   if how != "--stop_after":

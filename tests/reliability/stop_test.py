@@ -31,7 +31,7 @@ def test_a_limit_of_time_does_the_same_and_holds_for_each_process_that_resumes(f
   assert f"stopped and saved at step {stop.last} of 100000 (stop_after)" in stop.printed
   again = resumed(folder, "clock")
   assert again.statuses == (RESUMABLE,) and f"resuming at step {stop.last}" in again.printed
-  assert again.saved == again.last > stop.last and again.seconds > 4
+  assert again.saved == again.last > stop.last and again.seconds > 10
 
 
 @pytest.mark.slow
