@@ -87,7 +87,7 @@ def _check_ops(schedule: Schedule) -> dict[Op, tuple[int, int]]:
   place_of: dict[Op, tuple[int, int]] = {}
   for rank, actions in enumerate(schedule.actions):
     for index, action in enumerate(actions):
-      for op in (part for whole in action for part in split(whole)):
+      for op in split(action):
         known = op.stage in range(schedule.stages) and op.microbatch in range(schedule.microbatches)
         owner = schedule.rank_of(op.stage, op.microbatch) if known else None
         if owner != rank:
@@ -108,7 +108,7 @@ def _check_ops(schedule: Schedule) -> dict[Op, tuple[int, int]]:
 def _check_limit(schedule: Schedule, rank: int, most: int) -> None:
   held = 0
   for index, action in enumerate(schedule.actions[rank]):
-    for op in (part for whole in action for part in split(whole)):
+    for op in split(action):
       held += {"F": 1, "B": 0, "W": -1}[op.kind]
       if held > most:
         raise MemoryLimitError(

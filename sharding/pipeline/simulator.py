@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from pallas_kernels.common.checks import check
-from sharding.pipeline.operations import Action, Op, Schedule
+from sharding.pipeline.operations import Action, Kind, Op, Schedule
 
 
 class DeadlockError(ValueError):
@@ -153,7 +153,7 @@ def start_times(schedule: Schedule, times: Times) -> list[list[float]]:
           break
         start = max(free_at[rank], ready)
         free_at[rank] = start + times.of(action)
-        done |= {part: free_at[rank] for op in action for part in split(op)}
+        done |= {op: free_at[rank] for op in split(action)}
         starts[rank].append(start)
         progress = True
   if waiting := [
@@ -165,11 +165,13 @@ def start_times(schedule: Schedule, times: Times) -> list[list[float]]:
   return starts
 
 
-def split(op: Op) -> tuple[Op, ...]:
-  """Returns the operations that this one consists of: BW is B and W."""
-  if op.kind != "BW":
-    return (op,)
-  return Op("B", op.stage, op.microbatch), Op("W", op.stage, op.microbatch)
+def split(action: Action) -> tuple[Op, ...]:
+  """Returns the single operations of an action in order, with B and W in place of a BW."""
+  parts: list[Op] = []
+  for op in action:
+    kinds: tuple[Kind, ...] = ("B", "W") if op.kind == "BW" else (op.kind,)
+    parts += [Op(kind, op.stage, op.microbatch) for kind in kinds]
+  return tuple(parts)
 
 
 def inputs(schedule: Schedule, op: Op) -> list[Op]:
@@ -202,7 +204,7 @@ def _events(
   """Returns (time, order, kind) of all starts of F and ends of B and W; frees come first."""
   events: list[tuple[float, int, str]] = []
   for action, start, end in zip(schedule.actions[rank], starts[rank], ends[rank]):
-    for part in (part for op in action for part in split(op)):
+    for part in split(action):
       events.append((start, 2, "F") if part.kind == "F" else (end, part.kind == "W", part.kind))
   # the same instant is computed along different paths: rounding must not tell its events apart
   return sorted((round(time, 9), order, kind) for time, order, kind in events)

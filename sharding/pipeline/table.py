@@ -58,8 +58,7 @@ class Table:
 def unfuse(schedule: Schedule) -> Schedule:
   """Returns the schedule with every pair issued one after the other and every BW as B, then W."""
   lists = tuple(
-    tuple((part,) for action in actions for op in action for part in split(op))
-    for actions in schedule.actions
+    tuple((op,) for action in actions for op in split(action)) for actions in schedule.actions
   )
   return dataclasses.replace(schedule, actions=lists)
 
