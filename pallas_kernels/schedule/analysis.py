@@ -18,7 +18,7 @@ import numpy as np
 
 from pallas_kernels.common.checks import check_choice
 from pallas_kernels.common.chips import CHIPS, CORES, Chip
-from pallas_kernels.schedule.compiler import chip_mesh, compile_with_listings
+from pallas_kernels.schedule.compiler import chip_mesh, compile_with_listings, dump_folder
 from pallas_kernels.schedule.listing import DumpError, KernelSchedule, Total
 from pallas_kernels.schedule.traffic import Call, pallas_calls
 
@@ -80,6 +80,7 @@ def analyse(
     RuntimeError: libtpu was loaded before without the flags that make it write listings.
   """
   check_choice("chip", chip, tuple(CORES))
+  dump_folder()
   with jax.set_mesh(chip_mesh(chip)):
     closed = jax.make_jaxpr(fn)(
       *jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tuple(args))

@@ -1,7 +1,8 @@
-"""Compiles for a TPU that is not there, with libtpu writing its listings into a folder."""
+"""Compiles for a TPU that is not there, on request with the listings that libtpu writes."""
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import pathlib
@@ -20,10 +21,19 @@ from pallas_kernels.common.chips import CORES
 
 @functools.cache
 def dump_folder() -> pathlib.Path:
-  """Returns the folder that libtpu writes to; it reads its flags once, when it is first used."""
+  """Returns the folder that libtpu writes listings to; it is removed when the process ends.
+
+  A program of a large shape has hundreds of MiB of them and takes three times as long to compile,
+  so that only `compile_with_listings` asks for the folder. Raises RuntimeError when this process
+  compiled for a TPU before: libtpu reads its flags once.
+  """
+  if chip_mesh.cache_info().currsize:
+    raise RuntimeError(
+      "libtpu was loaded in this process without the flags that make it write listings: "
+      "call pallas_kernels.schedule.analyse before anything else compiles for a TPU"
+    )
   folder = tempfile.mkdtemp(prefix="tpu_schedule_")
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
   flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=true"
   os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
   return pathlib.Path(folder)
@@ -34,7 +44,8 @@ def chip_mesh(
   chip: str, shape: tuple[int, ...] = (1,), names: tuple[str, ...] = ("x",)
 ) -> jax.sharding.Mesh:
   """Returns a mesh of `chip`'s devices with Explicit axes, to compile for."""
-  dump_folder()
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   topology = topologies.get_topology_desc(platform="tpu", topology_name=CORES[chip].topology)
   devices: Any = np.array(topology.devices[: int(np.prod(shape))]).reshape(shape)
   return jax.sharding.Mesh(
@@ -62,8 +73,6 @@ def compile_with_listings(
   Raises RuntimeError when libtpu was in use before and does not write listings.
   """
   folder = dump_folder()
-  for path in folder.iterdir():
-    path.unlink() if path.is_file() else shutil.rmtree(path)
   compiled = compile_for(fn, args, chip)
   listings: dict[str, dict[str, str]] = {}
   kinds = {
@@ -75,6 +84,7 @@ def compile_with_listings(
     for kind, pattern in kinds.items():
       if name := re.fullmatch(rf"\d+-([^<].*?)-\d+-{pattern}", path.name):
         listings.setdefault(name[1], {})[kind] = path.read_text()
+    path.unlink() if path.is_file() else shutil.rmtree(path)
   if not listings:
     raise RuntimeError(
       "libtpu wrote no listings: it was loaded in this process before pallas_kernels.schedule "

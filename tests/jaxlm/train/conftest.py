@@ -19,9 +19,7 @@ def tpu_devices():
   """Eight TPU v5e chips of libtpu's compiler; nothing runs on them."""
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed")
-  from pallas_kernels.schedule.compiler import (
-    chip_mesh,  # libtpu is loaded once, with the flags that it needs there
-  )
+  from pallas_kernels.schedule.compiler import chip_mesh
 
   return chip_mesh("v5e", (8,)).devices.tolist()
 

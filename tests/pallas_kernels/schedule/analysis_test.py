@@ -2,6 +2,9 @@
 
 # M, K, N sizes of a matrix product
 import functools
+import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,81 +13,61 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.chips import CHIPS, CORES
-from pallas_kernels.schedule import analyse
+from pallas_kernels.schedule import Finding, analyse
 from pallas_kernels.schedule.report import chart, closing, report, row, table
 from pallas_kernels.schedule.traffic import pallas_calls
+from tests.pallas_kernels.schedule.analysed import SHAPES, product
 
 pytest.importorskip("libtpu")
 
 
-def matmul_kernel(a, b, out):
-  out[...] = jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
-
-
-def product(a_MK, b_KN, tile=512):
-  """A whole K in every tile: nothing but matmuls, and the additions of their partial results."""
-  (M, K), N = a_MK.shape, b_KN.shape[1]
-  return pl.pallas_call(
-    matmul_kernel,
-    grid=(M // tile, N // tile),
-    in_specs=[
-      pl.BlockSpec((tile, K), lambda i, j: (i, 0)),
-      pl.BlockSpec((K, tile), lambda i, j: (0, j)),
-    ],
-    out_specs=pl.BlockSpec((tile, tile), lambda i, j: (i, j)),
-    out_shape=jax.ShapeDtypeStruct((M, N), jnp.float32),
-    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-    name="product",
-  )(a_MK, b_KN)
-
-
-SHAPES = (
-  jax.ShapeDtypeStruct((4096, 2048), jnp.bfloat16),
-  jax.ShapeDtypeStruct((2048, 4096), jnp.bfloat16),
-)
+@pytest.fixture(scope="module")
+def found():
+  """The findings of the kernels in analysed.py by name and chip."""
+  program = [sys.executable, "-m", "tests.pallas_kernels.schedule.analysed"]
+  printed = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+  rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+  return {row.pop("name"): Finding(**row) for row in rows}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e", "v5p"])
-def test_cycles_of_a_product_on_128_wide_mxus(chip):
+def test_cycles_of_a_product_on_128_wide_mxus(found, chip):
   """4 MXUs of 128 x 128, one row a cycle: M K N / 65536 cycles, shared by the cores."""
-  (found,) = analyse(product, SHAPES, chip)
   by_hand = 4096 * 2048 * 4096 / (4 * 128 * 128) / CORES[chip].count
-  assert found.cycles == pytest.approx(by_hand, rel=0.05)
-  assert found.flops == 2 * 4096 * 2048 * 4096
-  assert found.operands == "bf16" and found.mxu_use > 0.95
+  matmul = found[f"product {chip}"]
+  assert matmul.cycles == pytest.approx(by_hand, rel=0.05)
+  assert matmul.flops == 2 * 4096 * 2048 * 4096
+  assert matmul.operands == "bf16" and matmul.mxu_use > 0.95
 
 
 @pytest.mark.slow
-def test_bytes_of_a_product():
-  (found,) = analyse(product, SHAPES, "v5e")
+def test_bytes_of_a_product(found):
   left_once, right_8_times, out = 4096 * 2048 * 2, 8 * 2048 * 4096 * 2, 4096 * 4096 * 4
-  assert found.hbm_bytes == left_once + right_8_times + out
-  assert found.hbm_us == pytest.approx(found.hbm_bytes / CHIPS["v5e"].hbm_bytes_per_s * 1e6)
+  matmul = found["product v5e"]
+  assert matmul.hbm_bytes == left_once + right_8_times + out
+  assert matmul.hbm_us == pytest.approx(matmul.hbm_bytes / CHIPS["v5e"].hbm_bytes_per_s * 1e6)
 
 
 @pytest.mark.slow
-def test_cycles_of_an_elementwise_kernel():
-  """256 registers of 8 x 128 floats a step take 256 cycles of the one store slot.
+def test_cycles_of_an_elementwise_kernel(found):
+  """256 registers a step take 256 cycles of the one store slot; the pipeline adds fewer than 77."""
+  copy = found["doubled v5e"]
+  assert copy.operands == "none" and copy.mxu_use == 0
+  assert copy.step_cycles == pytest.approx(256 * 1024 / 1024, rel=0.3)
+  assert copy.us == max(copy.core_us, copy.hbm_us, copy.copy_us) == copy.hbm_us
 
-  The pipeline adds fewer than 64.
-  """
 
-  def double(x, out):
-    out[...] = 2 * x[...]
-
-  fn = pl.pallas_call(
-    double,
-    grid=(8,),
-    in_specs=[pl.BlockSpec((256, 1024), lambda i: (i, 0))],
-    out_specs=pl.BlockSpec((256, 1024), lambda i: (i, 0)),
-    out_shape=jax.ShapeDtypeStruct((2048, 1024), jnp.float32),
+@pytest.mark.slow
+def test_listings_are_refused_where_libtpu_is_in_use_already():
+  compiled_before = (
+    "from tests.pallas_kernels.schedule.analysed import *\n"
+    "from pallas_kernels.schedule.compiler import chip_mesh\n"
+    "chip_mesh('v5e')\n"
+    "analyse(product, SHAPES, 'v5e')"
   )
-  (found,) = analyse(fn, (jax.ShapeDtypeStruct((2048, 1024), jnp.float32),), "v5e")
-  assert found.operands == "none" and found.mxu_use == 0
-  print("CYC", found.step_cycles, found.cycles)
-  assert found.step_cycles == pytest.approx(256 * 1024 / 1024, rel=0.3)
-  assert found.us == max(found.core_us, found.hbm_us, found.copy_us) == found.hbm_us
+  run = subprocess.run([sys.executable, "-c", compiled_before], capture_output=True, text=True)
+  assert run.returncode == 1 and "loaded in this process without the flags" in run.stderr
 
 
 def calls_of(fn, *args):
