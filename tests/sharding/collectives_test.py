@@ -120,9 +120,7 @@ def test_fusions_of_the_tpu_compiler():
   )
   read = read_one("f32[4]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1", scatter)
   assert (read.kind, read.shape, read.result_bytes, read.bytes) == ("reduce-scatter", (4,), 16, 32)
-  part = (
-    "f32[8]{0} all-gather(%p), replica_groups=[4,2]<=[8], frontend_attributes={chain_id=\"7\"}"
-  )
+  part = 'f32[8]{0} all-gather(%p), replica_groups=[4,2]<=[8], frontend_attributes={chain_id="7"}'
   parts = f"%start (i: f32[4]) -> f32[8] {{\n  %g = {part}\n}}\n\n%end (i: f32[4]) -> f32[8] {{\n"
   parts += f"  %g = {part}\n}}\n\n%both (i: f32[4]) -> f32[8] {{\n"
   parts += "  %s = f32[8]{0} fusion(%p), calls=%start\n  %e = f32[8]{0} fusion(%p), calls=%end\n"
