@@ -32,8 +32,7 @@ def block(w, x_BTD, segments_BT):
 
 def two_blocks(remat):
   def stage(layers, x_BTD, segments_BT):
-    for i in range(2):
-      layer = jax.tree.map(lambda w: w[i].astype(jnp.float32), layers)
+    for layer in (jax.tree.map(lambda w: w[0], layers), jax.tree.map(lambda w: w[1], layers)):
       x_BTD = REMATS[remat](block)(layer, x_BTD, segments_BT)
     return x_BTD
 
@@ -45,7 +44,8 @@ def arguments():
   shapes = {"qkv": (3, D, N, D // N), "o": (N, D // N, D), "gate": (D, F), "up": (D, F)}
   shapes["down"] = (F, D)
   layers = {
-    name: jax.random.normal(key, (2, *shape)) / 8 for key, (name, shape) in zip(keys, shapes.items())
+    name: jax.random.normal(key, (2, *shape)) / 8
+    for key, (name, shape) in zip(keys, shapes.items())
   }
   segments_BT = jnp.arange(T)[None] // jnp.array([[8], [5]])
   return layers, jax.random.normal(keys[5], (B, T, D)), segments_BT, keys[6]
