@@ -205,7 +205,8 @@ def test_prefill_computes_the_head_for_one_position_per_row(params):
   ids_BT, lengths_B = np.zeros((3, T), np.int32), np.array([5, T, 1])
   assert not holds_all_logits(functools.partial(prefill, MODEL), params, ids_BT, lengths_B)
   assert holds_all_logits(MODEL.apply, params, ids_BT)  # the search finds them
-  options = {"sampler": GREEDY, "buffer": 16, "max_new": 3, "eos": np.array([1]), "key": jax.random.key(0)}
+  options = {"sampler": GREEDY, "buffer": 16, "max_new": 3, "eos": np.array([1])}
+  options["key"] = jax.random.key(0)
   whole = functools.partial(generation.generate_tokens, MODEL, **options)
   assert not holds_all_logits(whole, params, ids_BT, lengths_B)
 
