@@ -211,9 +211,7 @@ def split_backward(
   def weight_gradient(params: Any, batch: Any, kept_arrays: Arrays, crossed: Arrays) -> Any:
     values = values_of(params, batch, (kept, kept_arrays), (crossing, crossed))
     steps = [s for s in program.steps if s.outputs in free | in_W]
-    return jax.tree.unflatten(
-      jax.tree.structure(types[1]), program.run(steps, values, dparams_ids)
-    )
+    return jax.tree.unflatten(jax.tree.structure(types[1]), program.run(steps, values, dparams_ids))
 
   return SplitBackward(
     forward,
