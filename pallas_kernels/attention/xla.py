@@ -83,11 +83,11 @@ def attend_to_part(
 
 def gradients_of_part(
   q_BKGTH: jax.Array,
-  k_BKSH: jax.Array,
-  v_BKSU: jax.Array,
   do_BKGTU: jax.Array,
   lse_BKGT1: jax.Array,
   mean_BKGT1: jax.Array,
+  k_BKSH: jax.Array,
+  v_BKSU: jax.Array,
   tokens: Tokens,
   options: Options,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

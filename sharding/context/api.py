@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.attention import attention
-from pallas_kernels.attention.api import FUSED, FUSED_ON
+from pallas_kernels.attention.api import FUSED, FUSED_ON, Implementation
 from pallas_kernels.attention.checks import check_arrays, check_spread_alike, check_tokens
 from pallas_kernels.attention.mask import Tokens
 from pallas_kernels.common.checks import check, check_choice, check_shape
@@ -37,7 +38,7 @@ def hybrid_attention(
   cap: float | None = None,
   scale: float | None = None,
   order: Order = "zigzag",
-  implementation: Literal["reference", "xla", "splash", "cudnn"] | None = None,
+  implementation: Implementation | None = None,
 ) -> jax.Array:
   """Returns softmax attention [B, T, N, U] of rows whose T lies over several devices.
 
@@ -76,7 +77,7 @@ def hybrid_attention(
   options: dict[str, Any] = {"causal": causal, "window": window, "cap": cap, "scale": scale}
   options["implementation"] = implementation
   if not length:
-    rows = {
+    rows: dict[str, Any] = {
       "q_positions_BT": positions_BT,
       "k_positions_BS": positions_BT,
       "q_segment_ids_BT": segment_ids_BT,
@@ -100,7 +101,7 @@ def hybrid_attention(
   return run_on_shards(local, arrays, layouts, out_specs, check_vma=not fused)
 
 
-_FORMS = {
+_FORMS: dict[Axes, Callable[..., jax.Array]] = {
   (RING,): ring_attention_shard,
   (ULYSSES,): ulysses_attention_shard,
   (RING, ULYSSES): hybrid_attention_shard,

@@ -38,6 +38,11 @@ def permutation(order: Order, T: int, ring: int) -> np.ndarray:
   return tokens_T
 
 
+def ring_size() -> int:
+  """Returns the number of ranks of `context_ring` on the current mesh."""
+  return jax.sharding.get_abstract_mesh().shape.get("context_ring", 1)
+
+
 def check_length(order: Order, T: int, ring: int) -> None:
   """Raises UserError unless rows of T tokens can be spread over the ring in this order."""
   check_choice("order", order, ORDERS)

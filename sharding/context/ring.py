@@ -13,11 +13,13 @@ Source: Liu et al. 2023, arXiv 2310.01889; gradients as in Dao et al. 2022, arXi
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import attention, xla
+from pallas_kernels.attention.api import IMPLEMENTATIONS, Implementation
 from pallas_kernels.attention.checks import check_options
 from pallas_kernels.common.checks import check, check_choice
 from pallas_kernels.common.errors import UnsupportedError
@@ -35,6 +37,15 @@ from sharding.context.parts import (
 )
 
 
+class Queries(NamedTuple):
+  """Holds what the backward pass knows of a rank's queries."""
+
+  q_BKGTH: jax.Array
+  do_BKGTU: jax.Array
+  lse_BKGT1: jax.Array  # over all keys
+  mean_BKGT1: jax.Array  # sum_U do o
+
+
 def ring_attention_shard(
   q_BTNH: jax.Array,
   k_BTKH: jax.Array,
@@ -48,7 +59,7 @@ def ring_attention_shard(
   scale: float | None = None,
   order: Order = "zigzag",
   ring_axis: str = "context_ring",
-  implementation: str | None = None,
+  implementation: Implementation | None = None,
 ) -> jax.Array:
   """Returns attention of this device's shards, inside shard_map over `ring_axis`.
 
@@ -77,7 +88,7 @@ def ring_attention_shard(
       cap=cap,
       scale=scale,
     )
-  check_choice("implementation", implementation, (None, "reference", "xla", "splash", "cudnn"))
+  check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
   if implementation not in (None, "xla"):
     reason = f"a ring of context_ring={ring} merges parts of softmax, which only 'xla' makes"
     raise UnsupportedError(f"implementation={implementation!r}: {reason}")
@@ -132,7 +143,7 @@ def _backward(plan: Plan, residuals, do_BKGTU: jax.Array):
   parts = visible_parts(plan, T, given=rows.positions_BS is not None)
   do_BKGTU = do_BKGTU.astype(lse_BKGT1.dtype)
   mean_BKGT1 = xla.mean_of_gradient(do_BKGTU, o_BKGTU)
-  queries = (q_BKGTH, do_BKGTU, lse_BKGT1, mean_BKGT1)
+  queries = Queries(q_BKGTH, do_BKGTU, lse_BKGT1, mean_BKGT1)
 
   def meet(dq_BKGTH, keys_and_values, hop):
     """Returns dq with the share of the shard that has travelled `hop` hops, and its dk and dv."""
@@ -143,8 +154,7 @@ def _backward(plan: Plan, residuals, do_BKGTU: jax.Array):
 
   own = own_part(plan, rows.positions_BS is not None)
   tokens = tokens_of_part(own, rows, plan, T, jax.lax.axis_index(plan.axis))
-  arrays = (q_BKGTH, k_BKTH, v_BKTU, do_BKGTU, lse_BKGT1, mean_BKGT1)
-  dq_BKGTH, *own_sums = xla.gradients_of_part(*arrays, tokens, own.options)
+  dq_BKGTH, *own_sums = xla.gradients_of_part(*queries, k_BKTH, v_BKTU, tokens, own.options)
   sums = tuple(own_sums)
   travelling = _rotate((k_BKTH, v_BKTU), plan)
 
@@ -197,7 +207,7 @@ def _merge_part(part: Part | None, q_BKGTH, rows: Rows, plan: Plan, state, k_BKT
 
 
 def _pull_part(
-  part: Part | None, queries, rows: Rows, plan: Plan, dq_BKGTH, k_BKTH, v_BKTU, source
+  part: Part | None, queries: Queries, rows: Rows, plan: Plan, dq_BKGTH, k_BKTH, v_BKTU, source
 ):
   """Returns dq with this part's share added, and the share of dk and dv, all in float32."""
   if part is None:
@@ -206,9 +216,9 @@ def _pull_part(
     return dq_BKGTH, tuple(zeros)
   T = k_BKTH.shape[2]
   tokens = tokens_of_part(part, rows, plan, T, source)
-  q_BKGTH, *others = (x[:, :, :, part.queries] for x in queries)
+  queries = Queries(*(x[:, :, :, part.queries] for x in queries))
   keys, values = k_BKTH[:, :, part.keys], v_BKTU[:, :, part.keys]
-  dq, dk, dv = xla.gradients_of_part(q_BKGTH, keys, values, *others, tokens, part.options)
+  dq, dk, dv = xla.gradients_of_part(*queries, keys, values, tokens, part.options)
   untouched = slice(0, part.queries.start or 0)
   whole_dq = dq_BKGTH[:, :, :, part.queries] + dq
   dq_BKGTH = jnp.concatenate([dq_BKGTH[:, :, :, untouched], whole_dq], axis=3)
