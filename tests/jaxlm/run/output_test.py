@@ -69,6 +69,6 @@ def test_a_program_keeps_its_exit_status_and_its_files(redirect, tmp_path):
   quoted = f"'{sys.executable}' -c '{PROGRAM}' '{tmp_path}/file'"
   script = f"({quoted}; echo $? >status) {redirect}"
   environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-  subprocess.run(script, shell=True, cwd=tmp_path, env=environment, check=True)
+  subprocess.run(["sh", "-c", script], cwd=tmp_path, env=environment, check=True)
   assert (tmp_path / "status").read_text() == "130\n"
   assert (tmp_path / "file").read_text() == ""
