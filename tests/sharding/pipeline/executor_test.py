@@ -21,6 +21,7 @@ from sharding.pipeline.instructions import make_instructions
 from sharding.pipeline.table import make_table
 
 M, B, D, V = 8, 4, 8, 16
+BY_STAGE = P("stage")
 SCHEDULES = {
   "gpipe": schedules.gpipe,
   "1f1b": schedules.one_f_one_b,
@@ -38,8 +39,8 @@ def embed(shared, batch):
 
 def layers(stacks, x_BD, batch):
   (stack,) = stacks
-  for layer in (jax.tree.map(lambda w: w[i], stack) for i in range(len(stack["up"]))):
-    x_BD = x_BD + jnp.tanh(x_BD @ layer["up"]) @ layer["down"] * batch["scale"][:, None]
+  for up, down in zip(stack["up"], stack["down"]):
+    x_BD = x_BD + jnp.tanh(x_BD @ up) @ down * batch["scale"][:, None]
   return x_BD
 
 
@@ -74,16 +75,16 @@ def inputs(L):
 
 def reference(stacks, shared, batch):
   def total(stacks, shared):
-    def one(batch):
-      return loss(shared, layers(stacks, embed(shared, batch), batch), batch)
+    def add(total, batch):
+      more = loss(shared, layers(stacks, embed(shared, batch), batch), batch)
+      return jax.tree.map(jnp.add, total, more), None
 
-    values, sums = zip(*(one(jax.tree.map(lambda a: a[m], batch)) for m in range(M)))
-    return sum(values), {"tokens": sum(s["tokens"] for s in sums)}
+    return jax.lax.scan(add, (0.0, {"tokens": 0.0}), batch)[0]
 
   return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(stacks, shared)
 
 
-def compiled_step(name, counts, arguments, at_rest=P("stage"), **axes):
+def compiled_step(name, counts, arguments, at_rest=BY_STAGE, **axes):
   """Returns (program, arguments) on a mesh of 4 stages; `at_rest` says how layers lie on it."""
   schedule = SCHEDULES[name](4, M)
   with jax.set_mesh(make_mesh(MeshConfig(**{"data": 2, "stage": 4} | axes))):
@@ -101,7 +102,7 @@ def expected():
 
 @pytest.fixture(scope="module")
 def programs():
-  """Returns the program of each schedule, 8 layers in stages of equal size, once it is asked for."""
+  """Returns a function that gives a schedule's program: 8 layers, stages of equal size."""
 
   @functools.cache
   def program(name):
@@ -123,7 +124,7 @@ def test_gradients_are_those_of_the_whole_model(name, programs, expected):
 )
 def test_stages_of_unequal_size(counts, expected):
   L = sum(counts)
-  at_rest = P() if L % 4 else P("stage")
+  at_rest = P() if L % 4 else BY_STAGE
   step, arguments = compiled_step("zb_h1", counts, inputs(L), at_rest)
   chex.assert_trees_all_close(step(*arguments), expected[L], rtol=1e-5, atol=1e-5)
 
