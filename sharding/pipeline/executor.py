@@ -278,9 +278,7 @@ class _Ticks:
       kept[split.kept.index(i)] if i in split.kept else next(stash_only)
       for i in range(len(split.stash))
     ]
-    dx, crossing = split.input_gradient(
-      self._rows(counts, at.chunk), microbatch, stash, vary(dy)
-    )
+    dx, crossing = split.input_gradient(self._rows(counts, at.chunk), microbatch, stash, vary(dy))
     if is_first:
       _, pull_back = jax.vjp(lambda shared: self.pipeline.embed(shared, microbatch), self.shared)
       dshared = jax.tree.map(lambda total, g: total + vary(g), dshared, *pull_back(dx))
