@@ -32,6 +32,7 @@ from sharding.pipeline.instructions import (
 )
 from sharding.pipeline.operations import Schedule
 from sharding.pipeline.placement import Placement
+from sharding.pipeline.slots import Slots, entry_of
 from sharding.pipeline.split_backward import SplitBackward, split_backward
 from sharding.pipeline.table import make_table
 
@@ -105,49 +106,8 @@ def pipelined_value_and_grad(
   return value_and_grad
 
 
-class _Slots:
-  """Keeps arrays of several programs in common buffers, each of a number of slots.
-
-  Arrays of one shape and dtype share a buffer across programs, as only one program holds a slot.
-  """
-
-  def __init__(self, programs: Sequence[Sequence[jax.ShapeDtypeStruct]], slots: int):
-    self.types: list[tuple[tuple[int, ...], Any]] = []
-    self.places = [self._place(arrays) for arrays in programs]
-    self.slots = slots
-
-  def _place(self, arrays: Sequence[jax.ShapeDtypeStruct]) -> list[int]:
-    places: list[int] = []
-    for array in arrays:
-      kind = (array.shape, array.dtype)
-      unused = [i for i, other in enumerate(self.types) if other == kind and i not in places]
-      if not unused:
-        self.types.append(kind)
-      places.append(unused[0] if unused else len(self.types) - 1)
-    return places
-
-  def empty(self) -> list[jax.Array]:
-    """Returns the buffers, [slots, ...] each."""
-    return [vary(jnp.zeros((self.slots, *shape), dtype)) for shape, dtype in self.types]
-
-  def write(self, buffers: list, program: int, slot: jax.Array, arrays: Sequence) -> list:
-    """Returns the buffers with one program's arrays in a slot."""
-    buffers = list(buffers)
-    for place, array in zip(self.places[program], arrays, strict=True):
-      buffers[place] = jax.lax.dynamic_update_index_in_dim(buffers[place], vary(array), slot, 0)
-    return buffers
-
-  def read(self, buffers: list, program: int, slot: jax.Array) -> list[jax.Array]:
-    """Returns one program's arrays in a slot."""
-    return [_entry(buffers[place], slot) for place in self.places[program]]
-
-
-def _entry(array: jax.Array, index: jax.Array) -> jax.Array:
-  return jax.lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
-
-
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _State:
   """Holds what a device carries from tick to tick."""
 
@@ -200,10 +160,10 @@ class _Ticks:
         splits[counts] = split_backward(pipeline.layers, own, self.idle, microbatch)
     self.splits = [splits[counts] for counts, _, _ in programs]
     stashed_only = [[a for i, a in enumerate(s.stash) if i not in s.kept] for s in self.splits]
-    self.stash = _Slots(stashed_only, instructions.stash_slots)
+    self.stash = Slots(stashed_only, instructions.stash_slots)
     kept = [[s.stash[i] for i in s.kept] for s in self.splits]
-    self.kept = _Slots(kept, instructions.kept_slots)
-    self.crossing = _Slots([s.crossing for s in self.splits], instructions.crossing_slots)
+    self.kept = Slots(kept, instructions.kept_slots)
+    self.crossing = Slots([s.crossing for s in self.splits], instructions.crossing_slots)
 
   def run(self) -> tuple[Any, Stacks, Any]:
     """Returns this device's shares of ((minimised, sums), gradients of rows, of shared)."""
@@ -229,11 +189,13 @@ class _Ticks:
       inbox = state.inbox
       for slot, array in arrivals:
         at_slot = jnp.maximum(slot, 0)
-        array = jnp.where(slot == NOWHERE, _entry(inbox, at_slot), array)
+        array = jnp.where(slot == NOWHERE, entry_of(inbox, at_slot), array)
         inbox = jax.lax.dynamic_update_index_in_dim(inbox, array, at_slot, 0)
       return dataclasses.replace(state, inbox=inbox), None
 
-    ticks = jax.tree.map(lambda column: _entry(jnp.asarray(column), rank), self.instructions.ticks)
+    ticks = jax.tree.map(
+      lambda column: entry_of(jnp.asarray(column), rank), self.instructions.ticks
+    )
     state, _ = jax.lax.scan(tick, self._start(), ticks)
     return state.sums, state.drows, state.dshared
 
@@ -241,8 +203,17 @@ class _Ticks:
     loss = jax.eval_shape(self.pipeline.loss, self.shared, self.idle, self._microbatch(0))
     inbox = jnp.zeros((self.instructions.inbox_slots, *self.idle.shape), self.idle.dtype)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (self.rows, self.shared, loss))
-    buffers = self.stash.empty(), self.kept.empty(), self.crossing.empty()
-    return _State(vary(inbox), *buffers, *vary(zeros), self.idle)
+    drows, dshared, sums = vary(zeros)
+    return _State(
+      inbox=vary(inbox),
+      stash=self.stash.empty(),
+      kept=self.kept.empty(),
+      crossing=self.crossing.empty(),
+      drows=drows,
+      dshared=dshared,
+      sums=sums,
+      out=self.idle,
+    )
 
   def _forward(self, program: int, at: Instruction, state: _State) -> _State:
     counts, is_first, _ = self.programs[program]
@@ -250,7 +221,7 @@ class _Ticks:
     if is_first:
       x = vary(self.pipeline.embed(self.shared, microbatch))
     else:
-      x = _entry(state.inbox, at.inbox)
+      x = entry_of(state.inbox, at.inbox)
     y, stash = split.forward(self._rows(counts, at.chunk), x, microbatch)
     stash_only = [a for i, a in enumerate(stash) if i not in split.kept]
     kept = [stash[i] for i in split.kept]
@@ -266,7 +237,7 @@ class _Ticks:
     counts, is_first, is_last = self.programs[program]
     split, microbatch = self.splits[program], self._microbatch(at.microbatch)
     dshared, sums = state.dshared, state.sums
-    dy = _entry(state.inbox, at.inbox)
+    dy = entry_of(state.inbox, at.inbox)
     if is_last:  # what arrived is the last state
       value_and_grad = jax.value_and_grad(self.pipeline.loss, argnums=(0, 1), has_aux=True)
       value_and_sums, (more, dy) = value_and_grad(self.shared, dy, microbatch)
@@ -300,9 +271,8 @@ class _Ticks:
     gradients = self.splits[program].weight_gradient(own, microbatch, kept, crossing)
 
     def add(total: jax.Array, gradient: jax.Array) -> jax.Array:
-      start = (at.chunk, *[0] * gradient.ndim)
-      size = (1, *gradient.shape)
-      now = jax.lax.dynamic_slice(total, start, size)
+      start = [at.chunk] + [0] * gradient.ndim
+      now = jax.lax.dynamic_slice(total, start, (1, *gradient.shape))
       return jax.lax.dynamic_update_slice(total, now + vary(gradient)[None], start)
 
     drows = jax.tree.map(add, state.drows, gradients)
@@ -311,9 +281,9 @@ class _Ticks:
   def _rows(self, counts: tuple[int, ...], chunk: Any) -> Stacks:
     """Returns the layers of one of the rank's stages."""
     return tuple(
-      jax.tree.map(lambda w, n=n: _entry(w, chunk)[:n], stack)
+      jax.tree.map(lambda w, n=n: entry_of(w, chunk)[:n], stack)
       for n, stack in zip(counts, self.rows, strict=True)
     )
 
   def _microbatch(self, number: Any) -> Any:
-    return jax.tree.map(lambda a: _entry(a, number), self.batch)
+    return jax.tree.map(lambda a: entry_of(a, number), self.batch)

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from sharding.pipeline.operations import Kind
 from sharding.pipeline.table import Message, Table, assign_slots
 
 IDLE = 0
@@ -18,23 +19,23 @@ NOWHERE = -1
 class Instruction(NamedTuple):
   """Tells a rank what to do in one tick; each field is an int32 scalar, or [P, Z] of all ticks."""
 
-  branch: np.ndarray
+  branch: Any
   """IDLE, or `branch_of(program of the stage, kind)`"""
-  chunk: np.ndarray
+  chunk: Any
   """which of the rank's stages it is about"""
-  microbatch: np.ndarray
-  inbox: np.ndarray
+  microbatch: Any
+  inbox: Any
   """slot of the state or gradient that F or B starts from"""
-  stash: np.ndarray
+  stash: Any
   """slot of what is kept from F to B"""
-  kept: np.ndarray
+  kept: Any
   """slot of what is kept from F to W"""
-  crossing: np.ndarray
+  crossing: Any
   """slot of what is kept from B to W"""
-  from_left: np.ndarray
+  from_left: Any
   """inbox slot for what arrives from the rank before at the end of the tick, or NOWHERE"""
-  from_right: np.ndarray
-  from_self: np.ndarray
+  from_right: Any
+  from_self: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,11 @@ def make_instructions(table: Table, programs: Sequence[int]) -> Instructions:
       }[message.direction]
       arrivals[rank, message.sent] = slot
       columns.inbox[rank, message.read] = slot
-  held = {"stash": ("F", "B"), "kept": ("F", "W"), "crossing": ("B", "W")}
+  held: dict[str, tuple[Kind, Kind]] = {
+    "stash": ("F", "B"),
+    "kept": ("F", "W"),
+    "crossing": ("B", "W"),
+  }
   for name, (first, last) in held.items():
     slots_of_ranks = [assign_slots(row, first, last) for row in table.ops]
     sizes[name] = 1 + max(max(slots.values()) for slots in slots_of_ranks)
