@@ -1,4 +1,4 @@
-"""What attention over several devices sends, by kind, axis and loop, and what it keeps in memory."""
+"""What attention over several devices sends, by kind, axis and loop, and how much it keeps."""
 
 import collections
 
@@ -7,7 +7,7 @@ import pytest
 
 from sharding import MeshConfig, make_mesh
 from sharding.collectives import read_collectives
-from sharding.context import hybrid_attention, ring
+from sharding.context import ring
 
 RING, ULYSSES = "context_ring", "context_ulysses"
 

@@ -143,7 +143,8 @@ def test_either_form_alone_refuses_rows_that_lie_otherwise(calls):
   ulysses = calls.Case(mesh=MeshConfig(data=1, context_ulysses=2))
   both = calls.Case(mesh=MeshConfig(data=1, context_ring=2, context_ulysses=2))
   assert lower(ring, ring_attention).shape == lower(ulysses, ulysses_attention).shape
-  for case, attend in ((ulysses, ring_attention), (ring, ulysses_attention), (both, ring_attention)):
+  misfits = (ulysses, ring_attention), (ring, ulysses_attention), (both, ring_attention)
+  for case, attend in misfits:
     with pytest.raises(UserError, match=r"q_BTNH=.*its T=32 must lie over"):
       lower(case, attend)
 
