@@ -14,14 +14,18 @@ from jaxlm.config import TrainConfig
 from jaxlm.data.baselines import baselines
 from jaxlm.data.loader import Batch, TextData, heldout_batches, load_text, train_loader
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.interop import huggingface
 from jaxlm.models import Transformer, roles
 from jaxlm.objectives import Weighted, next_token_loss
 from jaxlm.run.lock import only_writer
 from jaxlm.run.loop import TrainResult
 from jaxlm.run.metrics import print_status
 from jaxlm.run.output import forgiving_output
-from jaxlm.run.resolve import check_mesh, with_initial_model, with_vocabulary
+from jaxlm.run.resolve import (
+  check_mesh,
+  load_initial_weights,
+  with_initial_model,
+  with_vocabulary,
+)
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.start import check_run, continue_run, find_newest, start_run
 from jaxlm.run.text_identity import check_same_everywhere, check_text, record_text
@@ -106,7 +110,7 @@ class TextTask(Task):
     """Loads the weights of the checkpoint `config.init` in float32, if it is set."""
     if not self.config.init:
       return None
-    return Start(huggingface.load(self.config.init, dtype="float32")[1])
+    return Start(load_initial_weights(self.config))
 
   def batches(self, rows: Any) -> Batches:
     """Returns an iterator over packed or windowed rows of the training text."""
