@@ -29,6 +29,9 @@ class Ignored(NamedTuple):
   """tensors that are no weights of the model: names, or patterns with * and ?"""
 
 
+NOTHING = Ignored()
+
+
 def local_folder(path: str | Path) -> Path:
   """Returns the folder `path`, or downloads `hf:owner/name` (extra `hf`) and returns its folder.
 

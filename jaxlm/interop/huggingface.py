@@ -21,7 +21,14 @@ from jaxlm.config import ModelConfig, check
 from jaxlm.interop import safetensors
 from jaxlm.interop.hub_config import read_config
 from jaxlm.interop.hub_export import write_config
-from jaxlm.interop.hub_folder import CONFIG, Ignored, find_tokenizer, is_checkpoint, local_folder
+from jaxlm.interop.hub_folder import (
+  CONFIG,
+  NOTHING,
+  Ignored,
+  find_tokenizer,
+  is_checkpoint,
+  local_folder,
+)
 from jaxlm.interop.placement import TensorSource, assemble
 from jaxlm.interop.safetensors import Entry, MappedFile
 from jaxlm.interop.tensor_checks import check_tensors, check_tied_head
@@ -31,6 +38,7 @@ from jaxlm.models import Transformer
 from pallas_kernels.common.errors import UserError
 
 __all__ = [
+  "NOTHING",
   "Ignored",
   "find_tokenizer",
   "inspect",
@@ -43,7 +51,7 @@ __all__ = [
 
 
 def load(
-  path: str | Path, dtype: DTypeLike | None = None, ignored: Ignored = Ignored()
+  path: str | Path, dtype: DTypeLike | None = None, ignored: Ignored = NOTHING
 ) -> tuple[ModelConfig, Any]:
   """Returns the configuration and the parameters of a checkpoint folder, or of `hf:owner/name`.
 
@@ -72,7 +80,7 @@ def load(
 
 
 def inspect(
-  folder: Path, dtype: DTypeLike | None = None, ignored: Ignored = Ignored()
+  folder: Path, dtype: DTypeLike | None = None, ignored: Ignored = NOTHING
 ) -> tuple[ModelConfig, dict[str, Entry], np.dtype]:
   """Reads config.json and the headers of the weight files, but no weights.
 

@@ -26,8 +26,9 @@ def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
 def parse_object(text: bytes, where: str) -> dict[str, Any]:
   """Returns the JSON object that `text` spells; raises UserError that begins with `where`."""
   try:
+    decoded = text.decode("utf-8-sig")
     value = json.loads(
-      text.decode("utf-8-sig"), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
+      decoded, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
     )
   except RecursionError:
     raise UserError(f"{where}: JSON is nested too deeply") from None

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.interop.safetensors import Entry, read_header
-from jaxlm.interop.weight_names import is_buffer
 from jaxlm.interop.strict_json import read_object
+from jaxlm.interop.weight_names import is_buffer
 from pallas_kernels.common.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -57,7 +57,7 @@ def convert(
 
 
 def tuning_config(
-  source: str | Path, target: str | Path, ignored: huggingface.Ignored = huggingface.Ignored()
+  source: str | Path, target: str | Path, ignored: huggingface.Ignored = huggingface.NOTHING
 ) -> TrainConfig:
   """Returns the configuration of a run that goes on from the weights of the checkpoint `source`.
 

@@ -51,19 +51,19 @@ class SavedRun:
     run: str | Path,
     *,
     dtype: str | None = None,
-    ignored: huggingface.Ignored = huggingface.Ignored(),
+    ignored: huggingface.Ignored = huggingface.NOTHING,
   ) -> SavedRun:
     """Opens the folder of a run, or a checkpoint folder or `hf:owner/name` with its tokenizer.json.
 
     The weights of a checkpoint get `dtype`, by default that of its files, and `ignored` names what
-    is not read of it. Raises UserError for a folder that does not exist or is neither, FileNotFoundError for a run
-    without a sound checkpoint.
+    is not read of it. Raises UserError for a folder that does not exist or is neither,
+    FileNotFoundError for a run without a sound checkpoint.
     """
     if huggingface.is_checkpoint(run):
       return cls._open_published(huggingface.local_folder(run), dtype, ignored)
     rule = "is for Hugging Face checkpoints; this is a run"
     check(dtype is None, "dtype", dtype, rule)
-    check(ignored == huggingface.Ignored(), "ignored", tuple(ignored), rule)
+    check(ignored == huggingface.NOTHING, "ignored", tuple(ignored), rule)
     folder = RunFolder(Path(run))
     config = for_this_platform(dataclasses.replace(folder.read_config(), mesh=MeshConfig(data=1)))
     newest = newest_sound(folder.checkpoints)

@@ -83,7 +83,7 @@ def test_other_tensors_are_named_with_the_flag_that_leaves_them_out(folder, chec
 def test_mixed_types_are_named_with_the_flag_that_loads_them(folder, checkpoint, tmp_path):
   norm = np.asarray(checkpoint("llama").params["norm"]["weight"])
   rewrite(folder, {"model.norm.weight": norm.astype(ml_dtypes.bfloat16)})
-  with pytest.raises(UserError, match=r"model.norm.weight is bfloat16, .*--dtype \(dtype= in Python"):
+  with pytest.raises(UserError, match=r"norm.weight is bfloat16, .*--dtype \(dtype= in Python"):
     huggingface.load(folder)
   _, params = huggingface.load(folder, "float32")
   rounded = norm.astype(ml_dtypes.bfloat16).astype(np.float32)
