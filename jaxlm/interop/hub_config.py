@@ -65,9 +65,7 @@ FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
 MAX_LAYERS = 4096
 
 
-def read_config(
-  path: Path, ignore_config: tuple[str, ...] = ()
-) -> tuple[ModelConfig, str | None]:
+def read_config(path: Path, ignore_config: tuple[str, ...] = ()) -> tuple[ModelConfig, str | None]:
   """Returns the model of a config.json and the dtype that it states for the weights.
 
   The fields `ignore_config` (a key, or outer.inner) are read as if they were not there. Raises
