@@ -16,8 +16,11 @@ from jaxlm.data.placeholder import describe_placeholder
 from pallas_kernels.common.errors import UserError
 
 FILE = "tokenizer.json"
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>")
-END_OF_TEXT += ("<|eos|>", "<EOS>", "[EOS]", "<|im_end|>", "<|eot_id|>", "<|end|>")
+END_OF_TEXT = (
+  *("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>"),
+  *("<|eos|>", "<EOS>", "[EOS]", "<|im_end|>", "<|eot_id|>", "<|end|>"),
+)
+"""Names of the token that ends a text, of which the first that a tokenizer has counts."""
 BATCH = (
   128  # texts that the library encodes in parallel; it needs some 100 bytes per token while it does
 )

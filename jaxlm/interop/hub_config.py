@@ -178,7 +178,7 @@ def _read_windows(fields: Fields, family: Family, layers: int) -> list[int | Non
   return [window if kind == SLIDING else None for kind in kinds]
 
 
-def _read_no_windows(fields: Fields, layers: int) -> list[None]:
+def _read_no_windows(fields: Fields, layers: int) -> list[int | None]:
   """Reads what may say of a family without windows that it has none."""
   rule = "the family has no windows"
   if fields.expect("use_sliding_window", False, rule) is False:
