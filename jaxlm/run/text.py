@@ -13,6 +13,7 @@ import numpy as np
 from jaxlm.config import OnNewSteps, TrainConfig
 from jaxlm.data.baselines import baselines
 from jaxlm.data.loader import Batch, TextData, heldout_batches, load_text, train_loader
+from jaxlm.data.ring import in_ring_order
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.interop import huggingface
 from jaxlm.models import Transformer, roles
@@ -123,12 +124,14 @@ class TextTask(Task):
     self, params: Any, model_state: Any, batch: Batch, key: jax.Array
   ) -> dict[str, Weighted]:
     """Returns the terms of next-token prediction, without all logits in memory."""
+    batch, order = in_ring_order(batch)
     states_BTD = self.model.apply(
       params,
       batch.inputs_BT,
       positions=batch.positions_BT,
       segment_ids=batch.segment_ids_BT,
       in_order=True,
+      order=order,
       logits=False,
     )
     return next_token_loss(
