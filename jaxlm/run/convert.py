@@ -29,7 +29,7 @@ from jaxlm.train.task import Start
 from pallas_kernels.common.errors import UserError
 from sharding import make_mesh
 
-FIRST_POSITION = {"next_index": 0}  # of the training loader before its first batch
+FIRST_POSITION = {"next_row": 0}  # of the training loader before its first batch
 
 
 def convert(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from jaxlm.config import TrainConfig
+from jaxlm.config import OnNewSteps, TrainConfig
 from jaxlm.data.baselines import baselines
 from jaxlm.data.loader import Batch, TextData, heldout_batches, load_text, train_loader
 from jaxlm.data.ring import in_ring_order
@@ -32,6 +32,7 @@ from jaxlm.run.start import check_run, continue_run, find_newest, start_run
 from jaxlm.run.text_identity import check_same_everywhere, check_text, record_text
 from jaxlm.scaling.flops import train_flops_of_rows
 from jaxlm.train.evaluate import make_evaluator
+from jaxlm.train.schedule import with_new_steps
 from jaxlm.train.task import Batches, Start, Task
 from sharding.batches import globalize
 from sharding.multihost import run_on_main_process
@@ -61,22 +62,28 @@ def resume(
   config: TrainConfig | None = None,
   *,
   steps: int | None = None,
+  schedule: OnNewSteps | None = None,
   other_text: bool = False,
 ) -> TrainResult:
   """Goes on with a run of `train` from its newest checkpoint that verifies, as `fit` does.
 
-  `config` replaces the run's configuration, `steps` only its number of steps. Raises UserError
+  `config` replaces the run's configuration, `steps` only its number of steps. `schedule` chooses
+  what the learning rate does then; by default its schedule spans `steps`, unless an earlier resume
+  has chosen. A changed batch goes on with the next row of the text. Raises UserError
   where `config` contradicts the checkpoint, and, unless `other_text`, where the text is not the one
   that the run was trained on.
   """
   folder = RunFolder(Path(run))
-  config = dataclasses.replace(config or folder.read_config(), run=str(folder.path))
+  before = folder.read_config()
+  config = dataclasses.replace(config or before, run=str(folder.path))
   if steps is not None:
     config = dataclasses.replace(config, steps=steps)
   check_run(config)
   check_mesh(config)
   with only_writer(folder.path):
-    newest = find_newest(config, folder, other_data=other_text)
+    newest = find_newest(config, folder, other_data=other_text, counts_rows=True)
+    if schedule is not None:
+      config = with_new_steps(config, before.steps, max(newest, 0), schedule)
     begun = newest >= 0
     tokenizer = load_tokenizer(folder.path, config.data, config.model.V) if begun else None
     text = load_text(config.data, tokenizer, print_status)
@@ -84,7 +91,7 @@ def resume(
     if newest > 0:
       run_on_main_process(lambda: check_text(folder, text, other_text=other_text))
     task = TextTask(config, text)
-    return continue_run(config, task, folder, newest, lambda: record_text(folder, text))
+    return continue_run(config, task, folder, newest, before, lambda: record_text(folder, text))
 
 
 class TextTask(Task):
