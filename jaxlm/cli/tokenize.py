@@ -45,6 +45,7 @@ def tokenize(
     follow_links: read what links in a folder lead to
   """
   from jaxlm.data.tokenize import tokenize
+  from jaxlm.run.output import forgiving_output
 
   config = DataConfig(
     source=source,
@@ -58,7 +59,8 @@ def tokenize(
     record_limit=record_limit,
     follow_links=follow_links,
   )
-  written = tokenize(config, store.expanduser(), report=_print_progress)
+  with forgiving_output():
+    written = tokenize(config, store.expanduser(), report=_print_progress)
   tokens = written.train.tokens.shape[0], written.heldout.tokens.shape[0]
   print(f"{written.report}\n{tokens[0]:,} training and {tokens[1]:,} held-out tokens in {store}")
   print("".join(f"  {side} digest {digest}\n" for side, digest in written.digests.items()), end="")
