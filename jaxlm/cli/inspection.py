@@ -37,7 +37,7 @@ def evaluate(
   text, values = saved.evaluate(batches)
   for line in text.store.report.splitlines():
     print(f"data: {line}")
-  for change in changed_text(RunFolder(run), text.digests):
+  for change in changed_text(RunFolder(Path(run)), text.digests):
     print(f"not the text of the run: {change}")
   loss, tokens = values["heldout_loss"], values["tokens"]
   print(f"step {saved.step}: held-out loss {loss:.4f} nats per token over {tokens:,} tokens")
