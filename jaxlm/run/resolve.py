@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 
 from jaxlm.config import TrainConfig, check
-from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.interop import huggingface
+from pallas_kernels.common.errors import UserError
 
 
 def with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
@@ -27,16 +28,29 @@ def with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
 def with_initial_model(config: TrainConfig) -> TrainConfig:
   """Returns `config` with the model of the checkpoint that training starts from, if there is one.
 
-  The checkpoint's tokenizer takes the place of `bytes`. Raises UserError like `huggingface.load`.
+  The checkpoint's tokenizer takes the place of `bytes`. Raises UserError like `huggingface.load`,
+  and where there is no tokenizer.json in the checkpoint and `data.tokenizer` names none.
   """
   if not config.init:
     return config
   folder = huggingface.local_folder(config.init)
-  model, _, _ = huggingface.inspect(folder, "float32")
+  model, _, _ = huggingface.inspect(folder, "float32", _ignored(config))
   data = config.data
-  if data.tokenizer == "bytes" and (folder / TOKENIZER_FILE).is_file():
-    data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER_FILE))
+  if data.tokenizer == "bytes":
+    try:
+      data = dataclasses.replace(data, tokenizer=str(huggingface.find_tokenizer(folder)))
+    except UserError as error:
+      raise UserError(f"{error}; or name one by --data.tokenizer FILE") from None
   return dataclasses.replace(config, model=model, data=data)
+
+
+def load_initial_weights(config: TrainConfig) -> Any:
+  """Returns the weights of the checkpoint `config.init` in float32, on the current mesh."""
+  return huggingface.load(config.init, "float32", _ignored(config))[1]
+
+
+def _ignored(config: TrainConfig) -> huggingface.Ignored:
+  return huggingface.Ignored(config.ignore_config, config.ignore_tensors)
 
 
 def check_mesh(config: TrainConfig) -> None:
