@@ -26,11 +26,14 @@ NOTICES = (
   "SIGXCPU",  # the soft limit of processor time
   "SIGALRM",  # timers, as of `timeout --signal`
   "SIGVTALRM",
-  "SIGPROF",
   "SIGIO",
   "SIGPWR",  # a power supply that ends; not on every system
 )
-"""signals that end a process which does not handle them, and that announce no fault of it"""
+"""signals that end a process which does not handle them, and that announce no fault of it
+
+SIGPROF is not among them: the TPU's library sends it to itself many times a second once it has
+compiled, and Python does not see that library's handler.
+"""
 
 
 class StopRequest:
