@@ -18,8 +18,9 @@ from scipy import optimize
 
 from jaxlm.config import check
 
-Counts = Literal["body", "body+head", "total"]
-"""What a law calls N: the layers alone, the layers and the output matrix, or everything."""
+Counts = Literal["body", "body+head", "total", "effective"]
+"""What a law calls N: the layers alone, the layers and the output matrix, everything, or a sixth of
+the training FLOPs per token, in which attention counts too."""
 
 
 class Allocation(NamedTuple):

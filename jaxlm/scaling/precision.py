@@ -1,16 +1,22 @@
 """Loss laws of training in few bits: what share of its parameters a quantised model is worth."""
 
-# N parameters, D training tokens, P bits
+# N parameters, D training tokens, P bits, X runs; [P] fitted numbers, S starts
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import check
-from jaxlm.scaling.laws import SumLaw
+from jaxlm.scaling.laws import Counts, SumLaw
+from jaxlm.scaling.runs import Run, column
+from jaxlm.scaling.solver import minimize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +24,8 @@ class PrecisionLaw:
   """States the loss after training at P_w, P_a and P_kv bits (arXiv:2411.04330, equation 9).
 
   N counts as N (1 - exp(-(P / gamma + n))) once for weights, activations and KV cache
-  (appendix K). The authors say that constants do not carry over to other models and data; only the trends do.
+  (appendix K). The authors say that only the trends carry over to other models and data, not the
+  constants.
   """
 
   base: SumLaw
@@ -109,3 +116,64 @@ PANFEROV = EfficiencyLaw(
   },
   source="arXiv:2502.05003; digits of its repository",
 )
+
+
+class EfficiencyFit(NamedTuple):
+  """Holds a fitted law of efficiency and its objective."""
+
+  law: EfficiencyLaw
+  objective: float
+  """sum over runs of the Huber loss of residuals in ln loss"""
+
+
+def fit_efficiency(
+  runs: Sequence[Run], *, reference: str = "16", counts: Counts = "body", delta: float = 1e-3
+) -> EfficiencyFit:
+  """Returns eff of every format in the runs, with one base law for all (arXiv:2502.05003, eq. 5).
+
+  `reference` has eff 1. E often ends at 0: then only eff means something. Squared errors, as that
+  paper's own fit takes them, are those of a large `delta`, such as 1.
+  """
+  formats = sorted({run.precision for run in runs})
+  check(reference in formats, "reference", reference, f"must be one of {', '.join(formats)}")
+  others = [name for name in formats if name != reference]
+  log_N_X = np.log([run.parameters(counts) for run in runs])
+  log_D_X = np.log(column(runs, "tokens"))
+  data = {
+    "N": log_N_X - log_N_X.mean(),
+    "D": log_D_X - log_D_X.mean(),
+    "loss": np.log(column(runs, "loss")),
+    "format": np.array([[run.precision == name for name in others] for run in runs]),
+  }
+  least = float(column(runs, "loss").min())
+  starts_SP = np.array(
+    [
+      [math.log(floor * least), math.log(least * (1 - floor)), alpha, math.log(least / 5), 0.3]
+      + [-0.5] * len(others)
+      for floor in (0.05, 0.5)
+      for alpha in (0.07, 0.2)
+    ]
+  )
+  ends = minimize(_residual, starts_SP, data, np.ones((len(starts_SP), len(runs))), delta=delta)
+  best = int(np.argmin(ends.objective))
+  log_E, log_A, alpha, log_B, beta, *log_eff = ends.numbers_P[best].tolist()
+  base = SumLaw(
+    E=math.exp(log_E),
+    A=math.exp(log_A + alpha * log_N_X.mean()),
+    B=math.exp(log_B + beta * log_D_X.mean()),
+    alpha=alpha,
+    beta=beta,
+    counts=counts,
+    source=f"fit of {len(runs)} runs",
+  )
+  efficiency = {reference: 1.0, **{n: math.exp(value) for n, value in zip(others, log_eff)}}
+  law = EfficiencyLaw(base=base, efficiency=efficiency, source=base.source)
+  return EfficiencyFit(law, float(ends.objective[best]))
+
+
+def _residual(numbers_P: jax.Array, data: dict[str, jax.Array]) -> jax.Array:
+  """Returns ln of the law's loss minus ln of the measured one, [X]."""
+  log_E, log_A, alpha, log_B, beta = numbers_P[:5]
+  log_N_X = data["N"] + data["format"] @ numbers_P[5:]
+  log_rest_X = jnp.logaddexp(log_A - alpha * log_N_X, log_B - beta * data["D"])
+  return jnp.logaddexp(log_E, log_rest_X) - data["loss"]

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from jaxlm.scaling.precision import KUMAR, PANFEROV
+from jaxlm.scaling.precision import KUMAR, PANFEROV, fit_efficiency
+from jaxlm.scaling.published import quest
 
 
 def test_precision_laws():
@@ -22,3 +23,16 @@ def test_precision_laws():
   )
   with pytest.raises(ValueError, match="precision='5': must be one of 16, 1, 2"):
     PANFEROV.loss(1e9, 2e10, "5")
+
+
+def test_published_efficiencies_are_found_again():
+  """Squared errors, as the paper fits: every eff within 0.01 of the printed one."""
+  fit = fit_efficiency(quest(), delta=1.0)
+  for name, value in PANFEROV.efficiency.items():
+    assert fit.law.efficiency[name] == pytest.approx(value, abs=0.01), name
+  without_hadamard = {"1": 0.0156, "2": 0.0784, "3": 0.3221, "4": 0.6033, "8": 0.9376}
+  for name, value in without_hadamard.items():
+    assert fit.law.efficiency[f"{name}NOH"] == pytest.approx(value, abs=0.01), name
+  assert fit.law.base.alpha == pytest.approx(PANFEROV.base.alpha, abs=2e-3)
+  with pytest.raises(ValueError, match="reference='32': must be one of 1, 16"):
+    fit_efficiency(quest(), reference="32")

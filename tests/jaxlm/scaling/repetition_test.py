@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from jaxlm.scaling.laws import C4
-from jaxlm.scaling.repetition import MUENNIGHOFF
+from jaxlm.scaling.published import datablations, gadre
+from jaxlm.scaling.repetition import MUENNIGHOFF, fit_repetition
 
 
 def test_repeated_data_gives_the_published_losses():
@@ -31,3 +32,30 @@ def test_worth_of_epochs():
 def test_enough_unique_data_leave_the_base_law():
   N, D = 1e8, 1e10
   assert MUENNIGHOFF.loss(N, D, 1e12) == pytest.approx(C4.loss(N, D), rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def both():
+  return fit_repetition(datablations())
+
+
+def test_fit_of_repetition(both):
+  """The published constants are one point of a flat valley; the best has a lower objective."""
+  assert both.objective <= 0.0158074 < 0.01582594
+  at = {R_D: value / both.objective for R_D, value in both.profile.items()}
+  assert max(at[R_D] for R_D in (12.0, 25.0, 50.0, 100.0, 1000.0)) < 1.005
+  assert at[1.0] > 1.2 and at[3.0] > 1.05
+
+
+def test_one_kind_of_decay():
+  tokens = fit_repetition(datablations(), decay="tokens")
+  assert tokens.law.R_D == pytest.approx(2.915, abs=2e-3)
+  assert tokens.objective == pytest.approx(0.0169224, rel=1e-5)
+  parameters = fit_repetition(datablations(), decay="parameters")
+  assert parameters.law.R_N == pytest.approx(0.742, abs=1e-3)
+  assert parameters.objective == pytest.approx(0.0159235, rel=1e-5)
+
+
+def test_runs_without_unique_tokens_are_refused():
+  with pytest.raises(ValueError, match="unique_tokens=None: is not known of 34 of 34 runs"):
+    fit_repetition(gadre())
