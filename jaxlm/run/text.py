@@ -92,8 +92,6 @@ def resume(
     check_same_everywhere(text)
     allowed = other_text or newest <= 0  # nothing has been trained on it
     run_on_main_process(lambda: check_text(folder, text, other_text=allowed))
-    if newest > 0 and not folder.text.is_file():
-      print_status(f"{folder.text} is missing: the text may not be the one of the run so far")
     config = dataclasses.replace(config, data=absolute_paths(config.data))
     task = TextTask(config, text)
     return continue_run(config, task, folder, newest, before, lambda: record_text(folder, text))
