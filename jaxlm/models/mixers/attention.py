@@ -116,7 +116,7 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH, cache, context.positions_BT, lengths_BT, c
       )
     o_BTNH = checkpoint_name(o_BTNH, "attention_out")
-    return self.o(o_BTNH.reshape(B, T, c.N * c.H)), cache, {}
+    return self.o(o_BTNH.reshape(B, T, o_BTNH.shape[2] * c.H)), cache, {}
 
 
 _HEADS = ("batch", "length", "act_heads")
