@@ -154,7 +154,9 @@ def gather_layers(stack: Any) -> Any:
 
   def gather(w: jax.Array) -> jax.Array:
     now = jax.typeof(w).sharding.spec
-    return w if now.partitions[0] is None else jax.reshard(w, now.update(partitions=(None, *now.partitions[1:])))
+    if now.partitions[0] is None:
+      return w
+    return jax.reshard(w, P(None, *now.partitions[1:], reduced=now.reduced))
 
   return jax.tree.map(gather, stack) if is_sharded() and split_count("layers") > 1 else stack
 

@@ -14,8 +14,9 @@ import optax
 from jaxlm.config import TrainConfig
 from jaxlm.objectives.weighted import Weighted
 from jaxlm.train.accumulate import accumulated_gradients
-from jaxlm.train.optimizer import check_schedule, learning_rate, make_optimizer, update
+from jaxlm.train.optimizer import make_optimizer, update
 from jaxlm.train.pipelined import pipelined_gradients
+from jaxlm.train.schedule import check_schedule, learning_rate
 from jaxlm.train.stages import Stages
 from jaxlm.train.state import TrainState, merge
 from jaxlm.train.task import Task
