@@ -11,6 +11,7 @@ from jaxlm.config.compute import ComputeConfig
 from jaxlm.config.data import DataConfig
 from jaxlm.config.model import ModelConfig
 from jaxlm.config.optimizer import OptimizerConfig
+from jaxlm.config.pipeline import PipelineConfig
 from sharding.mesh import MeshConfig
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -30,12 +31,6 @@ class TrainConfig:
   """sequences per step, over all devices"""
   accumulate: int = 1
   """micro-batches that a step's batch is split into"""
-  schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zb_h2", "zb_v", "dualpipev"] = "1f1b"
-  """order of the passes of all micro-batches where mesh.stage is above 1"""
-  stages_per_rank: int = 2
-  """stages that the interleaved schedule lays on each of the mesh.stage ranks"""
-  layers_per_stage: tuple[int, ...] = ()
-  """layers of each pipeline stage, in order; empty: as equal as possible, the middle ones more"""
   seed: int = 0
   """of the weights and the data order"""
   init: str = ""
@@ -81,10 +76,11 @@ class TrainConfig:
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
+  pipeline: PipelineConfig = PipelineConfig()
 
   def __post_init__(self) -> None:
     check_finite(self, "")
-    for name in ("steps", "batch", "accumulate", "stages_per_rank", "keep", "eval_batches", "log_every"):
+    for name in ("steps", "batch", "accumulate", "keep", "eval_batches", "log_every"):
       check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
     for name in ("save_every", "keep_every", "eval_every", "z_loss", "seed"):
       check(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")

@@ -34,8 +34,8 @@ from jaxlm.run.start import check_run, continue_run, find_newest, start_run
 from jaxlm.run.text_identity import check_same_everywhere, check_text, record_text
 from jaxlm.scaling.flops import train_flops_of_rows
 from jaxlm.train.evaluate import make_evaluator
-from jaxlm.train.stages import Stages
 from jaxlm.train.schedule import with_new_steps
+from jaxlm.train.stages import Stages
 from jaxlm.train.task import Batches, Start, Task
 from sharding.batches import globalize
 from sharding.multihost import run_on_main_process

@@ -54,7 +54,7 @@ def pipelined_gradients(
     layers=lambda stacks, x, part: stages.layers(stacks, x, part[0]),
     loss=loss,
   )
-  cuts = cut_layers(stages.sizes, schedule.stages, config.layers_per_stage)
+  cuts = cut_layers(stages.sizes, schedule.stages, config.pipeline.layers_per_stage)
   run = pipelined_value_and_grad(pipeline, schedule, cuts)
   (_, nums), grads = run(*stages.split(params), (parts, dens_M))
   terms = {name: Weighted(num, dens[name], weights[name]) for name, num in nums.items()}

@@ -43,18 +43,18 @@ def make_schedule(config: TrainConfig, ranks: int) -> Schedule:
 
   Raises UserError where it cannot run that many micro-batches.
   """
-  name, microbatches = config.schedule, config.accumulate
+  name, microbatches = config.pipeline.schedule, config.accumulate
   try:
     match name:
       case "interleaved":
-        return schedules.interleaved(ranks, microbatches, config.stages_per_rank)
+        return schedules.interleaved(ranks, microbatches, config.pipeline.stages_per_rank)
       case "1f1b":
         return schedules.one_f_one_b(ranks, microbatches)
       case _:
         return getattr(schedules, name)(ranks, microbatches)
   except UserError as error:
     rule = f"with accumulate={microbatches} micro-batches on mesh.stage={ranks}: {error}"
-    raise UserError(f"schedule={name!r}: {rule}") from error
+    raise UserError(f"pipeline.schedule={name!r}: {rule}") from error
 
 
 def cut_layers(
@@ -70,11 +70,11 @@ def cut_layers(
   total = sum(size for _, size in repeats)
   if layers:
     rule = f"needs one number of layers for each of the {stages} stages"
-    check(len(layers) == stages, "layers_per_stage", layers, rule)
+    check(len(layers) == stages, "pipeline.layers_per_stage", layers, rule)
     rule = f"must add up to the model's {total} layers"
-    check(sum(layers) == total and min(layers) >= 0, "layers_per_stage", layers, rule)
+    check(sum(layers) == total and min(layers) >= 0, "pipeline.layers_per_stage", layers, rule)
   else:
-    rule = f"the model has fewer repeats of layers, {len(repeats)}; see --layers_per_stage"
+    rule = f"the model has fewer repeats of layers, {len(repeats)}; see --pipeline.layers_per_stage"
     check(len(repeats) >= stages, "mesh.stage", stages, rule)
   base, more = divmod(len(repeats), stages)
   inner = sorted(range(stages), key=lambda stage: -min(stage, stages - 1 - stage))[:more]
@@ -87,7 +87,7 @@ def cut_layers(
         stop += 1
       held = sum(size for _, size in repeats[start:stop])
       rule = f"stage {stage} would end inside of a repeat of layers, after {held} it can"
-      check(held == layers[stage], "layers_per_stage", layers, rule)
+      check(held == layers[stage], "pipeline.layers_per_stage", layers, rule)
     own = [stack for stack, _ in repeats[start:stop]]
     cuts.append(tuple(own.count(stack) for stack in range(len(sizes))))
     start = stop

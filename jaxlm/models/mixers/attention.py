@@ -88,8 +88,8 @@ class Attention(nn.Module):
   ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
     """Returns the layer's output [B, T, D], its updated cache or None, and no statistics."""
     c = self.spec
-    B, T, _ = x_BTD.shape
     x_BTD = all_gather(x_BTD, "batch", "length", None)
+    B, T, _ = x_BTD.shape
     q_BTNH = _split_heads(self.q(x_BTD), c.H)
     k_BTKH = _split_heads(self.k(x_BTD), c.H)
     v_BTKH = _split_heads(self.v(x_BTD), c.H)
