@@ -30,9 +30,15 @@ def evaluate(
   from jaxlm.data.baselines import baselines
   from jaxlm.interop.huggingface import Ignored
   from jaxlm.run import SavedRun
+  from jaxlm.run.run_folder import RunFolder
+  from jaxlm.run.text_identity import changed_text
 
   saved = SavedRun.open(run, dtype=dtype, ignored=Ignored(ignore_config, ignore_tensors))
   text, values = saved.evaluate(batches)
+  for line in text.store.report.splitlines():
+    print(f"data: {line}")
+  for change in changed_text(RunFolder(Path(run)), text.digests):
+    print(f"not the text of the run: {change}")
   loss, tokens = values["heldout_loss"], values["tokens"]
   print(f"step {saved.step}: held-out loss {loss:.4f} nats per token over {tokens:,} tokens")
   print("bits per byte on the same text")

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxlm.config import OnNewSteps, TrainConfig
 from jaxlm.data.baselines import baselines
+from jaxlm.data.corpus import absolute_paths
 from jaxlm.data.loader import Batch, TextData, heldout_batches, load_text, train_loader
 from jaxlm.data.ring import in_ring_order
 from jaxlm.data.tokenizer import load_tokenizer
@@ -53,6 +54,7 @@ def train(config: TrainConfig) -> TrainResult:
   text = load_text(config.data, report=print_status)
   check_same_everywhere(text)
   config = with_vocabulary(config, text.tokenizer.vocab_size)
+  config = dataclasses.replace(config, data=absolute_paths(config.data))
   check_mesh(config)  # again, because the text's vocabulary may have become the model's
   task, folder = TextTask(config, text), RunFolder(Path(config.run))
   with only_writer(folder.path):
@@ -91,8 +93,11 @@ def resume(
     tokenizer = load_tokenizer(folder.path, config.data, config.model.V) if begun else None
     text = load_text(config.data, tokenizer, print_status)
     check_same_everywhere(text)
-    if newest > 0:
-      run_on_main_process(lambda: check_text(folder, text, other_text=other_text))
+    allowed = other_text or newest <= 0  # nothing has been trained on it
+    run_on_main_process(lambda: check_text(folder, text, other_text=allowed))
+    if newest > 0 and not folder.text.is_file():
+      print_status(f"{folder.text} is missing: the text may not be the one of the run so far")
+    config = dataclasses.replace(config, data=absolute_paths(config.data))
     task = TextTask(config, text)
     return continue_run(config, task, folder, newest, before, lambda: record_text(folder, text))
 
@@ -229,6 +234,10 @@ class TextTask(Task):
   def references(self) -> dict[str, float]:
     """Returns what simple codes of the held-out text cost, in bits per byte."""
     return baselines(self.text.store)
+
+  def report(self) -> list[str]:
+    """Returns where the text is from, how it is split, and what was left out of it."""
+    return self.text.store.report.splitlines()
 
   def describe(self) -> str:
     """Returns the line of the log that says how much text there is."""
