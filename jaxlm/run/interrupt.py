@@ -26,11 +26,13 @@ NOTICES = (
   "SIGXCPU",  # the soft limit of processor time
   "SIGALRM",  # timers, as of `timeout --signal`
   "SIGVTALRM",
-  "SIGPROF",
   "SIGIO",
   "SIGPWR",  # a power supply that ends; not on every system
 )
-"""signals that end a process which does not handle them, and that announce no fault of it"""
+"""signals that end a process which does not handle them, and that announce no fault of it
+
+SIGPROF is none of them: profilers sample a process by it, that of libtpu from within.
+"""
 
 
 class StopRequest:
