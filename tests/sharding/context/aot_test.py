@@ -23,9 +23,8 @@ def compiled():
     devices = chip_mesh("v5e", (4,)).devices
     mesh = jax.sharding.Mesh(devices, (axis,), axis_types=(jax.sharding.AxisType.Explicit,))
     place = jax.NamedSharding(mesh, P(None, axis))
-    arrays = [
-      jax.ShapeDtypeStruct((1, 1024, heads, 128), np.float32, sharding=place) for heads in (4, 1, 1, 4)
-    ]
+    shapes = [(1, 1024, heads, 128) for heads in (4, 1, 1, 4)]
+    arrays = [jax.ShapeDtypeStruct(shape, np.float32, sharding=place) for shape in shapes]
 
     def with_gradients(q_BTNH, k_BTKH, v_BTKH, do_BTNH):
       o_BTNH, pull = jax.vjp(hybrid_attention, q_BTNH, k_BTKH, v_BTKH)
