@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from sharding.context.hybrid import hybrid_attention_shard
 from sharding.context.order import ORDERS, Order
 from sharding.context.ring import ring_attention_shard
 from sharding.context.ulysses import ulysses_attention_shard
+from sharding.rules import is_manual, mesh_shape
 
 RING, ULYSSES = "context_ring", "context_ulysses"
 
@@ -44,8 +46,10 @@ def hybrid_attention(
 
   The types of the inputs say how they lie on the mesh, and the output lies like the queries: B over
   any axes, heads over any other, T over `context_ring` (keys and values travel round a ring),
-  `context_ulysses` (shards of rows are swapped for shards of heads), both, or whole. Values,
-  masking and gradients are those of `pallas_kernels.attention`.
+  `context_ulysses` (shards of rows are swapped for shards of heads), both, or whole. Inside
+  `jax.shard_map` over all axes of a mesh that has these two, arrays are shards by both, and
+  positions and segment ids those of whole rows. Values, masking and gradients are those of
+  `pallas_kernels.attention`.
 
   Args:
     q_BTNH: queries [B, T, N, H]; k_BTKH and v_BTKU of the same T, with N / K neighbouring query
@@ -66,6 +70,11 @@ def hybrid_attention(
 
   Source: USP, arXiv 2405.07719; Ulysses arXiv 2309.14509; ring attention arXiv 2310.01889.
   """
+  options: dict[str, Any] = {"causal": causal, "window": window, "cap": cap, "scale": scale}
+  options["implementation"] = implementation
+  if is_manual() and math.prod(mesh_shape().get(axis, 1) for axis in (RING, ULYSSES)) > 1:
+    options |= {"positions_BS": positions_BT, "segment_ids_BS": segment_ids_BT, "order": order}
+    return hybrid_attention_shard(q_BTNH, k_BTKH, v_BTKU, **options)
   q_BTNH, k_BTKH, v_BTKU = jnp.asarray(q_BTNH), jnp.asarray(k_BTKH), jnp.asarray(v_BTKU)
   B, T = q_BTNH.shape[:2]
   check_shape("k_BTKH", k_BTKH, (B, T, None, None))
@@ -74,15 +83,16 @@ def hybrid_attention(
   tokens = Tokens(q_positions_BT=positions_BT, q_segment_ids_BT=segment_ids_BT)
   tokens = check_tokens(jax.tree.map(jnp.asarray, tokens), B, T, T, causal)
   batch, length, heads = _spread(q_BTNH, k_BTKH, v_BTKU)
-  options: dict[str, Any] = {"causal": causal, "window": window, "cap": cap, "scale": scale}
-  options["implementation"] = implementation
   if not length:
-    rows: dict[str, Any] = {
-      "q_positions_BT": positions_BT,
-      "k_positions_BS": positions_BT,
-      "q_segment_ids_BT": segment_ids_BT,
-    }
-    return attention(q_BTNH, k_BTKH, v_BTKU, **rows, **options)
+    return attention(
+      q_BTNH,
+      k_BTKH,
+      v_BTKU,
+      q_positions_BT=positions_BT,
+      k_positions_BS=positions_BT,
+      q_segment_ids_BT=segment_ids_BT,
+      **options,
+    )
   if RING in length:
     options["order"] = order
   form = functools.partial(_FORMS[length], **options)
