@@ -83,9 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
       raise
     return _print_error(f"{type(error).__name__}: {error}", status=1)
   except FloatingPointError as error:
+    from jaxlm.decode import NoDistribution
     from jaxlm.run.guard import BadStep
 
-    if not isinstance(error, BadStep):
+    if not isinstance(error, BadStep | NoDistribution):
       raise
     return _print_error(str(error), status=1)
   except KeyboardInterrupt:

@@ -55,6 +55,9 @@ class Tokenizer(Protocol):
   def decode(self, ids: np.ndarray | Sequence[int]) -> str:
     """Returns the text of ids."""
 
+  def list_ids(self) -> np.ndarray:
+    """Returns the ids that have a text, rising, [ids]: `vocab_size` may count more."""
+
   def save(self, folder: Path) -> None:
     """Writes what `load_tokenizer(folder, config)` needs."""
 
@@ -77,6 +80,10 @@ class ByteTokenizer:
   def decode(self, ids: np.ndarray | Sequence[int]) -> str:
     """Returns the text of the bytes, with U+FFFD where they are not UTF-8."""
     return bytes(map(int, ids)).decode(errors="replace")
+
+  def list_ids(self) -> np.ndarray:
+    """Returns all ids, which are the 256 bytes."""
+    return np.arange(self.vocab_size)
 
   def save(self, folder: Path) -> None:
     """Writes nothing: the configuration says `bytes`."""
@@ -146,6 +153,10 @@ class BPETokenizer:
   def decode(self, ids: np.ndarray | Sequence[int]) -> str:
     """Returns the text of the ids, special tokens spelt out."""
     return self.model.decode([int(id) for id in ids], skip_special_tokens=False)
+
+  def list_ids(self) -> np.ndarray:
+    """Returns the ids of the vocabulary and of the added tokens, which may leave gaps."""
+    return np.sort(np.fromiter(self.model.get_vocab(with_added_tokens=True).values(), np.int64))
 
   def save(self, folder: Path) -> None:
     """Writes tokenizer.json into the folder."""

@@ -1,4 +1,4 @@
-"""Loops over the steps of a run, with state, evaluations, checkpoints and records, for any task."""
+"""Loops over the steps of a run, with evaluations, checkpoints and records, for any task."""
 
 from __future__ import annotations
 
@@ -6,34 +6,23 @@ import dataclasses
 import importlib.util
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxlm.checkpoint.checkpoint import Checkpoints, restore
-from jaxlm.checkpoint.folder import (
-  checkpoint_path,
-  finished_steps,
-  newest_sound,
-  remove_leftovers,
-  set_aside_after,
-)
-from jaxlm.config import TrainConfig, check
-from jaxlm.run.compatibility import check_compatible
+from jaxlm.checkpoint.folder import checkpoint_path
+from jaxlm.config import TrainConfig
 from jaxlm.run.environment import record_start
 from jaxlm.run.guard import Guard
 from jaxlm.run.interrupt import StopRequest
-from jaxlm.run.lock import only_writer
 from jaxlm.run.memory import keep_freed_memory
 from jaxlm.run.metrics import Reporter, print_status
 from jaxlm.run.plot import draw_loss
-from jaxlm.run.refusal import undo_if_refused
 from jaxlm.run.run_folder import RunFolder, log_to
-from jaxlm.run.trackers import check_trackers
 from jaxlm.run.watch import Watch
-from jaxlm.train.optimizer import check_schedule
 from jaxlm.train.state import Hyper, TrainState, init_state
 from jaxlm.train.step import make_train_step
 from jaxlm.train.task import Batches, Task
@@ -64,96 +53,7 @@ class TrainResult:
   """step of the newest checkpoint, -1 for none; below `step` where the last could not be written"""
 
 
-def fit(config: TrainConfig, task: Task, *, resume: bool = False) -> TrainResult:
-  """Trains `task` into the folder `config.run`, which must be new, or goes on there with `resume`.
-
-  A resumed run starts from the newest checkpoint that verifies, or again at step 0 where it ended
-  before its first one; `config` replaces the one in the folder. `config.model`, `data` and `init`
-  belong to text (`jaxlm.run.train`); here they are written to config.json and otherwise unused.
-  Raises UserError for what cannot work, before it starts; FileNotFoundError where all checkpoints
-  are damaged; FloatingPointError for numbers that the configuration wants to stop at.
-  """
-  check_run(config)
-  folder = RunFolder(Path(config.run))
-  with only_writer(folder.path):
-    if not resume:
-      return start_run(config, task, folder)
-    newest = find_newest(config, folder)
-    return continue_run(config, task, folder, newest)
-
-
-def check_run(config: TrainConfig) -> None:
-  """Raises UserError for what is wrong with any run: what is missing, or does not divide."""
-  check(bool(config.run), "run", config.run, "names the folder of the run")
-  check("\0" not in config.run, "run", config.run, "a path holds no NUL")
-  check_schedule(config.optimizer, config.steps)
-  check_trackers(config)
-  sizes = config.mesh.resolve(jax.device_count())
-  shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-  rule = f"must be a multiple of {shards} batch shards x accumulate={config.accumulate}"
-  check(config.batch % (shards * config.accumulate) == 0, "batch", config.batch, rule)
-
-
-def start_run(config: TrainConfig, task: Task, folder: RunFolder) -> TrainResult:
-  """Trains from the start, into a folder that must be new and whose lock is held."""
-
-  def prepare() -> None:
-    folder.create(config)
-    task.save(folder.path)
-
-  run_on_main_process(folder.check_new)
-  with undo_if_refused(folder, 0):
-    run_on_main_process(prepare)
-    return _train_from(config, task, folder, -1)
-
-
-def continue_run(
-  config: TrainConfig,
-  task: Task,
-  folder: RunFolder,
-  newest: int,
-  also_write: Callable[[], None] = lambda: None,
-) -> TrainResult:
-  """Trains from the checkpoint of step `newest`, or again from the start where it is -1.
-
-  Writes the configuration and what `also_write` writes, and drops what the run will write again:
-  records after that step, and checkpoints that are later, damaged or unfinished.
-  """
-
-  def prepare() -> None:
-    folder.write_config(config)
-    also_write()
-    folder.forget_after(newest)
-    set_aside_after(folder.checkpoints, newest)
-    remove_leftovers(folder.checkpoints)
-    if newest < 0:
-      task.save(folder.path)
-      _log.warning("%s ended before its first checkpoint: it begins again at step 0", folder.path)
-
-  with undo_if_refused(folder, max(newest, 0)):
-    run_on_main_process(prepare)
-    return _train_from(config, task, folder, newest)
-
-
-def find_newest(config: TrainConfig, folder: RunFolder, *, other_data: bool = False) -> int:
-  """Returns the step of the checkpoint that a run goes on from, -1 where it ended before any.
-
-  Changes nothing. Raises UserError where the run is done or `config` contradicts its checkpoints;
-  with `other_data`, a change of the data does not.
-  """
-
-  def newest() -> int:
-    folder.read_config()
-    step = newest_sound(folder.checkpoints) if finished_steps(folder.checkpoints) else -1
-    check(step < config.steps, "steps", config.steps, f"the run is at step {step}; raise --steps")
-    if step >= 0:
-      check_compatible(folder, config, step, other_data=other_data)
-    return step
-
-  return run_on_main_process(newest)
-
-
-def _train_from(config: TrainConfig, task: Task, folder: RunFolder, newest: int) -> TrainResult:
+def train_from(config: TrainConfig, task: Task, folder: RunFolder, newest: int) -> TrainResult:
   """Trains from the checkpoint of step `newest`, or from the start where it is -1."""
   if config.keep_freed_memory and jax.default_backend() == "cpu":
     keep_freed_memory()

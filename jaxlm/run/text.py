@@ -18,16 +18,11 @@ from jaxlm.interop import huggingface
 from jaxlm.models import Transformer, roles
 from jaxlm.objectives import Weighted, next_token_loss
 from jaxlm.run.lock import only_writer
-from jaxlm.run.loop import (
-  TrainResult,
-  check_run,
-  continue_run,
-  find_newest,
-  start_run,
-)
+from jaxlm.run.loop import TrainResult
 from jaxlm.run.metrics import print_status
 from jaxlm.run.resolve import check_mesh, with_initial_model, with_vocabulary
 from jaxlm.run.run_folder import RunFolder
+from jaxlm.run.start import check_run, continue_run, find_newest, start_run
 from jaxlm.run.text_identity import check_same_everywhere, check_text, record_text
 from jaxlm.scaling.flops import train_flops_of_rows
 from jaxlm.train.evaluate import make_evaluator
