@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.checkpoint.checkpoint import restore_weights
-from jaxlm.checkpoint.folder import checkpoint_path, newest_sound
+from jaxlm.checkpoint.folder import checkpoint_path, hold_newest_sound
 from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig
 from jaxlm.data.loader import TextData, load_text
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
@@ -56,8 +56,8 @@ class SavedRun:
       return cls._open_published(huggingface.local_folder(run))
     folder = RunFolder(Path(run))
     config = for_this_platform(dataclasses.replace(folder.read_config(), mesh=MeshConfig(data=1)))
-    newest = newest_sound(folder.checkpoints)
-    with jax.set_mesh(make_mesh(config.mesh)):
+    mesh = make_mesh(config.mesh)
+    with hold_newest_sound(folder.checkpoints) as newest, jax.set_mesh(mesh):
       like = jax.eval_shape(lambda: init_state(config, TextTask(config)))
       params = restore_weights(checkpoint_path(folder.checkpoints, newest), like)
     tokenizer = load_tokenizer(folder.path, config.data, config.model.V)
