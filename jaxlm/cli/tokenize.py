@@ -36,6 +36,7 @@ def tokenize(
     invalid_utf8: what to do with bytes that are not UTF-8
   """
   from jaxlm.data.tokenize import tokenize
+  from jaxlm.run.output import forgiving_output
 
   config = DataConfig(
     source=source,
@@ -45,7 +46,8 @@ def tokenize(
     max_bytes=max_bytes,
     invalid_utf8=invalid_utf8,
   )
-  written = tokenize(config, store.expanduser(), report=_print_progress)
+  with forgiving_output():
+    written = tokenize(config, store.expanduser(), report=_print_progress)
   tokens = written.train.tokens.shape[0], written.heldout.tokens.shape[0]
   print(f"{written.report}\n{tokens[0]:,} training and {tokens[1]:,} held-out tokens in {store}")
   print("".join(f"  {side} digest {digest}\n" for side, digest in written.digests.items()), end="")

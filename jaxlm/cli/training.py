@@ -10,6 +10,7 @@ import tyro
 
 from jaxlm.cli.presets import list_presets, load_preset
 from jaxlm.config import TrainConfig, check
+from jaxlm.run.output import leave_at_once
 
 if TYPE_CHECKING:
   from jaxlm.run import TrainResult
@@ -85,6 +86,18 @@ def _fields(config: TrainConfig) -> dict[str, Any]:
 
 
 def _exit_status(result: TrainResult) -> int:
+  """Returns the status that tells how the run ended; leaves with it at once after a lost tracker.
+
+  The library of such a tracker may wait for its helper for ever when Python ends.
+  """
   if result.saved < result.step:
-    return 1  # the log has said what went wrong
-  return 0 if result.finished else RESUMABLE
+    status = 1  # the log has said what went wrong
+  else:
+    status = 0 if result.finished else RESUMABLE
+  if result.lost_trackers:
+    import jax
+
+    if jax.process_count() > 1:
+      jax.distributed.shutdown()  # the others would take this process for dead
+    leave_at_once(status)
+  return status

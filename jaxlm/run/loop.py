@@ -51,6 +51,8 @@ class TrainResult:
   """False when it was asked to stop before the last step"""
   saved: int
   """step of the newest checkpoint, -1 for none; below `step` where the last could not be written"""
+  lost_trackers: tuple[str, ...]
+  """trackers that have not taken every step; their libraries may hold up the end of the process"""
 
 
 def train_from(config: TrainConfig, task: Task, folder: RunFolder, newest: int) -> TrainResult:
@@ -157,6 +159,7 @@ class _Run:
       evaluation=self.evaluation,
       finished=step == config.steps,
       saved=saved,
+      lost_trackers=self.reporter.lost_trackers,
     )
 
   def _report(self, pending: _Pending | None) -> None:
@@ -187,7 +190,7 @@ class _Run:
     elif step < steps:
       reason = self.stop.reason or "another process"
       print_status(f"stopped and saved at step {step} of {steps} ({reason})")
-      print_status(f"go on with: jaxlm resume {self.folder.path}")
+      print_status(f"resumable; go on with: jaxlm resume {self.folder.path}")
     elif is_main():
       print_status(_draw(self.folder, self.task))
     return saved
@@ -218,6 +221,7 @@ def _draw(folder: RunFolder, task: Task) -> str:
     return f"{folder.plot.name} is not drawn: matplotlib is missing (pip install 'jaxlm[plot]')"
   try:
     draw_loss(folder, task.references())
-  except OSError as error:
-    return f"{folder.plot.name} is not drawn: {error}"
+  except Exception as error:  # a picture is not worth a run, whatever the library or the task raise
+    _log.warning("%s is not drawn", folder.plot.name, exc_info=True)
+    return f"{folder.plot.name} is not drawn: {type(error).__name__}: {error}"
   return f"drew {folder.plot}"

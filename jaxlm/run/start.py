@@ -18,6 +18,7 @@ from jaxlm.config import TrainConfig, check
 from jaxlm.run.compatibility import check_compatible
 from jaxlm.run.lock import only_writer
 from jaxlm.run.loop import TrainResult, train_from
+from jaxlm.run.output import forgiving_output
 from jaxlm.run.refusal import undo_if_refused
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.trackers import check_trackers
@@ -28,6 +29,7 @@ from sharding.multihost import run_on_main_process
 _log = logging.getLogger("jaxlm")
 
 
+@forgiving_output()
 def fit(config: TrainConfig, task: Task, *, resume: bool = False) -> TrainResult:
   """Trains `task` into the folder `config.run`, which must be new, or goes on there with `resume`.
 

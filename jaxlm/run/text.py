@@ -20,6 +20,7 @@ from jaxlm.objectives import Weighted, next_token_loss
 from jaxlm.run.lock import only_writer
 from jaxlm.run.loop import TrainResult
 from jaxlm.run.metrics import print_status
+from jaxlm.run.output import forgiving_output
 from jaxlm.run.resolve import check_mesh, with_initial_model, with_vocabulary
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.start import check_run, continue_run, find_newest, start_run
@@ -31,6 +32,7 @@ from sharding.batches import globalize
 from sharding.multihost import run_on_main_process
 
 
+@forgiving_output()
 def train(config: TrainConfig) -> TrainResult:
   """Trains a language model from scratch or from `config.init` into the new folder `config.run`.
 
@@ -48,6 +50,7 @@ def train(config: TrainConfig) -> TrainResult:
     return start_run(config, task, folder)
 
 
+@forgiving_output()
 def resume(
   run: str | Path,
   config: TrainConfig | None = None,
