@@ -15,6 +15,7 @@ from pallas_kernels.common.errors import UserError
 
 LONGEST = 3840
 """bytes of the longest path of a run or store; the files below it need the rest of the system's"""
+LONGEST_NAME = 255
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _MISREAD = re.compile(r"[*?\[\\]|/[A-Za-z][A-Za-z0-9+.-]*:/")
 _LEFT_BY_SYSTEMS = re.compile(
@@ -38,7 +39,7 @@ def local_path(name: str | Path, field: str) -> Path:
   or holds a NUL, and for the home of an unknown user.
   """
   name = str(name)
-  where = f"{field}={name!r}"
+  where = f"{field}={name!r}" if len(name) < 200 else f"{field}={name[:80] + '...' + name[-80:]!r}"
   if not name or "\0" in name:
     raise UserError(f"{where}: names a file or folder; a path is not empty and holds no NUL")
   if is_address(name):
@@ -50,6 +51,8 @@ def local_path(name: str | Path, field: str) -> Path:
   size = len(os.fsencode(path.absolute()))
   if size > LONGEST:
     raise UserError(f"{where}: the whole path has {size} bytes, at most {LONGEST}")
+  if (longest := max((len(os.fsencode(part)) for part in path.parts), default=0)) > LONGEST_NAME:
+    raise UserError(f"{where}: a name in it has {longest} bytes, at most {LONGEST_NAME}")
   return path
 
 

@@ -56,8 +56,9 @@ def write_manifest(folder: Path) -> None:
 def verify(folder: Path) -> list[str]:
   """Returns one line "file: what differs" per fault, none if all is as the manifest says.
 
-  Files that the manifest does not list are others' and no fault: nothing reads them. Compares names and sizes first and reads contents only when those agree, so that a truncation is
-  found at once.
+  Files that the manifest does not list are others' and no fault: nothing reads them. Compares
+  names and sizes first and reads contents only when those agree, so that a truncation is found at
+  once.
   """
   try:
     files = _read(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,9 +33,13 @@ def check_readable(path: Path, written: Shapes) -> None:
     if _shapes(leaves) != shapes:
       raise ValueError(f"{item} reads back with other arrays than were written")
     smallest = min(leaves, key=lambda leaf: math.prod(leaf.shape))
-    wanted = jax.tree.map(lambda leaf: leaf if leaf is smallest else ocp.PLACEHOLDER, tree)
+    wanted = jax.tree.map(functools.partial(_placeholder_but_for, smallest), tree)
     as_array = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     handler.restore(path / item, args=ocp.args.PyTreeRestore(wanted, restore_args=as_array))
+
+
+def _placeholder_but_for(wanted: Any, leaf: Any) -> Any:
+  return leaf if leaf is wanted else ocp.PLACEHOLDER
 
 
 def _shapes(leaves: list[Any]) -> list[tuple[tuple[int, ...], str]]:

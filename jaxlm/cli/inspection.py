@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from jaxlm.paths import local_path
 from pallas_kernels.common.errors import UserError
 
 
-def evaluate(run: tyro.conf.Positional[Path], batches: int | None = None) -> int:
+def evaluate(run: tyro.conf.Positional[str], batches: int | None = None) -> int:
   """Compute the loss of a run's newest weights on held-out text, beside a byte model's and zlib's.
 
   Args:
@@ -31,7 +31,7 @@ def evaluate(run: tyro.conf.Positional[Path], batches: int | None = None) -> int
   return 0
 
 
-def plot(runs: tyro.conf.Positional[list[Path]], out: Path = Path("curves.png")) -> int:
+def plot(runs: tyro.conf.Positional[list[str]], out: str = "curves.png") -> int:
   """Draw the curves of one or more runs side by side (extra plot).
 
   Reads their metrics.jsonl and eval.jsonl.
@@ -43,12 +43,12 @@ def plot(runs: tyro.conf.Positional[list[Path]], out: Path = Path("curves.png"))
   from jaxlm.run.plot import draw_runs
   from jaxlm.run.run_folder import RunFolder
 
-  draw_runs([RunFolder(run) for run in runs], out)
+  draw_runs([RunFolder.at(run) for run in runs], local_path(out, "out"))
   print(f"drew {out}")
   return 0
 
 
-def replay(run: tyro.conf.Positional[Path], step: int) -> int:
+def replay(run: tyro.conf.Positional[str], step: int) -> int:
   """Run a step again and name the first module whose numbers are not finite.
 
   Starts from the newest checkpoint before the step.
@@ -65,7 +65,7 @@ def replay(run: tyro.conf.Positional[Path], step: int) -> int:
 
 def checkpoint(
   action: tyro.conf.Positional[Literal["verify", "show"]],
-  run: tyro.conf.Positional[Path],
+  run: tyro.conf.Positional[str],
 ) -> int:
   """Look at a run's checkpoints without starting anything.
 
@@ -77,7 +77,7 @@ def checkpoint(
   from jaxlm.checkpoint.report import print_soundness, show
   from jaxlm.run.run_folder import RunFolder
 
-  folder = RunFolder(run)
+  folder = RunFolder.at(run)
   config = folder.read_config()
   if action == "verify":
     return print_soundness(folder.checkpoints)
@@ -87,9 +87,7 @@ def checkpoint(
 def kernels(arguments: list[str]) -> int:
   """Runs `jaxlm kernels report`."""
 
-  def report(
-    chips: tuple[str, ...] = (), match: str = "", out: Path = Path("kernels_report")
-  ) -> int:
+  def report(chips: tuple[str, ...] = (), match: str = "", out: str = "kernels_report") -> int:
     """List what the TPU compiler made of the kernels (needs libtpu; takes minutes per chip).
 
     Writes cycles, MXU use, HBM traffic, spills and VMEM as a table, a bar chart and JSON, and says
@@ -104,7 +102,7 @@ def kernels(arguments: list[str]) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from pallas_kernels.schedule.report import report
 
-    report(out, chips, match)
+    report(local_path(out, "out"), chips, match)
     return 0
 
   command, rest = " ".join(arguments[:1]), arguments[1:]

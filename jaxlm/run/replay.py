@@ -42,7 +42,7 @@ def replay(run: str | Path, step: int, print_status: Callable[[str], Any] = prin
   Uses the batch that a stopped run saved, or else the one that the order of the data gives. Needs
   one process with the run's own mesh. Raises UserError for a step that the run does not have.
   """
-  folder = RunFolder(Path(run))
+  folder = RunFolder.at(run)
   config = folder.read_config()
   check(1 <= step <= config.steps, "step", step, f"the run has steps 1 to {config.steps}")
   check_mesh(config)

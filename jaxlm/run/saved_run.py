@@ -54,7 +54,7 @@ class SavedRun:
     """
     if huggingface.is_checkpoint(run):
       return cls._open_published(huggingface.local_folder(run))
-    folder = RunFolder(Path(run))
+    folder = RunFolder.at(run)
     config = for_this_platform(dataclasses.replace(folder.read_config(), mesh=MeshConfig(data=1)))
     mesh = make_mesh(config.mesh)
     with hold_newest_sound(folder.checkpoints) as newest, jax.set_mesh(mesh):

@@ -23,8 +23,9 @@ from jaxlm.run.metrics import print_status
 from jaxlm.run.output import forgiving_output
 from jaxlm.run.resolve import check_mesh, with_initial_model, with_vocabulary
 from jaxlm.run.run_folder import RunFolder
-from jaxlm.run.start import check_run, continue_run, find_newest, start_run
+from jaxlm.run.start import check_run, continue_run, find_newest, start_run, with_run_folder
 from jaxlm.run.text_identity import check_same_everywhere, check_text, record_text
+from jaxlm.run.trackers import check_login
 from jaxlm.scaling.flops import train_flops_of_rows
 from jaxlm.train.evaluate import make_evaluator
 from jaxlm.train.task import Batches, Start, Task
@@ -38,16 +39,19 @@ def train(config: TrainConfig) -> TrainResult:
 
   Raises UserError for what cannot work, before it starts and without leaving anything behind.
   """
+  config = with_run_folder(config)
   check_run(config)
+  folder = RunFolder(Path(config.run))
+  run_on_main_process(folder.check_new)
+  run_on_main_process(lambda: check_login(config))
   config = with_initial_model(config)
   check_mesh(config)
   text = load_text(config.data, report=print_status)
   check_same_everywhere(text)
   config = with_vocabulary(config, text.tokenizer.vocab_size)
   check_mesh(config)  # again, because the text's vocabulary may have become the model's
-  task, folder = TextTask(config, text), RunFolder(Path(config.run))
   with only_writer(folder.path):
-    return start_run(config, task, folder)
+    return start_run(config, TextTask(config, text), folder)
 
 
 @forgiving_output()
@@ -64,7 +68,7 @@ def resume(
   where `config` contradicts the checkpoint, and, unless `other_text`, where the text is not the one
   that the run was trained on.
   """
-  folder = RunFolder(Path(run))
+  folder = RunFolder.at(run)
   config = dataclasses.replace(config or folder.read_config(), run=str(folder.path))
   if steps is not None:
     config = dataclasses.replace(config, steps=steps)
