@@ -12,10 +12,15 @@ import numpy as np
 import tokenizers
 
 from jaxlm.config import DataConfig
+from jaxlm.data.placeholder import describe_placeholder
 from pallas_kernels.common.errors import UserError
 
 FILE = "tokenizer.json"
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>")
+END_OF_TEXT = (
+  *("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>"),
+  *("<|eos|>", "<EOS>", "[EOS]", "<|im_end|>", "<|eot_id|>", "<|end|>"),
+)
+"""Names of the token that ends a text, of which the first that a tokenizer has counts."""
 BATCH = (
   128  # texts that the library encodes in parallel; it needs some 100 bytes per token while it does
 )
@@ -113,7 +118,10 @@ class BPETokenizer:
     """Reads a tokenizer.json; UserError where it is missing, damaged, or has no end of text."""
     if not path.is_file():
       raise UserError(f"data.tokenizer={str(path)!r}: no such file (or bytes, or bpe:SIZE)")
-    return cls.parse(path.read_bytes(), f"data.tokenizer={str(path)!r}")
+    content = path.read_bytes()
+    if (description := describe_placeholder(content)) is not None:
+      raise UserError(f"{path}: is {description}")
+    return cls.parse(content, f"data.tokenizer={str(path)!r}")
 
   @classmethod
   def parse(cls, content: bytes, name: str) -> BPETokenizer:

@@ -23,6 +23,7 @@ from jaxlm.paths import local_path
 from jaxlm.run.environment import differences
 from jaxlm.run.lock import only_writer
 from jaxlm.run.refusal import new_files_removed_if_failed
+from jaxlm.run.resolve import load_initial_weights
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.saved_run import SavedRun
 from jaxlm.run.text import TextTask
@@ -31,7 +32,7 @@ from jaxlm.train.task import Start
 from pallas_kernels.common.errors import UserError
 from sharding import make_mesh
 
-FIRST_POSITION = {"next_index": 0}  # of the training loader before its first batch
+FIRST_POSITION = {"next_row": 0}  # of the training loader before its first batch
 
 
 def convert(
@@ -52,26 +53,35 @@ def convert(
   weight_dtype = huggingface.resolve_dtype("float32" if dtype is None else dtype)
   if huggingface.is_checkpoint(source):
     check(weight_dtype == np.float32, "dtype", str(weight_dtype), "weights of a run are float32")
-    return _write_run(config or tuning_config(source, target), tuning_config(source, target))
+    config = config or tuning_config(source, target)
+    ignored = huggingface.Ignored(config.ignore_config, config.ignore_tensors)
+    return _write_run(config, tuning_config(source, target, ignored))
   folder = local_path(target, "target")
   huggingface.check_new(folder)
   return _write_checkpoint(SavedRun.open(source), folder, weight_dtype)
 
 
-def tuning_config(source: str | Path, target: str | Path) -> TrainConfig:
+def tuning_config(
+  source: str | Path, target: str | Path, ignored: huggingface.Ignored = huggingface.NOTHING
+) -> TrainConfig:
   """Returns the configuration of a run that goes on from the weights of the checkpoint `source`.
 
   It is `jaxlm.presets.tuning` with the checkpoint's model and tokenizer. Raises UserError where the
   checkpoint is incomplete or has no tokenizer.json.
   """
   folder = huggingface.local_folder(source)
-  tokenizer = folder / TOKENIZER_FILE
+  tokenizer = huggingface.find_tokenizer(folder)
   BPETokenizer.load(tokenizer)
-  model, _, _ = huggingface.inspect(folder, "float32")
+  model, _, _ = huggingface.inspect(folder, "float32", ignored)
   config = presets.tuning(model)
-  data = dataclasses.replace(config.data, tokenizer=str(tokenizer))
-  run = str(local_path(target, "target"))
-  return dataclasses.replace(config, run=run, init=str(folder), data=data)
+  return dataclasses.replace(
+    config,
+    run=str(local_path(target, "target")),
+    init=str(folder),
+    ignore_config=ignored.config,
+    ignore_tensors=ignored.tensors,
+    data=dataclasses.replace(config.data, tokenizer=str(tokenizer)),
+  )
 
 
 def _write_checkpoint(run: SavedRun, target: Path, dtype: np.dtype) -> str:
@@ -97,7 +107,7 @@ def _write_run(config: TrainConfig, given: TrainConfig) -> str:
   run.check_new()
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh), only_writer(run.path), new_files_removed_if_failed(run.path):
-    params = huggingface.load(config.init, dtype="float32")[1]
+    params = load_initial_weights(config)
     initialize = lambda start: init_state(config, TextTask(config), start)  # noqa: E731
     state = jax.jit(initialize, donate_argnums=0)(Start(params))
     run.create(config)

@@ -23,6 +23,7 @@ from jaxlm.run.metrics import Reporter, print_status
 from jaxlm.run.plot import draw_loss
 from jaxlm.run.run_folder import RunFolder, log_to
 from jaxlm.run.watch import Watch
+from jaxlm.train.schedule import describe_change
 from jaxlm.train.state import Hyper, TrainState, init_state
 from jaxlm.train.step import make_train_step
 from jaxlm.train.task import Batches, Task
@@ -61,10 +62,12 @@ def train_from(
   folder: RunFolder,
   newest: int,
   first_step_done: Callable[[], None],
+  before: TrainConfig | None = None,
 ) -> TrainResult:
   """Trains from the checkpoint of step `newest`, or from the start where it is -1.
 
-  Calls `first_step_done` in all processes before anything of a step is recorded or saved.
+  Calls `first_step_done` in all processes before anything of a step is recorded or saved. `before`
+  is the configuration that a resumed run has had so far.
   """
   if config.keep_freed_memory and jax.default_backend() == "cpu":
     keep_freed_memory()
@@ -74,7 +77,7 @@ def train_from(
     Watch(print_status) as watch,
     jax.set_mesh(make_mesh(config.mesh)),
   ):
-    return _Run(config, task, folder, stop, watch, first_step_done).train(newest)
+    return _Run(config, task, folder, stop, watch, first_step_done).train(newest, before)
 
 
 def restore_or_init(
@@ -127,7 +130,7 @@ class _Run:
     self.metrics: dict[str, float] = {"loss": math.nan}
     self.evaluation: dict[str, float] = {}
 
-  def train(self, newest: int) -> TrainResult:
+  def train(self, newest: int, before: TrainConfig | None) -> TrainResult:
     """Runs the steps that are left, and returns what the run ends with."""
     config, watch = self.config, self.watch
     resume_from = None if newest < 0 else checkpoint_path(self.folder.checkpoints, newest)
@@ -142,7 +145,7 @@ class _Run:
     )
     pending: _Pending | None = None
     with self.reporter, self.checkpoints:
-      self._print_start(state, start)
+      self._print_start(state, start, before)
       while step < config.steps and not self.stop.reached(step + 1):
         watch.set_activity("data")
         batch = next(batches)
@@ -214,7 +217,7 @@ class _Run:
       print_status(_draw(self.folder, self.task))
     return saved
 
-  def _print_start(self, state: TrainState, start: int) -> None:
+  def _print_start(self, state: TrainState, start: int, before: TrainConfig | None) -> None:
     trained, frozen = _count(state.params), _count(state.frozen)
     parameters = f"{trained:,} parameters" + (f", {frozen:,} frozen" if frozen else "")
     axes = [f"{axis} {size}" for axis, size in mesh_shape().items() if size > 1]
@@ -224,6 +227,8 @@ class _Run:
     print_status(f"on {devices}, into {self.folder.path}")
     if is_main() and (changes := record_start(self.folder, start, self.config)):
       print_status(f"differs from the start before: {'; '.join(changes)}")
+    if before is not None and (line := describe_change(before, self.config, start)):
+      print_status(line)
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:

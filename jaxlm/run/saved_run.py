@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlm.checkpoint.checkpoint import restore_weights
 from jaxlm.checkpoint.folder import checkpoint_path, hold_newest_sound
-from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig
+from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig, check
 from jaxlm.data.loader import TextData, load_text
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, check_vocabulary, load_tokenizer
@@ -46,14 +46,24 @@ class SavedRun:
   """ids that end a text: the end of document, or what a published folder names"""
 
   @classmethod
-  def open(cls, run: str | Path) -> SavedRun:
+  def open(
+    cls,
+    run: str | Path,
+    *,
+    dtype: str | None = None,
+    ignored: huggingface.Ignored = huggingface.NOTHING,
+  ) -> SavedRun:
     """Opens the folder of a run, or a checkpoint folder or `hf:owner/name` with its tokenizer.json.
 
-    Raises UserError for a folder that does not exist or is neither, FileNotFoundError for a run
-    without a sound checkpoint.
+    The weights of a checkpoint get `dtype`, by default that of its files, and `ignored` names what
+    is not read of it. Raises UserError for a folder that does not exist or is neither,
+    FileNotFoundError for a run without a sound checkpoint.
     """
     if huggingface.is_checkpoint(run):
-      return cls._open_published(huggingface.local_folder(run))
+      return cls._open_published(huggingface.local_folder(run), dtype, ignored)
+    rule = "is for Hugging Face checkpoints; this is a run"
+    check(dtype is None, "dtype", dtype, rule)
+    check(ignored == huggingface.NOTHING, "ignored", tuple(ignored), rule)
     folder = RunFolder.at(run)
     config = for_this_platform(dataclasses.replace(folder.read_config(), mesh=MeshConfig(data=1)))
     mesh = make_mesh(config.mesh)
@@ -64,9 +74,11 @@ class SavedRun:
     return cls(config, tokenizer, params, newest, (tokenizer.eos,), (tokenizer.eos,))
 
   @classmethod
-  def _open_published(cls, folder: Path) -> SavedRun:
-    tokenizer = BPETokenizer.load(folder / TOKENIZER_FILE)
-    model, params = huggingface.load(folder)
+  def _open_published(
+    cls, folder: Path, dtype: str | None, ignored: huggingface.Ignored
+  ) -> SavedRun:
+    tokenizer = BPETokenizer.load(huggingface.find_tokenizer(folder))
+    model, params = huggingface.load(folder, dtype, ignored)
     check_vocabulary(tokenizer, model.V, folder / TOKENIZER_FILE)
     config = TrainConfig(
       model=model,

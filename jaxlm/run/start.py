@@ -24,7 +24,7 @@ from jaxlm.run.output import forgiving_output
 from jaxlm.run.refusal import undone_unless_kept
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.trackers import check_login, check_trackers
-from jaxlm.train.optimizer import check_schedule
+from jaxlm.train.schedule import check_schedule
 from jaxlm.train.task import Task
 from sharding.multihost import run_on_main_process
 
@@ -48,8 +48,9 @@ def fit(config: TrainConfig, task: Task, *, resume: bool = False) -> TrainResult
     if not resume:
       run_on_main_process(lambda: check_login(config))
       return start_run(config, task, folder)
+    before = folder.read_config()
     newest = find_newest(config, folder)
-    return continue_run(config, task, folder, newest)
+    return continue_run(config, task, folder, newest, before)
 
 
 def with_run_folder(config: TrainConfig) -> TrainConfig:
@@ -85,13 +86,15 @@ def continue_run(
   task: Task,
   folder: RunFolder,
   newest: int,
+  before: TrainConfig,
   also_write: Callable[[], None] = lambda: None,
 ) -> TrainResult:
   """Trains from the checkpoint of step `newest`, or again from the start where it is -1.
 
-  Writes the configuration and what `also_write` writes. When the first step has ended, drops what
-  the run writes again: records after `newest`, and checkpoints that are later, damaged or
-  unfinished. An exception before that leaves the run as it was.
+  `before` is the configuration of the run so far. Writes the new one and what `also_write` writes.
+  When the first step has ended, drops what the run writes again: records after `newest`, and
+  checkpoints that are later, damaged or unfinished. An exception before that leaves the run as it
+  was.
   """
 
   def prepare() -> None:
@@ -113,14 +116,16 @@ def continue_run(
       run_on_main_process(drop)
 
     run_on_main_process(prepare)
-    return train_from(config, task, folder, newest, first_step_done)
+    return train_from(config, task, folder, newest, first_step_done, before)
 
 
-def find_newest(config: TrainConfig, folder: RunFolder, *, other_data: bool = False) -> int:
+def find_newest(
+  config: TrainConfig, folder: RunFolder, *, other_data: bool = False, counts_rows: bool = False
+) -> int:
   """Returns the step of the checkpoint that a run goes on from, -1 where it ended before any.
 
   Changes nothing. Raises UserError where the run is done or `config` contradicts its checkpoints;
-  with `other_data`, a change of the data does not.
+  with `other_data`, a change of the data does not; `counts_rows` as in `check_compatible`.
   """
 
   def newest() -> int:
@@ -128,7 +133,7 @@ def find_newest(config: TrainConfig, folder: RunFolder, *, other_data: bool = Fa
     step = newest_sound(folder.checkpoints) if finished_steps(folder.checkpoints) else -1
     check(step < config.steps, "steps", config.steps, f"the run is at step {step}; raise --steps")
     if step >= 0:
-      check_compatible(folder, config, step, other_data=other_data)
+      check_compatible(folder, config, step, other_data=other_data, counts_rows=counts_rows)
     return step
 
   return run_on_main_process(newest)
