@@ -2,37 +2,67 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Literal
 
 import tyro
 
+from jaxlm.config import DataConfig, check
 from jaxlm.paths import local_path
 from pallas_kernels.common.errors import UserError
 
+EVAL_USAGE = """\
+usage: jaxlm eval RUN [--batches 20]
+       jaxlm eval CHECKPOINT --data.source TEXT [flags]
 
-def evaluate(
-  run: tyro.conf.Positional[str],
-  batches: int | None = None,
-  dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-  ignore_config: tuple[str, ...] = (),
-  ignore_tensors: tuple[str, ...] = (),
-) -> int:
-  """Compute the loss of a run's newest weights on held-out text, beside a byte model's and zlib's.
+Computes the loss on held-out text, beside a byte model's and zlib's: of a run's newest weights on
+the run's own text, unless --data flags name another, or of a Hugging Face checkpoint (a folder, or
+hf:owner/name with extra hf). `jaxlm eval RUN --help` lists every flag.
+"""
 
-  Args:
-    run: folder of the run
-    batches: read only this many
-    dtype: of the weights of a checkpoint; by default that of its files
-    ignore_config: fields of a checkpoint's config.json to read as if they were not there
-    ignore_tensors: tensors of a checkpoint that are no weights; names, or patterns with * and ?
-  """
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _EvalFlags:
+  """Compute the loss of a model's weights on held-out text, beside a byte model's and zlib's."""
+
+  data: DataConfig
+  batches: int | None = None
+  """read only this many"""
+  dtype: Literal["float32", "bfloat16", "float16"] | None = None
+  """of the weights of a checkpoint; by default that of its files"""
+  ignore_config: tuple[str, ...] = ()
+  """fields of a checkpoint's config.json to read as if they were not there"""
+  ignore_tensors: tuple[str, ...] = ()
+  """tensors of a checkpoint that are no weights; names, or patterns with * and ?"""
+
+
+def evaluate(arguments: list[str]) -> int:
+  """Runs `jaxlm eval DIR [flags]`."""
+  if not arguments or arguments[0] in ("-h", "--help"):
+    print(EVAL_USAGE, end="")
+    return 0 if arguments else 2
   from jaxlm.data.baselines import baselines
-  from jaxlm.interop.huggingface import Ignored
+  from jaxlm.interop.huggingface import Ignored, is_checkpoint
   from jaxlm.run import SavedRun
+  from jaxlm.run.run_folder import RunFolder
 
-  saved = SavedRun.open(run, dtype=dtype, ignored=Ignored(ignore_config, ignore_tensors))
-  text, values = saved.evaluate(batches)
+  run = arguments[0]
+  published = is_checkpoint(run)
+  data = DataConfig(source="") if published else RunFolder.at(run).read_config().data
+  prog = f"jaxlm eval {run}"
+  flags = tyro.cli(_EvalFlags, default=_EvalFlags(data=data), args=arguments[1:], prog=prog)
+  rule = "a checkpoint has no text of its own; name one with --data.source FILE_OR_FOLDER"
+  check(bool(flags.data.source), "data.source", flags.data.source, rule)
+  check(
+    flags.data.tokenizer == data.tokenizer,
+    "data.tokenizer",
+    flags.data.tokenizer,
+    "weights have a tokenizer of their own",
+  )
+  ignored = Ignored(flags.ignore_config, flags.ignore_tensors)
+  saved = SavedRun.open(run, dtype=flags.dtype, ignored=ignored)
+  text, values = saved.evaluate(flags.batches, flags.data)
   loss, tokens = values["heldout_loss"], values["tokens"]
   print(f"step {saved.step}: held-out loss {loss:.4f} nats per token over {tokens:,} tokens")
   print("bits per byte on the same text")
