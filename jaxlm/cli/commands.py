@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import tyro
 
+from jaxlm.cli.fit import fit
 from jaxlm.cli.inspection import checkpoint, evaluate, kernels, plot, replay
 from jaxlm.cli.presets import list_presets, nearest
 from jaxlm.cli.tokenize import tokenize
@@ -33,6 +34,7 @@ usage: jaxlm COMMAND ...
   checkpoint verify DIR  whether the files of a run's checkpoints are as they were written; show
                          lists what they hold
   tokenize SOURCE STORE  text of any size into a token store, for --data.source STORE
+  fit TABLE              a scaling law of a table of runs: numbers, intervals, forecast, verdict
   kernels report         what the TPU compiler made of the kernels: cycles, MXU use, bytes
 
 presets, or your own function as module:function, or the config.json of a run to repeat it
@@ -47,6 +49,7 @@ BY_SIGNATURE: dict[str, Callable[..., int]] = {
   "replay": replay,
   "checkpoint": checkpoint,
   "tokenize": tokenize,
+  "fit": fit,
 }
 """Commands whose flags are the parameters of a function, and whose help is its docstring."""
 BY_ARGUMENTS: dict[str, Callable[[list[str]], int]] = {

@@ -46,6 +46,7 @@ def evaluate(arguments: list[str]) -> int:
   from jaxlm.interop.huggingface import Ignored, is_checkpoint
   from jaxlm.run import SavedRun
   from jaxlm.run.run_folder import RunFolder
+  from jaxlm.run.text_identity import changed_text
 
   run = arguments[0]
   published = is_checkpoint(run)
@@ -54,15 +55,16 @@ def evaluate(arguments: list[str]) -> int:
   flags = tyro.cli(_EvalFlags, default=_EvalFlags(data=data), args=arguments[1:], prog=prog)
   rule = "a checkpoint has no text of its own; name one with --data.source FILE_OR_FOLDER"
   check(bool(flags.data.source), "data.source", flags.data.source, rule)
-  check(
-    flags.data.tokenizer == data.tokenizer,
-    "data.tokenizer",
-    flags.data.tokenizer,
-    "weights have a tokenizer of their own",
-  )
+  rule = "weights have a tokenizer of their own"
+  check(flags.data.tokenizer == data.tokenizer, "data.tokenizer", flags.data.tokenizer, rule)
   ignored = Ignored(flags.ignore_config, flags.ignore_tensors)
   saved = SavedRun.open(run, dtype=flags.dtype, ignored=ignored)
   text, values = saved.evaluate(flags.batches, flags.data)
+  for line in text.store.report.splitlines():
+    print(f"data: {line}")
+  if not published:
+    for change in changed_text(RunFolder.at(run), text.digests):
+      print(f"not the text of the run: {change}")
   loss, tokens = values["heldout_loss"], values["tokens"]
   print(f"step {saved.step}: held-out loss {loss:.4f} nats per token over {tokens:,} tokens")
   print("bits per byte on the same text")

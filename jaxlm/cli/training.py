@@ -9,6 +9,7 @@ import tyro
 
 from jaxlm.cli.presets import list_presets, load_preset
 from jaxlm.config import OnNewSteps, TrainConfig, check
+from jaxlm.config.pipeline import PipelineSchedule
 from jaxlm.paths import local_path
 from jaxlm.run.output import leave_at_once
 
@@ -47,7 +48,19 @@ def _parse_train(preset: str, flags: list[str]) -> TrainConfig:
   # a layer's mixer stays of its kind: a union of dataclasses gives flags, not subcommands
   options = (tyro.conf.AvoidSubcommands,)
   prog = f"jaxlm train {preset}"
-  return tyro.cli(TrainConfig, default=default, args=flags, prog=prog, config=options)
+  flagged = _TrainFlags(**_fields(default))
+  values = _fields(tyro.cli(_TrainFlags, default=flagged, args=flags, prog=prog, config=options))
+  if schedule := values.pop("schedule"):
+    values["pipeline"] = dataclasses.replace(values["pipeline"], schedule=schedule)
+  return TrainConfig(**values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TrainFlags(TrainConfig):
+  """Train a language model; flags change the preset's configuration."""
+
+  schedule: PipelineSchedule | None = None
+  """short for --pipeline.schedule"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from jaxlm.config.data import DataConfig
 from jaxlm.config.layers import decoder, rearrange, revise
 from jaxlm.config.model import AttentionConfig, LayerSpec, MlpConfig, ModelConfig
 from jaxlm.config.optimizer import OnNewSteps, OptimizerConfig
+from jaxlm.config.pipeline import PipelineConfig
 from jaxlm.config.rope import RopeConfig
 from jaxlm.config.train import TrainConfig
 from sharding.mesh import MeshConfig
@@ -25,6 +26,7 @@ __all__ = [
   "ModelConfig",
   "OnNewSteps",
   "OptimizerConfig",
+  "PipelineConfig",
   "RopeConfig",
   "TrainConfig",
   "check",

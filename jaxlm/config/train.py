@@ -11,6 +11,7 @@ from jaxlm.config.compute import ComputeConfig
 from jaxlm.config.data import DataConfig
 from jaxlm.config.model import ModelConfig
 from jaxlm.config.optimizer import OptimizerConfig
+from jaxlm.config.pipeline import PipelineConfig
 from sharding.mesh import MeshConfig
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -75,6 +76,7 @@ class TrainConfig:
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
+  pipeline: PipelineConfig = PipelineConfig()
 
   def __post_init__(self) -> None:
     check_finite(self, "")

@@ -16,6 +16,7 @@ from jaxlm import presets
 from jaxlm.checkpoint.checkpoint import Checkpoints
 from jaxlm.config import TrainConfig, check
 from jaxlm.config_json import to_dict
+from jaxlm.data.corpus import absolute_paths
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer
 from jaxlm.interop import huggingface
@@ -103,6 +104,7 @@ def _write_run(config: TrainConfig, given: TrainConfig) -> str:
   if wrong := differences(_fixed_fields(given), _fixed_fields(config)):
     rule = "these flags contradict the checkpoint (checkpoint -> flag)"
     raise UserError(f"{given.init}: {rule}: {'; '.join(wrong)}")
+  config = dataclasses.replace(config, data=absolute_paths(config.data))
   run = RunFolder.at(config.run, "target")
   run.check_new()
   mesh = make_mesh(config.mesh)

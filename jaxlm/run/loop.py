@@ -225,7 +225,10 @@ class _Run:
     verb = f"resuming at step {start}" if start else "training"
     print_status(f"{verb}: {parameters}, {self.task.describe()}")
     print_status(f"on {devices}, into {self.folder.path}")
-    if is_main() and (changes := record_start(self.folder, start, self.config)):
+    report = self.task.report()
+    for line in report:
+      print_status(f"data: {line}")
+    if is_main() and (changes := record_start(self.folder, start, self.config, report)):
       print_status(f"differs from the start before: {'; '.join(changes)}")
     if before is not None and (line := describe_change(before, self.config, start)):
       print_status(line)

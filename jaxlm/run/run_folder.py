@@ -204,7 +204,7 @@ class _LogFile(logging.FileHandler):
   """Writes the log; a file that cannot be opened and a full disk cost lines of it, nothing else."""
 
   def __init__(self, path: Path | str):
-    super().__init__(path, encoding="utf-8", delay=True, errors="backslashreplace")
+    super().__init__(path, encoding="utf-8", errors="backslashreplace", delay=True)
     self._refused = False
 
   def emit(self, record: logging.LogRecord) -> None:

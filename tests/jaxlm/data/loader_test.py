@@ -12,8 +12,10 @@ from jaxlm.data import arrays
 from jaxlm.data import store as module
 from jaxlm.data.arrays import read_blocks
 from jaxlm.data.baselines import baselines
+from jaxlm.data.corpus import open_source
+from jaxlm.data.formats import Reader
 from jaxlm.data.loader import heldout_batches, load_text, train_loader
-from jaxlm.data.split import place_of
+from jaxlm.data.split import Split, assign_sides
 from jaxlm.data.tokenize import tokenize
 from jaxlm.data.tokenizer import ByteTokenizer
 from pallas_kernels.common.errors import UserError
@@ -238,10 +240,11 @@ def test_bpe_and_a_given_tokenizer(folder):
   joined = text.tokenizer.decode(
     np.concatenate([batch.inputs_BT[0, :1], batch.targets_BT.reshape(-1)])
   )
-  names = sorted(path.name for path in folder.iterdir())
-  border = text.store.meta["split"]["border"]
-  documents = [(folder / name).read_text() for name in names if place_of(name) > border]
-  assert "".join("<|endoftext|>" + document for document in documents).startswith(joined)
+  split = Split.parse(**text.store.meta["split"])
+  pieces = assign_sides(split, open_source(config).pieces(Reader(config)))
+  documents = [piece.text for side, piece in pieces if side == "train"]
+  eos = "<|endoftext|>"
+  assert eos.join(["", *documents, ""]).startswith(joined)
   assert len(joined) > 1000
   assert text.heldout_tokens_per_byte < 0.8
   given = load_text(config, ByteTokenizer())

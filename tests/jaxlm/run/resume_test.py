@@ -142,22 +142,24 @@ def test_text_that_changed_is_named_and_refused_unless_a_flag_allows_it(work, ca
   path = work / "text/7.py"
   path.write_text(path.read_text() + "# changed\n")
   before = contents(work)
-  assert main(["resume", "run", "--steps", "3"]) == 2
+  resume = ["resume", "run", "--data.source", "text", "--steps"]  # the run has the original
+  assert main([*resume, "3"]) == 2
   printed = capsys.readouterr().err
   assert "data.source='text': not the text of the run so far" in printed
   changed = [side for side in ("training", "held-out") if f"{side} text: digest" in printed]
   assert len(changed) == 1 and contents(work) == before
-  assert main(["resume", "run", "--steps", "3", "--other_text"]) == 0
+  assert main([*resume, "3", "--other_text"]) == 0
   assert "not the text of the run so far" in capsys.readouterr().out
   now = json.loads((work / "run/text.json").read_text())
   assert sum(recorded[side] != now[side] for side in recorded) == 1
   assert main(["resume", "run", "--steps", "4"]) == 0  # the new text is the run's from now on
 
 
-def test_the_same_text_may_have_moved(work, capsys):
+def test_the_same_text_may_have_moved(trained, work, capsys):
   (work / "text").rename(work / "moved")
   assert main(["resume", "run", "--steps", "3", "--data.source", "moved"]) == 0
-  assert "config.data.source: text -> moved" in capsys.readouterr().out
+  text, moved = trained / "text", work / "moved"
+  assert f"config.data.source: {text} -> {moved}" in capsys.readouterr().out
 
 
 def test_a_refusal_after_the_start_undoes_it(work, capsys):
