@@ -81,7 +81,7 @@ WRONG = [
   (["resume", "missing"], "run='missing': no such folder"),
   (["eval", "missing"], "missing: no such folder; a model on the Hub is named hf:owner/name"),
   (["sample", "missing", "--temperature", "-1"], "temperature"),
-  (["checkpoint", "verify", "missing"], "run='missing': holds no config.json"),
+  (["checkpoint", "verify", "missing"], "run='missing': no such folder"),
   (["train", "micro", "--stop_after", "2"], "stop_after='2': must be a number with its unit"),
   (["kernels", "list"], "command 'kernels list' does not exist; nearest: kernels report"),
   (
