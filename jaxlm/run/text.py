@@ -31,8 +31,9 @@ from jaxlm.run.resolve import (
   with_vocabulary,
 )
 from jaxlm.run.run_folder import RunFolder
-from jaxlm.run.start import check_run, continue_run, find_newest, start_run
+from jaxlm.run.start import check_run, continue_run, find_newest, start_run, with_run_folder
 from jaxlm.run.text_identity import check_same_everywhere, check_text, record_text
+from jaxlm.run.trackers import check_login
 from jaxlm.scaling.flops import train_flops_of_rows
 from jaxlm.train.evaluate import make_evaluator
 from jaxlm.train.schedule import with_new_steps
@@ -48,7 +49,11 @@ def train(config: TrainConfig) -> TrainResult:
 
   Raises UserError for what cannot work, before it starts and without leaving anything behind.
   """
+  config = with_run_folder(config)
   check_run(config)
+  folder = RunFolder(Path(config.run))
+  run_on_main_process(folder.check_new)
+  run_on_main_process(lambda: check_login(config))
   config = with_initial_model(config)
   check_mesh(config)
   text = load_text(config.data, report=print_status)
@@ -56,9 +61,8 @@ def train(config: TrainConfig) -> TrainResult:
   config = with_vocabulary(config, text.tokenizer.vocab_size)
   config = dataclasses.replace(config, data=absolute_paths(config.data))
   check_mesh(config)  # again, because the text's vocabulary may have become the model's
-  task, folder = TextTask(config, text), RunFolder(Path(config.run))
   with only_writer(folder.path):
-    return start_run(config, task, folder)
+    return start_run(config, TextTask(config, text), folder)
 
 
 @forgiving_output()
@@ -78,7 +82,7 @@ def resume(
   where `config` contradicts the checkpoint, and, unless `other_text`, where the text is not the one
   that the run was trained on.
   """
-  folder = RunFolder(Path(run))
+  folder = RunFolder.at(run)
   before = folder.read_config()
   config = dataclasses.replace(config or before, run=str(folder.path))
   if steps is not None:
@@ -95,8 +99,6 @@ def resume(
     check_same_everywhere(text)
     allowed = other_text or newest <= 0  # nothing has been trained on it
     run_on_main_process(lambda: check_text(folder, text, other_text=allowed))
-    if newest > 0 and not folder.text.is_file():
-      print_status(f"{folder.text} is missing: the text may not be the one of the run so far")
     config = dataclasses.replace(config, data=absolute_paths(config.data))
     task = TextTask(config, text)
     return continue_run(config, task, folder, newest, before, lambda: record_text(folder, text))
