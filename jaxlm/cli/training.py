@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
@@ -24,7 +24,7 @@ def train(arguments: list[str]) -> int:
     print("usage: jaxlm train PRESET [flags]   (`jaxlm train PRESET --help` lists the flags)")
     print(f"\npresets\n{list_presets()}")
     return 0 if arguments else 2
-  config = _parse_train(arguments[0], arguments[1:])
+  config = parse_config("train", arguments[0], arguments[1:], TrainConfig)
   from jaxlm.run import train
   from sharding.multihost import join_processes
 
@@ -32,8 +32,14 @@ def train(arguments: list[str]) -> int:
   return _exit_status(train(config))
 
 
-def _parse_train(preset: str, flags: list[str]) -> TrainConfig:
-  """Returns the configuration of a preset, or of a run's config.json, with these flags over it."""
+_Config = TypeVar("_Config", bound=TrainConfig)
+
+
+def parse_config(command: str, preset: str, flags: list[str], kind: type[_Config]) -> _Config:
+  """Returns the configuration of a preset, or of a run's config.json, with these flags over it.
+
+  `kind` is TrainConfig, or adds fields, which become flags too.
+  """
   if preset.endswith(".json"):
     from jaxlm.run.run_folder import read_config
 
@@ -45,8 +51,8 @@ def _parse_train(preset: str, flags: list[str]) -> TrainConfig:
     default = dataclasses.replace(default, run=f"runs/{preset.rpartition(':')[2]}")
   # a layer's mixer stays of its kind: a union of dataclasses gives flags, not subcommands
   options = (tyro.conf.AvoidSubcommands,)
-  prog = f"jaxlm train {preset}"
-  return tyro.cli(TrainConfig, default=default, args=flags, prog=prog, config=options)
+  prog = f"jaxlm {command} {preset}"
+  return tyro.cli(kind, default=kind(**_fields(default)), args=flags, prog=prog, config=options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

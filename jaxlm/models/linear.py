@@ -103,8 +103,8 @@ def matmul(
     sharding = P(*partial, unreduced=axes_in(spec((D,), axes[0])))
   rounds = x_BTD.dtype == jnp.dtype(dtype) and x_BTD.dtype.itemsize < 4
   contract = _contract_rounded if rounds else _contract
-  y_BTF = checkpoint_name(contract(x_BTD, w_DF, sharding).astype(dtype), "product")
-  return shard(y_BTF, *out)
+  y_BTF = contract(x_BTD, w_DF, sharding).astype(dtype)
+  return checkpoint_name(shard(y_BTF, *out), "product")
 
 
 def _contract(x_BTD: jax.Array, w_DF: jax.Array, sharding: P | None) -> jax.Array:

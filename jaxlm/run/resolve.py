@@ -38,9 +38,12 @@ def with_initial_model(config: TrainConfig) -> TrainConfig:
   return dataclasses.replace(config, model=model, data=data)
 
 
-def check_mesh(config: TrainConfig) -> None:
-  """Raises UserError where the model does not divide over the mesh or cannot use an axis of it."""
-  sizes = config.mesh.resolve(jax.device_count())
+def check_mesh(config: TrainConfig, devices: int | None = None) -> None:
+  """Raises UserError where the model does not divide over the mesh or cannot use an axis of it.
+
+  The mesh is one of `devices`, by default of those that are here.
+  """
+  sizes = config.mesh.resolve(jax.device_count() if devices is None else devices)
   for axis in ("stage", "context_ring", "context_ulysses", "expert"):
     rule = "the model does not use this axis; it must be 1"
     check(sizes[axis] == 1, f"mesh.{axis}", sizes[axis], rule)
