@@ -265,12 +265,10 @@ def expert_exchange_bytes(
   return element_bytes * experts * slots * D * (devices - 1) / devices
 
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb_h1", "zb_h2", "zb_v", "dualpipe")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb_h1", "zb_h2", "zb_v", "dualpipe", "dualpipev")
 
 
-def pipeline_bubble(
-  schedule: str, P: int, forward: float, backward: float, weight: float, *, chunks: int = 1
-) -> float:
+def pipeline_bubble(schedule: str, P: int, forward: float, backward: float, weight: float) -> float:
   """Returns the idle time of a step, given the times of one micro-batch in one chunk of a stage.
 
   `backward` is the gradient of a chunk's input, `weight` that of its weights; hops take no time.
@@ -288,4 +286,23 @@ def pipeline_bubble(
     return (P - 1) * max(0.0, forward + backward - 2 * weight)
   if schedule == "zb_v":
     return 2 * (P - 1) * max(0.0, backward - weight)
-  return (P / 2 - 1) * (whole + backward - 2 * weight)
+  stages = 2 * P if schedule == "dualpipev" else P
+  return (stages / 2 - 1) * (whole + backward - 2 * weight)
+
+
+def peak_micro_batches(schedule: str, P: int, M: int, *, chunks: int = 1) -> float:
+  """Returns the most micro-batches of which a rank keeps activations, in those of all its stages.
+
+  `chunks` is the number of stages on a rank: any for `interleaved`, 2 for `zb_v` and `dualpipev`.
+  Sources: as for the bubbles; arXiv 2104.04473, section 2.2.
+  """
+  check_choice("schedule", schedule, SCHEDULES)
+  kept = {
+    "gpipe": M * chunks,
+    "interleaved": min(M * chunks, 2 * (P - 1) + (chunks - 1) * P + 1),
+    "zb_h2": min(M, 2 * P - 1),
+    "zb_v": 2 * P,
+    "dualpipe": P + 1,
+    "dualpipev": 2 * P + 1,
+  }.get(schedule, min(M, P))
+  return kept / chunks

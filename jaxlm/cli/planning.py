@@ -9,8 +9,8 @@ from pathlib import Path
 import tyro
 
 from jaxlm.cli.presets import list_presets
-from jaxlm.cli.training import parse_config
-from jaxlm.config import MeshConfig, TrainConfig, check
+from jaxlm.cli.training import TrainFlags, parse_config, without_flags
+from jaxlm.config import MeshConfig, check
 
 _TOPOLOGY = "must be given, as in --topology v5p:8x8x8"
 _SHAPES_ONLY = "deepseek_v3_shapes"
@@ -19,7 +19,7 @@ _SHOWN = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _PlanConfig(TrainConfig):
+class _PlanFlags(TrainFlags):
   """Say what a training step takes on chips that need not be there, and find the best mesh.
 
   A mesh that is given is planned; by default all legal ones are, and the best is shown. Micro-
@@ -36,7 +36,7 @@ class _PlanConfig(TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _ShapesConfig:
+class _ShapesFlags:
   """Plan a model of which only the shapes are known here."""
 
   topology: str = ""
@@ -55,7 +55,7 @@ class _ShapesConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _CompileConfig(TrainConfig):
+class _CompileFlags(TrainFlags):
   """Compile the training step for TPUs that are not here; report its memory and collectives.
 
   The step is the one that `train` compiles there, with the TPU's kernels. Without a mesh the best
@@ -77,12 +77,12 @@ def plan(arguments: list[str]) -> int:
 
   preset, flags = arguments[0], arguments[1:]
   if preset == _SHAPES_ONLY:
-    options = tyro.cli(_ShapesConfig, args=flags, prog=f"jaxlm plan {preset}")
+    options = tyro.cli(_ShapesFlags, args=flags, prog=f"jaxlm plan {preset}")
     check(options.topology != "", "topology", options.topology, _TOPOLOGY)
     step = Step(batch=options.batch, length=options.length, accumulate=options.accumulate)
     topology, model = parse_topology(options.topology), deepseek_v3_shapes()
     return _print_plan(model, step, topology, options.mesh, options.axes, options.figure)
-  config = parse_config("plan", preset, flags, _PlanConfig)
+  config = parse_config("plan", preset, flags, _PlanFlags)
   check(config.topology != "", "topology", config.topology, _TOPOLOGY)
   from jaxlm.scaling.shapes import model_shapes, step_shapes, with_rows_for
 
@@ -122,7 +122,7 @@ def compile_step(arguments: list[str]) -> int:
     usage = "usage: jaxlm compile PRESET --topology CHIP:SHAPE [flags]"
     print(f"{usage}   (`jaxlm compile PRESET --help`)\n\npresets\n{list_presets()}")
     return 0 if arguments else 2
-  config = parse_config("compile", arguments[0], arguments[1:], _CompileConfig)
+  config = parse_config("compile", arguments[0], arguments[1:], _CompileFlags)
   check(config.topology != "", "topology", config.topology, _TOPOLOGY)
   os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs, and libtpu need not look for a host of TPUs
   os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3"}
@@ -131,11 +131,12 @@ def compile_step(arguments: list[str]) -> int:
   from sharding.aot import format_program
   from sharding.mesh import describe_sizes
 
-  planned = runnable(config, config.topology)
+  topology = config.topology
+  planned = runnable(without_flags(config), topology)
   rows = f"batch of {planned.batch:,} rows of {planned.data.length:,} tokens"
   micro = f"in {planned.accumulate} micro-batches" if planned.accumulate > 1 else "at once"
-  print(f"{arguments[0]} on {config.topology}, {rows}, {micro}", flush=True)
-  program = compile_ahead(planned, config.topology)
+  print(f"{arguments[0]} on {topology}, {rows}, {micro}", flush=True)
+  program = compile_ahead(planned, topology)
   seconds = f"compiled in {program.seconds:.0f} s of processor time"
   print(f"mesh {describe_sizes(program.sizes)}, {seconds}\n")
   print(format_program(program, outer_loops=int(planned.accumulate > 1)))

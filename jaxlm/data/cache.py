@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import DataConfig
-from jaxlm.data.arrays import Place
-from jaxlm.data.corpus import digest, open_source
+from jaxlm.data.arrays import Place, digest
+from jaxlm.data.corpus import open_source
 from jaxlm.data.store import FINISHED, TokenStore, is_store
 from jaxlm.data.tokenize import fixed_tokenizer, make_store_plan, tokenize, tokenize_in_memory
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.writing import Report, TextTooLarge
+from jaxlm.paths import local_path
 from pallas_kernels.common.errors import UserError
 
 IN_MEMORY = 1 << 26  # bytes of the largest text whose tokens are held in memory
@@ -41,6 +42,7 @@ def open_text(
     _check_given_store(store, config, tokenizer)
     return store
   source = open_source(config)
+  cache_root(config)  # refused at once, not only where the text turns out to be large
   size, limit = source.expected_size, config.max_bytes
   if size is not None and min(size, size if limit is None else limit) <= IN_MEMORY:
     try:
@@ -59,7 +61,7 @@ def open_text(
 def cache_root(config: DataConfig) -> Path:
   """Returns the folder that holds the stores of large text."""
   if config.cache:
-    return Path(config.cache).expanduser()
+    return local_path(config.cache, "data.cache")
   return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm"
 
 
@@ -85,7 +87,7 @@ def _check_given_store(store: TokenStore, config: DataConfig, tokenizer: Tokeniz
     flag = "bytes" if store.tokenizer.digest == "bytes" else f"{store.place}/tokenizer.json"
     raise UserError(f"data.tokenizer={config.tokenizer!r}: {rule}; use --data.tokenizer {flag}")
   defaults = {field.name: field.default for field in dataclasses.fields(DataConfig)}
-  for name in ("holdout", "text_field", "max_bytes", "invalid_utf8"):
-    value, stored = getattr(config, name), store.meta["plan"][name]
+  for name in ("holdout", "heldout", "text_field", "max_bytes", "invalid_utf8", "record_limit"):
+    value, stored = getattr(config, name), store.meta["plan"].get(name)
     if value not in (stored, defaults[name]):
       raise UserError(f"data.{name}={value!r}: the store {store.place} was made with {stored!r}")

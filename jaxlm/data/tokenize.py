@@ -14,12 +14,14 @@ from typing import Any
 from jaxlm.config import DataConfig
 from jaxlm.data.arrays import Place
 from jaxlm.data.corpus import Source, open_source
-from jaxlm.data.store import FINISHED, FORMAT, PROGRESS, TokenStore, is_store
+from jaxlm.data.store import FINISHED, PROGRESS, TokenStore, is_store
 from jaxlm.data.tokenizer import Tokenizer, make_tokenizer
 from jaxlm.data.writing import Report, StoreWriter, check_plan
+from jaxlm.paths import left_by_system
 from pallas_kernels.common.errors import UserError
 
 LOCK = "lock"
+RULES = 2  # by which text is read and split; one more whenever they give other documents or sides
 _log = logging.getLogger("jaxlm")
 
 
@@ -76,12 +78,14 @@ def make_store_plan(
 ) -> dict[str, Any]:
   """Returns what decides the content of a store, before any text is read."""
   return {
-    "format": FORMAT,
+    "rules": RULES,
     "identity": source.identity,
     "text_field": config.text_field,
     "max_bytes": config.max_bytes,
     "invalid_utf8": config.invalid_utf8,
+    "record_limit": config.record_limit,
     "holdout": config.holdout,
+    "heldout": config.heldout,
     "tokenizer": config.tokenizer if tokenizer is None else tokenizer.digest,
   }
 
@@ -91,8 +95,9 @@ def _only_writer(folder: Path, report: Report) -> Iterator[None]:
   """Makes the folder and holds its lock, which the kernel releases however this process ends."""
   if folder.exists() and not folder.is_dir():
     raise UserError(f"store={str(folder)!r}: is a file, must be a new folder or a token store")
-  if folder.exists() and not is_store(folder) and set(_names(folder)) - {LOCK}:
+  if folder.exists() and not is_store(folder) and _names(folder) - {LOCK}:
     raise UserError(f"store={str(folder)!r}: holds other files, must be new or a token store")
+  missing = [path for path in (folder, *folder.parents) if not path.exists()]
   try:
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / LOCK, "a")
@@ -110,9 +115,10 @@ def _only_writer(folder: Path, report: Report) -> Iterator[None]:
       yield
     finally:
       (folder / LOCK).unlink(missing_ok=True)
-      if not _names(folder):
-        folder.rmdir()
+      with contextlib.suppress(OSError):  # the first that is not empty ends it
+        for path in missing:
+          path.rmdir()
 
 
-def _names(folder: Path) -> list[str]:
-  return [path.name for path in folder.iterdir()]
+def _names(folder: Path) -> set[str]:
+  return {path.name for path in folder.iterdir() if not left_by_system(path.name)}

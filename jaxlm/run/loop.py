@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from jaxlm.run.metrics import Reporter, print_status
 from jaxlm.run.plot import draw_loss
 from jaxlm.run.run_folder import RunFolder, log_to
 from jaxlm.run.watch import Watch
+from jaxlm.train.schedule import describe_change
 from jaxlm.train.state import Hyper, TrainState, init_state
 from jaxlm.train.step import make_train_step
 from jaxlm.train.task import Batches, Task
@@ -51,10 +52,23 @@ class TrainResult:
   """False when it was asked to stop before the last step"""
   saved: int
   """step of the newest checkpoint, -1 for none; below `step` where the last could not be written"""
+  lost_trackers: tuple[str, ...]
+  """trackers that have not taken every step; their libraries may hold up the end of the process"""
 
 
-def train_from(config: TrainConfig, task: Task, folder: RunFolder, newest: int) -> TrainResult:
-  """Trains from the checkpoint of step `newest`, or from the start where it is -1."""
+def train_from(
+  config: TrainConfig,
+  task: Task,
+  folder: RunFolder,
+  newest: int,
+  first_step_done: Callable[[], None],
+  before: TrainConfig | None = None,
+) -> TrainResult:
+  """Trains from the checkpoint of step `newest`, or from the start where it is -1.
+
+  Calls `first_step_done` in all processes before anything of a step is recorded or saved. `before`
+  is the configuration that a resumed run has had so far.
+  """
   if config.keep_freed_memory and jax.default_backend() == "cpu":
     keep_freed_memory()
   with (
@@ -63,7 +77,7 @@ def train_from(config: TrainConfig, task: Task, folder: RunFolder, newest: int) 
     Watch(print_status) as watch,
     jax.set_mesh(make_mesh(config.mesh)),
   ):
-    return _Run(config, task, folder, stop, watch).train(newest)
+    return _Run(config, task, folder, stop, watch, first_step_done).train(newest, before)
 
 
 def restore_or_init(
@@ -102,14 +116,21 @@ class _Run:
   """Trains one run under its lock, its mesh and its signal handlers."""
 
   def __init__(
-    self, config: TrainConfig, task: Task, folder: RunFolder, stop: StopRequest, watch: Watch
+    self,
+    config: TrainConfig,
+    task: Task,
+    folder: RunFolder,
+    stop: StopRequest,
+    watch: Watch,
+    first_step_done: Callable[[], None],
   ):
     self.config, self.task, self.folder, self.stop, self.watch = config, task, folder, stop, watch
+    self.first_step_done: Callable[[], None] | None = first_step_done
     self.rows = local_rows(config.batch)
     self.metrics: dict[str, float] = {"loss": math.nan}
     self.evaluation: dict[str, float] = {}
 
-  def train(self, newest: int) -> TrainResult:
+  def train(self, newest: int, before: TrainConfig | None) -> TrainResult:
     """Runs the steps that are left, and returns what the run ends with."""
     config, watch = self.config, self.watch
     resume_from = None if newest < 0 else checkpoint_path(self.folder.checkpoints, newest)
@@ -124,7 +145,7 @@ class _Run:
     )
     pending: _Pending | None = None
     with self.reporter, self.checkpoints:
-      self._print_start(state, start)
+      self._print_start(state, start, before)
       while step < config.steps and not self.stop.reached(step + 1):
         watch.set_activity("data")
         batch = next(batches)
@@ -157,6 +178,7 @@ class _Run:
       evaluation=self.evaluation,
       finished=step == config.steps,
       saved=saved,
+      lost_trackers=self.reporter.lost_trackers,
     )
 
   def _report(self, pending: _Pending | None) -> None:
@@ -165,6 +187,9 @@ class _Run:
       return
     self.watch.set_activity("device")
     self.metrics = pending.read()
+    if self.first_step_done is not None:
+      self.first_step_done()
+      self.first_step_done = None
     flops = self.task.flops(pending.batch) * self.config.batch / len(self.rows)
     spike = self.guard.is_spike(pending.step, self.metrics["loss"])
     self.reporter.step(pending.step, self.metrics, spike=spike, flops=flops)
@@ -187,12 +212,12 @@ class _Run:
     elif step < steps:
       reason = self.stop.reason or "another process"
       print_status(f"stopped and saved at step {step} of {steps} ({reason})")
-      print_status(f"go on with: jaxlm resume {self.folder.path}")
+      print_status(f"resumable; go on with: jaxlm resume {self.folder.path}")
     elif is_main():
       print_status(_draw(self.folder, self.task))
     return saved
 
-  def _print_start(self, state: TrainState, start: int) -> None:
+  def _print_start(self, state: TrainState, start: int, before: TrainConfig | None) -> None:
     trained, frozen = _count(state.params), _count(state.frozen)
     parameters = f"{trained:,} parameters" + (f", {frozen:,} frozen" if frozen else "")
     axes = [f"{axis} {size}" for axis, size in mesh_shape().items() if size > 1]
@@ -200,8 +225,13 @@ class _Run:
     verb = f"resuming at step {start}" if start else "training"
     print_status(f"{verb}: {parameters}, {self.task.describe()}")
     print_status(f"on {devices}, into {self.folder.path}")
-    if is_main() and (changes := record_start(self.folder, start, self.config)):
+    report = self.task.report()
+    for line in report:
+      print_status(f"data: {line}")
+    if is_main() and (changes := record_start(self.folder, start, self.config, report)):
       print_status(f"differs from the start before: {'; '.join(changes)}")
+    if before is not None and (line := describe_change(before, self.config, start)):
+      print_status(line)
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:
@@ -218,6 +248,7 @@ def _draw(folder: RunFolder, task: Task) -> str:
     return f"{folder.plot.name} is not drawn: matplotlib is missing (pip install 'jaxlm[plot]')"
   try:
     draw_loss(folder, task.references())
-  except OSError as error:
-    return f"{folder.plot.name} is not drawn: {error}"
+  except Exception as error:  # a picture is not worth a run, whatever the library or the task raise
+    _log.warning("%s is not drawn", folder.plot.name, exc_info=True)
+    return f"{folder.plot.name} is not drawn: {type(error).__name__}: {error}"
   return f"drew {folder.plot}"

@@ -42,6 +42,8 @@ def _layer_shapes(config: ModelConfig, spec: LayerSpec) -> LayerShapes:
 def step_shapes(config: TrainConfig) -> Step:
   """Returns the shapes of a training step."""
   wide, bits = {"float32": 4, "bfloat16": 2}, config.compute
+  schedule = config.pipeline.schedule
+  chunks = {"zb_v": 2, "dualpipev": 2, "interleaved": config.pipeline.stages_per_rank}
   return Step(
     batch=config.batch,
     length=config.data.length,
@@ -50,6 +52,8 @@ def step_shapes(config: TrainConfig) -> Step:
     compute_bytes=wide[bits.dtype],
     reduce_bytes=wide[bits.reduce_dtype],
     state_bytes=_state_bytes(config),
+    schedule=schedule,
+    chunks=chunks.get(schedule, 1),
   )
 
 

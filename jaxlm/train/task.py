@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import jax
 
 from jaxlm.objectives.weighted import Weighted
+from jaxlm.train.stages import Stages
 
 
 class Start(NamedTuple):
@@ -81,6 +82,10 @@ class Task(abc.ABC):
     """
     return jax.tree.map(lambda _: "other", params)
 
+  def stages(self) -> Stages | None:
+    """Returns how the task runs in pipeline stages, or None where it cannot."""
+    return None
+
   def after_update(
     self, params: Any, model_state: Any, metrics: Mapping[str, jax.Array]
   ) -> tuple[Any, Any]:
@@ -107,6 +112,10 @@ class Task(abc.ABC):
   def references(self) -> dict[str, float]:
     """Returns named values that the plot shows beside the loss, such as what chance reaches."""
     return {}
+
+  def report(self) -> list[str]:
+    """Returns lines on the data for terminal, log and environment.json: what was read, and not."""
+    return []
 
   def describe(self) -> str:
     """Returns a few words on the data, for the first line of the run."""

@@ -23,7 +23,7 @@ from sharding.plan.traffic import (
   parts,
   step_traffic,
 )
-from sharding.roofline import pipeline_bubble
+from sharding.roofline import peak_micro_batches, pipeline_bubble
 
 AXES = tuple(MeshConfig().sizes())
 USABLE = 0.9
@@ -120,8 +120,13 @@ def illegality(model: ModelShapes, step: Step, sizes: Sizes) -> str | None:
     return f"expert={sizes['expert']}: the model has no experts"
   if stages > model.count:
     return f"stage={stages}: the model has {model.count} layers"
-  if stages > 1 and step.accumulate < stages:
-    return f"accumulate={step.accumulate}: must be at least stage={stages}"
+  if stages > 1:
+    least = {"zb_v": 2 * stages - 1, "dualpipe": 2 * stages, "dualpipev": 2 * stages}
+    least_here = least.get(step.schedule, stages)
+    if step.accumulate < least_here:
+      return f"accumulate={step.accumulate}: {step.schedule} on {stages} stages needs {least_here}"
+    if step.schedule == "interleaved" and step.accumulate % stages:
+      return f"accumulate={step.accumulate}: must be a multiple of stage={stages} (interleaved)"
   return None
 
 
@@ -149,7 +154,10 @@ def step_memory(model: ModelShapes, step: Step, sizes: Sizes) -> dict[str, float
   """Returns the bytes of a device by purpose; what is kept for a layer is what `remat` says."""
   e, t, tokens = step.compute_bytes, sizes["tensor"], local_tokens(step, sizes)
   held = sum(local_weights(model, sizes))
-  in_flight = min(sizes["stage"], step.accumulate)  # micro-batches whose backward pass is to come
+  stages, micro = sizes["stage"], step.accumulate
+  in_flight = 1.0
+  if stages > 1:
+    in_flight = peak_micro_batches(step.schedule, stages, micro, chunks=step.chunks)
   kept, transient = 0.0, 0.0
   for layer, count in split_layers(model, sizes["stage"]):
     inner = tokens * layer.inner_width / t * e
@@ -212,7 +220,8 @@ def step_times(
   if stages > 1:
     unit = tokens * forward / t / flops_per_s / step.accumulate
     backward = unit * (1 + again / forward)
-    times["bubble"] = pipeline_bubble(step.schedule, stages, unit, backward, unit)
+    chunk = [time / step.chunks for time in (unit, backward, unit)]
+    times["bubble"] = pipeline_bubble(step.schedule, stages, *chunk)
   return times
 
 

@@ -115,6 +115,8 @@ class Step:
   """of the optimizer, for each weight, on average"""
   schedule: str = "1f1b"
   """of pipeline stages; a name of `sharding.roofline.SCHEDULES`"""
+  chunks: int = 1
+  """pipeline stages on one rank"""
 
   def __post_init__(self) -> None:
     check(self.batch >= 1, "batch", self.batch, "must be at least 1")

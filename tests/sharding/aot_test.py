@@ -1,4 +1,4 @@
-"""What becomes of a compiler's errors, and how a program is shown; the rest: jaxlm/run/ahead_test."""
+"""What becomes of a compiler's errors, and how a program is shown."""
 
 import pytest
 

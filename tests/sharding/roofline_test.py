@@ -13,6 +13,7 @@ from sharding.hardware import CHIPS
 from sharding.pipeline import Times, simulate
 from sharding.pipeline.schedules import (
   dualpipe,
+  dualpipev,
   gpipe,
   interleaved,
   one_f_one_b,
@@ -173,6 +174,7 @@ def test_experts_exchange_their_slots():
     ("zb_h2", zb_h2, 1, (1, 1.3, 0.9)),
     ("zb_v", zb_v, 2, (1, 1.1, 0.9)),
     ("dualpipe", dualpipe, 1, (1, 1, 1)),
+    ("dualpipev", dualpipev, 2, (1, 1, 1)),
   ],
 )
 def test_bubbles_are_those_of_the_simulated_schedules(name, make, chunks, times, P):
@@ -182,5 +184,7 @@ def test_bubbles_are_those_of_the_simulated_schedules(name, make, chunks, times,
     make(P, M), Times(forward=forward, input_gradient=backward, weight_gradient=weight)
   )
   work = M * chunks * sum(times)
-  formula = roofline.pipeline_bubble(name, P, forward, backward, weight, chunks=chunks)
+  formula = roofline.pipeline_bubble(name, P, forward, backward, weight)
   assert simulated.cost - work == pytest.approx(formula, abs=1e-9)
+  kept = roofline.peak_micro_batches(name, P, M, chunks=chunks)
+  assert max(simulated.peak_activations) / chunks == kept

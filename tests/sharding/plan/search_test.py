@@ -117,7 +117,7 @@ def test_mixtures_exchange_tokens():
   [
     ({"tensor": 8, "fsdp": 8}, "K=4: must be a multiple of tensor=8"),
     ({"stage": 16, "fsdp": 4}, "stage=16: the model has 8 layers"),
-    ({"stage": 8, "fsdp": 8}, "accumulate=1: must be at least stage=8"),
+    ({"stage": 8, "fsdp": 8}, "accumulate=1: 1f1b on 8 stages needs 8"),
     ({"expert": 8, "fsdp": 8}, "expert=8: the model has no experts"),
     ({"context_ulysses": 16, "fsdp": 4}, "N / tensor=8: must be a multiple of context_ulysses=16"),
     ({"data": 32}, "has 64 devices, mesh data 32 needs 32"),
