@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from jaxlm.cli.presets import list_presets, load_preset
 from jaxlm.config import OnNewSteps, TrainConfig, check
+from jaxlm.config.pipeline import PipelineSchedule
+from jaxlm.paths import local_path
 from jaxlm.run.output import leave_at_once
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def _parse_train(preset: str, flags: list[str]) -> TrainConfig:
   if preset.endswith(".json"):
     from jaxlm.run.run_folder import read_config
 
-    default = read_config(Path(preset))
+    default = read_config(local_path(preset, "preset"))
     default = dataclasses.replace(default, run=f"{default.run}-again")
   else:
     default = load_preset(preset)
@@ -47,7 +48,19 @@ def _parse_train(preset: str, flags: list[str]) -> TrainConfig:
   # a layer's mixer stays of its kind: a union of dataclasses gives flags, not subcommands
   options = (tyro.conf.AvoidSubcommands,)
   prog = f"jaxlm train {preset}"
-  return tyro.cli(TrainConfig, default=default, args=flags, prog=prog, config=options)
+  flagged = _TrainFlags(**_fields(default))
+  values = _fields(tyro.cli(_TrainFlags, default=flagged, args=flags, prog=prog, config=options))
+  if schedule := values.pop("schedule"):
+    values["pipeline"] = dataclasses.replace(values["pipeline"], schedule=schedule)
+  return TrainConfig(**values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TrainFlags(TrainConfig):
+  """Train a language model; flags change the preset's configuration."""
+
+  schedule: PipelineSchedule | None = None
+  """short for --pipeline.schedule"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +84,7 @@ def resume(arguments: list[str]) -> int:
   from jaxlm.run.run_folder import RunFolder
 
   run = arguments[0]
-  config = dataclasses.replace(RunFolder(Path(run)).read_config(), run=run)
+  config = dataclasses.replace(RunFolder.at(run).read_config(), run=run)
   default = _ResumeConfig(**_fields(config))
   flags = tyro.cli(_ResumeConfig, default=default, args=arguments[1:], prog=f"jaxlm resume {run}")
   values = _fields(flags)
