@@ -54,9 +54,12 @@ def _ignored(config: TrainConfig) -> huggingface.Ignored:
   return huggingface.Ignored(config.ignore_config, config.ignore_tensors)
 
 
-def check_mesh(config: TrainConfig) -> None:
-  """Raises UserError where the model does not divide over the mesh or cannot use an axis of it."""
-  sizes = config.mesh.resolve(jax.device_count())
+def check_mesh(config: TrainConfig, devices: int | None = None) -> None:
+  """Raises UserError where the model does not divide over the mesh or cannot use an axis of it.
+
+  The mesh is one of `devices`, by default of those that are here.
+  """
+  sizes = config.mesh.resolve(jax.device_count() if devices is None else devices)
   rule = "the model does not use this axis; it must be 1"
   check(sizes["expert"] == 1, "mesh.expert", sizes["expert"], rule)
   _check_stages(config, sizes)

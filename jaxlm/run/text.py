@@ -136,6 +136,13 @@ class TextTask(Task):
     """Returns an iterator over packed or windowed rows of the training text."""
     return train_loader(self.text, batch=self.config.batch, seed=self.config.seed, rows=rows)
 
+  def batch_types(self) -> Batch:
+    """Returns the shapes and dtypes of a global batch, to lower a step from."""
+    shape = (self.config.batch, self.config.data.length)
+    whole, real = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.float32))
+    packed = whole if self.config.data.layout == "packed" else None
+    return Batch(whole, whole, real, packed, packed)
+
   def objective(
     self, params: Any, model_state: Any, batch: Batch, key: jax.Array
   ) -> dict[str, Weighted]:
