@@ -54,9 +54,12 @@ def _ignored(config: TrainConfig) -> huggingface.Ignored:
   return huggingface.Ignored(config.ignore_config, config.ignore_tensors)
 
 
-def check_mesh(config: TrainConfig) -> None:
-  """Raises UserError where the model does not divide over the mesh or cannot use an axis of it."""
-  sizes = config.mesh.resolve(jax.device_count())
+def check_mesh(config: TrainConfig, devices: int | None = None) -> None:
+  """Raises UserError where the model does not divide over the mesh or cannot use an axis of it.
+
+  The mesh is one of `devices`, by default of those that are here.
+  """
+  sizes = config.mesh.resolve(jax.device_count() if devices is None else devices)
   rule = "the model does not use this axis; it must be 1"
   check(sizes["expert"] == 1, "mesh.expert", sizes["expert"], rule)
   _check_stages(config, sizes)
@@ -88,9 +91,6 @@ def _check_stages(config: TrainConfig, sizes: dict[str, int]) -> None:
     layers = config.pipeline.layers_per_stage
     check(not layers, "pipeline.layers_per_stage", layers, rule)
     return
-  for axis in ("context_ring", "context_ulysses"):
-    rule = f"rows are not split in pipelines, mesh.stage={sizes['stage']}; it must be 1"
-    check(sizes[axis] == 1, f"mesh.{axis}", sizes[axis], rule)
   schedule = make_schedule(config, sizes["stage"])
   repeats = [(len(specs), repeats) for specs, repeats in config.model.stacks]
   cut_layers(repeats, schedule.stages, config.pipeline.layers_per_stage)
