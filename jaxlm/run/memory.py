@@ -45,8 +45,8 @@ def keep_freed_memory_on_cpu() -> None:
 
 def _runs_on_cpu() -> bool:
   """Returns whether jax runs on CPU; starts it only where an accelerator's plugin is installed."""
-  if jax.config.jax_platforms:
-    return jax.config.jax_platforms.startswith("cpu")
+  if platforms := jax.config.values["jax_platforms"]:
+    return platforms.startswith("cpu")
   plugins = importlib.metadata.entry_points(group="jax_plugins")
   if not plugins and not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):
     return True
