@@ -42,6 +42,7 @@ class RunFolder:
   environment = property(lambda self: self.path / "environment.json")
   text = property(lambda self: self.path / "text.json")
   trackers = property(lambda self: self.path / "trackers.json")
+  published = property(lambda self: self.path / "published")
 
   def check_new(self) -> None:
     """Raises UserError where something is there already, but for the lock."""
