@@ -88,8 +88,8 @@ class Attention(nn.Module):
   ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
     """Returns the layer's output [B, T, D], its updated cache or None, and no statistics."""
     c = self.spec
-    B, T, _ = x_BTD.shape
     x_BTD = all_gather(x_BTD, "batch", "length", None)
+    B, T, _ = x_BTD.shape
     q_BTNH = _split_heads(self.q(x_BTD), c.H)
     k_BTKH = _split_heads(self.k(x_BTD), c.H)
     v_BTKH = _split_heads(self.v(x_BTD), c.H)
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH, cache, context.positions_BT, lengths_BT, c
       )
     o_BTNH = checkpoint_name(o_BTNH, "attention_out")
-    return self.o(o_BTNH.reshape(B, T, c.N * c.H)), cache, {}
+    return self.o(o_BTNH.reshape(B, T, o_BTNH.shape[2] * c.H)), cache, {}
 
 
 _HEADS = ("batch", "length", "act_heads")
