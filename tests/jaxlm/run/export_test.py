@@ -113,7 +113,7 @@ def test_bytes_as_a_tokenizer_of_the_library():
 
 
 PUBLISHED = {
-  "tokenizer_config.json": b'{"tokenizer_class": "X", "eos_token": "</s>",  "chat_template": "{{x}}"}',
+  "tokenizer_config.json": b'{"tokenizer_class": "X", "eos_token":"</s>", "chat_template":"{{x}}"}',
   "generation_config.json": b'{"eos_token_id": [7, 1], "temperature": 0.6, "top_p": 0.9}',
   "special_tokens_map.json": b'{"eos_token": "</s>"}',
   "chat_template.jinja": b"{% for message in messages %}{{ message }}{% endfor %}",
