@@ -110,9 +110,6 @@ def _check_stages(config: TrainConfig, sizes: dict[str, int]) -> None:
     layers = config.pipeline.layers_per_stage
     check(not layers, "pipeline.layers_per_stage", layers, rule)
     return
-  for axis in ("context_ring", "context_ulysses"):
-    rule = f"rows are not split in pipelines, mesh.stage={sizes['stage']}; it must be 1"
-    check(sizes[axis] == 1, f"mesh.{axis}", sizes[axis], rule)
   schedule = make_schedule(config, sizes["stage"])
   repeats = [(len(specs), repeats) for specs, repeats in config.model.stacks]
   cut_layers(repeats, schedule.stages, config.pipeline.layers_per_stage)
