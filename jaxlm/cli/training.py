@@ -26,10 +26,10 @@ def train(arguments: list[str]) -> int:
     return 0 if arguments else 2
   config = _parse_train(arguments[0], arguments[1:])
   from jaxlm.run import train
-  from sharding.multihost import join_processes
+  from sharding.multihost import joined_processes
 
-  join_processes()
-  return _exit_status(train(config))
+  with joined_processes():
+    return _exit_status(train(config))
 
 
 def _parse_train(preset: str, flags: list[str]) -> TrainConfig:
@@ -74,10 +74,10 @@ def resume(arguments: list[str]) -> int:
   other_text = values.pop("other_text")
   check(flags.run == run, "run", flags.run, f"a resumed run stays in its folder {run}")
   from jaxlm.run import resume
-  from sharding.multihost import join_processes
+  from sharding.multihost import joined_processes
 
-  join_processes()
-  return _exit_status(resume(run, TrainConfig(**values), other_text=other_text))
+  with joined_processes():
+    return _exit_status(resume(run, TrainConfig(**values), other_text=other_text))
 
 
 def _fields(config: TrainConfig) -> dict[str, Any]:
