@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -47,9 +48,10 @@ def environment(*libraries: str) -> str:
 
   processor = platform.machine()
   if Path("/proc/cpuinfo").exists():
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else processor
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    about = dict(re.findall(r"^(.*?)\s*:\s*(.*)$", first, re.MULTILINE))
+    numbers = f"family {about.get('cpu family')}, model {about.get('model')}"
+    processor = f"{about.get('model name', processor)} ({numbers})"
   versions = ", ".join(f"{name} {version(name)}" for name in libraries)
   date = datetime.date.today().isoformat()
   machine = f"{os.cpu_count()} cores of {processor}"

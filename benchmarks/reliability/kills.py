@@ -34,7 +34,7 @@ AIMS = {
   ),  # of manifest.json, config.json or metrics.jsonl, or one of Orbax
   "before pruning": ("jaxlm.checkpoint.checkpoint", "prune", 0.0, 2),
   "while pruning": ("shutil", "rmtree", 0.002, 2),
-  "while setting aside": ("jaxlm.run.loop", "set_aside_after", 0.002, 1),
+  "while setting aside": ("jaxlm.run.start", "set_aside_after", 0.002, 1),
 }
 ANY_MOMENT = "any moment"
 

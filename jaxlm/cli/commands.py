@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import sys
 from collections.abc import Callable
 
@@ -13,6 +13,7 @@ from jaxlm.cli.presets import list_presets, nearest
 from jaxlm.cli.tokenize import tokenize
 from jaxlm.cli.training import RESUMABLE, resume, train
 from jaxlm.cli.weights import convert, sample
+from jaxlm.run.output import leave_at_once, standard_streams
 from pallas_kernels.common.errors import UserError
 
 __all__ = ["COMMANDS", "RESUMABLE", "main"]
@@ -57,6 +58,7 @@ BY_ARGUMENTS: dict[str, Callable[[list[str]], int]] = {
 COMMANDS = (*BY_ARGUMENTS, *BY_SIGNATURE)
 
 
+@standard_streams()
 def main(arguments: list[str] | None = None) -> int:
   """Runs one command and returns the exit status.
 
@@ -83,16 +85,19 @@ def main(arguments: list[str] | None = None) -> int:
       raise
     return _print_error(f"{type(error).__name__}: {error}", status=1)
   except FloatingPointError as error:
+    from jaxlm.decode import NoDistribution
     from jaxlm.run.guard import BadStep
 
-    if not isinstance(error, BadStep):
+    if not isinstance(error, BadStep | NoDistribution):
       raise
     return _print_error(str(error), status=1)
   except KeyboardInterrupt:
-    print("jaxlm: left at once, without saving", file=sys.stderr, flush=True)
-    os._exit(1)  # threads that still write would hold up an orderly exit
+    with contextlib.suppress(OSError):
+      print("jaxlm: left at once, without saving", file=sys.stderr, flush=True)
+    leave_at_once(1)  # threads that still write would hold up an orderly exit
 
 
 def _print_error(message: str, *, status: int) -> int:
-  print(f"jaxlm: {message}", file=sys.stderr)
+  with contextlib.suppress(OSError):  # nobody listens; the status says it
+    print(f"jaxlm: {message}", file=sys.stderr)
   return status

@@ -11,18 +11,34 @@ import tyro
 from pallas_kernels.common.errors import UserError
 
 
-def evaluate(run: tyro.conf.Positional[Path], batches: int | None = None) -> int:
+def evaluate(
+  run: tyro.conf.Positional[str],
+  batches: int | None = None,
+  dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+  ignore_config: tuple[str, ...] = (),
+  ignore_tensors: tuple[str, ...] = (),
+) -> int:
   """Compute the loss of a run's newest weights on held-out text, beside a byte model's and zlib's.
 
   Args:
     run: folder of the run
     batches: read only this many
+    dtype: of the weights of a checkpoint; by default that of its files
+    ignore_config: fields of a checkpoint's config.json to read as if they were not there
+    ignore_tensors: tensors of a checkpoint that are no weights; names, or patterns with * and ?
   """
   from jaxlm.data.baselines import baselines
+  from jaxlm.interop.huggingface import Ignored
   from jaxlm.run import SavedRun
+  from jaxlm.run.run_folder import RunFolder
+  from jaxlm.run.text_identity import changed_text
 
-  saved = SavedRun.open(run)
+  saved = SavedRun.open(run, dtype=dtype, ignored=Ignored(ignore_config, ignore_tensors))
   text, values = saved.evaluate(batches)
+  for line in text.store.report.splitlines():
+    print(f"data: {line}")
+  for change in changed_text(RunFolder(Path(run)), text.digests):
+    print(f"not the text of the run: {change}")
   loss, tokens = values["heldout_loss"], values["tokens"]
   print(f"step {saved.step}: held-out loss {loss:.4f} nats per token over {tokens:,} tokens")
   print("bits per byte on the same text")

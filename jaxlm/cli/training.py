@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from jaxlm.cli.presets import list_presets, load_preset
-from jaxlm.config import TrainConfig, check
+from jaxlm.config import OnNewSteps, TrainConfig, check
+from jaxlm.run.output import leave_at_once
 
 if TYPE_CHECKING:
   from jaxlm.run import TrainResult
@@ -53,6 +54,8 @@ def _parse_train(preset: str, flags: list[str]) -> TrainConfig:
 class _ResumeConfig(TrainConfig):
   """Go on with a run from its newest checkpoint that verifies; flags change its configuration."""
 
+  schedule: OnNewSteps | None = None
+  """of the learning rate, with other --steps: extend it over them (default), keep it, or decay"""
   other_text: bool = False
   """go on though the text is not the one that the run was trained on"""
 
@@ -63,6 +66,7 @@ def resume(arguments: list[str]) -> int:
     print("usage: jaxlm resume DIR [flags]   (`jaxlm resume DIR --help` lists the flags)\n")
     print("Flags change the run's configuration, as in --steps 1000 to train longer. Those that")
     print("contradict the checkpoint are refused. --other_text goes on with text that has changed.")
+    print("With other --steps, --schedule says what the learning rate does: extend, keep or decay.")
     return 0 if arguments else 2
   from jaxlm.run.run_folder import RunFolder
 
@@ -71,13 +75,14 @@ def resume(arguments: list[str]) -> int:
   default = _ResumeConfig(**_fields(config))
   flags = tyro.cli(_ResumeConfig, default=default, args=arguments[1:], prog=f"jaxlm resume {run}")
   values = _fields(flags)
-  other_text = values.pop("other_text")
+  other_text, schedule = values.pop("other_text"), values.pop("schedule")
   check(flags.run == run, "run", flags.run, f"a resumed run stays in its folder {run}")
   from jaxlm.run import resume
   from sharding.multihost import joined_processes
 
   with joined_processes():
-    return _exit_status(resume(run, TrainConfig(**values), other_text=other_text))
+    config = TrainConfig(**values)
+    return _exit_status(resume(run, config, schedule=schedule, other_text=other_text))
 
 
 def _fields(config: TrainConfig) -> dict[str, Any]:
@@ -85,6 +90,18 @@ def _fields(config: TrainConfig) -> dict[str, Any]:
 
 
 def _exit_status(result: TrainResult) -> int:
+  """Returns the status that tells how the run ended; leaves with it at once after a lost tracker.
+
+  The library of such a tracker may wait for its helper for ever when Python ends.
+  """
   if result.saved < result.step:
-    return 1  # the log has said what went wrong
-  return 0 if result.finished else RESUMABLE
+    status = 1  # the log has said what went wrong
+  else:
+    status = 0 if result.finished else RESUMABLE
+  if result.lost_trackers:
+    import jax
+
+    if jax.process_count() > 1:
+      jax.distributed.shutdown()  # the others would take this process for dead
+    leave_at_once(status)
+  return status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Literal
 
 import tyro
@@ -29,6 +30,9 @@ def sample(
   min_p: float = 0.05,
   seed: int = 0,
   count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1,
+  dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+  ignore_config: tuple[str, ...] = (),
+  ignore_tensors: tuple[str, ...] = (),
 ) -> int:
   """Continue a prompt with a run's newest weights, or those of a Hugging Face checkpoint.
 
@@ -42,13 +46,17 @@ def sample(
     min_p: keep tokens at least this share as likely as the likeliest one
     seed: of the draws
     count: how many continuations
+    dtype: of the weights of a checkpoint; by default that of its files
+    ignore_config: fields of a checkpoint's config.json to read as if they were not there
+    ignore_tensors: tensors of a checkpoint that are no weights; names, or patterns with * and ?
   """
   from jaxlm.decode import Sampler
 
   sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+  from jaxlm.interop.huggingface import Ignored
   from jaxlm.run import SavedRun
 
-  saved = SavedRun.open(run)
+  saved = SavedRun.open(run, dtype=dtype, ignored=Ignored(ignore_config, ignore_tensors))
   for index in range(count):
     print(prompt + saved.sample(prompt, sampler=sampler, max_new=max_new, seed=seed + index))
   return 0
@@ -61,17 +69,26 @@ def convert(arguments: list[str]) -> int:
     return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
   (source, target), flags = arguments[:2], arguments[2:]
   prog = f"jaxlm convert {source} {target}"
-  from jaxlm.interop.huggingface import is_checkpoint
+  from jaxlm.interop.huggingface import Ignored, is_checkpoint
   from jaxlm.run.convert import convert, tuning_config
 
   if is_checkpoint(source):
-    default = tuning_config(source, target)
+    # the checkpoint's model is the default of the flags, and these decide whether it can be read
+    early, _ = tyro.cli(_IgnoredFlags, args=flags, return_unknown_args=True, add_help=False)
+    ignored = Ignored(early.ignore_config, early.ignore_tensors)
+    default = tuning_config(source, target, ignored)
     config = tyro.cli(TrainConfig, default=default, args=flags, prog=prog)
     print(convert(source, target, config=config))
   else:
     dtype = tyro.cli(_parse_dtype, args=flags, prog=prog)
     print(convert(source, target, dtype=dtype))
   return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _IgnoredFlags:
+  ignore_config: tuple[str, ...] = ()
+  ignore_tensors: tuple[str, ...] = ()
 
 
 def _parse_dtype(dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> str:

@@ -10,7 +10,7 @@ from jaxlm.config.compute import ComputeConfig
 from jaxlm.config.data import DataConfig
 from jaxlm.config.layers import decoder, rearrange, revise
 from jaxlm.config.model import AttentionConfig, LayerSpec, MlpConfig, ModelConfig
-from jaxlm.config.optimizer import OptimizerConfig
+from jaxlm.config.optimizer import OnNewSteps, OptimizerConfig
 from jaxlm.config.rope import RopeConfig
 from jaxlm.config.train import TrainConfig
 from sharding.mesh import MeshConfig
@@ -23,6 +23,7 @@ __all__ = [
   "MeshConfig",
   "MlpConfig",
   "ModelConfig",
+  "OnNewSteps",
   "OptimizerConfig",
   "RopeConfig",
   "TrainConfig",

@@ -34,6 +34,10 @@ class TrainConfig:
   """of the weights and the data order"""
   init: str = ""
   """Hugging Face checkpoint to start from, and its tokenizer: folder or hf:owner/name (extra hf)"""
+  ignore_config: tuple[str, ...] = ()
+  """fields of the config.json of `init` that are read as if they were not there"""
+  ignore_tensors: tuple[str, ...] = ()
+  """tensors of `init` that are no weights of the model: names, or patterns with * and ?"""
   run: str = ""
   """folder of the run; must be new or empty (default: runs/PRESET)"""
   save_every: int = 100

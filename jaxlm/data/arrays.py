@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,12 @@ class ChainDigest:
     link = hashlib.sha256(bytes.fromhex(self.chain))
     link.update(self.block[: self.filled].data)
     return link.hexdigest()
+
+
+def digest(value: Any) -> str:
+  """Returns a digest of a value of JSON, 32 hexadecimal digits of BLAKE2b."""
+  text = json.dumps(value, sort_keys=True)  # ASCII, whatever file names hold
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def digest_array(array: ts.TensorStore) -> str:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import DataConfig
-from jaxlm.data.arrays import Place
-from jaxlm.data.corpus import digest, open_source
+from jaxlm.data.arrays import Place, digest
+from jaxlm.data.corpus import open_source
 from jaxlm.data.store import FINISHED, TokenStore, is_store
 from jaxlm.data.tokenize import fixed_tokenizer, make_store_plan, tokenize, tokenize_in_memory
 from jaxlm.data.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ def _check_given_store(store: TokenStore, config: DataConfig, tokenizer: Tokeniz
     flag = "bytes" if store.tokenizer.digest == "bytes" else f"{store.place}/tokenizer.json"
     raise UserError(f"data.tokenizer={config.tokenizer!r}: {rule}; use --data.tokenizer {flag}")
   defaults = {field.name: field.default for field in dataclasses.fields(DataConfig)}
-  for name in ("holdout", "text_field", "max_bytes", "invalid_utf8"):
-    value, stored = getattr(config, name), store.meta["plan"][name]
+  for name in ("holdout", "heldout", "text_field", "max_bytes", "invalid_utf8", "record_limit"):
+    value, stored = getattr(config, name), store.meta["plan"].get(name)
     if value not in (stored, defaults[name]):
       raise UserError(f"data.{name}={value!r}: the store {store.place} was made with {stored!r}")

@@ -6,236 +6,165 @@ A source gives the pieces of its documents in an order that does not change, fro
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
+import functools
 import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
 
 from jaxlm.config import DataConfig
-from jaxlm.data.formats import ENDINGS, TEXT, Piece, Position, Reader, missing_field
+from jaxlm.data.arrays import digest
+from jaxlm.data.blocks import TEXT
+from jaxlm.data.folder import find_text, is_run
+from jaxlm.data.formats import ENDINGS, KNOWN, Reader
+from jaxlm.data.named_splits import split_by_name, training_parts
+from jaxlm.data.parts import FilePart, HubPart, Part
+from jaxlm.data.pieces import Piece, Position
+from jaxlm.data.store import is_store
 from pallas_kernels.common.errors import UserError, import_extra
 
-INSTALLED = frozenset(("site-packages", "dist-packages", "__pycache__"))
+INSTALLED = frozenset(("site-packages", "dist-packages"))
 TESTS = frozenset(("test", "tests", "idle_test"))
 TABLES = frozenset(("encodings", "pydoc_data"))  # written by programs
 PLATFORM = ("config-", "_sysconfigdata")  # differ from one build of Python to the next
 
 
-class Source(Protocol):
-  """Gives the pieces of a text's documents, in an order that does not change."""
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Gives the pieces of a text's documents, part by part."""
+
+  parts: tuple[Part, ...]
+  """Where they name their sides, those that train come first."""
+  notes: tuple[str, ...]
+  """Says what the source is and what was left out, for the log."""
 
   @property
   def identity(self) -> str:
-    """Returns a digest of names, sizes and times of files, or of a revision."""
+    """Returns a digest of the names, sizes and times of files, and of revisions."""
+    return digest([part.identity for part in self.parts])
 
   @property
-  def notes(self) -> tuple[str, ...]:
-    """Returns what the log says about the source."""
+  def names_sides(self) -> bool:
+    """Returns whether its parts are named as sides, so that nothing is left to split."""
+    return self.parts[0].side is not None
 
-  @property
+  @functools.cached_property
   def expected_size(self) -> int | None:
-    """Returns the bytes of text, where they are known without reading it."""
+    """Returns the bytes of all files, some of which may be compressed; None with the Hub."""
+    sizes = [part.size for part in self.parts]
+    return sum(size or 0 for size in sizes) if all(size is not None for size in sizes) else None
 
   @property
-  def single_size(self) -> int | None:
-    """Returns the bytes of the document, where the source is sure to hold only one."""
+  def documents(self) -> list[tuple[str, int]] | None:
+    """Returns name and bytes of each document, where all are files of plain text."""
+    if not all(part.name.lower().endswith(TEXT) for part in self.parts):
+      return None
+    return [(part.name, part.size or 0) for part in self.parts]
 
   def progress(self, position: Position) -> str:
-    """Returns how much of the source lies before the position, as far as that is known."""
+    """Returns the share of a single text, or the number of the file or record."""
+    if self.expected_size is None:
+      return f"record {position.record}"
+    if len(self.parts) == 1 and self.documents and self.expected_size:
+      return f"{position.size / self.expected_size:.0%}"
+    return f"file {min(position.file + 1, len(self.parts))} of {len(self.parts)}"
 
   def pieces(self, reader: Reader) -> Iterator[Piece]:
     """Yields the pieces from the reader's position on, which it moves.
 
-    Raises UserError that names the file and the rule for what is damaged or not text.
+    Raises UserError that names the file and the rule for what cannot be read, and with
+    `config.strict` for what is damaged or no text.
     """
+    while (index := reader.position.file) < len(self.parts):
+      reader.side = self.parts[index].side
+      if not reader.position.full:
+        yield from self.parts[index].read(reader)
+      following = self.parts[index + 1 : index + 2]
+      reader.next_file(next_side=any(part.side != reader.side for part in following))
 
 
 def open_source(config: DataConfig) -> Source:
-  """Finds the text of `config.source` without reading it.
+  """Finds the text of `config.source`, and of `config.heldout`, without reading it.
 
-  Raises UserError for a source that is missing or holds no file of a known kind, and
+  Raises UserError for a source that is missing, a run, or without a file of a known kind, and
   MissingExtraError that names the extra for the Hub where its libraries are not installed.
   """
-  if config.source == "stdlib":
+  parts, notes = _find_parts(config.source, "data.source", config)
+  if config.heldout and config.heldout != "none":
+    more, more_notes = _find_parts(config.heldout, "data.heldout", config)
+    heldout = tuple(dataclasses.replace(part, side="heldout") for part in more)
+    taken = {part.identity[0] for part in more}
+    rest = tuple(part for part in parts if part.identity[0] not in taken)
+    train, train_notes = training_parts(rest)
+    if not train:
+      raise UserError(f"data.heldout={config.heldout!r}: leaves nothing of {config.source!r}")
+    notes = (*notes, *train_notes, f"held out {config.heldout}", *more_notes)
+    parts = (*train, *heldout)
+  elif not config.heldout:
+    parts, more_notes = split_by_name(parts)
+    notes = (*notes, *more_notes)
+  return Source(parts, notes)
+
+
+def absolute_paths(config: DataConfig) -> DataConfig:
+  """Returns the configuration with absolute paths of the text, which mean the same anywhere."""
+  source, heldout = _absolute(config.source), _absolute(config.heldout)
+  return dataclasses.replace(config, source=source, heldout=heldout)
+
+
+def _absolute(source: str) -> str:
+  if source in ("", "stdlib", "none") or source.startswith("hf:"):
+    return source
+  return str(Path(source).expanduser().absolute())
+
+
+def _find_parts(
+  source: str, field: str, config: DataConfig
+) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+  """Returns the parts of a file, a folder, a dataset or the standard library, and its notes."""
+  name = f"{field}={source!r}"
+  if source == "stdlib":
     return _stdlib()
-  if config.source.startswith("hf:"):
-    return _open_hub(config)
-  name = f"data.source={config.source!r}"
-  root = Path(config.source).expanduser()
-  if not config.source or not root.exists():
+  if source.startswith("hf:"):
+    return _open_hub(source, name)
+  root = Path(source).expanduser()
+  if not source or not root.exists():
     raise UserError(f"{name}: no such file or folder (or hf:owner/dataset, or stdlib)")
   if not root.is_dir():
     if not root.name.lower().endswith(ENDINGS):
-      raise UserError(f"{name}: unknown ending, known are {' '.join(ENDINGS)}")
-    return FileSource(root.parent, (root.name,), ("1 file",))
-  names, links = _walk(root, ENDINGS)
-  if not names:
-    raise UserError(f"{name}: no file ends in {' '.join(ENDINGS)} ({links} links not followed)")
-  notes = [f"{len(names)} files"]
-  if links:
-    notes.append(f"{links} links not followed")
-  return FileSource(root, tuple(names), tuple(notes))
+      raise UserError(f"{name}: unknown ending, known are {KNOWN}")
+    return (FilePart(root, root.name),), ("1 file",)
+  if is_run(root) or is_store(root):
+    kind = "the folder of a run" if is_run(root) else "a token store, which has its own sides"
+    raise UserError(f"{name}: is {kind}, not text")
+  found = find_text(root, follow_links=config.follow_links)
+  if not found.names:
+    left_out = f" ({'; '.join(found.notes)})" if found.notes else ""
+    raise UserError(f"{name}: no file ends in {KNOWN}{left_out}")
+  parts = tuple(FilePart(root / below, below) for below in found.names)
+  left_out = f"left out {', '.join(found.notes)}"
+  return parts, (f"{len(parts)} files", *([left_out] if found.notes else []))
 
 
-@dataclasses.dataclass(frozen=True)
-class FileSource:
-  """Reads files of a folder, in the order of their names."""
-
-  root: Path
-  names: tuple[str, ...]
-  notes: tuple[str, ...]
-  skip_invalid: bool = False
-  """Leaves out files that are not text, with a note, instead of refusing; holds each whole."""
-
-  @property
-  def identity(self) -> str:
-    """Returns a digest of the names, sizes and times of the files."""
-    root = self.root.resolve()
-    stats = [(name, (root / name).stat()) for name in self.names]
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    return digest(["files", str(root), files])
-
-  @property
-  def expected_size(self) -> int | None:
-    """Returns the bytes of all files, some of which may be compressed."""
-    return sum((self.root / name).stat().st_size for name in self.names)
-
-  @property
-  def single_size(self) -> int | None:
-    """Returns the bytes of the only file, where it is plain text."""
-    if len(self.names) == 1 and self.names[0].lower().endswith(TEXT):
-      return self.expected_size
-    return None
-
-  def progress(self, position: Position) -> str:
-    """Returns the share of a single text, or the number of the file."""
-    if size := self.single_size:
-      return f"{position.size / size:.0%}"
-    return f"file {min(position.file + 1, len(self.names))} of {len(self.names)}"
-
-  def pieces(self, reader: Reader) -> Iterator[Piece]:
-    """Yields the rest of the files, one after another."""
-    while reader.position.file < len(self.names) and not reader.position.full:
-      name = self.names[reader.position.file]
-      if self.skip_invalid:
-        yield from self._valid_pieces(reader, name)
-      else:
-        yield from reader.read(self.root / name, name)
-      if not reader.position.full:
-        reader.next_file()
-
-  def _valid_pieces(self, reader: Reader, name: str) -> list[Piece]:
-    before = reader.position
-    try:
-      return list(reader.read(self.root / name, name))
-    except UserError as error:
-      reader.position = before._replace(left_out=(*before.left_out, str(error)))
-      return []
-
-
-def _walk(
-  root: Path, endings: tuple[str, ...], skip: frozenset[str] = frozenset()
-) -> tuple[list[str], int]:
-  """Returns relative POSIX paths of files with these endings, sorted, and the number of links.
-
-  No link is followed.
-  """
-  names, links = list[str](), 0
-
-  def fail(error: OSError) -> None:
-    raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
-
-  for folder, folders, files in os.walk(root, onerror=fail):
-    links += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
-    folders[:] = [name for name in folders if name not in skip]
-    for path in (Path(folder, name) for name in files if name.lower().endswith(endings)):
-      links += path.is_symlink()
-      if path.is_file() and not path.is_symlink():
-        names.append(path.relative_to(root).as_posix())
-  return sorted(names), links
-
-
-def _stdlib() -> FileSource:
+def _stdlib() -> tuple[tuple[Part, ...], tuple[str, ...]]:
   root = Path(sysconfig.get_path("stdlib"))
-  names = _walk(root, (".py",), INSTALLED | TESTS | TABLES)[0] if root.is_dir() else []
-  names = [name for name in names if not name.startswith(PLATFORM)]
+  skip = INSTALLED | TESTS | TABLES
+  names = find_text(root, endings=(".py",), skip=skip).names if root.is_dir() else ()
+  names = tuple(name for name in names if not name.startswith(PLATFORM))
   if not names:
     rule = f"this Python keeps no sources in {root}; name a file or folder instead"
     raise UserError(f"data.source='stdlib': {rule}")
-  return FileSource(root, tuple(names), (f"Python {platform.python_version()}",), skip_invalid=True)
+  notes = (f"Python {platform.python_version()}",)
+  return tuple(FilePart(root / name, name) for name in names), notes
 
 
-@dataclasses.dataclass(frozen=True)
-class HubSource:
-  """Streams a split of a dataset on the Hub at one revision."""
-
-  name: str
-  split: str
-  revision: str
-  text_field: str
-
-  expected_size = None
-  single_size = None
-
-  @property
-  def identity(self) -> str:
-    """Returns a digest of the name, the split and the revision."""
-    return digest(["hub", self.name, self.split, self.revision])
-
-  @property
-  def notes(self) -> tuple[str, ...]:
-    """Returns the revision."""
-    return (f"revision {self.revision}",)
-
-  def progress(self, position: Position) -> str:
-    """Returns the number of the record."""
-    return f"record {position.record}"
-
-  def pieces(self, reader: Reader) -> Iterator[Piece]:
-    """Yields the rest of the records, skipping those before the position."""
-    if reader.position.full:
-      return
-    source = f"hf:{self.name}:{self.split}"
-    first = reader.position.record
-    records = self._records()
-    if first:
-      records = records.skip(first)
-    for index, record in enumerate(records, start=first):
-      where = f"{source}:{index}"
-      if self.text_field not in record:
-        raise missing_field(where, self.text_field, list(record))
-      yield from reader.record(f"{self.name}:{self.split}:{index}", record[self.text_field], where)
-      if reader.position.full:
-        return
-
-  def _records(self) -> Any:
-    datasets = import_extra("datasets", "hf", f"data.source='hf:{self.name}'")
-    try:
-      return datasets.load_dataset(
-        self.name, split=self.split, streaming=True, revision=self.revision
-      )
-    except (OSError, ValueError) as error:
-      raise UserError(f"data.source='hf:{self.name}': {error}") from error
-
-
-def _open_hub(config: DataConfig) -> HubSource:
-  purpose = f"data.source={config.source!r}"
+def _open_hub(source: str, purpose: str) -> tuple[tuple[Part, ...], tuple[str, ...]]:
   import_extra("datasets", "hf", purpose)
   hub = import_extra("huggingface_hub", "hf", purpose)
-  name, _, split = config.source.removeprefix("hf:").partition(":")
+  name, _, split = source.removeprefix("hf:").partition(":")
   try:
     # Asked first and then pinned, so that the report names what was read.
     revision = hub.HfApi().dataset_info(name).sha
   except (OSError, ValueError) as error:
     raise UserError(f"{purpose}: {error}") from error
-  return HubSource(name, split or "train", revision, config.text_field)
-
-
-def digest(value: Any) -> str:
-  """Returns a digest of a value of JSON, 32 hexadecimal digits of BLAKE2b."""
-  text = json.dumps(value, sort_keys=True)  # ASCII, whatever file names hold
-  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+  return (HubPart(name, split or "train", revision),), (f"revision {revision}",)

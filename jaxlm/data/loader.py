@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator
+from typing import Self
 
 import grain
 import numpy as np
@@ -89,43 +90,70 @@ def _rows(config: DataConfig, side: StoredSide, *, keep_last: bool) -> Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class _TrainBatches:
-  """Builds slices of batches; batch i holds the i-th `batch` rows of an endless order."""
+class _Slices:
+  """Builds slices of batches, as a sequence that grain reads ahead.
+
+  Batch i holds the i-th `batch` rows of an endless order, counted from the row `first`.
+  """
 
   source: Rows
   order: grain.MapDataset
   batch: int
   rows: slice | np.ndarray
+  first: int
 
   def __len__(self) -> int:
     return sys.maxsize // self.batch
 
   def __getitem__(self, index: int) -> Batch:
-    first = index * self.batch
-    rows_B = first + np.arange(self.batch)[self.rows]
+    rows_B = self.first + index * self.batch + np.arange(self.batch)[self.rows]
     return self.source.build(np.array([self.order[row] for row in rows_B]))
+
+
+class TrainBatches:
+  """Iterates without end over training batches. Its position counts rows, whatever the batch."""
+
+  def __init__(self, text: TextData, order: grain.MapDataset, batch: int, rows: slice | np.ndarray):
+    self._slices = _Slices(text.train, order, batch, rows, 0)
+    threads = text.config.threads
+    self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+    self.set_state({"next_row": 0})
+
+  def __iter__(self) -> Self:
+    return self
+
+  def __next__(self) -> Batch:
+    batch = next(self._batches)
+    self._next_row += self._slices.batch
+    return batch
+
+  def get_state(self) -> dict[str, int]:
+    """Returns the place of the next row in the order of all rows of all processes."""
+    return {"next_row": self._next_row}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    """Goes on with the batch that begins at this place."""
+    if "next_row" not in state:
+      rule = "its position counts batches; use the version that wrote it, or train anew"
+      raise UserError(f"checkpoint: is of an older version ({rule})")
+    self._next_row = state["next_row"]
+    slices = dataclasses.replace(self._slices, first=self._next_row)
+    self._batches = iter(grain.MapDataset.source(slices).to_iter_dataset(self._options))
 
 
 def train_loader(
   text: TextData, *, batch: int, seed: int, rows: slice | np.ndarray = slice(None)
-) -> grain.DatasetIterator[Batch]:
+) -> TrainBatches:
   """Iterates without end over training batches, of which it builds the `rows`.
 
-  Each epoch has an order of its own. `get_state()` is a small dict of whole numbers; `set_state` of
-  it continues with the batch that would have come next, and `grain.checkpoint.CheckpointSave` and
-  `CheckpointRestore` take the iterator.
+  Each epoch has an order of its own. `set_state` of what `get_state()` returns goes on with the row
+  that would have come next, also in batches of another size.
   """
   # Epoch e is shuffled by seed + e: spread the seeds, so that seed 1 does not begin with the
   # second epoch of seed 0.
   order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
   order = grain.MapDataset.range(len(text.train)).shuffle(seed=order_seed).repeat()
-  batches = grain.MapDataset.source(_TrainBatches(text.train, order, batch, rows))
-  threads = text.config.threads
-  return iter(
-    batches.to_iter_dataset(
-      grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
-    )
-  )
+  return TrainBatches(text, order, batch, rows)
 
 
 def heldout_batches(

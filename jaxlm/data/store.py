@@ -19,9 +19,16 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from jaxlm.data.arrays import CACHE, ArrayWriter, Place, digest_array, missing_shards, read_blocks
-from jaxlm.data.corpus import digest
-from jaxlm.data.split import SIDES, Side
+from jaxlm.data.arrays import (
+  CACHE,
+  ArrayWriter,
+  Place,
+  digest,
+  digest_array,
+  missing_shards,
+  read_blocks,
+)
+from jaxlm.data.pieces import SIDES, Side
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 from pallas_kernels.common.errors import UserError

@@ -14,12 +14,13 @@ from typing import Any
 from jaxlm.config import DataConfig
 from jaxlm.data.arrays import Place
 from jaxlm.data.corpus import Source, open_source
-from jaxlm.data.store import FINISHED, FORMAT, PROGRESS, TokenStore, is_store
+from jaxlm.data.store import FINISHED, PROGRESS, TokenStore, is_store
 from jaxlm.data.tokenizer import Tokenizer, make_tokenizer
 from jaxlm.data.writing import Report, StoreWriter, check_plan
 from pallas_kernels.common.errors import UserError
 
 LOCK = "lock"
+RULES = 2  # by which text is read and split; one more whenever they give other documents or sides
 _log = logging.getLogger("jaxlm")
 
 
@@ -76,12 +77,14 @@ def make_store_plan(
 ) -> dict[str, Any]:
   """Returns what decides the content of a store, before any text is read."""
   return {
-    "format": FORMAT,
+    "rules": RULES,
     "identity": source.identity,
     "text_field": config.text_field,
     "max_bytes": config.max_bytes,
     "invalid_utf8": config.invalid_utf8,
+    "record_limit": config.record_limit,
     "holdout": config.holdout,
+    "heldout": config.heldout,
     "tokenizer": config.tokenizer if tokenizer is None else tokenizer.digest,
   }
 

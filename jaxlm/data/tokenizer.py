@@ -12,10 +12,15 @@ import numpy as np
 import tokenizers
 
 from jaxlm.config import DataConfig
+from jaxlm.data.placeholder import describe_placeholder
 from pallas_kernels.common.errors import UserError
 
 FILE = "tokenizer.json"
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>")
+END_OF_TEXT = (
+  *("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>"),
+  *("<|eos|>", "<EOS>", "[EOS]", "<|im_end|>", "<|eot_id|>", "<|end|>"),
+)
+"""Names of the token that ends a text, of which the first that a tokenizer has counts."""
 BATCH = (
   128  # texts that the library encodes in parallel; it needs some 100 bytes per token while it does
 )
@@ -55,6 +60,9 @@ class Tokenizer(Protocol):
   def decode(self, ids: np.ndarray | Sequence[int]) -> str:
     """Returns the text of ids."""
 
+  def list_ids(self) -> np.ndarray:
+    """Returns the ids that have a text, rising, [ids]: `vocab_size` may count more."""
+
   def save(self, folder: Path) -> None:
     """Writes what `load_tokenizer(folder, config)` needs."""
 
@@ -77,6 +85,10 @@ class ByteTokenizer:
   def decode(self, ids: np.ndarray | Sequence[int]) -> str:
     """Returns the text of the bytes, with U+FFFD where they are not UTF-8."""
     return bytes(map(int, ids)).decode(errors="replace")
+
+  def list_ids(self) -> np.ndarray:
+    """Returns all ids, which are the 256 bytes."""
+    return np.arange(self.vocab_size)
 
   def save(self, folder: Path) -> None:
     """Writes nothing: the configuration says `bytes`."""
@@ -106,7 +118,10 @@ class BPETokenizer:
     """Reads a tokenizer.json; UserError where it is missing, damaged, or has no end of text."""
     if not path.is_file():
       raise UserError(f"data.tokenizer={str(path)!r}: no such file (or bytes, or bpe:SIZE)")
-    return cls.parse(path.read_bytes(), f"data.tokenizer={str(path)!r}")
+    content = path.read_bytes()
+    if (description := describe_placeholder(content)) is not None:
+      raise UserError(f"{path}: is {description}")
+    return cls.parse(content, f"data.tokenizer={str(path)!r}")
 
   @classmethod
   def parse(cls, content: bytes, name: str) -> BPETokenizer:
@@ -146,6 +161,10 @@ class BPETokenizer:
   def decode(self, ids: np.ndarray | Sequence[int]) -> str:
     """Returns the text of the ids, special tokens spelt out."""
     return self.model.decode([int(id) for id in ids], skip_special_tokens=False)
+
+  def list_ids(self) -> np.ndarray:
+    """Returns the ids of the vocabulary and of the added tokens, which may leave gaps."""
+    return np.sort(np.fromiter(self.model.get_vocab(with_added_tokens=True).values(), np.int64))
 
   def save(self, folder: Path) -> None:
     """Writes tokenizer.json into the folder."""

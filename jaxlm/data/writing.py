@@ -20,10 +20,12 @@ import numpy as np
 
 from jaxlm.config import DataConfig
 from jaxlm.data.arrays import Place
-from jaxlm.data.corpus import Source
-from jaxlm.data.formats import Piece, Position, Reader
-from jaxlm.data.split import SIDES, Places, Side, Split, assign_sides, better_split, first_split
-from jaxlm.data.store import PROGRESS, SideWriter, TokenStore, write_finished, write_json
+from jaxlm.data.corpus import Source, absolute_paths
+from jaxlm.data.description import Size, check_sides, describe_amount, describe_text
+from jaxlm.data.formats import Reader
+from jaxlm.data.pieces import SIDES, LeftOut, Piece, Position, Side
+from jaxlm.data.split import Split, Survey, assign_sides, better_split, make_split
+from jaxlm.data.store import FORMAT, PROGRESS, SideWriter, TokenStore, write_finished, write_json
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer, Excerpt, Tokenizer, make_tokenizer
 from pallas_kernels.common.errors import UserError
@@ -42,32 +44,25 @@ class Progress:
   plan: dict[str, Any]
   split: Split
   position: Position = Position()
-  places: Places = Places()
+  survey: Survey = dataclasses.field(default_factory=Survey)
   sides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @classmethod
-  def parse(cls, content: bytes) -> Progress:
+  def parse(cls, values: dict[str, Any]) -> Progress:
     """Reads the content of token_store_progress.json."""
-    values = json.loads(content)
-    left_out = tuple(values["position"].pop("left_out"))
+    left_out = tuple(LeftOut(*entry) for entry in values["position"].pop("left_out"))
     return cls(
       values["plan"],
-      Split(**values["split"]),
+      Split.parse(**values["split"]),
       Position(**values["position"], left_out=left_out),
-      Places(**values["places"]),
+      Survey(**values["survey"]),
       values["sides"],
     )
 
   def to_json(self) -> dict[str, Any]:
     """Returns the content of token_store_progress.json."""
-    tuples = {name: getattr(self, name)._asdict() for name in ("split", "position", "places")}
-    return {"plan": self.plan, **tuples, "sides": self.sides}
-
-  @property
-  def better_split(self) -> Split | None:
-    """Returns the rule that the text, now read, should have been split by; None if it was."""
-    at, holdout = self.position, self.plan["holdout"]
-    return better_split(self.split, holdout, at.documents, at.size, self.places)
+    tuples = {name: getattr(self, name)._asdict() for name in ("split", "position")}
+    return {"plan": self.plan, **tuples, "survey": self.survey.to_json(), "sides": self.sides}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +82,12 @@ class StoreWriter:
     """Writes what is missing and returns the finished store; trains a tokenizer for None."""
     content = self.place.read(PROGRESS)
     if content is None:
-      progress = self._restart(first_split(self.config.holdout, self._single_size()))
+      progress = self._restart(self._first_split())
     else:
-      progress = Progress.parse(content)
-      check_plan(self.place, progress.plan, self.plan)
-      self.report(f"{self.place}: going on after {_amount(progress.position)}")
+      values = json.loads(content)
+      check_plan(self.place, values["plan"], self.plan)
+      progress = Progress.parse(values)
+      self.report(f"{self.place}: going on after {describe_amount(progress.position)}")
     try:
       if tokenizer is None:
         tokenizer, progress = self._trained_tokenizer(progress)
@@ -105,9 +101,24 @@ class StoreWriter:
       raise
     return TokenStore.open(self.place)
 
-  def _single_size(self) -> int | None:
-    size, limit = self.source.single_size, self.config.max_bytes
-    return size if size is None or limit is None else min(size, limit)
+  def _first_split(self) -> Split:
+    """Returns the split to begin with: the right one, where the sizes of documents are known."""
+    documents = self.source.documents
+    if documents is None or self.source.names_sides:
+      return Split(self.config.holdout)
+    survey, left = Survey(), self.config.max_bytes
+    for name, size in documents:
+      if left is not None:
+        size = min(size, left)
+        left -= size
+      if size:
+        survey.add(name, size)
+    return make_split(survey, self.config.holdout)
+
+  def _better_split(self, split: Split, survey: Survey) -> Split | None:
+    """Returns the rule that the text, now read, should have been split by; None if it was."""
+    named = self.source.names_sides
+    return None if named else better_split(split, self.config.holdout, survey)
 
   def _restart(self, split: Split) -> Progress:
     progress = Progress(self.plan, split)
@@ -127,26 +138,25 @@ class StoreWriter:
       return BPETokenizer.parse(content, f"{self.place}/{TOKENIZER_FILE}"), progress
     self.report(f"training the tokenizer {self.config.tokenizer}")
     while True:
-      survey = Progress(self.plan, progress.split)
+      survey = Survey()
       tokenizer: Tokenizer | None = None
       refusal: UserError | None = None
       try:
-        tokenizer = make_tokenizer(self.config, self._training_texts(survey))
+        tokenizer = make_tokenizer(self.config, self._training_texts(progress.split, survey))
       except UserError as error:
         refusal = error
-      if (better := survey.better_split) is not None:
+      better = self._better_split(progress.split, survey)
+      if better is not None:
         progress = self._restart(better)
       elif tokenizer is not None:
         return tokenizer, progress
       else:
         raise refusal or AssertionError
 
-  def _training_texts(self, survey: Progress) -> Iterator[str]:
+  def _training_texts(self, split: Split, survey: Survey) -> Iterator[str]:
     """Yields the text of the training side, and counts in `survey` what was read."""
-    reader = Reader(self.config)
-    for side, piece in assign_sides(survey.split, self.source.pieces(reader)):
-      survey.places = survey.places.add(piece)
-      survey.position = reader.position
+    for side, piece in assign_sides(split, self.source.pieces(Reader(self.config))):
+      survey.add_piece(side, piece)
       if side == "train":
         yield piece.text
 
@@ -160,7 +170,7 @@ class StoreWriter:
     due = started + self.commit_seconds
     for side, piece, ids in self._encoded(progress.split, reader, tokenizer):
       sides[side].append(piece.text, ids, last=piece.last)
-      progress.places = progress.places.add(piece)
+      progress.survey.add_piece(side, piece)
       if piece.after is None:
         continue
       progress.position = piece.after
@@ -171,12 +181,12 @@ class StoreWriter:
         write_json(self.place, PROGRESS, progress.to_json())
         speed = (piece.after.size - before) / (time.monotonic() - started) / 1e6
         where = self.source.progress(piece.after)
-        self.report(f"{where}: {_amount(piece.after)}, {speed:.1f} MB/s")
+        self.report(f"{where}: {describe_amount(piece.after)}, {speed:.1f} MB/s")
         due = time.monotonic() + self.commit_seconds
     progress.position = reader.position  # past the empty documents at the end
-    if progress.better_split is not None:
-      return progress.better_split
-    self._check_text(progress.position, sides)
+    if (better := self._better_split(progress.split, progress.survey)) is not None:
+      return better
+    check_sides(self.config, self.source, progress.position, _sizes(sides))
     self._finish(progress, tokenizer, sides)
     return None
 
@@ -188,21 +198,12 @@ class StoreWriter:
     for (side, piece), ids_S in zip(pieces, ids):
       yield side, piece, ids_S
 
-  def _check_text(self, position: Position, sides: dict[Side, SideWriter]) -> None:
-    name = f"data.source={self.config.source!r}"
-    if not position.documents:
-      notes = "; ".join([*self.source.notes, f"{position.empty} empty documents"])
-      raise UserError(f"{name}: holds no text ({notes})")
-    if not all(writer.documents for writer in sides.values()):
-      rule = f"one character is too short to keep {self.config.holdout} of it for evaluation"
-      raise UserError(f"{name}: {rule}")
-
   def _finish(
     self, progress: Progress, tokenizer: Tokenizer, sides: dict[Side, SideWriter]
   ) -> None:
     meta: dict[str, Any] = {
-      "format": self.plan["format"],
-      "source": self.config.source,
+      "format": FORMAT,
+      "source": absolute_paths(self.config).source,
       "plan": self.plan,
       "tokenizer": {
         "digest": tokenizer.digest,
@@ -212,26 +213,14 @@ class StoreWriter:
       "split": progress.split._asdict(),
       **{side: writer.finish() for side, writer in sides.items()},
     }
-    counts = f"{sides['train'].documents} train, {sides['heldout'].documents} held out"
-    notes = [*self.source.notes, *_notes(progress.position, self.config.max_bytes)]
-    meta["report"] = "; ".join(
-      [f"{self.config.source}: {_amount(progress.position)}: {counts}", *notes]
+    meta["report"] = describe_text(
+      self.config, self.source, progress.position, progress.split, _sizes(sides)
     )
     write_finished(self.place, meta)
 
 
-def _amount(position: Position) -> str:
-  return f"{position.documents} documents, {position.size} bytes"
-
-
-def _notes(position: Position, max_bytes: int | None) -> Iterator[str]:
-  yield from (f"left out {reason}" for reason in position.left_out)
-  if position.full:
-    yield f"stopped at data.max_bytes={max_bytes}"
-  if position.empty:
-    yield f"{position.empty} empty documents left out"
-  if position.replaced:
-    yield f"{position.replaced} invalid UTF-8 sequences replaced"
+def _sizes(sides: dict[Side, SideWriter]) -> dict[Side, Size]:
+  return {side: Size(writer.documents, writer.size) for side, writer in sides.items()}
 
 
 def check_plan(place: Place, stored: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -239,6 +228,8 @@ def check_plan(place: Place, stored: dict[str, Any], asked: dict[str, Any]) -> N
   for name, value in asked.items():
     if stored.get(name) == value:
       continue
+    if name == "rules":
+      raise UserError(f"{place}: was made by another version; name a new store")
     if name == "identity":
       raise UserError(
         f"{place}: was made from another source, or from files that have changed since"

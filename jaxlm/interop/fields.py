@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pallas_kernels.common.errors import UserError
@@ -14,14 +14,18 @@ SMALLEST_FLOAT, LARGEST_FLOAT = 1e-12, 1e12
 
 
 class Fields:
-  """Holds the fields of one JSON object. Each is read once; `refuse_unread` raises for the rest."""
+  """Holds the fields of one JSON object. Each is read once; `refuse_unread` raises for the rest.
 
-  def __init__(self, values: dict[str, Any], where: str):
-    self._unread, self._where, self._known = dict(values), where, set[str]()
+  Errors begin with `file`, and name a field by its path in it: `prefix`, then its key.
+  """
+
+  def __init__(self, values: dict[str, Any], file: str, prefix: str = ""):
+    self._unread, self._file, self._prefix = dict(values), file, prefix
+    self._known = set[str]()
 
   def error(self, key: str, value: Any, rule: str) -> UserError:
     """Returns the error for a field with this value; its message begins with the file."""
-    return UserError(f"{self._where}: {key}={str(value)[:200]!r}: {rule}")
+    return UserError(f"{self._file}: {self._prefix}{key}={str(value)[:200]!r}: {rule}")
 
   def read(
     self, key: str, kind: type, default: Any = ..., *, optional: bool = False, least: int = 1
@@ -34,7 +38,7 @@ class Fields:
     self._known.add(key)
     if key not in self._unread:
       if default is ...:
-        raise UserError(f"{self._where}: {key} is missing")
+        raise UserError(f"{self._file}: {self._prefix}{key} is missing")
       return default
     value = self._unread.pop(key)
     if value is None and optional:
@@ -50,19 +54,46 @@ class Fields:
       raise self.error(key, value, f"must lie in {SMALLEST_FLOAT:g} .. {LARGEST_FLOAT:g}")
     return value
 
-  def expect(self, key: str, expected: Any, rule: str) -> None:
-    """Reads `key`; raises UserError unless it is missing, null, or exactly `expected`."""
+  def expect(self, key: str, expected: Any, rule: str) -> Any:
+    """Returns the value of `key`; UserError unless it is missing, null, or exactly `expected`."""
     self._known.add(key)
     value = self._unread.pop(key, None)
     same = value == expected and isinstance(value, bool) == isinstance(expected, bool)
     if value is not None and not same:
       raise self.error(key, value, rule)
+    return value
 
-  def refuse_unread(self, ignored_fields: Iterable[str] = ()) -> None:
-    """Raises UserError for a field that was not read, unless it is null or in `ignored_fields`."""
+  def refuse_unread(
+    self,
+    is_harmless: Callable[[str, Any], bool],
+    reasons: Mapping[str, str] | None = None,
+  ) -> None:
+    """Raises UserError for a field that was not read, unless it `is_harmless`(key, value).
+
+    The message gives the reason from `reasons`, if there is one, and the flag that leaves it out.
+    """
     for key, value in self._unread.items():
-      if value is None or key in ignored_fields:
+      if is_harmless(key, value):
         continue
       nearest = difflib.get_close_matches(key[:100], self._known, n=1)
       hint = f"; nearest: {nearest[0]}" if nearest else ""
-      raise self.error(key[:100], value, f"unknown, and may change the numbers{hint}")
+      reason = (reasons or {}).get(key, f"unknown, and may change the numbers{hint}")
+      flag = f"--ignore_config {self._prefix}{key[:100]}"
+      raise self.error(key[:100], value, f"{reason} ({flag} reads the rest without it)")
+
+
+def drop_fields(values: dict[str, Any], keys: tuple[str, ...], file: str) -> dict[str, Any]:
+  """Returns a JSON object without the fields `keys`, each a key or outer.inner.
+
+  Raises UserError for a key that is not there, which may be a misspelt one.
+  """
+  for key in keys:
+    outer, _, inner = key.partition(".")
+    nested = values.get(outer)
+    if inner and isinstance(nested, dict) and inner in nested:
+      values = values | {outer: {name: nested[name] for name in nested if name != inner}}
+    elif not inner and outer in values:
+      values = {name: values[name] for name in values if name != outer}
+    else:
+      raise UserError(f"ignore_config={key!r}: {file} has no such key")
+  return values

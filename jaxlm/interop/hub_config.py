@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import ModelConfig, decoder, rearrange
-from jaxlm.interop.fields import Fields
+from jaxlm.interop.fields import Fields, drop_fields
+from jaxlm.interop.hub_bookkeeping import HARMLESS_AS, REASONS, is_harmless
 from jaxlm.interop.hub_folder import MAX_CONFIG_BYTES
 from jaxlm.interop.hub_rope import read_rope
 from jaxlm.interop.strict_json import read_object
@@ -61,35 +62,25 @@ FAMILIES = {
 }
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
-# Book-keeping, generation, initialisation and how to compute: no effect on a forward pass.
-_IGNORED_FIELDS = (
-  "_name_or_path",
-  "transformers_version",
-  "use_cache",
-  "cache_implementation",
-  "_attn_implementation",
-  "pretraining_tp",
-  "initializer_range",
-  "bos_token_id",
-  "eos_token_id",
-  "pad_token_id",
-)
 MAX_LAYERS = 4096
 
 
-def read_config(path: Path) -> tuple[ModelConfig, str | None]:
+def read_config(path: Path, ignore_config: tuple[str, ...] = ()) -> tuple[ModelConfig, str | None]:
   """Returns the model of a config.json and the dtype that it states for the weights.
 
-  Raises UserError, naming file, field and rule, for an unknown architecture, for fields that are
-  unknown or contradict each other, and for values that no such model can have. Fields that do not
-  change the numbers are ignored.
+  The fields `ignore_config` (a key, or outer.inner) are read as if they were not there. Raises
+  UserError, naming file, field and rule, for an unknown architecture, for fields that are unknown
+  or contradict each other, and for values that no such model can have. Fields that do not change
+  the numbers (`jaxlm.interop.hub_bookkeeping`) are ignored.
   """
-  return parse_config(read_object(path, MAX_CONFIG_BYTES), str(path))
+  return parse_config(read_object(path, MAX_CONFIG_BYTES), str(path), ignore_config)
 
 
-def parse_config(values: dict[str, Any], where: str) -> tuple[ModelConfig, str | None]:
+def parse_config(
+  values: dict[str, Any], where: str, ignore_config: tuple[str, ...] = ()
+) -> tuple[ModelConfig, str | None]:
   """Does what `read_config` does, given the parsed file; error messages begin with `where`."""
-  fields = Fields(values, where)
+  fields = Fields(drop_fields(values, ignore_config, where), where)
   name = fields.read("model_type", str)
   if name not in FAMILIES:
     raise fields.error("model_type", name, f"must be one of {', '.join(FAMILIES)}")
@@ -102,7 +93,9 @@ def parse_config(values: dict[str, Any], where: str) -> tuple[ModelConfig, str |
   try:
     config = rearrange(decoder(**_read_model(fields, family, where)))
     dtype = _read_dtype(fields)
-    fields.refuse_unread(_IGNORED_FIELDS)
+    for key, (value, rule) in HARMLESS_AS.items():
+      fields.expect(key, value, rule)
+    fields.refuse_unread(is_harmless, REASONS)
   except UserError as error:  # ModelConfig does not know the file
     raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
   return config, dtype
@@ -119,12 +112,12 @@ def _read_model(fields: Fields, family: Family, where: str) -> dict[str, Any]:
     rule = f"must be one of {', '.join(ACTIVATIONS)}"
     raise fields.error(family.activation_key, activation, rule)
   fields.expect("hidden_act", activation, f"contradicts {family.activation_key}={activation!r}")
-  fields.expect("attention_dropout", 0.0, "must be 0: there is no dropout here")
-  fields.expect("use_mrope", False, "must be false: a position is one number here, not three")
   layers = fields.read("num_hidden_layers", int)
   if layers > MAX_LAYERS:
     raise fields.error("num_hidden_layers", layers, f"must be at most {MAX_LAYERS}")
-  bias = fields.read("attention_bias", bool, False) if family.bias_key else False
+  # Qwen2 has biases whatever this key says; the tensors are checked to be those.
+  bias = fields.read("attention_bias", bool, False, optional=not family.bias_key)
+  bias = bias if family.bias_key else False
   return {
     "D": D,
     "N": N,
@@ -163,7 +156,7 @@ def _read_gemma(fields: Fields) -> dict[str, Any]:
 def _read_windows(fields: Fields, family: Family, layers: int) -> list[int | None]:
   """Returns the window of each layer, None for full attention."""
   if family.windows == "none":
-    return [None] * layers
+    return _read_no_windows(fields, layers)
   used = family.windows == "even" or fields.read("use_sliding_window", bool, False)
   window = fields.read("sliding_window", int, 4096, optional=True)
   fields.expect("sliding_window_size", window, f"contradicts sliding_window={window}")
@@ -185,9 +178,23 @@ def _read_windows(fields: Fields, family: Family, layers: int) -> list[int | Non
   return [window if kind == SLIDING else None for kind in kinds]
 
 
+def _read_no_windows(fields: Fields, layers: int) -> list[int | None]:
+  """Reads what may say of a family without windows that it has none."""
+  rule = "the family has no windows"
+  if fields.expect("use_sliding_window", False, rule) is False:
+    fields.read("sliding_window", int, None, optional=True)
+    fields.read("max_window_layers", int, None, optional=True, least=0)
+  fields.expect("layer_types", [FULL] * layers, rule)
+  return [None] * layers
+
+
 def _read_dtype(fields: Fields) -> str | None:
-  old = fields.read("torch_dtype", str, None, optional=True)
-  new = fields.read("dtype", str, None, optional=True)
+  """Returns the dtype that the file states, or None; torch.float32 is float32, auto states none."""
+  old, new = (
+    name and name.removeprefix("torch.")
+    for name in (fields.read(key, str, None, optional=True) for key in ("torch_dtype", "dtype"))
+  )
   if old is not None and new is not None and old != new:
     raise fields.error("torch_dtype", old, f"contradicts dtype={new!r}")
-  return new or old
+  stated = new or old
+  return None if stated == "auto" else stated

@@ -33,7 +33,7 @@ def read_rope(fields: Fields, max_length: int, where: str) -> RopeConfig:
   if old is None and new is None:
     old = {}
   configs = [
-    _read_layout(values, theta, max_length, f"{where}: {key}")
+    _read_layout(Fields(values, where, f"{key}."), theta, max_length)
     for key, values in (("rope_parameters", new), ("rope_scaling", old))
     if values is not None
   ]
@@ -42,10 +42,7 @@ def read_rope(fields: Fields, max_length: int, where: str) -> RopeConfig:
   return configs[0]
 
 
-def _read_layout(
-  values: dict[str, Any], outer_theta: float | None, max_length: int, where: str
-) -> RopeConfig:
-  rope = Fields(values, where)
+def _read_layout(rope: Fields, outer_theta: float | None, max_length: int) -> RopeConfig:
   rope.expect("partial_rotary_factor", 1.0, "must be 1: the whole head is rotated")
   theta = rope.read("rope_theta", float, None)
   if theta is not None and outer_theta is not None and theta != outer_theta:
@@ -68,7 +65,8 @@ def _read_layout(
     given = {key: rope.read(key, float, None, optional=True) for key in _YARN_FIELDS}
     result |= {key: value for key, value in given.items() if value is not None}
     result["truncate"] = rope.read("truncate", bool, True)
-  rope.refuse_unread()
+  # "finetuned" says that the model was trained at its long length; null says nothing
+  rope.refuse_unread(lambda key, value: value is None or key == "finetuned")
   return RopeConfig(**result)
 
 

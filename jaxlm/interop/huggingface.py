@@ -21,7 +21,14 @@ from jaxlm.config import ModelConfig, check
 from jaxlm.interop import safetensors
 from jaxlm.interop.hub_config import read_config
 from jaxlm.interop.hub_export import write_config
-from jaxlm.interop.hub_folder import CONFIG, is_checkpoint, local_folder
+from jaxlm.interop.hub_folder import (
+  CONFIG,
+  NOTHING,
+  Ignored,
+  find_tokenizer,
+  is_checkpoint,
+  local_folder,
+)
 from jaxlm.interop.placement import TensorSource, assemble
 from jaxlm.interop.safetensors import Entry, MappedFile
 from jaxlm.interop.tensor_checks import check_tensors, check_tied_head
@@ -30,25 +37,39 @@ from jaxlm.interop.weight_names import Weight, list_weights
 from jaxlm.models import Transformer
 from pallas_kernels.common.errors import UserError
 
-__all__ = ["inspect", "is_checkpoint", "load", "local_folder", "resolve_dtype", "save"]
+__all__ = [
+  "NOTHING",
+  "Ignored",
+  "find_tokenizer",
+  "inspect",
+  "is_checkpoint",
+  "load",
+  "local_folder",
+  "resolve_dtype",
+  "save",
+]
 
 
-def load(path: str | Path, dtype: DTypeLike | None = None) -> tuple[ModelConfig, Any]:
+def load(
+  path: str | Path, dtype: DTypeLike | None = None, ignored: Ignored = NOTHING
+) -> tuple[ModelConfig, Any]:
   """Returns the configuration and the parameters of a checkpoint folder, or of `hf:owner/name`.
 
   The weights get `dtype` (a name such as "bfloat16", or a jax or numpy dtype), by default that of
   the files, which then must all have the dtype that config.json states. They go tensor by tensor
   to where the current mesh wants them (`jax.set_mesh`; without one, to the first device).
 
+  What `ignored` names is read as if it were not there.
+
   Raises UserError, naming file, tensor and rule, before it allocates anything: for an unknown
   architecture, fields of config.json that are unknown or contradict each other, and tensors that
   are missing, surplus, of another shape or dtype than the configuration says, or damaged.
   """
   folder = local_folder(path)
-  config, tensors, weight_dtype = inspect(folder, dtype)
+  config, tensors, weight_dtype = inspect(folder, dtype, ignored)
   targets = _shard_targets(config, weight_dtype, folder)
   files = {file: MappedFile(file) for file in {entry.file for entry in tensors.values()}}
-  check_tied_head(config, tensors, files)
+  check_tied_head(config, tensors, files, ignored.tensors)
   params: dict[str, Any] = {}
   with ThreadPoolExecutor() as pool:
     for weight in list_weights(config):
@@ -59,7 +80,7 @@ def load(path: str | Path, dtype: DTypeLike | None = None) -> tuple[ModelConfig,
 
 
 def inspect(
-  folder: Path, dtype: DTypeLike | None = None
+  folder: Path, dtype: DTypeLike | None = None, ignored: Ignored = NOTHING
 ) -> tuple[ModelConfig, dict[str, Entry], np.dtype]:
   """Reads config.json and the headers of the weight files, but no weights.
 
@@ -68,9 +89,9 @@ def inspect(
   that does not fit.
   """
   wanted = None if dtype is None else resolve_dtype(dtype)
-  config, stated = read_config(folder / CONFIG)
+  config, stated = read_config(folder / CONFIG, ignored.config)
   tensors = find_tensors(folder)
-  weight_dtype = check_tensors(config, tensors, folder, stated, wanted)
+  weight_dtype = check_tensors(config, tensors, folder, stated, wanted, ignored.tensors)
   return config, tensors, weight_dtype
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxlm.data.placeholder import HEAD, describe_placeholder
 from jaxlm.interop.strict_json import parse_object
 from pallas_kernels.common.errors import UserError
 
@@ -26,6 +27,17 @@ DTYPES: dict[str, np.dtype] = {
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+"""Types that weights are read in and written in."""
+OTHER_DTYPES: dict[str, np.dtype] = {
+  "F64": np.dtype(np.float64),
+  **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+  **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+  "BOOL": np.dtype(np.bool_),
+  "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+  "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+"""Types of buffers and of quantized weights, which are found and not read."""
+_KNOWN = DTYPES | OTHER_DTYPES
 # A parsed header takes about 13 times its bytes. The headers of published checkpoints are under a
 # thousandth of their files.
 HEADER_BYTES, HEADER_SHARE = 1 << 20, 1 / 16
@@ -48,7 +60,11 @@ def read_header(path: Path) -> dict[str, Entry]:
   """
   size = path.stat().st_size
   with path.open("rb") as file:
-    length_bytes = file.read(8)
+    head = file.read(HEAD)
+    if (description := describe_placeholder(head)) is not None:
+      raise UserError(f"{path}: is {description}")
+    length_bytes = head[:8]
+    file.seek(8)
     if len(length_bytes) < 8:
       rule = "a safetensors file begins with 8 bytes of header length"
       raise UserError(f"{path}: {size} bytes, but {rule}")
@@ -76,18 +92,18 @@ def _parse_entry(name: str, value: Any, path: Path, data_start: int) -> Entry:
   if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
     raise UserError(f"{where}: must have dtype, shape and data_offsets, and nothing else")
   dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-  if not isinstance(dtype, str) or dtype not in DTYPES:
-    raise UserError(f"{where}: dtype {str(dtype)[:50]!r} is not one of {', '.join(DTYPES)}")
+  if not isinstance(dtype, str) or dtype not in _KNOWN:
+    raise UserError(f"{where}: dtype {str(dtype)[:50]!r} is not one of {', '.join(_KNOWN)}")
   if not _are_sizes(shape) or len(shape) > 8:
     raise UserError(f"{where}: shape must be a list of at most 8 integers from 0 to 2^48")
   if not _are_sizes(offsets) or len(offsets) != 2:
     raise UserError(f"{where}: data_offsets must be two integers from 0 to 2^48")
   start, stop = offsets
-  need = math.prod(shape) * DTYPES[dtype].itemsize
+  need = math.prod(shape) * _KNOWN[dtype].itemsize
   if stop - start != need:
     spanned = f"data_offsets {offsets} span {stop - start} bytes"
     raise UserError(f"{where}: {spanned}, {dtype} {shape} takes {need}")
-  return Entry(path, DTYPES[dtype], tuple(shape), data_start + start, data_start + stop)
+  return Entry(path, _KNOWN[dtype], tuple(shape), data_start + start, data_start + stop)
 
 
 def _are_sizes(values: Any) -> bool:
@@ -139,7 +155,7 @@ def write(
   read: Callable[[str], np.ndarray],
 ) -> None:
   """Writes `tensors` (name -> dtype, shape) in their order, one `read(name)` at a time."""
-  names = {dtype: name for name, dtype in DTYPES.items()}
+  names = {dtype: name for name, dtype in _KNOWN.items()}
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
   end = 0
   for name, (dtype, shape) in tensors.items():

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jaxlm.data.placeholder import describe_placeholder
 from pallas_kernels.common.errors import UserError
 
 
@@ -16,14 +17,18 @@ def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
     raise UserError(f"{path}: no such file")
   if path.stat().st_size > max_bytes:
     raise UserError(f"{path}: {path.stat().st_size:,} bytes, at most {max_bytes:,} are read")
-  return parse_object(path.read_bytes(), str(path))
+  content = path.read_bytes()
+  if (description := describe_placeholder(content)) is not None:
+    raise UserError(f"{path}: is {description}")
+  return parse_object(content, str(path))
 
 
 def parse_object(text: bytes, where: str) -> dict[str, Any]:
   """Returns the JSON object that `text` spells; raises UserError that begins with `where`."""
   try:
+    decoded = text.decode("utf-8-sig")
     value = json.loads(
-      text.decode(), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
+      decoded, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
     )
   except RecursionError:
     raise UserError(f"{where}: JSON is nested too deeply") from None

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxlm.interop.safetensors import Entry, read_header
 from jaxlm.interop.strict_json import read_object
+from jaxlm.interop.weight_names import is_buffer
 from pallas_kernels.common.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -51,11 +52,11 @@ def _find_indexed(folder: Path, index: Path) -> dict[str, Entry]:
     for name, entry in read_header(path).items():
       if name in tensors:
         raise UserError(f"{path}: tensor {name[:200]!r} is also in {tensors[name].file.name}")
-      if weight_map.get(name) != file_name:
+      if weight_map.get(name) != file_name and not is_buffer(name):
         raise UserError(f"{path}: tensor {name[:200]!r} is not where {index.name} says")
       tensors[name] = entry
   for name, file_name in weight_map.items():
-    if name not in tensors:
+    if name not in tensors and not is_buffer(name):
       raise UserError(f"{index}: tensor {name[:200]!r} is not in {file_name!r}")
   return tensors
 

@@ -9,12 +9,18 @@ tensor per layer, and matrices as [out, in].
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxlm.config import LayerSpec, ModelConfig
 
 Path = tuple[str, ...]
+# Rotary tables and causal masks, which older programs store; they are computed here.
+_BUFFERS = re.compile(
+  r"(model\.)?(layers\.\d+\.self_attn\.)?"
+  r"(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|masked_bias|causal_mask)"
+)
 
 
 class Weight(NamedTuple):
@@ -60,6 +66,11 @@ def list_weights(c: ModelConfig) -> Iterator[Weight]:
   if not c.tied:
     head = ("head", "weight")
     yield Weight(head, (c.D, c.V), ("lm_head.weight",), stacked=False, transposed=True)
+
+
+def is_buffer(name: str) -> bool:
+  """Returns whether a tensor of this name holds what the model computes itself."""
+  return _BUFFERS.fullmatch(name) is not None
 
 
 def count_tensors(c: ModelConfig) -> int:

@@ -23,6 +23,7 @@ from jaxlm.models.norms import RMSNorm
 from pallas_kernels.attention.mask import soft_cap
 from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import platform
+from sharding.context.order import Order, permutation, ring_size
 from sharding.rules import all_gather, shard
 
 Params = dict[str, Any]
@@ -72,6 +73,7 @@ class Transformer:
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     in_order: bool = False,
+    order: Order = "contiguous",
     cache: Any = None,
     logits: bool = True,
   ) -> Any:
@@ -83,6 +85,9 @@ class Transformer:
     in_order: promises that positions count up by one along each segment, which stands in one piece
       (padding aside), as the loader's rows do. Attention then goes by the order of the row: the
       fused kernels know no other. Default positions need no promise; a cache makes no use of it.
+    order: which token of its row stands in which column of all [B, T] arguments, on a mesh with
+      context_ring (`sharding.context.order`, and `jaxlm.data.ring` for batches). What `in_order`
+      and default positions say is then said of rows in their own order.
     cache: from `init_cache`; the T positions are written into it and see what is there. Here
       positions may be -1: padding, which is written nowhere and which nothing sees. The logits of
       a position that the cache has no room for are NaN.
@@ -94,6 +99,7 @@ class Transformer:
       positions=positions,
       segment_ids=segment_ids,
       in_order=in_order,
+      order=order,
       cache=cache,
     )
     out = self.finish(params, x_BTD, logits=logits)
@@ -107,6 +113,7 @@ class Transformer:
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     in_order: bool = False,
+    order: Order = "contiguous",
     cache: Any = None,
   ) -> tuple[jax.Array, Any]:
     """Embeds and runs all stacks; arguments as in `apply`.
@@ -116,10 +123,12 @@ class Transformer:
     if cache is not None and segment_ids is not None:
       raise UnsupportedError("segment_ids: rows of several segments have no decode cache")
     B, T = ids_BT.shape
-    positions_BT = jnp.arange(T)[None] if positions is None else positions
+    positions_BT = positions
+    if positions_BT is None:
+      positions_BT = jnp.asarray(permutation(order, T, ring_size()))[None]
     if cache is not None:
       positions_BT = shard(jnp.broadcast_to(positions_BT, (B, T)), "batch", "length")
-    context = Context(positions_BT, segment_ids, in_order or positions is None)
+    context = Context(positions_BT, segment_ids, in_order or positions is None, order)
     x_BTD = self.embed(params, ids_BT)
     updated = {}
     for index in range(len(self.config.stacks)):

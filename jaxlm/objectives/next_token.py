@@ -30,11 +30,7 @@ def token_logprobs(
   loss_N, lse_N = _cross_entropy(
     states_BTD, head, targets_BT, implementation, reduction="none", return_lse=True
   )
-  sharding = P(*jax.typeof(states_BTD).sharding.spec.partitions[:2]) if is_sharded() else None
-  loss_BT, lse_BT = (
-    jax.lax.reshape(x_N, targets_BT.shape, out_sharding=sharding) for x_N in (loss_N, lse_N)
-  )
-  return -loss_BT, lse_BT
+  return -_split_tokens(loss_N, states_BTD), _split_tokens(lse_N, states_BTD)
 
 
 def next_token_loss(
@@ -54,7 +50,7 @@ def next_token_loss(
   """
   _check_tokens(states_BTD, targets_BT)
   check_shape("weights_BT", weights_BT, targets_BT.shape)
-  weights_N = merge_tokens(weights_BT)
+  weights_N = merge_tokens(_spread_like(states_BTD, weights_BT))
   minimised, lse_N = _cross_entropy(
     states_BTD,
     head,
@@ -94,7 +90,7 @@ def _cross_entropy(
   return linear_cross_entropy(
     merge_tokens(states_BTD),
     head.weight,
-    merge_tokens(targets_BT),
+    merge_tokens(_spread_like(states_BTD, targets_BT)),
     classifier_layout=head.layout,
     softcap=head.cap,
     implementation=None if implementation == "auto" else implementation,
@@ -103,12 +99,46 @@ def _cross_entropy(
 
 
 def merge_tokens(x: jax.Array) -> jax.Array:
-  """Returns [B, T, ...] as [N, ...]; on a mesh N is split by all axes that B and T are split by."""
+  """Returns [B, T, ...] as [N, ...]; on a mesh N is split by all axes that B and T are split by.
+
+  Where T is split, each device merges its own tokens, so that none is sent: N is then not in the
+  order of the rows.
+  """
   shape = (x.shape[0] * x.shape[1], *x.shape[2:])
   if not is_sharded():
     return jnp.reshape(x, shape)
   now = jax.typeof(x).sharding.spec
-  tokens = tuple(jax.tree.leaves(tuple(now.partitions[:2])))
-  return jax.lax.reshape(
-    x, shape, out_sharding=P(tokens or None, *now.partitions[2:], reduced=now.reduced)
+  merged = P(_token_axes(now) or None, *now.partitions[2:], reduced=now.reduced)
+  if now.partitions[1] is None:
+    return jax.lax.reshape(x, shape, out_sharding=merged)
+
+  def merge(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, *x.shape[2:])
+
+  return jax.shard_map(merge, in_specs=now, out_specs=merged)(x)
+
+
+def _split_tokens(x_N: jax.Array, states_BTD: jax.Array) -> jax.Array:
+  """Returns what `merge_tokens` merged, [B, T], spread like the states."""
+  shape = states_BTD.shape[:2]
+  if not is_sharded():
+    return jnp.reshape(x_N, shape)
+  partitions = P(*jax.typeof(states_BTD).sharding.spec.partitions[:2])
+  if partitions[1] is None:
+    return jax.lax.reshape(x_N, shape, out_sharding=partitions)
+  B = jax.typeof(states_BTD).sharding.shard_shape(states_BTD.shape)[0]
+  split = jax.shard_map(
+    lambda x_N: x_N.reshape(B, -1), in_specs=P(_token_axes(partitions)), out_specs=partitions
   )
+  return split(x_N)
+
+
+def _spread_like(states_BTD: jax.Array, x_BT: jax.Array) -> jax.Array:
+  """Returns [B, T] with the tokens on the devices that have their states."""
+  if not is_sharded():
+    return x_BT
+  return jax.reshard(x_BT, P(*jax.typeof(states_BTD).sharding.spec.partitions[:2]))
+
+
+def _token_axes(partitions: P) -> tuple[str, ...]:
+  return tuple(jax.tree.leaves(tuple(partitions.partitions[:2])))

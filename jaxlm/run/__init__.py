@@ -6,8 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from jaxlm.run.loop import TrainResult, fit
+  from jaxlm.run.loop import TrainResult
   from jaxlm.run.saved_run import SavedRun
+  from jaxlm.run.start import fit
   from jaxlm.run.text import resume, train
 
 __all__ = ["SavedRun", "TrainResult", "fit", "resume", "train"]
@@ -15,7 +16,7 @@ __all__ = ["SavedRun", "TrainResult", "fit", "resume", "train"]
 _HOMES = {
   "SavedRun": "saved_run",
   "TrainResult": "loop",
-  "fit": "loop",
+  "fit": "start",
   "resume": "text",
   "train": "text",
 }

@@ -19,27 +19,34 @@ ROWS = ("length", "layout")
 
 
 def check_compatible(
-  folder: RunFolder, config: TrainConfig, step: int, *, other_data: bool = False
+  folder: RunFolder,
+  config: TrainConfig,
+  step: int,
+  *,
+  other_data: bool = False,
+  counts_rows: bool = False,
 ) -> None:
   """Raises UserError with the fields in which `config` contradicts the run's checkpoint of `step`.
 
   The model, the update rule and whether an average is kept decide what arrays a checkpoint holds;
   seed, initial weights and the tokenizer's vocabulary are in them. After step 0 its position in the
-  data counts batches of rows, so batch size and rows may not change either, but for rows with
-  `other_data`.
+  data counts rows of text, or batches unless `counts_rows`, so these may not change either, but for
+  rows with `other_data`.
   Compares with the last start of the run, or where it never started with its config.json.
   """
   started = [start["config"] for start in starts(folder) if isinstance(start.get("config"), dict)]
   before = started[-1] if started else json.loads(folder.config.read_text())
-  saved = _fixed_fields(before, step, other_data)
-  now = _fixed_fields(json.loads(json.dumps(to_dict(config))), step, other_data)
+  saved = _fixed_fields(before, step, other_data, counts_rows)
+  now = _fixed_fields(json.loads(json.dumps(to_dict(config))), step, other_data, counts_rows)
   wrong = differences(saved, {name: value for name, value in now.items() if name in saved})
   if wrong:
     rule = "contradicts the checkpoints, which were written with other values (saved -> now)"
     raise UserError(f"{folder.config}: {rule}: {'; '.join(wrong)}")
 
 
-def _fixed_fields(config: Mapping[str, Any], step: int, other_data: bool) -> dict[str, Any]:
+def _fixed_fields(
+  config: Mapping[str, Any], step: int, other_data: bool, counts_rows: bool
+) -> dict[str, Any]:
   """Returns the fields that the checkpoint of `step` fixes, as nested dicts."""
   model, data = config.get("model", {}), config.get("data", {})
   fixed: dict[str, Any] = {
@@ -50,7 +57,7 @@ def _fixed_fields(config: Mapping[str, Any], step: int, other_data: bool) -> dic
     "init": config.get("init"),
     "data": {"tokenizer": data.get("tokenizer")},
   }
-  if step > 0:
+  if step > 0 and not counts_rows:
     fixed["batch"] = config.get("batch")
   if step > 0 and not other_data:
     fixed["data"] |= {name: data.get(name) for name in ROWS}

@@ -16,10 +16,12 @@ from jaxlm import presets
 from jaxlm.checkpoint.checkpoint import Checkpoints
 from jaxlm.config import TrainConfig, check
 from jaxlm.config_json import to_dict
+from jaxlm.data.corpus import absolute_paths
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer
 from jaxlm.interop import huggingface
 from jaxlm.run.environment import differences
+from jaxlm.run.resolve import load_initial_weights
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.saved_run import SavedRun
 from jaxlm.run.text import TextTask
@@ -28,7 +30,7 @@ from jaxlm.train.task import Start
 from pallas_kernels.common.errors import UserError
 from sharding import make_mesh
 
-FIRST_POSITION = {"next_index": 0}  # of the training loader before its first batch
+FIRST_POSITION = {"next_row": 0}  # of the training loader before its first batch
 
 
 def convert(
@@ -49,23 +51,33 @@ def convert(
   weight_dtype = huggingface.resolve_dtype("float32" if dtype is None else dtype)
   if huggingface.is_checkpoint(source):
     check(weight_dtype == np.float32, "dtype", str(weight_dtype), "weights of a run are float32")
-    return _write_run(config or tuning_config(source, target), tuning_config(source, target))
+    config = config or tuning_config(source, target)
+    ignored = huggingface.Ignored(config.ignore_config, config.ignore_tensors)
+    return _write_run(config, tuning_config(source, target, ignored))
   return _write_checkpoint(SavedRun.open(source), Path(target), weight_dtype)
 
 
-def tuning_config(source: str | Path, target: str | Path) -> TrainConfig:
+def tuning_config(
+  source: str | Path, target: str | Path, ignored: huggingface.Ignored = huggingface.NOTHING
+) -> TrainConfig:
   """Returns the configuration of a run that goes on from the weights of the checkpoint `source`.
 
   It is `jaxlm.presets.tuning` with the checkpoint's model and tokenizer. Raises UserError where the
   checkpoint is incomplete or has no tokenizer.json.
   """
   folder = huggingface.local_folder(source)
-  tokenizer = folder / TOKENIZER_FILE
+  tokenizer = huggingface.find_tokenizer(folder)
   BPETokenizer.load(tokenizer)
-  model, _, _ = huggingface.inspect(folder, "float32")
+  model, _, _ = huggingface.inspect(folder, "float32", ignored)
   config = presets.tuning(model)
-  data = dataclasses.replace(config.data, tokenizer=str(tokenizer))
-  return dataclasses.replace(config, run=str(target), init=str(folder), data=data)
+  return dataclasses.replace(
+    config,
+    run=str(target),
+    init=str(folder),
+    ignore_config=ignored.config,
+    ignore_tensors=ignored.tensors,
+    data=dataclasses.replace(config.data, tokenizer=str(tokenizer)),
+  )
 
 
 def _write_checkpoint(run: SavedRun, target: Path, dtype: np.dtype) -> str:
@@ -87,10 +99,11 @@ def _write_run(config: TrainConfig, given: TrainConfig) -> str:
   if wrong := differences(_fixed_fields(given), _fixed_fields(config)):
     rule = "these flags contradict the checkpoint (checkpoint -> flag)"
     raise UserError(f"{given.init}: {rule}: {'; '.join(wrong)}")
+  config = dataclasses.replace(config, data=absolute_paths(config.data))
   run = RunFolder(Path(config.run))
   run.check_new()
   with jax.set_mesh(make_mesh(config.mesh)):
-    params = huggingface.load(config.init, dtype="float32")[1]
+    params = load_initial_weights(config)
     initialize = lambda start: init_state(config, TextTask(config), start)  # noqa: E731
     state = jax.jit(initialize, donate_argnums=0)(Start(params))
     run.create(config)

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,18 @@ def starts(folder: RunFolder) -> list[dict[str, Any]]:
   return [start for start in saved if isinstance(start, dict)] if isinstance(saved, list) else []
 
 
-def record_start(folder: RunFolder, step: int, config: TrainConfig) -> list[str]:
-  """Adds this start to environment.json; returns how it differs from the start before."""
+def record_start(
+  folder: RunFolder, step: int, config: TrainConfig, data: Sequence[str] = ()
+) -> list[str]:
+  """Adds this start to environment.json; returns how it differs from the start before.
+
+  `data` is what `Task.report` says of the data, which is recorded and not compared.
+  """
   before = starts(folder)
   date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
   now = {**environment(), "config": json.loads(json.dumps(to_dict(config)))}
-  write_text(
-    folder.environment, json.dumps([*before, {"date": date, "step": step, **now}], indent=1) + "\n"
-  )
+  start = {"date": date, "step": step, **now, "data": list(data)}
+  write_text(folder.environment, json.dumps([*before, start], indent=1) + "\n")
   return differences({name: before[-1].get(name) for name in now}, now) if before else []
 
 

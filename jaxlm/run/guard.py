@@ -19,7 +19,7 @@ import numpy as np
 from jaxlm.checkpoint.atomic import write_text
 from jaxlm.config import TrainConfig
 from jaxlm.run.metrics import print_status
-from jaxlm.run.run_folder import RunFolder, read_records
+from jaxlm.run.run_folder import RunFolder, read_records, to_line
 from pallas_kernels.common.errors import UserError
 from sharding.multihost import is_main
 
@@ -121,7 +121,7 @@ def save_step(
   np.savez(target / f"rows_of_process_{jax.process_index()}.npz", **named)
   if is_main():
     record = {"step": step, "batch": batch_size, **values}
-    write_text(target / "step.json", json.dumps(record) + "\n")
+    write_text(target / "step.json", to_line(record))
   return target
 
 

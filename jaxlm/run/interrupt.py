@@ -1,7 +1,7 @@
-"""Asks a run to save and leave: on Ctrl-C, on the notice of a cluster, or when its time is over.
+"""Asks a run to save and leave: on a key, on the notice of a cluster, or when its time is over.
 
-Ctrl-C twice leaves at once. Clusters give notice by SIGTERM, some of them repeatedly; all of these
-mean the same request.
+Ctrl-C or Ctrl-\\ twice leaves at once. Clusters and terminals give notice by many signals, some of
+them repeatedly; all of these mean the same request.
 """
 
 from __future__ import annotations
@@ -16,11 +16,28 @@ import jax
 
 from sharding.multihost import stop_together
 
+KEYS = ("SIGINT", "SIGQUIT")
+"""signals that a key sends; the second of them leaves at once"""
+NOTICES = (
+  "SIGTERM",  # of every cluster, container and shutdown
+  "SIGHUP",  # a terminal or connection that goes away
+  "SIGUSR1",  # of Slurm, SGE and LSF, as the job asks for them
+  "SIGUSR2",
+  "SIGXCPU",  # the soft limit of processor time
+  "SIGALRM",  # timers, as of `timeout --signal`
+  "SIGVTALRM",
+  "SIGPROF",
+  "SIGIO",
+  "SIGPWR",  # a power supply that ends; not on every system
+)
+"""signals that end a process which does not handle them, and that announce no fault of it"""
+
 
 class StopRequest:
   """Turns signals into a request to stop, while it is entered as a context manager.
 
-  A second SIGINT raises KeyboardInterrupt.
+  A second key raises KeyboardInterrupt. Signals that the process ignores, as SIGHUP under `nohup`,
+  and those that another part of it handles are left alone, but for keys and SIGTERM.
   """
 
   def __init__(self, seconds: float = math.inf) -> None:
@@ -30,17 +47,19 @@ class StopRequest:
     self._before: dict[signal.Signals, Any] = {}
 
   def __enter__(self) -> Self:
-    # With several processes, SIGTERM is left to the runtime's own handler, which tells the others.
-    numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
     # In other threads, such as a notebook's, Python forbids handlers.
-    if threading.current_thread() is threading.main_thread():
-      for number in numbers:
+    if threading.current_thread() is not threading.main_thread():
+      return self
+    for name in (*KEYS, *NOTICES):
+      number = getattr(signal, name, None)
+      if number is not None and self._takes_over(number):
         self._before[number] = signal.signal(number, self._handle)
     return self
 
   def __exit__(self, *exception: Any) -> None:
     for number, handler in self._before.items():
-      signal.signal(number, handler)
+      if handler is not None:  # jax's runtime set it, not Python, which cannot set it again
+        signal.signal(number, handler)
 
   def reached(self, step: int) -> bool:
     """Returns whether to stop before `step`: the same in all processes, which all ask each time."""
@@ -48,7 +67,16 @@ class StopRequest:
       self.reason = "stop_after"
     return stop_together(step, bool(self.reason))
 
+  def _takes_over(self, number: signal.Signals) -> bool:
+    if number.name in KEYS:
+      return True
+    if number == signal.SIGTERM:
+      # With several processes it is left to the runtime's own handler, which tells the others.
+      return jax.process_count() == 1
+    return signal.getsignal(number) == signal.SIG_DFL
+
   def _handle(self, number: int, frame: Any) -> None:
-    if number == signal.SIGINT and self.reason == "SIGINT":
+    name = signal.Signals(number).name
+    if name in KEYS and self.reason in KEYS:
       raise KeyboardInterrupt
-    self.reason = signal.Signals(number).name
+    self.reason = name

@@ -1,4 +1,4 @@
-"""Loops over the steps of a run, with state, evaluations, checkpoints and records, for any task."""
+"""Loops over the steps of a run, with evaluations, checkpoints and records, for any task."""
 
 from __future__ import annotations
 
@@ -6,34 +6,24 @@ import dataclasses
 import importlib.util
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxlm.checkpoint.checkpoint import Checkpoints, restore
-from jaxlm.checkpoint.folder import (
-  checkpoint_path,
-  finished_steps,
-  newest_sound,
-  remove_leftovers,
-  set_aside_after,
-)
-from jaxlm.config import TrainConfig, check
-from jaxlm.run.compatibility import check_compatible
+from jaxlm.checkpoint.folder import checkpoint_path
+from jaxlm.config import TrainConfig
 from jaxlm.run.environment import record_start
 from jaxlm.run.guard import Guard
 from jaxlm.run.interrupt import StopRequest
-from jaxlm.run.lock import only_writer
 from jaxlm.run.memory import keep_freed_memory
 from jaxlm.run.metrics import Reporter, print_status
 from jaxlm.run.plot import draw_loss
-from jaxlm.run.refusal import undo_if_refused
 from jaxlm.run.run_folder import RunFolder, log_to
-from jaxlm.run.trackers import check_trackers
 from jaxlm.run.watch import Watch
-from jaxlm.train.optimizer import check_schedule
+from jaxlm.train.schedule import describe_change
 from jaxlm.train.state import Hyper, TrainState, init_state
 from jaxlm.train.step import make_train_step
 from jaxlm.train.task import Batches, Task
@@ -62,99 +52,21 @@ class TrainResult:
   """False when it was asked to stop before the last step"""
   saved: int
   """step of the newest checkpoint, -1 for none; below `step` where the last could not be written"""
+  lost_trackers: tuple[str, ...]
+  """trackers that have not taken every step; their libraries may hold up the end of the process"""
 
 
-def fit(config: TrainConfig, task: Task, *, resume: bool = False) -> TrainResult:
-  """Trains `task` into the folder `config.run`, which must be new, or goes on there with `resume`.
-
-  A resumed run starts from the newest checkpoint that verifies, or again at step 0 where it ended
-  before its first one; `config` replaces the one in the folder. `config.model`, `data` and `init`
-  belong to text (`jaxlm.run.train`); here they are written to config.json and otherwise unused.
-  Raises UserError for what cannot work, before it starts; FileNotFoundError where all checkpoints
-  are damaged; FloatingPointError for numbers that the configuration wants to stop at.
-  """
-  check_run(config)
-  folder = RunFolder(Path(config.run))
-  with only_writer(folder.path):
-    if not resume:
-      return start_run(config, task, folder)
-    newest = find_newest(config, folder)
-    return continue_run(config, task, folder, newest)
-
-
-def check_run(config: TrainConfig) -> None:
-  """Raises UserError for what is wrong with any run: what is missing, or does not divide."""
-  check(bool(config.run), "run", config.run, "names the folder of the run")
-  check("\0" not in config.run, "run", config.run, "a path holds no NUL")
-  check_schedule(config.optimizer, config.steps)
-  check_trackers(config)
-  sizes = config.mesh.resolve(jax.device_count())
-  shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-  rule = f"must be a multiple of {shards} batch shards x accumulate={config.accumulate}"
-  check(config.batch % (shards * config.accumulate) == 0, "batch", config.batch, rule)
-
-
-def start_run(config: TrainConfig, task: Task, folder: RunFolder) -> TrainResult:
-  """Trains from the start, into a folder that must be new and whose lock is held."""
-
-  def prepare() -> None:
-    folder.create(config)
-    task.save(folder.path)
-
-  run_on_main_process(folder.check_new)
-  with undo_if_refused(folder, 0):
-    run_on_main_process(prepare)
-    return _train_from(config, task, folder, -1)
-
-
-def continue_run(
+def train_from(
   config: TrainConfig,
   task: Task,
   folder: RunFolder,
   newest: int,
-  also_write: Callable[[], None] = lambda: None,
+  before: TrainConfig | None = None,
 ) -> TrainResult:
-  """Trains from the checkpoint of step `newest`, or again from the start where it is -1.
+  """Trains from the checkpoint of step `newest`, or from the start where it is -1.
 
-  Writes the configuration and what `also_write` writes, and drops what the run will write again:
-  records after that step, and checkpoints that are later, damaged or unfinished.
+  `before` is the configuration that a resumed run has had so far.
   """
-
-  def prepare() -> None:
-    folder.write_config(config)
-    also_write()
-    folder.forget_after(newest)
-    set_aside_after(folder.checkpoints, newest)
-    remove_leftovers(folder.checkpoints)
-    if newest < 0:
-      task.save(folder.path)
-      _log.warning("%s ended before its first checkpoint: it begins again at step 0", folder.path)
-
-  with undo_if_refused(folder, max(newest, 0)):
-    run_on_main_process(prepare)
-    return _train_from(config, task, folder, newest)
-
-
-def find_newest(config: TrainConfig, folder: RunFolder, *, other_data: bool = False) -> int:
-  """Returns the step of the checkpoint that a run goes on from, -1 where it ended before any.
-
-  Changes nothing. Raises UserError where the run is done or `config` contradicts its checkpoints;
-  with `other_data`, a change of the data does not.
-  """
-
-  def newest() -> int:
-    folder.read_config()
-    step = newest_sound(folder.checkpoints) if finished_steps(folder.checkpoints) else -1
-    check(step < config.steps, "steps", config.steps, f"the run is at step {step}; raise --steps")
-    if step >= 0:
-      check_compatible(folder, config, step, other_data=other_data)
-    return step
-
-  return run_on_main_process(newest)
-
-
-def _train_from(config: TrainConfig, task: Task, folder: RunFolder, newest: int) -> TrainResult:
-  """Trains from the checkpoint of step `newest`, or from the start where it is -1."""
   if config.keep_freed_memory and jax.default_backend() == "cpu":
     keep_freed_memory()
   with (
@@ -163,7 +75,7 @@ def _train_from(config: TrainConfig, task: Task, folder: RunFolder, newest: int)
     Watch(print_status) as watch,
     jax.set_mesh(make_mesh(config.mesh)),
   ):
-    return _Run(config, task, folder, stop, watch).train(newest)
+    return _Run(config, task, folder, stop, watch).train(newest, before)
 
 
 def restore_or_init(
@@ -209,7 +121,7 @@ class _Run:
     self.metrics: dict[str, float] = {"loss": math.nan}
     self.evaluation: dict[str, float] = {}
 
-  def train(self, newest: int) -> TrainResult:
+  def train(self, newest: int, before: TrainConfig | None) -> TrainResult:
     """Runs the steps that are left, and returns what the run ends with."""
     config, watch = self.config, self.watch
     resume_from = None if newest < 0 else checkpoint_path(self.folder.checkpoints, newest)
@@ -224,7 +136,7 @@ class _Run:
     )
     pending: _Pending | None = None
     with self.reporter, self.checkpoints:
-      self._print_start(state, start)
+      self._print_start(state, start, before)
       while step < config.steps and not self.stop.reached(step + 1):
         watch.set_activity("data")
         batch = next(batches)
@@ -257,6 +169,7 @@ class _Run:
       evaluation=self.evaluation,
       finished=step == config.steps,
       saved=saved,
+      lost_trackers=self.reporter.lost_trackers,
     )
 
   def _report(self, pending: _Pending | None) -> None:
@@ -287,12 +200,12 @@ class _Run:
     elif step < steps:
       reason = self.stop.reason or "another process"
       print_status(f"stopped and saved at step {step} of {steps} ({reason})")
-      print_status(f"go on with: jaxlm resume {self.folder.path}")
+      print_status(f"resumable; go on with: jaxlm resume {self.folder.path}")
     elif is_main():
       print_status(_draw(self.folder, self.task))
     return saved
 
-  def _print_start(self, state: TrainState, start: int) -> None:
+  def _print_start(self, state: TrainState, start: int, before: TrainConfig | None) -> None:
     trained, frozen = _count(state.params), _count(state.frozen)
     parameters = f"{trained:,} parameters" + (f", {frozen:,} frozen" if frozen else "")
     axes = [f"{axis} {size}" for axis, size in mesh_shape().items() if size > 1]
@@ -300,8 +213,13 @@ class _Run:
     verb = f"resuming at step {start}" if start else "training"
     print_status(f"{verb}: {parameters}, {self.task.describe()}")
     print_status(f"on {devices}, into {self.folder.path}")
-    if is_main() and (changes := record_start(self.folder, start, self.config)):
+    report = self.task.report()
+    for line in report:
+      print_status(f"data: {line}")
+    if is_main() and (changes := record_start(self.folder, start, self.config, report)):
       print_status(f"differs from the start before: {'; '.join(changes)}")
+    if before is not None and (line := describe_change(before, self.config, start)):
+      print_status(line)
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:
@@ -318,6 +236,7 @@ def _draw(folder: RunFolder, task: Task) -> str:
     return f"{folder.plot.name} is not drawn: matplotlib is missing (pip install 'jaxlm[plot]')"
   try:
     draw_loss(folder, task.references())
-  except OSError as error:
-    return f"{folder.plot.name} is not drawn: {error}"
+  except Exception as error:  # a picture is not worth a run, whatever the library or the task raise
+    _log.warning("%s is not drawn", folder.plot.name, exc_info=True)
+    return f"{folder.plot.name} is not drawn: {type(error).__name__}: {error}"
   return f"drew {folder.plot}"

@@ -36,7 +36,10 @@ def memory_in_use() -> str:
 
   Where jax does not count it (CPU), returns that of the process: "1.2 GiB (host)".
   """
-  counted = jax.local_devices()[0].memory_stats()
+  try:
+    counted = jax.local_devices()[0].memory_stats()
+  except jax.errors.JaxRuntimeError:  # of a platform that does not count
+    counted = None
   if counted is not None and "bytes_in_use" in counted:
     return _gibibytes(counted["bytes_in_use"])
   try:

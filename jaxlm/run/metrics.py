@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import os
 import time
 from typing import Any, Self
 
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from jaxlm.config import TrainConfig
 from jaxlm.run.memory import memory_in_use
+from jaxlm.run.progress import Progress
 from jaxlm.run.run_folder import RecordFile, RunFolder
-from jaxlm.run.trackers import open_trackers
+from jaxlm.run.trackers import BackgroundTracker, open_trackers
 from jaxlm.run.watch import Watch
 from sharding.hardware import find_chip
-from sharding.multihost import is_main
+from sharding.multihost import is_main, run_on_main_process
 
 _log = logging.getLogger("jaxlm")
 
@@ -44,18 +42,11 @@ class Reporter:
   ):
     self.config, self.folder, self.watch, self.unit = config, folder, watch, unit
     self.peak_flops = _peak_flops()
-    self.console = Console(highlight=False, quiet=not is_main())
-    self.live = self.console.is_terminal
-    columns = (
-      "step {task.completed}/{task.total}",
-      BarColumn(None),
-      TextColumn("{task.fields[line]}"),
+    self.progress = Progress(
+      config.steps, start, unit, log_every=config.log_every, quiet=not is_main()
     )
-    self.progress = Progress(*columns, console=self.console, disable=not self.live)
-    self.task = self.progress.add_task(
-      "train", total=config.steps, completed=start, line="compiling"
-    )
-    self.trackers = open_trackers(config, start) if is_main() else []
+    self.trackers: list[BackgroundTracker] = []
+    run_on_main_process(lambda: self.trackers.extend(open_trackers(config, start)))
     self.last = time.perf_counter()
 
   def __enter__(self) -> Self:
@@ -68,8 +59,14 @@ class Reporter:
     self.progress.stop()
     self.metrics_file.close()
     self.evals_file.close()
+    self.watch.set_activity("trackers")
     for tracker in self.trackers:
       tracker.close()
+
+  @property
+  def lost_trackers(self) -> tuple[str, ...]:
+    """Returns the names of the trackers that have not taken every step."""
+    return tuple(tracker.name for tracker in self.trackers if tracker.lost)
 
   def restart_clock(self) -> None:
     """Leaves what took place since the last step, such as an evaluation, out of the next one."""
@@ -94,14 +91,16 @@ class Reporter:
       tracker.log(
         {f"train/{name}": value for name, value in record.items() if name != "step"}, step
       )
-    left = str(datetime.timedelta(seconds=round(self.watch.median() * (self.config.steps - step))))
-    line = f"loss {metrics['loss']:.4f}  {metrics[self.unit] / seconds:,.0f} {self.unit}/s"
-    line += f"  MFU {self._mfu(flops / seconds)}  {left} left"
-    line += f"  memory {memory_in_use()}  data wait {waited / seconds:.0%}"
-    self.progress.update(self.task, completed=step, line=line)
-    if not self.live and (step % self.config.log_every == 0 or step == self.config.steps):
-      line += f"  lr {metrics['learning_rate']:.2e}  grad {metrics['grad_norm']:.2f}"
-      self.console.print(f"step {step}/{self.config.steps}  {line}", soft_wrap=True)
+    self.progress.show(
+      step,
+      metrics["loss"],
+      metrics[self.unit] / seconds,
+      self.watch.median() * (self.config.steps - step),
+      f"MFU {self._mfu(flops / seconds)}",
+      f"memory {memory_in_use()}",
+      f"data wait {waited / seconds:.0%}",
+      logged=f"lr {metrics['learning_rate']:.2e}  grad {metrics['grad_norm']:.2f}",
+    )
 
   def evaluation(self, step: int, values: dict[str, float]) -> None:
     """Records and prints what an evaluation after `step` found."""

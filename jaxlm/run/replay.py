@@ -29,6 +29,7 @@ from jaxlm.run.loop import restore_or_init
 from jaxlm.run.resolve import check_mesh
 from jaxlm.run.run_folder import RunFolder, log_to, read_records
 from jaxlm.run.text import TextTask
+from jaxlm.run.text_identity import changed_text
 from jaxlm.train.accumulate import accumulated_gradients
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import make_train_step
@@ -65,6 +66,8 @@ def _restore_before(
 ) -> tuple[TrainState, Batch]:
   """Returns the state before a step and the step's batch."""
   text = load_text(config.data, load_tokenizer(folder.path, config.data, config.model.V))
+  for change in changed_text(folder, text.digests):
+    print_status(f"not the text of the run: {change}")
   older = [at for at in finished_steps(folder.checkpoints) if at < step]
   sound = [at for at in older if not verify(checkpoint_path(folder.checkpoints, at))]
   start = sound[-1] if sound else 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 
 from jaxlm.config import TrainConfig, check
-from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.interop import huggingface
+from pallas_kernels.common.errors import UserError
 
 
 def with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
@@ -26,34 +28,61 @@ def with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
 def with_initial_model(config: TrainConfig) -> TrainConfig:
   """Returns `config` with the model of the checkpoint that training starts from, if there is one.
 
-  The checkpoint's tokenizer takes the place of `bytes`. Raises UserError like `huggingface.load`.
+  The checkpoint's tokenizer takes the place of `bytes`. Raises UserError like `huggingface.load`,
+  and where there is no tokenizer.json in the checkpoint and `data.tokenizer` names none.
   """
   if not config.init:
     return config
   folder = huggingface.local_folder(config.init)
-  model, _, _ = huggingface.inspect(folder, "float32")
+  model, _, _ = huggingface.inspect(folder, "float32", _ignored(config))
   data = config.data
-  if data.tokenizer == "bytes" and (folder / TOKENIZER_FILE).is_file():
-    data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER_FILE))
+  if data.tokenizer == "bytes":
+    try:
+      data = dataclasses.replace(data, tokenizer=str(huggingface.find_tokenizer(folder)))
+    except UserError as error:
+      raise UserError(f"{error}; or name one by --data.tokenizer FILE") from None
   return dataclasses.replace(config, model=model, data=data)
+
+
+def load_initial_weights(config: TrainConfig) -> Any:
+  """Returns the weights of the checkpoint `config.init` in float32, on the current mesh."""
+  return huggingface.load(config.init, "float32", _ignored(config))[1]
+
+
+def _ignored(config: TrainConfig) -> huggingface.Ignored:
+  return huggingface.Ignored(config.ignore_config, config.ignore_tensors)
 
 
 def check_mesh(config: TrainConfig) -> None:
   """Raises UserError where the model does not divide over the mesh or cannot use an axis of it."""
   sizes = config.mesh.resolve(jax.device_count())
-  for axis in ("stage", "context_ring", "context_ulysses", "expert"):
+  for axis in ("stage", "expert"):
     rule = "the model does not use this axis; it must be 1"
     check(sizes[axis] == 1, f"mesh.{axis}", sizes[axis], rule)
-  model, fsdp, tensor = config.model, sizes["fsdp"], sizes["tensor"]
-  check(model.D % fsdp == 0, "model.D", model.D, f"must be a multiple of mesh.fsdp={fsdp}")
-  split_by_tensor = {"data.length": config.data.length, "model.V": model.V}
+  model, length, tensor = config.model, config.data.length, sizes["tensor"]
+  ring, ulysses = sizes["context_ring"], sizes["context_ulysses"]
+  _check_divides("model.D", model.D, sizes, "fsdp", "context_ring", "context_ulysses")
+  _check_divides("model.V", model.V, sizes, "tensor")
+  _check_divides("data.length", length, sizes, "context_ring", "context_ulysses", "tensor")
+  if ring > 1:
+    rule = "must be a multiple of 2 x mesh.context_ring x mesh.context_ulysses="
+    rule += f"{2 * ring * ulysses}, so that the ring's ranks do equal work"
+    check(length % (2 * ring * ulysses) == 0, "data.length", length, rule)
   for group in ("prefix", "pattern", "remainder"):
     for position, spec in enumerate(getattr(model, group)):
       path = f"model.{group}.{position}"
-      split_by_tensor |= {
-        f"{path}.mixer.N": spec.mixer.N,
-        f"{path}.mixer.K": spec.mixer.K,
-        f"{path}.feedforward.F": spec.feedforward.F,
-      }
-  for path, size in split_by_tensor.items():
-    check(size % tensor == 0, path, size, f"must be a multiple of mesh.tensor={tensor}")
+      N, K = spec.mixer.N, spec.mixer.K
+      _check_divides(f"{path}.mixer.K", K, sizes, "tensor")
+      _check_divides(f"{path}.mixer.N", N, sizes, "tensor", "context_ulysses")
+      rule = f"its K / mesh.tensor={K // tensor} key heads of a device must be a multiple or a "
+      rule += f"divisor of mesh.context_ulysses={ulysses}"
+      check(K // tensor % ulysses == 0 or ulysses % (K // tensor) == 0, f"{path}.mixer.K", K, rule)
+      _check_divides(f"{path}.feedforward.F", spec.feedforward.F, sizes, "tensor")
+
+
+def _check_divides(path: str, size: int, sizes: dict[str, int], *axes: str) -> None:
+  """Raises UserError unless the axes, those of more than one device, split the size evenly."""
+  active = [axis for axis in axes if sizes[axis] > 1]
+  parts = math.prod(sizes[axis] for axis in active)
+  names = " x ".join(f"mesh.{axis}" for axis in active)
+  check(size % parts == 0, path, size, f"must be a multiple of {names}={parts}")

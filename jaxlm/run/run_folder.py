@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class RunFolder:
     for path in (self.metrics, self.evals):
       if path.exists():
         records = [record for record in read_records(path) if record["step"] <= step]
-        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+        write_text(path, "".join(map(to_line, records)))
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -86,6 +87,18 @@ def read_config(path: Path) -> TrainConfig:
     return from_dict(TrainConfig, values)
   except UserError as error:
     raise UserError(f"{path}: {error}") from error
+
+
+def to_line(record: Mapping[str, Any]) -> str:
+  """Returns a record of numbers as one line of JSON, in which a number that is not finite is null.
+
+  JSON has no NaN: most other programs refuse a line that holds one.
+  """
+  values = {name: x.item() if hasattr(x, "item") else x for name, x in record.items()}
+  finite = {
+    name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()
+  }
+  return json.dumps(finite, allow_nan=False) + "\n"
 
 
 class RecordFile:
@@ -101,7 +114,7 @@ class RecordFile:
 
   def append(self, record: dict[str, Any]) -> None:
     """Appends one object as a line, after those that wait in memory."""
-    self._waiting += json.dumps(record).encode() + b"\n"
+    self._waiting += to_line(record).encode()
     self._write()
 
   def close(self) -> None:
@@ -124,13 +137,14 @@ class RecordFile:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-  """Yields the objects of a .jsonl file, up to the first line that is not whole."""
+  """Yields the objects of a .jsonl file, up to the first line that is not whole; null is NaN."""
   with path.open() as lines:
     for line in lines:
       try:
-        yield json.loads(line)
+        record = json.loads(line)
       except json.JSONDecodeError:
         return
+      yield {name: math.nan if value is None else value for name, value in record.items()}
 
 
 @contextlib.contextmanager
@@ -170,7 +184,20 @@ def log_to(path: Path | str | None) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-  """Writes the log; a full disk costs lines of it, nothing else."""
+  """Writes the log; a file that cannot be opened and a full disk cost lines of it, nothing else."""
+
+  def __init__(self, path: Path | str):
+    super().__init__(path, encoding="utf-8", delay=True)
+    self._refused = False
+
+  def emit(self, record: logging.LogRecord) -> None:
+    """Writes a line, for which it opens the file if it is not open; logs the first refusal."""
+    try:
+      super().emit(record)
+    except OSError as error:  # of opening; those of writing come to `handleError`
+      if not self._refused:
+        self._refused = True
+        _log.error("%s: lines of the log are lost: %s", self.baseFilename, error.strerror)
 
   def handleError(self, record: logging.LogRecord) -> None:
     """Ignores a refusing file system; reports any other fault as logging does."""

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.checkpoint.checkpoint import restore_weights
 from jaxlm.checkpoint.folder import checkpoint_path, newest_sound
-from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig
+from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig, check
 from jaxlm.data.loader import TextData, load_text
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, check_vocabulary, load_tokenizer
-from jaxlm.decode import Sampler, generate
+from jaxlm.decode import NoDistribution, Sampler, generate
 from jaxlm.interop import huggingface
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.text import TextTask
@@ -40,16 +42,28 @@ class SavedRun:
   step: int
   start_ids: tuple[int, ...]
   """what a text begins with: the end of document, or what a published tokenizer puts there"""
+  end_ids: tuple[int, ...]
+  """ids that end a text: the end of document, or what a published folder names"""
 
   @classmethod
-  def open(cls, run: str | Path) -> SavedRun:
+  def open(
+    cls,
+    run: str | Path,
+    *,
+    dtype: str | None = None,
+    ignored: huggingface.Ignored = huggingface.NOTHING,
+  ) -> SavedRun:
     """Opens the folder of a run, or a checkpoint folder or `hf:owner/name` with its tokenizer.json.
 
-    Raises UserError for a folder that does not exist or is neither, FileNotFoundError for a run
-    without a sound checkpoint.
+    The weights of a checkpoint get `dtype`, by default that of its files, and `ignored` names what
+    is not read of it. Raises UserError for a folder that does not exist or is neither,
+    FileNotFoundError for a run without a sound checkpoint.
     """
     if huggingface.is_checkpoint(run):
-      return cls._open_published(huggingface.local_folder(run))
+      return cls._open_published(huggingface.local_folder(run), dtype, ignored)
+    rule = "is for Hugging Face checkpoints; this is a run"
+    check(dtype is None, "dtype", dtype, rule)
+    check(ignored == huggingface.NOTHING, "ignored", tuple(ignored), rule)
     folder = RunFolder(Path(run))
     config = for_this_platform(dataclasses.replace(folder.read_config(), mesh=MeshConfig(data=1)))
     newest = newest_sound(folder.checkpoints)
@@ -57,12 +71,14 @@ class SavedRun:
       like = jax.eval_shape(lambda: init_state(config, TextTask(config)))
       params = restore_weights(checkpoint_path(folder.checkpoints, newest), like)
     tokenizer = load_tokenizer(folder.path, config.data, config.model.V)
-    return cls(config, tokenizer, params, newest, (tokenizer.eos,))
+    return cls(config, tokenizer, params, newest, (tokenizer.eos,), (tokenizer.eos,))
 
   @classmethod
-  def _open_published(cls, folder: Path) -> SavedRun:
-    tokenizer = BPETokenizer.load(folder / TOKENIZER_FILE)
-    model, params = huggingface.load(folder)
+  def _open_published(
+    cls, folder: Path, dtype: str | None, ignored: huggingface.Ignored
+  ) -> SavedRun:
+    tokenizer = BPETokenizer.load(huggingface.find_tokenizer(folder))
+    model, params = huggingface.load(folder, dtype, ignored)
     check_vocabulary(tokenizer, model.V, folder / TOKENIZER_FILE)
     config = TrainConfig(
       model=model,
@@ -70,25 +86,47 @@ class SavedRun:
       data=DataConfig(tokenizer=str(folder / TOKENIZER_FILE)),
       mesh=MeshConfig(data=1),
     )
-    return cls(config, tokenizer, params, 0, tuple(tokenizer.model.encode("").ids))
+    start_ids = tuple(tokenizer.model.encode("").ids)
+    return cls(config, tokenizer, params, 0, start_ids, (tokenizer.eos,))
 
   def sample(self, prompt: str, *, sampler: Sampler, max_new: int, seed: int = 0) -> str:
-    """Returns the text that continues the prompt, up to `max_new` tokens or the document's end."""
-    eos = self.tokenizer.eos
-    prompt_ids = [[*self.start_ids, *self.tokenizer.encode(prompt)]]
-    key = jax.random.key(seed)
-    ids_M = generate(
-      self.config.model,
-      self.params,
-      prompt_ids,
-      compute=self.config.compute,
-      sampler=sampler,
-      max_new=max_new,
-      key=key,
-      eos=eos,
-    )[0]
-    ends = (ids_M == eos).nonzero()[0]
-    return self.tokenizer.decode(ids_M[: ends[0]] if len(ends) else ids_M)
+    """Returns the text that continues the prompt, up to `max_new` tokens or the document's end.
+
+    Only ids that have a text are drawn. Raises NoDistribution, naming a weight that is not finite
+    if there is one, where the logits are NaN.
+    """
+    ends = self.end_ids
+    prompt_ids = self.tokenizer.encode(prompt).tolist()
+    context_ids = [*self.start_ids, *prompt_ids] or [ends[0]]
+    drawable_V = np.isin(np.arange(self.config.model.V), [*self.tokenizer.list_ids(), *ends])
+    try:
+      ids_M = generate(
+        self.config.model,
+        self.params,
+        [context_ids],
+        compute=self.config.compute,
+        sampler=sampler,
+        max_new=max_new,
+        key=jax.random.key(seed),
+        eos=ends,
+        drawable_V=drawable_V,
+      )[0]
+    except NoDistribution as error:
+      raise NoDistribution(f"{error}; {self._describe_weights()}") from error
+    stops = np.isin(ids_M, ends).nonzero()[0]
+    new_ids = ids_M[: stops[0]].tolist() if len(stops) else ids_M.tolist()
+    # Behind its prompt, because a decoder may drop the space before the first word of a text.
+    before, text = self.tokenizer.decode(prompt_ids), self.tokenizer.decode(prompt_ids + new_ids)
+    return text[len(before) :] if text.startswith(before) else self.tokenizer.decode(new_ids)
+
+  def _describe_weights(self) -> str:
+    """Returns a clause that names the first weight with NaN or infinity, or says there is none."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+      bad = int((~jnp.isfinite(leaf)).sum())
+      if bad:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return f"the weights {name} hold {bad:,} values that are NaN or infinite"
+    return f"all weights are finite: an activation overflows in {self.config.compute.dtype}"
 
   def evaluate(self, limit: int | None = None) -> tuple[TextData, dict[str, float]]:
     """Returns (the text, evaluation as in eval.jsonl) over all held-out text or `limit` batches."""

@@ -10,32 +10,36 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from jaxlm.config import TrainConfig
+from jaxlm.config import OnNewSteps, TrainConfig
 from jaxlm.data.baselines import baselines
+from jaxlm.data.corpus import absolute_paths
 from jaxlm.data.loader import Batch, TextData, heldout_batches, load_text, train_loader
+from jaxlm.data.ring import in_ring_order
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.interop import huggingface
 from jaxlm.models import Transformer, roles
 from jaxlm.objectives import Weighted, next_token_loss
 from jaxlm.run.lock import only_writer
-from jaxlm.run.loop import (
-  TrainResult,
-  check_run,
-  continue_run,
-  find_newest,
-  start_run,
-)
+from jaxlm.run.loop import TrainResult
 from jaxlm.run.metrics import print_status
-from jaxlm.run.resolve import check_mesh, with_initial_model, with_vocabulary
+from jaxlm.run.output import forgiving_output
+from jaxlm.run.resolve import (
+  check_mesh,
+  load_initial_weights,
+  with_initial_model,
+  with_vocabulary,
+)
 from jaxlm.run.run_folder import RunFolder
+from jaxlm.run.start import check_run, continue_run, find_newest, start_run
 from jaxlm.run.text_identity import check_same_everywhere, check_text, record_text
 from jaxlm.scaling.flops import train_flops_of_rows
 from jaxlm.train.evaluate import make_evaluator
+from jaxlm.train.schedule import with_new_steps
 from jaxlm.train.task import Batches, Start, Task
 from sharding.batches import globalize
 from sharding.multihost import run_on_main_process
 
 
+@forgiving_output()
 def train(config: TrainConfig) -> TrainResult:
   """Trains a language model from scratch or from `config.init` into the new folder `config.run`.
 
@@ -47,41 +51,52 @@ def train(config: TrainConfig) -> TrainResult:
   text = load_text(config.data, report=print_status)
   check_same_everywhere(text)
   config = with_vocabulary(config, text.tokenizer.vocab_size)
+  config = dataclasses.replace(config, data=absolute_paths(config.data))
   check_mesh(config)  # again, because the text's vocabulary may have become the model's
   task, folder = TextTask(config, text), RunFolder(Path(config.run))
   with only_writer(folder.path):
     return start_run(config, task, folder)
 
 
+@forgiving_output()
 def resume(
   run: str | Path,
   config: TrainConfig | None = None,
   *,
   steps: int | None = None,
+  schedule: OnNewSteps | None = None,
   other_text: bool = False,
 ) -> TrainResult:
   """Goes on with a run of `train` from its newest checkpoint that verifies, as `fit` does.
 
-  `config` replaces the run's configuration, `steps` only its number of steps. Raises UserError
+  `config` replaces the run's configuration, `steps` only its number of steps. `schedule` chooses
+  what the learning rate does then; by default its schedule spans `steps`, unless an earlier resume
+  has chosen. A changed batch goes on with the next row of the text. Raises UserError
   where `config` contradicts the checkpoint, and, unless `other_text`, where the text is not the one
   that the run was trained on.
   """
   folder = RunFolder(Path(run))
-  config = dataclasses.replace(config or folder.read_config(), run=str(folder.path))
+  before = folder.read_config()
+  config = dataclasses.replace(config or before, run=str(folder.path))
   if steps is not None:
     config = dataclasses.replace(config, steps=steps)
   check_run(config)
   check_mesh(config)
   with only_writer(folder.path):
-    newest = find_newest(config, folder, other_data=other_text)
+    newest = find_newest(config, folder, other_data=other_text, counts_rows=True)
+    if schedule is not None:
+      config = with_new_steps(config, before.steps, max(newest, 0), schedule)
     begun = newest >= 0
     tokenizer = load_tokenizer(folder.path, config.data, config.model.V) if begun else None
     text = load_text(config.data, tokenizer, print_status)
     check_same_everywhere(text)
-    if newest > 0:
-      run_on_main_process(lambda: check_text(folder, text, other_text=other_text))
+    allowed = other_text or newest <= 0  # nothing has been trained on it
+    run_on_main_process(lambda: check_text(folder, text, other_text=allowed))
+    if newest > 0 and not folder.text.is_file():
+      print_status(f"{folder.text} is missing: the text may not be the one of the run so far")
+    config = dataclasses.replace(config, data=absolute_paths(config.data))
     task = TextTask(config, text)
-    return continue_run(config, task, folder, newest, lambda: record_text(folder, text))
+    return continue_run(config, task, folder, newest, before, lambda: record_text(folder, text))
 
 
 class TextTask(Task):
@@ -108,7 +123,7 @@ class TextTask(Task):
     """Loads the weights of the checkpoint `config.init` in float32, if it is set."""
     if not self.config.init:
       return None
-    return Start(huggingface.load(self.config.init, dtype="float32")[1])
+    return Start(load_initial_weights(self.config))
 
   def batches(self, rows: Any) -> Batches:
     """Returns an iterator over packed or windowed rows of the training text."""
@@ -118,12 +133,14 @@ class TextTask(Task):
     self, params: Any, model_state: Any, batch: Batch, key: jax.Array
   ) -> dict[str, Weighted]:
     """Returns the terms of next-token prediction, without all logits in memory."""
+    batch, order = in_ring_order(batch)
     states_BTD = self.model.apply(
       params,
       batch.inputs_BT,
       positions=batch.positions_BT,
       segment_ids=batch.segment_ids_BT,
       in_order=True,
+      order=order,
       logits=False,
     )
     return next_token_loss(
@@ -175,6 +192,10 @@ class TextTask(Task):
   def references(self) -> dict[str, float]:
     """Returns what simple codes of the held-out text cost, in bits per byte."""
     return baselines(self.text.store)
+
+  def report(self) -> list[str]:
+    """Returns where the text is from, how it is split, and what was left out of it."""
+    return self.text.store.report.splitlines()
 
   def describe(self) -> str:
     """Returns the line of the log that says how much text there is."""

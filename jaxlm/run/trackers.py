@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import queue
+import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +17,7 @@ from jaxlm.config_json import to_dict
 from jaxlm.run.run_folder import RunFolder
 from pallas_kernels.common.errors import UserError, import_extra
 
+_log = logging.getLogger("jaxlm")
 _MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # of the extras of the same names
 
 
@@ -32,13 +37,88 @@ def check_trackers(config: TrainConfig) -> None:
     _import(name)
 
 
-def open_trackers(config: TrainConfig, start: int) -> list[Tracker]:
-  """Returns the configured trackers of a run that goes on after step `start` (0: begins)."""
+def open_trackers(config: TrainConfig, start: int) -> list[BackgroundTracker]:
+  """Returns the configured trackers of a run that goes on after step `start` (0: begins).
+
+  One that cannot be opened is reported and left out, because a run that was stopped has to go on.
+  Raises UserError where a new run's tracker asks for what the user has to mend, such as a login.
+  """
   kinds: dict[str, type[TensorBoard] | type[WeightsAndBiases]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
   }
-  return [kinds[name](config, start) for name in config.trackers]
+  trackers = []
+  for name in config.trackers:
+    try:
+      trackers.append(BackgroundTracker(name, kinds[name](config, start)))
+    except Exception as error:
+      if isinstance(error, UserError) and start == 0:
+        raise
+      _log_lost(name, start, error)
+  return trackers
+
+
+def _log_lost(name: str, step: int, error: BaseException) -> None:
+  """Logs that a tracker takes nothing from `step` on, and why."""
+  _log.error(
+    "trackers=%s: lost after step %d (%s: %s); training goes on, metrics.jsonl has every step",
+    name,
+    step,
+    type(error).__name__,
+    error,
+  )
+
+
+class BackgroundTracker:
+  """Feeds a tracker from a thread of its own, so that it can neither end nor hold up a run.
+
+  A tracker that raises, or that stops taking numbers, is reported once and left alone. Its thread
+  does not keep the process from ending.
+  """
+
+  LARGEST_BACKLOG = 4096  # steps
+  PATIENCE = 30.0  # seconds that `close` waits for what has not been sent
+
+  def __init__(self, name: str, tracker: Tracker):
+    self.name, self.tracker = name, tracker
+    self.lost = False
+    self._step = 0
+    self._backlog = queue.Queue[tuple[dict[str, float], int] | None](self.LARGEST_BACKLOG)
+    self._thread = threading.Thread(target=self._feed, daemon=True, name=f"tracker {name}")
+    self._thread.start()
+
+  def log(self, values: dict[str, float], step: int) -> None:
+    """Hands on the numbers of a step, and returns at once."""
+    if not self.lost:
+      self._step = step
+      self._put((values, step))
+
+  def close(self) -> None:
+    """Waits until the tracker has taken everything and is closed, or for `PATIENCE` seconds."""
+    if not self.lost:
+      self._put(None)
+      self._thread.join(self.PATIENCE)
+      if self._thread.is_alive():
+        self._lose(TimeoutError(f"does not finish within {self.PATIENCE:.0f} s"))
+
+  def _put(self, item: tuple[dict[str, float], int] | None) -> None:
+    try:
+      self._backlog.put_nowait(item)
+    except queue.Full:
+      self._lose(TimeoutError(f"is {self.LARGEST_BACKLOG} steps behind"))
+
+  def _feed(self) -> None:
+    try:
+      while (item := self._backlog.get()) is not None:
+        self.tracker.log(*item)
+      self.tracker.close()
+    except (Exception, SystemExit) as error:
+      self._lose(error)
+
+  def _lose(self, error: BaseException) -> None:
+    if not self.lost:
+      self.lost = True
+      _log_lost(self.name, self._step, error)
 
 
 def _import(name: str) -> Any:
@@ -46,22 +126,35 @@ def _import(name: str) -> Any:
 
 
 class TensorBoard:
-  """Writes event files into the run folder, by tensorboardX.
+  """Writes an event file into the run folder, by tensorboardX, without its threads and processes.
 
-  The first event of each start tells TensorBoard to drop what earlier files hold after `start`.
+  The first event tells TensorBoard to drop what earlier files hold after `start`.
   """
 
+  FLUSH_EVERY = 30.0  # seconds
+
   def __init__(self, config: TrainConfig, start: int):
-    self._writer = _import("tensorboard").SummaryWriter(
-      str(Path(config.run) / "tensorboard"),
-      purge_step=start + 1,
-      filename_suffix=f".after_step_{start}",  # starts within one second write different files
-    )
+    _import("tensorboard")
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    folder = Path(config.run) / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    # starts within one second write different files
+    self._writer = EventsWriter(str(folder / "events"), f".after_step_{start}")
+    self._make_event = Event
+    session = SessionLog(status=SessionLog.START)
+    self._writer.write_event(Event(wall_time=time.time(), step=start + 1, session_log=session))
+    self._flushed = time.monotonic()
 
   def log(self, values: dict[str, float], step: int) -> None:
-    """Adds a scalar for each value."""
-    for name, value in values.items():
-      self._writer.add_scalar(name, value, step)
+    """Writes an event with a scalar for each value."""
+    scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
+    event = self._make_event(wall_time=time.time(), step=step, summary={"value": scalars})
+    self._writer.write_event(event)
+    if time.monotonic() - self._flushed > self.FLUSH_EVERY:
+      self._writer.flush()
+      self._flushed = time.monotonic()
 
   def close(self) -> None:
     """Writes what is buffered, and closes the file."""
@@ -89,7 +182,7 @@ class WeightsAndBiases:
       if self._run.step > start + 1:  # the step that wandb expects next
         self._run.finish()
         self._run = wandb.init(resume_from=f"{run_id}?_step={start}", **options)
-    except wandb.errors.Error as error:  # no account, no network, a server that cannot rewind
+    except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:  # no account
       raise UserError(f"trackers=wandb: {error}") from error
 
   def log(self, values: dict[str, float], step: int) -> None:

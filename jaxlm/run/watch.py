@@ -16,6 +16,7 @@ ACTIVITIES = {
   "device": "the devices",
   "checkpoint": "the checkpoint to be read or written",
   "evaluation": "the evaluation",
+  "trackers": "the trackers",
 }
 
 

@@ -27,7 +27,7 @@ from jaxlm.run.memory import keep_freed_memory
 from jaxlm.run.resolve import with_initial_model, with_vocabulary
 from jaxlm.run.text import TextTask
 from jaxlm.run.together import MakeTask, Outcome, Together
-from jaxlm.train.optimizer import check_schedule
+from jaxlm.train.schedule import check_schedule
 from jaxlm.train.task import Task
 from sharding import make_mesh
 

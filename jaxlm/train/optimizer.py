@@ -1,4 +1,4 @@
-"""Computes learning rates and updates; parameters are treated by their declared role.
+"""Computes updates; parameters are treated by their declared role.
 
 A rule from optax gives a direction, and `update` moves the parameters:
 p -= rate * (direction + weight_decay * p), the decay for "matrix" and "head" alone.
@@ -6,11 +6,9 @@ p -= rate * (direction + weight_decay * p), the decay for "matrix" and "head" al
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -21,37 +19,6 @@ DECAYED = ("matrix", "head")
 """roles that weight decay acts on"""
 _OWN_AXES = {"embedding": 2, "matrix": 2, "head": 2, "norm": 1, "bias": 1}
 """axes of one parameter of a role; axes before these stack layers or experts"""
-
-
-def check_schedule(config: OptimizerConfig, steps: int) -> None:
-  """Raises UserError where the warm-up leaves no step of `steps`."""
-  check(config.warmup < steps, "optimizer.warmup", config.warmup, f"must be below steps={steps}")
-
-
-def learning_rate(
-  config: OptimizerConfig, peak: jax.Array | float, steps: jax.Array | int, step: jax.Array | int
-) -> jax.Array:
-  """Returns the learning rate of a step (0-based), a float32 scalar.
-
-  All arguments but `config` may be traced.
-
-  Linear warm-up to `peak`, whose first step uses 1 / (warmup + 1) of it, then the named shape until
-  step `steps`. wsd is warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395), its decay linear.
-  """
-  step, steps = jnp.asarray(step, jnp.float32), jnp.asarray(steps, jnp.float32)
-  after = jnp.maximum(steps - config.warmup, 1.0)
-  since = step - config.warmup
-  if config.schedule == "cosine":
-    shape = (1 + jnp.cos(math.pi * jnp.clip(since / after, 0, 1))) / 2
-  elif config.schedule == "linear":
-    shape = 1 - jnp.clip(since / after, 0, 1)
-  elif config.schedule == "wsd":
-    cooling = jnp.minimum(jnp.maximum(1, jnp.round(config.decay * steps)), after)
-    shape = 1 - jnp.clip((since - (after - cooling)) / cooling, 0, 1)
-  else:
-    shape = jnp.float32(1)
-  falling = config.final + (1 - config.final) * shape
-  return peak * jnp.where(since < 0, (step + 1) / (config.warmup + 1), falling)
 
 
 def make_optimizer(config: OptimizerConfig, roles: Any) -> optax.GradientTransformation:

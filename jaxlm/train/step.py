@@ -14,7 +14,8 @@ import optax
 from jaxlm.config import TrainConfig
 from jaxlm.objectives.weighted import Weighted
 from jaxlm.train.accumulate import accumulated_gradients
-from jaxlm.train.optimizer import check_schedule, learning_rate, make_optimizer, update
+from jaxlm.train.optimizer import make_optimizer, update
+from jaxlm.train.schedule import check_schedule, learning_rate
 from jaxlm.train.state import TrainState, merge
 from jaxlm.train.task import Task
 from pallas_kernels.common.errors import UserError

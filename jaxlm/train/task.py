@@ -108,6 +108,10 @@ class Task(abc.ABC):
     """Returns named values that the plot shows beside the loss, such as what chance reaches."""
     return {}
 
+  def report(self) -> list[str]:
+    """Returns lines on the data for terminal, log and environment.json: what was read, and not."""
+    return []
+
   def describe(self) -> str:
     """Returns a few words on the data, for the first line of the run."""
     return type(self).__name__

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal
@@ -168,7 +167,7 @@ def _on_shards(
       check_not_sharded(name, array, dimension)
   batch, heads = sharded_axes(q_BTNH, 0), sharded_axes(q_BTNH, 2)
   for name, array in (("k_BSKH", k_BSKH), ("v_BSKU", v_BSKU)):
-    _check_spread_alike(name, array, batch, heads)
+    checks.check_spread_alike(name, array, (batch, (), heads))
   arrays = (q_BTNH, k_BSKH, v_BSKU, *tokens)
   if not batch and not heads:
     return local(*arrays)
@@ -177,16 +176,3 @@ def _on_shards(
   out_specs = P(batch or None, None, heads or None)
   # the library's kernels do not say over which mesh axes their outputs vary
   return run_on_shards(local, arrays, layouts, out_specs, check_vma=not fused)
-
-
-def _check_spread_alike(
-  name: str, array: jax.Array, batch: tuple[str, ...], heads: tuple[str, ...]
-) -> None:
-  """Raises UserError unless batch and heads are spread like the queries', or not at all."""
-  for dimension, axes in ((0, batch), (2, heads)):
-    rule = f"must be spread like q_BTNH, whose dimension {dimension} lies over {axes}"
-    check(sharded_axes(array, dimension) in ((), axes), name, str(jax.typeof(array)), rule)
-  mesh_shape = jax.typeof(array).sharding.mesh.shape
-  shards = math.prod(mesh_shape[axis] for axis in heads)
-  rule = f"its K={array.shape[2]} heads cannot be split over the {shards} devices of {heads}"
-  check(array.shape[2] % shards == 0, name, str(jax.typeof(array)), rule)

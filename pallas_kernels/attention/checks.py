@@ -4,6 +4,7 @@
 # H width of queries and keys, U width of values
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention.mask import Options, Tokens
 from pallas_kernels.common.checks import check, check_dtype, check_number, check_shape
+from pallas_kernels.common.shards import Axes, sharded_axes
 
 
 def check_arrays(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKU: jax.Array) -> None:
@@ -79,3 +81,20 @@ def check_options(
     scale=H**-0.5 if scale is None else float(scale),
     interpret=interpret,
   )
+
+
+def check_spread_alike(name: str, array: jax.Array, query_axes: tuple[Axes, Axes, Axes]) -> None:
+  """Raises UserError unless B, S and heads are spread like the queries', or not at all.
+
+  Key heads must divide over the axes of the queries' heads. S may not stay whole.
+  """
+  for dimension, axes in enumerate(query_axes):
+    rule = f"must be spread like q_BTNH, whose dimension {dimension} lies over {axes}"
+    allowed = (axes,) if dimension == 1 else ((), axes)
+    check(sharded_axes(array, dimension) in allowed, name, str(jax.typeof(array)), rule)
+  mesh_shape = jax.typeof(array).sharding.mesh.shape
+  shards = math.prod(mesh_shape[axis] for axis in query_axes[2])
+  rule = (
+    f"its K={array.shape[2]} heads cannot be split over the {shards} devices of {query_axes[2]}"
+  )
+  check(array.shape[2] % shards == 0, name, str(jax.typeof(array)), rule)

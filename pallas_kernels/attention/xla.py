@@ -67,12 +67,60 @@ def attend(
   return o_BTNU, lse_BKGT1.reshape(B, N, T).swapaxes(1, 2)
 
 
+def attend_to_part(
+  q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSU: jax.Array, tokens: Tokens, options: Options
+) -> tuple[jax.Array, jax.Array]:
+  """Returns output [B, K, G, T, U] and logsumexp [B, K, G, T, 1] over some of a query's keys.
+
+  Both are float32, or wider, to be merged with those over the other keys. Not to be differentiated:
+  that is `gradients_of_part`'s, which knows the logsumexp over all keys.
+  """
+  plan = make_plan(_shape_BTNH(q_BKGTH), k_BKSH.shape[2], options, tokens.in_order, False)
+  tokens = with_positions(tokens, q_BKGTH.shape[3], k_BKSH.shape[2])
+  dtype = jnp.promote_types(q_BKGTH.dtype, jnp.float32)
+  return _forward(q_BKGTH, k_BKSH, v_BKSU, tokens, plan, dtype)[0]
+
+
+def gradients_of_part(
+  q_BKGTH: jax.Array,
+  do_BKGTU: jax.Array,
+  lse_BKGT1: jax.Array,
+  mean_BKGT1: jax.Array,
+  k_BKSH: jax.Array,
+  v_BKSU: jax.Array,
+  tokens: Tokens,
+  options: Options,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns dq, dk and dv of some of a query's keys, float32 or wider; dq is their share of it.
+
+  `lse_BKGT1` is the logsumexp over all keys, and `mean_BKGT1` what `mean_of_gradient` gives for the
+  output over all keys.
+  """
+  plan = make_plan(_shape_BTNH(q_BKGTH), k_BKSH.shape[2], options, tokens.in_order, False)
+  tokens = with_positions(tokens, q_BKGTH.shape[3], k_BKSH.shape[2])
+  arrays = (q_BKGTH, k_BKSH, v_BKSU)
+  return _gradients(*arrays, tokens, do_BKGTU, mean_BKGT1, plan, lse_BKGT1=lse_BKGT1)
+
+
+def mean_of_gradient(do_BKGTU: jax.Array, o_BKGTU: jax.Array) -> jax.Array:
+  """Returns what softmax's gradient subtracts, sum_U do o, [B, K, G, T, 1] in the dtype of do."""
+  B, K, G, T, U = o_BKGTU.shape
+  product_BKGTU = do_BKGTU * o_BKGTU.astype(do_BKGTU.dtype)
+  # four axes, because XLA on CPU takes 15 times as long for the same sum over the last of five
+  return jnp.sum(product_BKGTU.reshape(B, K * G, T, U), axis=-1).reshape(B, K, G, T, 1)
+
+
+def _shape_BTNH(q_BKGTH: jax.Array) -> tuple[int, int, int, int]:
+  B, K, G, T, H = q_BKGTH.shape
+  return B, T, K * G, H
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q_BKGTH, k_BKSH, v_BKSU, tokens: Tokens, plan: Plan) -> tuple[jax.Array, jax.Array]:
   return _forward(q_BKGTH, k_BKSH, v_BKSU, tokens, plan)[0]
 
 
-def _forward(q_BKGTH, k_BKSH, v_BKSU, tokens: Tokens, plan: Plan):
+def _forward(q_BKGTH, k_BKSH, v_BKSU, tokens: Tokens, plan: Plan, dtype: Any = None):
   # written once: fused into every block's slice, what came before would be computed again in each
   q_BKGTH, k_BKSH, v_BKSU = jax.lax.optimization_barrier((q_BKGTH, k_BKSH, v_BKSU))
   B, K, G = q_BKGTH.shape[:3]
@@ -84,7 +132,7 @@ def _forward(q_BKGTH, k_BKSH, v_BKSU, tokens: Tokens, plan: Plan):
     o_BKRU = _dot("bkrs,bksu->bkru", e_BKRS, v_BKSU_) / softmax.mass_BKR1
     lse_BKR1 = max_BKR1 + jnp.log(softmax.mass_BKR1)
     lse_BKR1 = jnp.where(max_BKR1 == UNSEEN, -jnp.inf, lse_BKR1)
-    o_BKGCU = o_BKRU.reshape(B, K, G, band.C, -1).astype(v_BKSU.dtype)
+    o_BKGCU = o_BKRU.reshape(B, K, G, band.C, -1).astype(dtype or v_BKSU.dtype)
     return (o_BKGCU, lse_BKR1.reshape(B, K, G, band.C, 1)), softmax
 
   softmaxes: tuple[Softmax, ...] = ()
@@ -103,13 +151,31 @@ def _forward(q_BKGTH, k_BKSH, v_BKSU, tokens: Tokens, plan: Plan):
 def _backward(plan: Plan, residuals, cotangents):
   q_BKGTH, k_BKSH, v_BKSU, tokens, o_BKGTU, blind_BKGT1, softmaxes = residuals
   do_BKGTU, dlse_BKGT1 = cotangents
-  B, K, G, T, U = o_BKGTU.shape
-  dtype, scale = q_BKGTH.dtype, plan.options.scale
   do_BKGTU = jax.lax.optimization_barrier(do_BKGTU.astype(dlse_BKGT1.dtype))
-  product_BKGTU = do_BKGTU * o_BKGTU.astype(do_BKGTU.dtype)
-  # four axes, because XLA on CPU takes 15 times as long for the same sum over the last of five
-  mean_BKGT1 = jnp.sum(product_BKGTU.reshape(B, K * G, T, U), axis=-1).reshape(B, K, G, T, 1)
-  mean_BKGT1 = mean_BKGT1 - jnp.where(blind_BKGT1, 0, dlse_BKGT1)
+  mean_BKGT1 = mean_of_gradient(do_BKGTU, o_BKGTU) - jnp.where(blind_BKGT1, 0, dlse_BKGT1)
+  arrays = (q_BKGTH, k_BKSH, v_BKSU)
+  grads = _gradients(*arrays, tokens, do_BKGTU, mean_BKGT1, plan, softmaxes)
+  return *(grad.astype(q_BKGTH.dtype) for grad in grads), None
+
+
+def _gradients(
+  q_BKGTH: jax.Array,
+  k_BKSH: jax.Array,
+  v_BKSU: jax.Array,
+  tokens: Tokens,
+  do_BKGTU: jax.Array,
+  mean_BKGT1: jax.Array,
+  plan: Plan,
+  softmaxes: tuple[Softmax, ...] = (),
+  lse_BKGT1: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns dq, dk and dv, in float32 or wider.
+
+  Softmax comes from `softmaxes` where the plan keeps them, else it is computed again, from the
+  logsumexp where that is given.
+  """
+  B, K, G = q_BKGTH.shape[:3]
+  dtype, scale = q_BKGTH.dtype, plan.options.scale
 
   def block(start: jax.Array | int, band: Band, softmax: Softmax):
     e_BKRS, mass_BKR1, slope_BKRS = softmax
@@ -122,10 +188,11 @@ def _backward(plan: Plan, residuals, cotangents):
     dq_BKRH = scale * _dot("bkrs,bksh->bkrh", da_BKRS, k_BKSH_)
     dk_BKHS = scale * _dot("bkrh,bkrs->bkhs", _rows(q_BKGTH, start, band.C), da_BKRS)
     dv_BKUS = _dot("bkru,bkrs->bkus", do_BKRU, e_BKRS.astype(dtype))
-    return dq_BKRH.astype(dtype).reshape(B, K, G, band.C, -1), (dk_BKHS, dv_BKUS)
+    return dq_BKRH.reshape(B, K, G, band.C, -1), (dk_BKHS, dv_BKUS)
 
   def block_again(start: jax.Array | int, band: Band):
-    return block(start, band, _softmax(q_BKGTH, k_BKSH, tokens, start, band, plan.options)[0])
+    arrays = (q_BKGTH, k_BKSH, tokens, start, band, plan.options)
+    return block(start, band, _softmax(*arrays, lse_BKGT1)[0])
 
   if plan.keeps:
     parts = [block(band.start, band, softmax) for band, softmax in zip(plan.bands, softmaxes)]
@@ -134,9 +201,8 @@ def _backward(plan: Plan, residuals, cotangents):
     parts = [_run_blocks(block_again, band, like) for band in plan.bands]
   dqs, sums = zip(*parts)
   dks, dvs = zip(*sums)
-  dk_BKSH = _sum_by_key(dks, plan.bands).astype(dtype)
-  dv_BKSU = _sum_by_key(dvs, plan.bands).astype(dtype)
-  return jnp.concatenate(dqs, axis=3), dk_BKSH, dv_BKSU, None
+  dk_BKSH, dv_BKSU = _sum_by_key(dks, plan.bands), _sum_by_key(dvs, plan.bands)
+  return jnp.concatenate(dqs, axis=3), dk_BKSH, dv_BKSU
 
 
 _attend.defvjp(_forward, _backward)
@@ -149,8 +215,13 @@ def _softmax(
   start: jax.Array | int,
   band: Band,
   options: Options,
+  lse_BKGT1: jax.Array | None = None,
 ) -> tuple[Softmax, jax.Array]:
-  """Returns the softmax of one block's logits, and their maxima [B, K, R, 1]."""
+  """Returns the softmax of one block's logits, and their maxima [B, K, R, 1].
+
+  With the logsumexp over all keys, of which the block may have some, that takes the place of both
+  maxima and mass.
+  """
   G = q_BKGTH.shape[2]
   k_BKSH = k_BKSH[:, :, band.first : band.last]
   a_BKRS = options.scale * _dot("bkrh,bksh->bkrs", _rows(q_BKGTH, start, band.C), k_BKSH)
@@ -158,10 +229,15 @@ def _softmax(
   mask_BCS = visible(_tokens_of(tokens, start, band), options)
   if mask_BCS is not None:
     a_BKRS = jnp.where(jnp.tile(mask_BCS, (1, G, 1))[:, None], a_BKRS, MASKED)
-  max_BKR1 = jnp.maximum(jnp.max(a_BKRS, axis=-1, keepdims=True), UNSEEN)
-  e_BKRS = jnp.exp(a_BKRS - max_BKR1)
-  mass_BKR1 = jnp.sum(e_BKRS, axis=-1, keepdims=True)
-  mass_BKR1 = jnp.where(mass_BKR1 == 0, 1, mass_BKR1)
+  if lse_BKGT1 is None:
+    max_BKR1 = jnp.maximum(jnp.max(a_BKRS, axis=-1, keepdims=True), UNSEEN)
+    e_BKRS = jnp.exp(a_BKRS - max_BKR1)
+    mass_BKR1 = jnp.sum(e_BKRS, axis=-1, keepdims=True)
+    mass_BKR1 = jnp.where(mass_BKR1 == 0, 1, mass_BKR1)
+  else:
+    max_BKR1 = jnp.maximum(_rows(lse_BKGT1, start, band.C), UNSEEN)
+    e_BKRS = jnp.exp(a_BKRS - max_BKR1)
+    mass_BKR1 = jnp.ones_like(max_BKR1)
   slope_BKRS = None if options.cap is None else 1 - jnp.square(bent_BKRS / options.cap)
   return Softmax(e_BKRS, mass_BKR1, slope_BKRS), max_BKR1
 

@@ -3,6 +3,8 @@
 # N tokens, D model, V vocabulary
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -10,8 +12,36 @@ from pallas_kernels.linear_cross_entropy import terms
 from pallas_kernels.linear_cross_entropy.terms import Inputs, Options, Statistics
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def statistics(inputs: Inputs, options: Options) -> Statistics:
-  """Returns row statistics from all N x V logits in float32 (float64 for float64 inputs)."""
+  """Returns row statistics from all N x V logits in float32 (float64 for float64 inputs).
+
+  The gradient is JAX's own, of the rows that have a cotangent: a row without one adds nothing,
+  even where it is not finite, of which 0 times NaN would make NaN.
+  """
+  return _statistics(inputs, options)
+
+
+def _forward(inputs: Inputs, options: Options) -> tuple[Statistics, Inputs]:
+  return _statistics(inputs, options), inputs
+
+
+def _backward(options: Options, inputs: Inputs, cotangents: Statistics) -> tuple[Inputs]:
+  active_N = functools.reduce(jnp.logical_or, (cotangent_N != 0 for cotangent_N in cotangents))
+  embeddings_ND = jnp.where(active_N[:, None], inputs.embeddings_ND, 0.0)
+
+  def of_floats(embeddings_ND: jax.Array, classifier: jax.Array, bias_V: jax.Array | None):
+    return _statistics(Inputs(embeddings_ND, classifier, inputs.labels_N, bias_V), options)
+
+  _, pull_back = jax.vjp(of_floats, embeddings_ND, inputs.classifier, inputs.bias_V)
+  d_embeddings_ND, d_classifier, d_bias_V = pull_back(cotangents)
+  return (Inputs(d_embeddings_ND, d_classifier, None, d_bias_V),)  # type: ignore[arg-type]
+
+
+statistics.defvjp(_forward, _backward)
+
+
+def _statistics(inputs: Inputs, options: Options) -> Statistics:
   product_NV = jnp.einsum(
     f"nd,{options.layout}->nv",
     inputs.embeddings_ND,

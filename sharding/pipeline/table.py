@@ -9,11 +9,12 @@ W, so that all operations of a tick take about the same time.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sharding.pipeline.operations import Op, Schedule
+from sharding.pipeline.operations import Kind, Op, Schedule
 from sharding.pipeline.simulator import Times, inputs, split, start_times
 
 Direction = Literal["right", "left", "stay"]
@@ -78,7 +79,7 @@ def make_table(schedule: Schedule) -> Table:
     schedule=schedule,
     ops=tuple(map(tuple, grid)),
     messages=tuple(_messages(schedule, tick_of)),
-    slots=tuple(_assign_slots(row) for row in grid),
+    slots=tuple(assign_slots(row) for row in grid),
   )
 
 
@@ -106,15 +107,20 @@ def _direction(schedule: Schedule, op: Op) -> Direction:
   return "right" if ascends == (op.kind == "F") else "left"
 
 
-def _assign_slots(row: list[Op | None]) -> dict[tuple[int, int], int]:
-  """Gives each F the lowest slot that no unfinished activation holds; its W frees it."""
+def assign_slots(
+  row: Sequence[Op | None], first: Kind = "F", last: Kind = "W"
+) -> dict[tuple[int, int], int]:
+  """Returns a slot for each (stage, micro-batch) of a rank, held from `first` to `last`.
+
+  Each takes the lowest slot that is free.
+  """
   slots: dict[tuple[int, int], int] = {}
   held: set[int] = set()
   for op in row:
-    if op is not None and op.kind == "F":
+    if op is not None and op.kind == first:
       slots[op.stage, op.microbatch] = next(i for i in range(len(held) + 1) if i not in held)
       held.add(slots[op.stage, op.microbatch])
-    elif op is not None and op.kind == "W":
+    elif op is not None and op.kind == last:
       held.remove(slots[op.stage, op.microbatch])
   return slots
 

@@ -6,7 +6,7 @@ from jaxlm import presets
 from jaxlm.config import MeshConfig
 from jaxlm.run.resolve import check_mesh
 from jaxlm.scaling.flops import parameter_count
-from jaxlm.train.optimizer import check_schedule
+from jaxlm.train.schedule import check_schedule
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_as_a_user_sees_it(tmp_path):
     said,
     re.MULTILINE,
   )
-  line = r"^step 10/40  loss [\d.]+  [\d,]+ tokens/s  MFU unknown  0:00:\d\d left  "
+  line = r"^step 10/40  loss [\d.]+  [\d,]+ tokens/s  0:00:\d\d left  MFU unknown  "
   line += r"memory \d+\.\d GiB \(host\)  "
   assert re.search(line + r"data wait \d+%  lr [\d.e-]+  grad [\d.]+$", said, re.MULTILINE), said
   waits = [record["data_seconds"] for record in read_records(RunFolder(tmp_path / "run").metrics)]

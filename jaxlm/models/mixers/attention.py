@@ -16,6 +16,8 @@ from jaxlm.models.norms import RMSNorm
 from jaxlm.models.rope import apply_rope, rope_tables, sequence_lengths
 from pallas_kernels.attention import attention
 from pallas_kernels.common.shards import check_not_sharded
+from sharding.context import hybrid_attention
+from sharding.context.order import Order
 from sharding.rules import all_gather, is_sharded, shard, spec
 
 
@@ -39,6 +41,8 @@ class Context:
   segment_ids_BT: jax.Array | None = None
   in_order: bool = dataclasses.field(default=False, metadata={"static": True})
   """the caller's promise that positions count up by one along each segment, in one piece"""
+  order: Order = dataclasses.field(default="contiguous", metadata={"static": True})
+  """which token of a row stands in which column on a mesh with context_ring"""
 
 
 class Attention(nn.Module):
@@ -94,21 +98,21 @@ class Attention(nn.Module):
     lengths_BT = None
     if c.rope.scaling == "dynamic":
       lengths_BT = sequence_lengths(context.positions_BT, context.segment_ids_BT)
-    tables = rope_tables(c.rope, context.positions_BT, c.H, lengths_BT)
+      lengths_BT = _shard_rows(lengths_BT)
+    tables = rope_tables(c.rope, _shard_rows(context.positions_BT), c.H, lengths_BT)
     q_BTNH = apply_rope(q_BTNH, *tables)
     if cache is None:
       name = self.compute.attention_implementation
-      positions_BT = None if context.in_order else context.positions_BT
-      o_BTNH = attention(
+      o_BTNH = hybrid_attention(
         q_BTNH,
         apply_rope(k_BTKH, *tables),
         v_BTKH,
-        q_positions_BT=positions_BT,
-        k_positions_BS=positions_BT,
-        q_segment_ids_BT=context.segment_ids_BT,
+        positions_BT=None if context.in_order else context.positions_BT,
+        segment_ids_BT=context.segment_ids_BT,
         window=c.window,
         cap=c.cap,
         scale=_scale(c),
+        order=context.order,
         implementation=None if name == "auto" else name,
       )
     else:
@@ -124,6 +128,11 @@ _HEADS = ("batch", "length", "act_heads")
 
 def _scale(c: AttentionConfig) -> float:
   return (c.H if c.query_width is None else c.query_width) ** -0.5
+
+
+def _shard_rows(x_BT: jax.Array) -> jax.Array:
+  """Shards [B or 1, T or 1] like the rows of a batch; without communication where it is whole."""
+  return shard(x_BT, "batch" if x_BT.shape[0] > 1 else None, "length")
 
 
 def _split_heads(x_BTZ: jax.Array, H: int) -> jax.Array:

@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import sys
 import sysconfig
 import types
@@ -39,7 +40,7 @@ def read(source, **options):
   config = DataConfig(source=str(source), **options)
   store = open_text(config)
   documents = {"train": [], "heldout": []}
-  split = Split(**store.meta["split"])
+  split = Split.parse(**store.meta["split"])
   texts = list[str]()
   for side, piece in assign_sides(split, open_source(config).pieces(Reader(config))):
     texts.append(piece.text)
@@ -53,7 +54,11 @@ def read(source, **options):
 
 
 def everything(corpus):
-  return sorted(corpus.train + corpus.heldout)
+  """All documents, those that are on both sides joined again."""
+  texts = dict(corpus.train)
+  for name, text in corpus.heldout:
+    texts[name] = texts.get(name, "") + text
+  return sorted(Document(*item) for item in texts.items())
 
 
 def write_many(folder, count=100):
@@ -71,6 +76,7 @@ def test_folder_is_read_recursively_by_ending(tmp_path):
   corpus = read(tmp_path)
   assert everything(corpus) == [("a.txt", "a"), ("b/c/x.PY", "x = 1\r\n"), ("b/y.md", "# Größe")]
   assert "4 files" in corpus.report and "1 empty" in corpus.report and "17 bytes" in corpus.report
+  assert "left out 1 files of other endings" in corpus.report
 
 
 SKIPPABLE = b"\x50\x2a\x4d\x18\x03\0\0\0abc"  # a zstd frame of metadata
@@ -81,9 +87,9 @@ def test_documents_come_in_the_order_of_their_paths(tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / "x.txt").write_text(name)
     (tmp_path / f"{name}{name}.txt").write_text(name)
-  corpus = read(tmp_path, holdout=1e-9)
-  names = [name for name, _ in corpus.train]
-  assert names == sorted(names) and len(names) == 5
+  config = DataConfig(source=str(tmp_path))
+  names = [piece.document for piece in open_source(config).pieces(Reader(config))]
+  assert names == sorted(names) and len(names) == 6
   # So the byte limit keeps the same documents everywhere.
   assert [name for name, _ in everything(read(tmp_path, max_bytes=3))] == [
     "a/x.txt",
@@ -151,44 +157,6 @@ def test_standard_library_leaves_out_what_is_not_utf8(tmp_path, monkeypatch):
     read("stdlib")
 
 
-def test_a_document_keeps_its_side_when_others_go(tmp_path):
-  write_many(tmp_path)
-  before = read(tmp_path, holdout=0.3)
-  assert 15 <= len(before.heldout) <= 45 and len(everything(before)) == 100
-  for i in range(0, 100, 2):
-    (tmp_path / f"{i}.txt").unlink()
-  after = read(tmp_path, holdout=0.3)
-  assert set(after.heldout) <= set(before.heldout) and set(after.train) <= set(before.train)
-  larger = read(tmp_path, holdout=0.6)
-  assert set(after.heldout) < set(larger.heldout)
-
-
-@pytest.mark.parametrize("holdout", [1e-9, 1 - 1e-9])
-def test_neither_side_is_empty(tmp_path, holdout):
-  write_many(tmp_path, 5)
-  corpus = read(tmp_path, holdout=holdout)
-  assert sorted([len(corpus.train), len(corpus.heldout)]) == [1, 4]
-
-
-def test_a_single_document_is_split_at_a_line_break(tmp_path):
-  text = "".join(f"line {i}\n" for i in range(1000))
-  (tmp_path / "one.txt").write_text(text)
-  (train,), (heldout,) = (corpus := read(tmp_path / "one.txt", holdout=0.1)).train, corpus.heldout
-  assert train.text + heldout.text == text and train.text.endswith("\n")
-  assert 0.09 < len(heldout.text) / len(text) < 0.11
-
-
-@pytest.mark.parametrize("text", ["ab", "\n" + "a" * 99, "a" * 99 + "\n", "\n" * 100])
-@pytest.mark.parametrize("holdout", [0.01, 0.5, 0.99])
-def test_a_single_document_without_a_near_line_break_is_split_at_the_fraction(
-  tmp_path, text, holdout
-):
-  (tmp_path / "one.txt").write_text(text)
-  (train,), (heldout,) = (corpus := read(tmp_path, holdout=holdout)).train, corpus.heldout
-  assert train.text + heldout.text == text and train.text and heldout.text
-  assert abs(len(heldout.text) - holdout * len(text)) <= 1
-
-
 @pytest.mark.parametrize("name", ["r.jsonl", "r.txt"])
 @pytest.mark.parametrize("limit", range(1, 12))
 def test_max_bytes_cuts_between_characters(tmp_path, name, limit):
@@ -214,17 +182,6 @@ def test_max_bytes_stops_between_documents_and_says_so_only_when_text_was_left(t
   )
 
 
-def test_links_are_not_followed(tmp_path):
-  (tmp_path / "secret.txt").write_text("secret")
-  (folder := tmp_path / "data").mkdir()
-  write_many(folder, 3)
-  (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
-  (folder / "up").symlink_to(tmp_path)
-  corpus = read(folder)
-  assert {name for name, _ in everything(corpus)} == {"0.txt", "1.txt", "2.txt"}
-  assert "2 links not followed" in corpus.report
-
-
 def test_replacing_invalid_utf8_is_counted(tmp_path):
   (tmp_path / "a.txt").write_bytes("a real \ufffd\n".encode() + b"caf\xe9 \xff\n")
   (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": "half a pair \\ud800"}\n')
@@ -239,67 +196,164 @@ pyarrow.parquet.write_table(
   pyarrow.table({"id": [1], "gap": pyarrow.array([None], pyarrow.string())}), PARQUET
 )
 PARQUET = PARQUET.getvalue().to_pybytes()
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 2471645608\n"
+GZIP_EMPTY = gzip.compress(b"", mtime=0)
+
+
+WRONG = [
+  ("a.txt", "text".encode("utf-16-le"), "a.txt: NUL at byte 1: .*binary file, or UTF-16 without"),
+  ("a.txt", b"caf\xe9", "a.txt: byte 3 is not UTF-8.*invalid_utf8='replace'"),
+  ("a.md", b"caf\xc3", "a.md: byte 3 is not UTF-8"),
+  ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "a.jsonl:2: byte 10 is not UTF-8"),
+  ("a.jsonl", b'{"text": "\\u0000"}', "a.jsonl:1: NUL at byte 0: text holds no NUL"),
+  ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl:1: byte 0 is not UTF-8"),
+  ("a.jsonl", b'{"text": "a"}\n\n{"text": ', "a.jsonl:3: not JSON.*every line holds one object"),
+  ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not JSON"),
+  ("a.jsonl", b'["text"]', "a.jsonl:1: is a list; every line holds one object"),
+  ("a.jsonl", b"3", "a.jsonl:1: is a int; every line holds one object"),
+  (
+    "a.jsonl",
+    b'{"body": "a", "id": 1}',
+    r"a.jsonl:1: no field 'text' \(data.text_field\); there are: body, id",
+  ),
+  ("a.jsonl", b"{}", "no field 'text'.*there are: none"),
+  ("a.jsonl", b'{"text": null}', "a.jsonl:1: field 'text' .*is null, must be text"),
+  ("a.jsonl", b'{"text": 3}', "a.jsonl:1: field 'text' .*is int, must be text"),
+  ("a.jsonl", b'{"text": {"text": null}}', "a.jsonl:1: field 'text' .*is dict, must be text"),
+  ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-20], "a.jsonl.gz: truncated or damaged gzip"),
+  ("a.jsonl.gz", LINES, "a.jsonl.gz: truncated or damaged gzip"),
+  (
+    "a.jsonl.gz",
+    gzip.compress(LINES, mtime=0)[:12] + b"\xff" * 60,
+    "a.jsonl.gz: truncated or damaged gzip",
+  ),
+  ("a.txt.gz", gzip.compress(LINES, mtime=0)[:-20], "a.txt.gz: truncated or damaged gzip"),
+  ("a.jsonl.zst", zst(LINES)[:-9], "a.jsonl.zst: truncated zstd"),
+  ("a.jsonl.zst", zst(LINES) + zst(LINES)[:-9], "a.jsonl.zst: truncated zstd"),
+  ("a.jsonl.zst", LINES, "a.jsonl.zst: damaged zstd"),
+  ("a.jsonl.zst", b"", "a.jsonl.zst: is empty"),
+  ("a.parquet", PARQUET, r"a.parquet: no field 'text' \(data.text_field\); there are: id, gap"),
+  ("a.parquet", PARQUET[:-9], "a.parquet: damaged parquet"),
+  ("a.parquet", b"", "a.parquet: is empty"),
+  ("a.txt", LFS, r"a.txt: a Git LFS pointer \(`git lfs pull` fetches the file\)"),
+  ("a.parquet", LFS, "a.parquet: a Git LFS pointer"),
+  ("a.jsonl.gz", LFS, "a.jsonl.gz: a Git LFS pointer"),
+  ("a.md", b"../.git/annex/objects/x".removeprefix(b"../.git"), "a.md: a git-annex pointer"),
+  ("a.txt", b"\n<!DOCTYPE HTML>\n<p>404", "a.txt: an HTML page"),
+  ("a.parquet", b"<html><body>Sign in", "a.parquet: an HTML page"),
+  ("a.jsonl", b"\xef\xbb\xbf<HTML>", "a.jsonl: an HTML page"),
+  ("a.jsonl", b'<?xml version="1.0"?>\n<Error><Code>AccessDenied', "an error message of a server"),
+  ("a.jsonl", gzip.compress(LINES), "a.jsonl: compressed by gzip: its name must end in .gz"),
+  ("a.txt", zst(LINES), "a.txt: compressed by zstd: its name must end in .zst"),
+  ("a.txt", PARQUET, "a.txt: a parquet file: its name must end in .parquet"),
+  ("a.txt", b"PK\x03\x04...", "a.txt: a zip archive"),
+  ("a.txt", b"%PDF-1.7", "a.txt: a PDF document"),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "message"), WRONG)
+def test_what_is_no_text_is_left_out_and_called_what_it_is_or_refused(
+  tmp_path, name, data, message
+):
+  (tmp_path / name).write_bytes(data)
+  write_many(tmp_path, 3)
+  report = read(tmp_path).report
+  assert re.search(rf"^left out 1 .*{message}", report, re.MULTILINE), report
+  assert "text 0" in "".join(text for _, text in everything(read(tmp_path)))
+  with pytest.raises(ValueError, match=message):
+    read(tmp_path, strict=True)
+
+
+@pytest.mark.parametrize(("name", "data", "message"), WRONG)
+def test_a_source_without_any_text_says_what_it_is(tmp_path, name, data, message):
+  (tmp_path / name).write_bytes(data)
+  if any(line in data for line in (b'{"text": "a"}', b"record 1")) or "truncated" in message:
+    return  # some of it is text
+  with pytest.raises(ValueError, match=rf"data.source='.*holds no text \(1 file.*{message}"):
+    read(tmp_path / name)
 
 
 @pytest.mark.parametrize(
-  ("name", "data", "message"),
-  [
-    ("a.txt", b"", r"data.source='.*a.txt': holds no text \(1 files?; 1 empty"),
-    ("a.jsonl", b"\n", "holds no text"),
-    (
-      "a.bin",
-      b"text",
-      r"unknown ending, known are .txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet",
-    ),
-    ("a.txt", b"caf\xe9", "a.txt: byte 3 is not UTF-8.*invalid_utf8"),
-    ("a.txt", "text".encode("utf-16-le"), "a.txt: NUL at byte 1: a binary file"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "a.jsonl:2: byte 10 is not UTF-8"),
-    ("a.jsonl", b'{"text": "\\u0000"}', "a.jsonl:1: NUL"),
-    ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl:1: byte 0 is not UTF-8"),
-    ("a.jsonl", b'{"text": "a"}\n\n{"text": ', "a.jsonl:3: not JSON.*every line holds one object"),
-    ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not JSON"),
-    ("a.jsonl", b'["text"]', "a.jsonl:1: is a list; every line holds one object"),
-    (
-      "a.jsonl",
-      b'{"body": "a", "id": 1}',
-      r"a.jsonl:1: no field 'text' \(data.text_field\); there are: body, id",
-    ),
-    ("a.jsonl", b"{}", "no field 'text'.*there are: none"),
-    ("a.jsonl", b'{"text": null}', "a.jsonl:1: field 'text' .*is NoneType, must be text"),
-    ("a.jsonl", b'{"text": 3}', "a.jsonl:1: field 'text' .*is int, must be text"),
-    ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-20], "a.jsonl.gz: truncated or damaged gzip"),
-    ("a.jsonl.gz", LINES, "a.jsonl.gz: truncated or damaged gzip"),
-    (
-      "a.jsonl.gz",
-      gzip.compress(LINES, mtime=0)[:12] + b"\xff" * 60,
-      "a.jsonl.gz: truncated or damaged gzip",
-    ),
-    ("a.jsonl.zst", zst(LINES)[:-9], "a.jsonl.zst: truncated zstd"),
-    ("a.jsonl.zst", zst(LINES) + zst(LINES)[:-9], "a.jsonl.zst: truncated zstd"),
-    ("a.jsonl.zst", LINES, "a.jsonl.zst: damaged zstd"),
-    ("a.parquet", PARQUET, r"a.parquet: no field 'text' \(data.text_field\); there are: id, gap"),
-    ("a.parquet", PARQUET[:-9], "a.parquet: damaged parquet"),
-  ],
+  ("name", "data"), [("a.txt", b""), ("a.jsonl", b"\n"), ("a.jsonl", b""), ("a.txt.gz", GZIP_EMPTY)]
 )
-@pytest.mark.parametrize("whole_folder", [False, True])
-def test_bad_files(tmp_path, name, data, message, whole_folder):
+def test_empty_text_holds_none_and_is_no_fault(tmp_path, name, data):
   (tmp_path / name).write_bytes(data)
-  if whole_folder and name == "a.bin":
-    message = "no file ends in .txt .md"
-  elif whole_folder:
-    message = message.replace("data.source='.*a.txt'", "data.source=.*")
-  with pytest.raises(ValueError, match=message):
-    read(tmp_path if whole_folder else tmp_path / name)
+  with pytest.raises(ValueError, match=r"data.source='.*': holds no text \(1 file"):
+    read(tmp_path, strict=True)
+
+
+def test_unknown_endings(tmp_path):
+  (tmp_path / "a.bin").write_bytes(b"text")
+  known = r"known are .txt .md .py .jsonl \(these also with .gz or .zst\) .parquet"
+  with pytest.raises(ValueError, match=f"unknown ending, {known}"):
+    read(tmp_path / "a.bin")
+  with pytest.raises(ValueError, match=r"no file ends in .txt .* \(1 files of other endings\)"):
+    read(tmp_path)
+
+
+def test_records_before_and_after_a_bad_one_are_read(tmp_path):
+  bad = b'{"text": null}\n{"text": "\xff"}\nnot json\n{"text": 7}\n{"text": "a\\u0000b"}\n'
+  (tmp_path / "a.jsonl").write_bytes(LINES + bad + LINES)
+  corpus = read(tmp_path)
+  assert len(everything(corpus)) == 2 * len(RECORDS)
+  assert "left out 2 records whose text field holds no text (the first: " in corpus.report
+  for kind in ("texts that are not UTF-8", "records that are not JSON", "texts with a NUL"):
+    assert f"left out 1 {kind} (" in corpus.report
+
+
+def test_a_truncated_file_is_read_as_far_as_it_goes(tmp_path):
+  (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES * 50, mtime=0)[:-20])
+  corpus = read(tmp_path)
+  assert len(everything(corpus)) > 1000 and "truncated or damaged gzip" in corpus.report
+
+
+def test_a_wrong_field_is_noticed_early(tmp_path):
+  (tmp_path / "a.jsonl").write_bytes(LINES.replace(b'"text"', b'"body"') * 50 + LINES)
+  with pytest.raises(ValueError, match="no text so far, 1000 files or records .*there are: body"):
+    read(tmp_path)
+
+
+def test_parquet_rows_without_text_are_left_out(tmp_path):
+  texts = ["a", None, "b", None, "", "a\0b"] * 9
+  pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+  corpus = read(tmp_path)
+  assert [text for _, text in everything(corpus)].count("a") == 9 and len(everything(corpus)) == 18
+  assert "left out 18 records whose text field holds no text" in corpus.report
+  assert "left out 9 texts with a NUL" in corpus.report and "9 empty documents" in corpus.report
 
 
 @pytest.mark.parametrize(
   ("field", "message"),
-  [("gap", "a.parquet:0: field 'gap' .*NoneType"), ("id", "column 'id' .*must be text")],
+  [("gap", "a.parquet:0: field 'gap' .*null"), ("id", "column 'id' .*must be text")],
 )
 def test_parquet_columns_that_hold_no_text(tmp_path, field, message):
   (tmp_path / "a.parquet").write_bytes(PARQUET)
   with pytest.raises(ValueError, match=message):
     read(tmp_path, text_field=field)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
+def test_byte_order_marks_say_the_encoding_and_are_no_text(tmp_path, encoding, name):
+  text = "Größe €😀\n" * 5
+  content = text if "txt" in name else "".join(json.dumps({"text": text}) + "\n" for _ in "ab")
+  raw = content.encode(encoding)
+  (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+  corpus = read(tmp_path)
+  documents = [text for _, text in everything(corpus)]
+  assert (
+    "".join(documents) == text * (1 if "txt" in name else 2) and "left out" not in corpus.report
+  )
+
+
+def test_marks_between_joined_files_and_half_pairs_of_utf16(tmp_path):
+  (tmp_path / "a.jsonl").write_bytes((b"\xef\xbb\xbf" + LINES) * 2)
+  assert len(everything(read(tmp_path))) == 2 * len(RECORDS)
+  broken = "some text".encode("utf-16") + b"\x00\xd8" + "more".encode("utf-16-le") + b"x"
+  (tmp_path / "b.txt").write_bytes(broken)
+  assert "b.txt: byte 9 is not UTF-8" in read(tmp_path).report
+  texts = [text for _, text in everything(read(tmp_path, invalid_utf8="replace"))]
+  assert any(text.startswith("some text\ufffd") for text in texts)
 
 
 def test_missing_and_unreadable_paths(tmp_path, monkeypatch):
@@ -308,7 +362,7 @@ def test_missing_and_unreadable_paths(tmp_path, monkeypatch):
       read(source)
   (tmp_path / "a.txt").write_text("a")
 
-  def refuse(*_):
+  def refuse(*_, **__):
     raise PermissionError(13, "Permission denied")
 
   monkeypatch.setattr(Path, "open", refuse)
@@ -335,7 +389,7 @@ def test_unreadable_folder(tmp_path):
 )
 def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, name, module, extra):
   monkeypatch.setitem(sys.modules, module, None)
-  (tmp_path / name.partition("/")[0]).write_bytes(b"")
+  (tmp_path / name.partition("/")[0]).write_bytes(b"a")
   with pytest.raises(ImportError, match=rf"needs {module}, .*jaxlm\[{extra}\]"):
     read(name if name.startswith("hf:") else tmp_path / name)
 
@@ -385,6 +439,6 @@ def test_hub_errors(hub):
   with pytest.raises(ValueError, match="data.source='hf:owner/set': Bad split: train"):
     read("hf:owner/set")
   with pytest.raises(
-    ValueError, match="hf:owner/set:validation:0: no field 'text' .*there are: body"
+    ValueError, match="left out 20 .*hf:owner/set:validation:0: no field 'text' .*there are: body"
   ):
     read("hf:owner/set:validation")

@@ -7,7 +7,7 @@ import pytest
 import zstandard
 
 from jaxlm.config import DataConfig
-from jaxlm.data import formats
+from jaxlm.data import blocks, formats
 from jaxlm.data.corpus import open_source
 from jaxlm.data.formats import Reader
 
@@ -42,7 +42,8 @@ WRITERS = {
 @pytest.fixture
 def short_pieces(monkeypatch):
   monkeypatch.setattr(formats, "PIECE", 16)
-  monkeypatch.setattr(formats, "BLOCK", 10)
+  monkeypatch.setattr(blocks, "BLOCK", 10)
+  monkeypatch.setattr(blocks, "ZSTD_BLOCK", 10)
 
 
 def read(source, config, position=None):
@@ -75,7 +76,8 @@ def test_pieces_join_to_the_documents_and_the_counts_are_theirs(short_pieces, tm
   assert end.size == len("".join(TEXTS).encode())
   assert end.empty == (0 if name == "a.txt" else TEXTS.count(""))
   for piece in pieces:
-    assert piece.after.offset == (0 if piece.last else piece.start + len(piece.text.encode()))
+    assert piece.end == piece.start + len(piece.text.encode()) and piece.ends == piece.last
+    assert piece.after.offset == (0 if piece.last else piece.end)
 
 
 def test_replaced_bytes_are_counted_once_wherever_reading_goes_on(short_pieces, tmp_path):

@@ -1,11 +1,18 @@
 """Memory does not grow with the corpus, neither in tokenizing it nor in training on it."""
 
+import gzip
 import json
 import random
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
+
+from jaxlm.data.arrays import Place
+from jaxlm.data.store import TokenStore
 
 LARGE = 160  # MB
 ALLOWED = 60  # MB more than a text of 1 MB takes
@@ -64,3 +71,38 @@ def test_memory_is_bounded_whatever_the_size_of_the_corpus(places):
   for layout in ("windows", "packed"):
     reading = {name: peak(LOAD, *places[name], layout) for name in places}
     assert reading["large"] - reading["small"] < ALLOWED, (layout, reading)
+
+
+RECORD = 300  # MB
+
+
+def write_huge_record(path):
+  """Writes good records round one of RECORD MB, which no memory of this process holds twice."""
+  good = json.dumps({"text": "some good text " * 9})
+  if path.name.endswith(".parquet"):
+    texts = [good, "a huge record " * (RECORD * 10**6 // 14), good]
+    writer = pyarrow.parquet.ParquetWriter(path, pyarrow.schema([("text", pyarrow.string())]))
+    with writer:
+      for text in texts:
+        writer.write_table(pyarrow.table({"text": [text]}))
+    return
+  opened = {".jsonl": open, ".gz": gzip.open, ".zst": zstandard.open}[path.suffix]
+  with opened(path, "wb") as file:
+    file.write(good.encode() + b'\n{"text": "')
+    for _ in range(RECORD):
+      file.write(b"a huge record " * (10**6 // 14))
+    file.write(b'"}\n' + good.encode())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_memory_is_bounded_whatever_the_size_of_a_record(tmp_path, name):
+  """A record above data.record_limit is left out, and those round it are read."""
+  write_huge_record(tmp_path / name)
+  (tmp_path / "small.jsonl").write_text(json.dumps({"text": "some good text " * 9}))
+  small = peak(TOKENIZE, tmp_path / "small.jsonl", tmp_path / "small")
+  assert peak(TOKENIZE, tmp_path / name, tmp_path / "store") - small < ALLOWED
+  report = TokenStore.open(Place(tmp_path / "store")).report
+  assert "2 documents" in report
+  assert "left out 1 records longer than data.record_limit" in report and "33554432" in report

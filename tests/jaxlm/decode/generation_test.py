@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import RopeConfig, decoder, revise
-from jaxlm.decode import Sampler, generate, generation
+from jaxlm.decode import NoDistribution, Sampler, generate, generation
 from jaxlm.models import Transformer
 from pallas_kernels.common.errors import UserError
 
@@ -50,7 +50,8 @@ def run(params, prompts, *, model=MODEL, sampler=GREEDY, T=16, max_new=NEW, eos=
   for row, prompt in zip(ids_BT, prompts):
     row[: len(prompt)] = prompt
   lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-  options = {"sampler": sampler, "buffer": 16, "max_new": max_new, "eos": eos}
+  options = {"sampler": sampler, "buffer": 16, "max_new": max_new}
+  options["eos"] = np.atleast_1d(np.int32(eos))
   key = jax.random.key(0)
   return generation.generate_tokens(model, params, ids_BT, lengths_B, key=key, **options)
 
@@ -70,6 +71,38 @@ def test_after_the_end_only_the_end_follows(params, greedy):
     stop = ends[0] if len(ends) else NEW
     np.testing.assert_array_equal(row[:stop], want[:stop])
     assert set(row[stop:].tolist()) <= {eos}
+
+
+def test_any_of_several_ends_ends_a_row(params, greedy):
+  ends = [int(greedy[0, 3]), int(greedy[1, 1])]
+  got = generate(CONFIG, params, PROMPTS, sampler=GREEDY, max_new=NEW, eos=ends)
+  for row, want in zip(got, greedy):
+    stop = next((i for i, id in enumerate(want) if id in ends), NEW - 1) + 1
+    np.testing.assert_array_equal(row[:stop], want[:stop])
+    assert set(row[stop:].tolist()) <= {ends[0]}
+
+
+def test_ids_that_may_not_be_drawn_are_not(params, greedy):
+  drawable_V = np.isin(np.arange(CONFIG.V), greedy, invert=True)
+  got = generate(CONFIG, params, PROMPTS, sampler=GREEDY, max_new=NEW, drawable_V=drawable_V)
+  assert drawable_V[got].all()
+  only = np.arange(CONFIG.V) == 5
+  hot = Sampler(temperature=9.0)
+  got = generate(CONFIG, params, PROMPTS, sampler=hot, max_new=NEW, drawable_V=only)
+  assert (got == 5).all()
+  with pytest.raises(UserError, match="drawable_V of shape=.*must have V=61 entries"):
+    generate(CONFIG, params, PROMPTS, max_new=1, drawable_V=only[:-1])
+
+
+@pytest.mark.parametrize("sampler", [GREEDY, Sampler()])
+def test_logits_that_are_nan_are_no_distribution(params, sampler):
+  """Of all rows from the start, or of one row later: the third has the NaN embedding of 7."""
+  nan = jax.tree.map(lambda w: w * np.nan, params)
+  with pytest.raises(NoDistribution, match=r"after 0 new tokens: the logits of rows \[0, 1, 2\]"):
+    generate(CONFIG, nan, PROMPTS, sampler=sampler, max_new=NEW)
+  one = params | {"embed": {"weight": params["embed"]["weight"].at[7].set(np.nan)}}
+  with pytest.raises(NoDistribution, match=r"logits of rows \[2\] are NaN"):
+    generate(CONFIG, one, PROMPTS, sampler=sampler, max_new=NEW)
 
 
 def test_no_step_after_every_row_has_ended(params, greedy):
@@ -172,7 +205,8 @@ def test_prefill_computes_the_head_for_one_position_per_row(params):
   ids_BT, lengths_B = np.zeros((3, T), np.int32), np.array([5, T, 1])
   assert not holds_all_logits(functools.partial(prefill, MODEL), params, ids_BT, lengths_B)
   assert holds_all_logits(MODEL.apply, params, ids_BT)  # the search finds them
-  options = {"sampler": GREEDY, "buffer": 16, "max_new": 3, "eos": 1, "key": jax.random.key(0)}
+  options = {"sampler": GREEDY, "buffer": 16, "max_new": 3, "eos": np.array([1])}
+  options["key"] = jax.random.key(0)
   whole = functools.partial(generation.generate_tokens, MODEL, **options)
   assert not holds_all_logits(whole, params, ids_BT, lengths_B)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -145,7 +146,7 @@ KNOWN = {
       {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
       "rope_type='longrope': must be one of",
     ),
-    (LLAMA, {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor is missing"),
+    (LLAMA, {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
     (
       LLAMA,
       {"rope_scaling": {"rope_type": "linear", "factor": 0.5}},
@@ -170,7 +171,7 @@ KNOWN = {
     (
       LLAMA,
       {"rope_scaling": {"rope_type": "default", "factor": 2.0}},
-      "rope_scaling: factor='2.0': unknown",
+      "rope_scaling.factor='2.0': unknown",
     ),
     (LLAMA, {"rope_scaling": "yarn"}, "rope_scaling='yarn': must be of type dict"),
     (
@@ -189,7 +190,7 @@ KNOWN = {
       {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}},
       "must equal max_position_embeddings=2048",
     ),
-    (QWEN2, {"attention_bias": False}, "attention_bias='False': unknown"),
+    (QWEN2, {"mlp_bias": True}, "mlp_bias='True': must be false"),
     (
       QWEN2,
       {"layer_types": ["full_attention"]},
@@ -230,15 +231,72 @@ def test_required_keys(key):
     parse({name: value for name, value in LLAMA.items() if name != key})
 
 
-def test_book_keeping_and_null_are_let_through():
-  more = {
-    "bos_token_id": 1,
-    "eos_token_id": [2, 3],
-    "use_cache": True,
+WRITERS = {
+  "older transformers": {
+    "architectures": ["LlamaForCausalLM"],
     "_name_or_path": "x",
-    "anything": None,
-  }
-  assert parse(LLAMA, **more) == parse(LLAMA)
+    "tokenizer_class": "LlamaTokenizer",
+    "pruned_heads": {},
+    "id2label": {"0": "LABEL_0"},
+    "is_encoder_decoder": False,
+    "do_sample": True,
+    "temperature": 0.9,
+    "max_length": 4096,
+    "torchscript": False,
+    "torch_dtype": "torch.float32",
+    "rope_scaling": None,
+  },
+  "newer transformers": {
+    "dtype": "auto",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    "_commit_hash": "abc",
+    "is_causal": True,
+    "partial_rotary_factor": 1.0,
+    "layer_types": ["full_attention"] * 2,
+  },
+  "SmolLM2": {"is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1},
+  "Llama 1": {"max_sequence_length": 2048, "use_sliding_window": False, "sliding_window": 9},
+  "unsloth": {"unsloth_fixed": True, "unsloth_version": "2025.1", "pad_token_id": 3},
+  "trl and axolotl": {
+    "_attn_implementation_autoset": True,
+    "use_cache": False,
+    "neftune_noise_alpha": 5,
+    "attention_dropout": 0,
+    "resid_pdrop": 0.0,
+  },
+  "a tokenizer's repository": {"auto_map": {"AutoTokenizer": "tokenization_x.X"}},
+  "generation": {"bos_token_id": 1, "eos_token_id": [2, 3], "suppress_tokens": [4], "top_p": 0.9},
+  "null": {"anything": None, "quantization_config": None},
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_says_nothing_about_the_numbers_is_let_through(writer):
+  assert parse(LLAMA, **WRITERS[writer]) == parse(LLAMA)
+
+
+@pytest.mark.parametrize(
+  "changes, rule",
+  [
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "weights are quantized"),
+    ({"quantization_config": {"quant_method": "awq"}}, "weights are quantized"),
+    ({"quantization_config": {"load_in_4bit": True}}, "weights are quantized"),
+    ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "names code of the repository"),
+    ({"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}, "unknown"),
+    ({"mup_scale": 2.0}, "unknown, and may change the numbers"),
+  ],
+)
+def test_the_flag_of_the_message_is_the_way_on(changes, rule):
+  with pytest.raises(ValueError, match=rule) as error:
+    parse(LLAMA, **changes)
+  key = re.search(r"\(--ignore_config (\S+) reads the rest without it\)", str(error.value))
+  assert parse_config(LLAMA | changes, "config.json", (key[1],))[0] == parse(LLAMA)
+
+
+@pytest.mark.parametrize("key", ["hidden_sizes", "rope_scaling.factor", "use_cache.x"])
+def test_a_misspelt_key_to_ignore_is_refused(key):
+  with pytest.raises(ValueError, match=f"ignore_config='{key}': config.json has no such key"):
+    parse_config(LLAMA | {"use_cache": True}, "config.json", (key,))
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_half_precision_survives_bit_for_bit(dtype, checkpoint, tmp_path):
   huggingface.save(tmp_path / "again", again, back)
   assert_same_bits(tmp_path / "half", tmp_path / "again")
   with pytest.raises(
-    ValueError, match=r"tensor .* is float32, config.json states float16; say which by dtype="
+    ValueError, match=r"tensor .* is float32, config.json states float16; --dtype .dtype="
   ):
     edited = tmp_path / "contradiction"
     shutil.copytree(c.folder, edited)
@@ -238,6 +238,8 @@ def test_tied_checkpoint_may_repeat_its_embedding_but_not_another_head(checkpoin
   chex.assert_trees_all_equal(params, c.params)
   with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
     huggingface.load(tmp_path / "other")
+  ignored = huggingface.Ignored(tensors=("lm_head.weight",))
+  chex.assert_trees_all_equal(huggingface.load(tmp_path / "other", ignored=ignored)[1], c.params)
 
 
 def test_loaded_arrays_may_be_donated(checkpoint):

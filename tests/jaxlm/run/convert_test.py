@@ -7,6 +7,7 @@ import string
 
 import chex
 import jax
+import numpy as np
 import pytest
 import tokenizers
 
@@ -14,6 +15,7 @@ from jaxlm import presets
 from jaxlm.cli import main
 from jaxlm.config import DataConfig
 from jaxlm.data.loader import load_text, train_loader
+from jaxlm.data.tokenizer import train_bpe
 from jaxlm.decode import Sampler, generate
 from jaxlm.interop import huggingface
 from jaxlm.run.convert import FIRST_POSITION, convert
@@ -54,16 +56,13 @@ def test_sampling_from_a_checkpoint_continues_after_its_first_token(folder, chec
     main(["sample", str(folder), "--prompt", "abc", "--max-new", "12", "--temperature", "0"]) == 0
   )
   prompt_ids = [0, *(2 + string.printable.index(letter) for letter in "abc")]
-  ids = list(
-    generate(c.config, c.params, [prompt_ids], max_new=12, sampler=Sampler(temperature=0.0), eos=1)[
-      0
-    ]
-  )
+  tokens = ["<s>", "</s>", *string.printable]
+  drawable_V = np.arange(c.config.V) < len(tokens)
+  greedy = Sampler(temperature=0.0)
+  options = {"max_new": 12, "sampler": greedy, "eos": 1, "drawable_V": drawable_V}
+  ids = generate(c.config, c.params, [prompt_ids], **options)[0].tolist()
   kept = ids[: ids.index(1)] if 1 in ids else ids
-  assert (
-    capsys.readouterr().out
-    == "abc" + "".join(["<s>", "</s>", *string.printable, *[""] * 26][i] for i in kept) + "\n"
-  )
+  assert capsys.readouterr().out == "abc" + "".join(tokens[i] for i in kept) + "\n"
 
 
 def test_checkpoint_to_run_and_back_is_bit_for_bit(folder, tmp_path, capsys):
@@ -179,9 +178,45 @@ def test_a_converted_run_goes_on_and_learns(folder, corpus, tmp_path):
 def test_a_tokenizer_with_more_ids_than_the_checkpoint_is_refused(
   checkpoint, corpus, tmp_path, capsys
 ):
-  """Without a tokenizer.json the tokens are bytes, 256 of them."""
+  train_bpe([corpus.read_text() if corpus.is_file() else "a b"], 257).save(tmp_path)
   flags = ["--run", str(tmp_path / "run"), "--data.source", str(corpus), "--data.holdout", "0.3"]
+  flags += ["--data.tokenizer", str(tmp_path / "tokenizer.json")]
   assert main(["train", "micro", "--init", str(checkpoint("qwen2").folder), *flags]) == 2
-  assert (
-    "data.tokenizer='bytes': has 256 ids, more than the V=128 of init=" in capsys.readouterr().err
+  assert "has 257 ids, more than the V=128 of init=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("others, hint", [((), ""), (("tokenizer.model",), "makes one of token")])
+def test_a_checkpoint_without_a_usable_tokenizer_is_not_trained_on_bytes(
+  others, hint, checkpoint, corpus, tmp_path, capsys
+):
+  folder = shutil.copytree(checkpoint("qwen2").folder, tmp_path / "published")
+  for name in others:
+    (folder / name).write_text("pieces")
+  flags = ["--run", str(tmp_path / "run"), "--data.source", str(corpus)]
+  assert main(["train", "micro", "--init", str(folder), *flags]) == 2
+  printed = capsys.readouterr().err
+  assert "published: there is no tokenizer.json" in printed and hint in printed
+  assert "or name one by --data.tokenizer FILE" in printed and not (tmp_path / "run").exists()
+  (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+  assert main(["train", "micro", "--init", str(folder), *flags]) == 2
+  assert "tokenizer.json': not a tokenizer.json" in capsys.readouterr().err
+
+
+def test_fields_and_tensors_to_ignore_are_named_on_every_command(
+  folder, corpus, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  values = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps(values | {"mup_scale": 2.0}))
+  data = ["--data.source", str(corpus), "--data.holdout", "0.3"]
+  commands = (
+    ["sample", str(folder), "--max_new", "1"],
+    ["convert", str(folder), "run", *data],
+    ["train", "micro", "--init", str(folder), "--run", "new", *data],
   )
+  for command in commands:
+    assert main(command) == 2
+    assert "--ignore_config mup_scale reads the rest without it" in capsys.readouterr().err
+  for command in commands[:2]:
+    assert main([*command, "--ignore_config", "mup_scale"]) == 0, command
+  assert RunFolder(tmp_path / "run").read_config().ignore_config == ("mup_scale",)

@@ -1,7 +1,9 @@
 """A task of one's own through `fit`: records, checkpoints, resume, plot; nothing in it is text."""
 
 import dataclasses
+import io
 import shutil
+import sys
 
 import chex
 import jax
@@ -182,6 +184,35 @@ def test_numbers_that_are_not_finite_stop_the_run_and_keep_its_batch(tmp_path):
     fit(dataclasses.replace(CONFIG, run=str(folder.path)), Breaking())
   assert np.isnan(load_batch(folder.bad_steps, 5)["x"]).all()
   assert finished_steps(folder.checkpoints) == []
+
+
+class Gone(io.StringIO):
+  """A terminal that is gone."""
+
+  def write(self, text):
+    raise OSError(5, "Input/output error")
+
+  def flush(self):
+    self.write("")
+
+  def isatty(self):
+    return True
+
+
+def test_nothing_that_only_displays_ends_a_run(whole, tmp_path, monkeypatch):
+  """The terminal is gone, the picture fails."""
+
+  def fail(*arguments, **options):
+    raise RuntimeError("broken")
+
+  monkeypatch.setattr(sys, "stdout", Gone())
+  monkeypatch.setattr(sys, "stderr", Gone())
+  monkeypatch.setattr("jaxlm.run.loop.draw_loss", fail)
+  folder = RunFolder(tmp_path / "run")
+  result = fit(dataclasses.replace(CONFIG, run=str(folder.path)), Line())
+  assert result.finished and result.saved == 12
+  assert records(folder) == records(whole[0])
+  assert "loss.png is not drawn" in folder.log.read_text()
 
 
 @pytest.mark.slow

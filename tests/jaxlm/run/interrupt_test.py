@@ -4,10 +4,12 @@ import signal
 
 import pytest
 
-from jaxlm.run.interrupt import StopRequest
+from jaxlm.run.interrupt import KEYS, NOTICES, StopRequest
+
+SIGNALS = [getattr(signal, name) for name in (*KEYS, *NOTICES) if hasattr(signal, name)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_one_signal_asks_and_the_former_handlers_come_back(number):
   before = signal.getsignal(number)
   with StopRequest() as stop:
@@ -17,14 +19,39 @@ def test_one_signal_asks_and_the_former_handlers_come_back(number):
   assert signal.getsignal(number) is before
 
 
-def test_a_repeated_notice_asks_no_more_but_a_second_ctrl_c_leaves_at_once():
-  with StopRequest() as stop:
-    for _ in range(3):
-      signal.raise_signal(signal.SIGTERM)
-    assert stop.reached(1)
-    signal.raise_signal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-      signal.raise_signal(signal.SIGINT)
+def test_whatever_ends_a_process_without_being_its_fault_asks():
+  """Of the signals of POSIX and Linux, others are faults, cannot be handled, or end nothing."""
+  faults = {"SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP", "SIGSTKFLT"}
+  harmless = {"SIGCHLD", "SIGCONT", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGURG", "SIGWINCH"}
+  ignored_by_python = {"SIGPIPE", "SIGXFSZ"}
+  left = {*faults, *harmless, *ignored_by_python, "SIGKILL", "SIGSTOP", "SIGRTMIN", "SIGRTMAX"}
+  names = {number.name for number in signal.Signals} - left
+  assert names <= {*KEYS, *NOTICES}
+
+
+def test_a_repeated_notice_asks_no_more_but_a_second_key_leaves_at_once():
+  for first, second in ((signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGQUIT)):
+    with StopRequest() as stop:
+      for _ in range(3):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
+      assert stop.reached(1)
+      signal.raise_signal(first)
+      with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(second)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda number, frame: None])
+def test_a_signal_that_is_ignored_or_handled_already_asks_nothing(handler):
+  """As SIGHUP is under nohup, and SIGUSR2 in jobs of submitit."""
+  before = signal.signal(signal.SIGHUP, handler)
+  try:
+    with StopRequest() as stop:
+      signal.raise_signal(signal.SIGHUP)
+      assert not stop.reached(1)
+    assert signal.getsignal(signal.SIGHUP) is handler
+  finally:
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_time_runs_out():

@@ -236,7 +236,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, tmp_
 
 WRONG_MESHES = [
   (dict(mesh=MeshConfig(data=1, stage=2)), r"mesh\.stage=2: the model does not use this axis"),
-  (dict(mesh=MeshConfig(data=1, context_ring=2)), r"mesh\.context_ring=2"),
+  (
+    dict(mesh=MeshConfig(data=1, context_ulysses=3)),
+    r"model\.D=16: must be a multiple of mesh\.context_ulysses=3",
+  ),
   (dict(mesh=MeshConfig(data=8)), r"batch=8: must be a multiple of 8 batch shards x accumulate=2"),
   (
     dict(mesh=MeshConfig(data=1, tensor=4)),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reliability.processes import SMALL, write_corpus
-from jaxlm.checkpoint.folder import finished_steps
+from jaxlm.checkpoint.folder import checkpoint_path, finished_steps
 from jaxlm.cli import main
 from jaxlm.run.run_folder import RunFolder, read_records
 
@@ -58,7 +58,6 @@ CONTRADICTIONS = [
   ("--optimizer.name muon", "optimizer.name: adamw -> muon"),
   ("--ema 0.9", "ema: not kept -> kept"),
   ("--seed 3", "seed: 0 -> 3"),
-  ("--batch 16", "batch: 8 -> 16"),
   ("--data.length 16", "data.length: 32 -> 16"),
   ("--data.layout packed", "data.layout: windows -> packed"),
   ("--data.tokenizer bpe:270 --other_text", "data.tokenizer: bytes -> bpe:270"),
@@ -103,6 +102,36 @@ def test_a_run_leaves_the_loggers_of_the_process_as_they_were(work, arguments, s
   assert {name: state for name, state in loggers().items() if name in before} == before
 
 
+def test_more_steps_say_what_the_learning_rate_does_and_let_choose(work, capsys):
+  """Cosine from 3e-3 over two steps, of which one is warm-up, ends at 3e-4."""
+
+  def rates(folder: str) -> list[float]:
+    records = read_records(RunFolder(work / folder).metrics)
+    return [record["learning_rate"] for record in records]
+
+  shutil.copytree(work / "run", work / "kept")
+  assert main(["resume", "run", "--steps", "5"]) == 0
+  printed = capsys.readouterr().out
+  assert "learning rate: 2.60e-03 at step 3 instead of 3.00e-04" in printed
+  assert "--schedule extend, keep or decay chooses" in printed
+  assert rates("run")[2] == pytest.approx(2.605e-3, rel=1e-3)
+  assert main(["resume", "kept", "--steps", "4", "--schedule", "keep"]) == 0
+  assert "learning rate: 3.00e-04 at step 3, 3.00e-04 at step 4" in capsys.readouterr().out
+  assert rates("kept")[2:] == pytest.approx([3e-4, 3e-4])
+  assert main(["resume", "kept", "--steps", "6", "--schedule", "decay"]) == 0
+  assert rates("kept")[4:] == pytest.approx([3e-4, 1.65e-4])
+  assert RunFolder(work / "kept").read_config().optimizer.cooldowns == (4, 6)
+
+
+def test_another_batch_goes_on_with_the_next_row(work):
+  flags = ["--batch", "16", "--accumulate", "2"]
+  assert main(["resume", "run", "--steps", "3", *flags]) == 0
+  path = checkpoint_path(RunFolder(work / "run").checkpoints, 3)
+  assert json.loads((path / "data/metadata").read_text()) == {"next_row": 2 * 8 + 16}
+  records = read_records(RunFolder(work / "run").metrics)
+  assert [record["tokens"] for record in records] == [256, 256, 512]
+
+
 def test_a_run_stays_in_its_folder(work, capsys):
   assert main(["resume", "run", "--steps", "4", "--run", "elsewhere"]) == 2
   assert "run='elsewhere': a resumed run stays in its folder run" in capsys.readouterr().err
@@ -113,22 +142,24 @@ def test_text_that_changed_is_named_and_refused_unless_a_flag_allows_it(work, ca
   path = work / "text/7.py"
   path.write_text(path.read_text() + "# changed\n")
   before = contents(work)
-  assert main(["resume", "run", "--steps", "3"]) == 2
+  resume = ["resume", "run", "--data.source", "text", "--steps"]  # the run has the original
+  assert main([*resume, "3"]) == 2
   printed = capsys.readouterr().err
   assert "data.source='text': not the text of the run so far" in printed
   changed = [side for side in ("training", "held-out") if f"{side} text: digest" in printed]
   assert len(changed) == 1 and contents(work) == before
-  assert main(["resume", "run", "--steps", "3", "--other_text"]) == 0
+  assert main([*resume, "3", "--other_text"]) == 0
   assert "not the text of the run so far" in capsys.readouterr().out
   now = json.loads((work / "run/text.json").read_text())
   assert sum(recorded[side] != now[side] for side in recorded) == 1
   assert main(["resume", "run", "--steps", "4"]) == 0  # the new text is the run's from now on
 
 
-def test_the_same_text_may_have_moved(work, capsys):
+def test_the_same_text_may_have_moved(trained, work, capsys):
   (work / "text").rename(work / "moved")
   assert main(["resume", "run", "--steps", "3", "--data.source", "moved"]) == 0
-  assert "config.data.source: text -> moved" in capsys.readouterr().out
+  text, moved = trained / "text", work / "moved"
+  assert f"config.data.source: {text} -> {moved}" in capsys.readouterr().out
 
 
 def test_a_refusal_after_the_start_undoes_it(work, capsys):

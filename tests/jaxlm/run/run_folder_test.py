@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import os
 
+import numpy as np
 import pytest
 
 from jaxlm.checkpoint.atomic import write_text
@@ -37,6 +39,34 @@ def test_lines_wait_for_room_and_none_is_lost_or_doubled(tmp_path, caplog):
   records.close()
   assert [json.loads(line)["step"] for line in file.content.splitlines()] == list(range(9))
   assert caplog.text.count("lines wait in memory: No space left on device") == 2  # once per time
+
+
+def test_numbers_that_are_not_finite_are_null_in_json_and_nan_when_read(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  records = RecordFile(path)
+  values = {"step": 1, "loss": math.nan, "grad_norm": np.float32(np.inf), "tokens": np.int64(3)}
+  records.append(values)
+  records.append({"step": 2, "loss": -math.inf})
+  records.close()
+
+  def refuse(constant: str):
+    raise ValueError(f"{constant} is not JSON")
+
+  lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+  first = {"step": 1, "loss": None, "grad_norm": None, "tokens": 3}
+  assert lines == [first, {"step": 2, "loss": None}]
+  RunFolder(tmp_path).forget_after(1)  # rewrites them
+  assert [json.loads(line, parse_constant=refuse) for line in path.open()] == [first]
+  (record,) = read_records(path)
+  assert math.isnan(record["loss"]) and math.isnan(record["grad_norm"])
+
+
+def test_a_log_that_cannot_be_opened_stops_nothing(tmp_path, capsys):
+  (tmp_path / "log.txt").mkdir()
+  with log_to(tmp_path / "log.txt"):
+    for _ in range(2):
+      logging.getLogger("jaxlm").info("line")
+  assert capsys.readouterr().err.count("lines of the log are lost: Is a directory") == 1
 
 
 def test_lines_that_never_found_room_are_counted(caplog):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,12 @@ from jaxlm import presets
 from jaxlm.config import MeshConfig
 from jaxlm.run import train
 from jaxlm.run.run_folder import RunFolder
-from jaxlm.run.trackers import TensorBoard, WeightsAndBiases
+from jaxlm.run.trackers import (
+  BackgroundTracker,
+  TensorBoard,
+  WeightsAndBiases,
+  open_trackers,
+)
 from pallas_kernels.common.errors import MissingExtraError, UserError
 
 
@@ -66,11 +72,96 @@ def test_wandb_writes_an_offline_run(tmp_path, monkeypatch):
   assert b"train/loss" in joined and b"heldout/bits_per_byte" in joined
 
 
+class Failing:
+  """A tracker that raises, or waits for ever, at one of its calls."""
+
+  def __init__(self, at: int, action):
+    self.calls, self.at, self.action = 0, at, action
+
+  def log(self, values, step):
+    self.calls += 1
+    if self.calls == self.at:
+      self.action()
+
+  def close(self):
+    self.log({}, 0)
+
+
+def refuse():
+  raise ConnectionResetError("Connection lost")
+
+
+@pytest.mark.parametrize("at", [1, 3, 6], ids=["first step", "later", "at the end"])
+@pytest.mark.parametrize("action", [refuse, sys.exit], ids=["raises", "exits"])
+def test_a_tracker_that_fails_is_reported_once_and_no_step_waits(at, action, caplog):
+  failing = Failing(at, action)
+  tracker = BackgroundTracker("wandb", failing)
+  for step in range(1, 6):
+    tracker.log({"loss": 1.0}, step)
+  tracker.close()
+  assert tracker.lost and failing.calls == at
+  assert caplog.text.count("trackers=wandb: lost after step 5") == 1
+  assert "training goes on" in caplog.text
+
+
+def test_a_tracker_that_hangs_holds_nothing_up(monkeypatch, caplog):
+  monkeypatch.setattr(BackgroundTracker, "LARGEST_BACKLOG", 3)
+  monkeypatch.setattr(BackgroundTracker, "PATIENCE", 0.05)
+  hold = threading.Event()
+  for steps, words in ((8, "is 3 steps behind"), (2, "does not finish within 0 s")):
+    tracker = BackgroundTracker("wandb", Failing(1, hold.wait))
+    for step in range(steps):
+      tracker.log({}, step)
+    tracker.close()
+    assert tracker.lost and words in caplog.text
+  hold.set()
+
+
+def test_a_new_run_names_what_its_tracker_lacks_and_one_that_goes_on_goes_on(
+  config, monkeypatch, caplog
+):
+  wandb = FakeWandb()
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+  config = dataclasses.replace(config, trackers=("wandb",))
+  failures = {
+    wandb.errors.UsageError("no API key configured"): True,
+    wandb.errors.AuthenticationError("wrong key"): True,
+    wandb.errors.CommError("no network"): False,
+    OSError(28, "No space left on device"): False,
+    RuntimeError("anything"): False,
+  }
+  for failure, is_mistake in failures.items():
+
+    def fail(failure=failure, **options):
+      raise failure
+
+    monkeypatch.setattr(wandb, "init", fail)
+    if is_mistake:
+      with pytest.raises(UserError, match=f"trackers=wandb: {failure}"):
+        open_trackers(config, 0)
+    else:
+      assert open_trackers(config, 0) == []
+    caplog.clear()
+    assert open_trackers(config, 4) == []
+    assert f"trackers=wandb: lost after step 4 ({type(failure).__name__}" in caplog.text or (
+      is_mistake and "trackers=wandb: lost after step 4 (UserError" in caplog.text
+    )
+
+
 class FakeWandb:
   """A server with what wandb documents: histories by id, rewinding, steps that only ascend."""
 
   class errors:
     class Error(Exception):
+      pass
+
+    class CommError(Error):
+      pass
+
+    class AuthenticationError(CommError):
+      pass
+
+    class UsageError(Error):
       pass
 
   def __init__(self):
@@ -130,18 +221,6 @@ def test_a_run_that_stopped_where_it_saved_is_not_rewound(config, monkeypatch):
   for start in (0, 1, 2):
     WeightsAndBiases(config, start).log({"train/loss": 1.0}, start + 1)
   assert wandb.rewound == []
-
-
-def test_what_wandb_refuses_is_one_line(config, monkeypatch):
-  wandb = FakeWandb()
-  monkeypatch.setitem(sys.modules, "wandb", wandb)
-
-  def refuse(**options):
-    raise wandb.errors.Error("no API key configured")
-
-  monkeypatch.setattr(wandb, "init", refuse)
-  with pytest.raises(UserError, match="trackers=wandb: no API key configured"):
-    WeightsAndBiases(config, 0)
 
 
 def test_a_resumed_run_replaces_later_steps_in_tensorboard(config):

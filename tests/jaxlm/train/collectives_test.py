@@ -7,9 +7,7 @@ import collections
 import dataclasses
 import math
 import os
-import re
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import pytest
@@ -25,6 +23,7 @@ from jaxlm.config import (
 )
 from jaxlm.run.text import TextTask
 from jaxlm.train import accumulate, init_state
+from sharding.collectives import Collective, read_collectives
 
 # One line per mesh: arrays that the step sends, outside loops + in one + inside two. These numbers
 # stay as they are; `WRITE_COLLECTIVES=1` writes them anew where a change of them is meant.
@@ -60,47 +59,9 @@ def config_on(mesh: MeshConfig, model: ModelConfig = MODEL) -> TrainConfig:
   )
 
 
-class Collective(NamedTuple):
-  kind: str
-  depth: int  # loops around it; -1 where the compiler does not say
-  shape: tuple[int, ...]  # of one result, on one device
-
-
-_LINE = re.compile(
-  r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-)
-_SCATTER = re.compile(
-  r" = (.*?) fusion\(.*calls=%all-reduce-scatter"
-)  # how the TPU compiler writes reduce-scatter
-
-
-def collectives(text: str) -> list[Collective]:
-  """Of a compiled program, but for those among single devices."""
-  found, inside_scatter = [], False
-  for line in text.splitlines():
-    if not line.startswith(" "):
-      inside_scatter = line.startswith("%all-reduce-scatter")
-    match = _LINE.search(line)
-    kind = match and match[2]
-    if match is None and (match := _SCATTER.search(line)):
-      kind = "reduce-scatter"
-    if match is None or inside_scatter or _group_size(line) == 1:
-      continue
-    name = re.search(r'op_name="([^"]*)"', line)
-    depth = name[1].split(";")[0].count("while/body") if name else -1
-    for dims in re.findall(r"\w+\[([\d,]*)\]", match[1]):
-      found.append(Collective(kind, depth, tuple(int(d) for d in dims.split(",") if d)))
-  return found
-
-
-def _group_size(line: str) -> int | None:
-  """Returns the devices per group, where the line lists its groups or names their mesh axes."""
-  if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-    return len(groups[1].split(","))
-  if mesh := re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", line):
-    sizes = dict(axis.split("=") for axis in mesh[1].split(","))
-    return math.prod(int(sizes[axis]) for axis in mesh[2].split(","))
-  return None
+def collectives(lowered, config: TrainConfig, devices: int = 8) -> list[Collective]:
+  """Compiles a step and returns what it sends."""
+  return read_collectives(lowered.compile().as_text(), config.mesh.resolve(devices))
 
 
 def local_shapes(config: TrainConfig) -> list[tuple[int, ...]]:
@@ -121,7 +82,7 @@ def gathered_matrices(tensor: int) -> list[tuple[int, ...]]:
 
 def test_each_gradient_crosses_the_data_axis_once_and_in_no_loop(lower_step):
   config = config_on(DATA)
-  found = collectives(lower_step(config).compile().as_text())
+  found = collectives(lower_step(config), config)
   assert {c.kind for c in found} == {"all-reduce"}
   in_loops = [c for c in found if c.depth > 0]
   assert all(c.shape == () for c in in_loops), in_loops  # the two sums of a Weighted, at most
@@ -133,7 +94,8 @@ def test_the_count_notices_gradients_reduced_in_every_layer_of_every_micro_batch
   lower_step, monkeypatch
 ):
   monkeypatch.setattr(accumulate, "defer_reduction", lambda params: params)
-  found = collectives(lower_step(config_on(DATA)).compile().as_text())
+  config = config_on(DATA)
+  found = collectives(lower_step(config), config)
   sizes = collections.Counter(
     math.prod(c.shape) for c in found if c.depth == 2
   )  # the compiler may transpose them
@@ -145,7 +107,7 @@ def summary(lower_step, mesh: MeshConfig, accumulate: int) -> str:
   config = dataclasses.replace(config_on(MeshConfig()), mesh=mesh, accumulate=accumulate)
   config = dataclasses.replace(config, batch=2 * accumulate * mesh.data * mesh.fsdp)
   devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
-  found = collectives(lower_step(config, devices).compile().as_text())
+  found = collectives(lower_step(config, devices), config, len(devices))
   counts = collections.Counter((c.kind, c.depth) for c in found if c.shape)
   kinds = (
     f"{kind} {' + '.join(str(counts[kind, depth]) for depth in range(3))}"
@@ -166,7 +128,8 @@ def test_number_and_kind_of_collectives_of_the_default_program_stay_as_they_are(
 @pytest.mark.slow
 def test_fsdp_gathers_weights_in_the_layer_loop(lower_step):
   """One copy of the block stands in the loop over layers in the loop over micro-batches."""
-  found = collectives(lower_step(config_on(FSDP)).compile().as_text())
+  config = config_on(FSDP)
+  found = collectives(lower_step(config), config)
   gathers = [c for c in found if c.kind == "all-gather" and c.shape in gathered_matrices(1)]
   assert sorted(c.shape for c in gathers) == gathered_matrices(1)
   assert {c.depth for c in gathers} == {2}
@@ -184,7 +147,8 @@ def test_tensor_sends_two_gathers_and_two_reductions_per_block_and_direction(low
   A block gathers T before attention and before the feed-forward, and sums each output into its part
   of T (reduce-scatter; on CPU an all-reduce). Backward does the same the other way.
   """
-  found = collectives(lower_step(config_on(TENSOR)).compile().as_text())
+  config = config_on(TENSOR)
+  found = collectives(lower_step(config), config)
   kinds = collections.Counter((c.kind, c.depth) for c in found if c.shape == (2, LENGTH, D))
   blocks = {("all-gather", 2): 4, ("all-reduce", 2): 4}
   # and before the head, once per micro-batch
@@ -196,7 +160,7 @@ def test_tensor_sends_two_gathers_and_two_reductions_per_block_and_direction(low
 @pytest.mark.slow
 def test_on_tpu_each_gradient_crosses_the_data_axis_once_and_in_no_loop(lower_step, tpu_devices):
   config = config_on(DATA)
-  found = collectives(lower_step(config, tpu_devices).compile().as_text())
+  found = collectives(lower_step(config, tpu_devices), config)
   found = [c for c in found if c.shape not in ((), (config.accumulate,))]  # denominators
   assert not [c for c in found if c.depth > 0]
   assert collections.Counter(c.shape for c in found) == collections.Counter(local_shapes(config))
@@ -209,7 +173,7 @@ def test_on_tpu_the_gradients_of_a_block_are_reduce_scattered_where_it_makes_the
 ):
   # smaller arrays than these the compiler does not scatter
   config = config_on(mesh, revise(MODEL, D=128, F=256, H=32, V=384))
-  found = collectives(lower_step(config, tpu_devices).compile().as_text())
+  found = collectives(lower_step(config, tpu_devices), config)
   blocks = collections.Counter(
     math.prod(shape[1:]) for shape in local_shapes(config) if len(shape) == 3
   )
@@ -232,20 +196,15 @@ def test_on_tpu_fsdp_reduce_scatters_in_the_stated_type_and_gathers_in_the_compu
   config = config_on(FSDP, revise(MODEL, D=128, F=256, H=32, V=384))
   compute = dataclasses.replace(config.compute, dtype=dtype, reduce_dtype=reduce_dtype)
   config = dataclasses.replace(config, compute=compute, accumulate=1)
-  text = lower_step(config, tpu_devices).compile().as_text()
-  assert _matrix_types(text, _SCATTER) == {_SHORT[reduce_dtype]}
+  found = collectives(lower_step(config, tpu_devices), config)
+  assert _matrix_types(found, "reduce-scatter") == {_SHORT[reduce_dtype]}
   if dtype == "bfloat16":  # for float32 the compiler rounds before it gathers, as its products do
-    assert _matrix_types(text, _GATHER) == {"bf16"}
+    assert _matrix_types(found, "all-gather") == {"bf16"}
 
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16"}
-_GATHER = re.compile(r" = (.*?) all-gather(?:-start)?\(")
 
 
-def _matrix_types(text: str, pattern: re.Pattern) -> set[str]:
-  """Returns the element types of these collectives inside the loop over layers."""
-  found = set()
-  for line in text.splitlines():
-    if (match := pattern.search(line)) and "while/body" in line:
-      found |= {kind for kind, dims in re.findall(r"(\w+)\[([\d,]+)\]", match[1]) if "," in dims}
-  return found
+def _matrix_types(found: list[Collective], kind: str) -> set[str]:
+  """Returns the element types of these collectives of matrices inside the loop over layers."""
+  return {c.dtype for c in found if c.kind == kind and c.depth and len(c.shape) > 1}

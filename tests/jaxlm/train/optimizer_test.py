@@ -1,71 +1,18 @@
-"""Schedules by hand, decay by role, and the update rules on small trees."""
+"""Decay by role, and the update rules on small trees."""
 
 import dataclasses
 
-import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.config import OptimizerConfig, TrainConfig, decoder
 from jaxlm.models import Transformer
 from jaxlm.run.text import TextTask
-from jaxlm.train.optimizer import DECAYED, check_schedule, learning_rate, make_optimizer, update
+from jaxlm.train.optimizer import DECAYED, make_optimizer, update
 from pallas_kernels.common.errors import UserError
 
-STEPS = 100
 BASE = OptimizerConfig(learning_rate=1.0, warmup=10, final=0.1, decay=0.2)
-
-
-class Schedules(chex.TestCase):
-  """Learning rates at points computed by hand, compiled and not."""
-
-  def rates(self, schedule: str, *steps: int, **changes) -> list[float]:
-    config = dataclasses.replace(BASE, schedule=schedule, **changes)
-    rate = self.variant(lambda peak, length, step: learning_rate(config, peak, length, step))
-    values = [rate(config.learning_rate, STEPS, step) for step in steps]
-    chex.assert_shape(values, ())
-    chex.assert_type(values, jnp.float32)
-    return [float(value) for value in values]
-
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_warmup_is_linear_and_its_first_step_moves(self):
-    """(step + 1) / 11 up to the peak at step 10."""
-    want = pytest.approx([1 / 11, 5 / 11, 10 / 11, 1], abs=1e-6)
-    for schedule in ("cosine", "wsd", "linear", "constant"):
-      assert self.rates(schedule, 0, 4, 9, 10) == want, schedule
-
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_cosine(self):
-    """90 steps follow the warm-up: a third is cos(60 degrees) = 1/2, half-way is (1 + 0.1) / 2."""
-    want = [0.1 + 0.9 * 0.75, 0.55, 0.1, 0.1]
-    assert self.rates("cosine", 40, 55, 100, 150) == pytest.approx(want, abs=1e-6)
-
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_linear_and_constant(self):
-    assert self.rates("linear", 55, 100, 150) == pytest.approx([0.55, 0.1, 0.1], abs=1e-6)
-    assert self.rates("constant", 55, 99, 1000) == [1, 1, 1]
-
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_warmup_stable_decay(self):
-    """Stable until the last 20 steps, then linear from 1 to 0.1."""
-    assert self.rates("wsd", 11, 80, 90, 100) == pytest.approx([1, 1, 0.55, 0.1], abs=1e-6)
-    shorter = self.rates("wsd", 90, 95, 100, decay=0.1, final=0.0)
-    assert shorter == pytest.approx([1, 0.5, 0], abs=1e-6)
-
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_no_warmup_starts_at_the_peak(self):
-    assert self.rates("linear", 0, 50, 100, warmup=0) == pytest.approx([1, 0.55, 0.1], abs=1e-6)
-
-  @chex.variants(with_jit=True, without_jit=True)
-  def test_a_decay_longer_than_what_follows_the_warmup_begins_right_after_it(self):
-    assert self.rates("wsd", 10, 55, 100, decay=1.0) == pytest.approx([1, 0.55, 0.1], abs=1e-6)
-
-
-def test_a_warmup_that_leaves_no_step_is_refused():
-  with pytest.raises(ValueError, match=r"optimizer\.warmup=100: must be below steps=100"):
-    check_schedule(dataclasses.replace(BASE, warmup=100), 100)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -22,6 +22,15 @@ MESHES = [
   MeshConfig(data=1, tensor=2, fsdp=4),
   MeshConfig(data=2, fsdp=2, tensor=2),
 ]
+# every two of ring, Ulysses, fsdp and tensor together; two key heads on four devices
+CONTEXT_MESHES = [
+  MeshConfig(data=1, fsdp=2, context_ring=2, context_ulysses=2),
+  MeshConfig(data=1, context_ring=2, context_ulysses=2, tensor=2),
+  MeshConfig(data=1, fsdp=2, context_ulysses=2, tensor=2),
+  MeshConfig(data=2, context_ulysses=4),
+  MeshConfig(data=1, context_ring=4, tensor=2),
+  MeshConfig(data=2, context_ring=4),
+]
 SCANNED = TrainConfig(
   batch=16,
   accumulate=2,
@@ -35,6 +44,7 @@ SCANNED = TrainConfig(
     H=4,
     layers=4,
     windows=(4, None),
+    cap=20.0,
   ),
   compute=ComputeConfig(scan="always", remat="full"),
   data=DataConfig(length=16, layout="packed"),
@@ -85,20 +95,22 @@ def run(config: TrainConfig, mesh: MeshConfig):
     return jax.device_get((params, results)), alike
 
 
-QUICK = (MESHES[0], MESHES[3])
+QUICK = (MESHES[0], MESHES[3], CONTEXT_MESHES[0])
 
 
-def cases(name: str, config: TrainConfig, quick) -> list:
+def cases(name: str, config: TrainConfig, meshes, quick) -> list:
   return [
     pytest.param(
       config, mesh, id=f"{name}, {mesh.describe()}", marks=() if mesh in quick else pytest.mark.slow
     )
-    for mesh in MESHES
+    for mesh in meshes
   ]
 
 
 @pytest.mark.parametrize(
-  "config, mesh", cases("scanned", SCANNED, QUICK) + cases("unrolled, tied", UNROLLED, ())
+  "config, mesh",
+  cases("scanned", SCANNED, MESHES + CONTEXT_MESHES, QUICK)
+  + cases("unrolled, tied", UNROLLED, MESHES, ()),
 )
 def test_loss_and_every_gradient_equal_one_devices(config, mesh):
   (want_params, (want_loss, want_tokens, want_grads)), _ = run(config, MeshConfig(data=1))
