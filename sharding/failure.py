@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax._src import distributed  # the key-value store that all processes share
@@ -52,15 +53,16 @@ def end_together() -> Iterator[None]:
 
 def _tell(message: str) -> None:
   """Tells all processes of a failure, unless they know of one already."""
+  client: Any = distributed.global_state.client
   with contextlib.suppress(Exception):  # told already, or the coordinator is gone
-    distributed.global_state.client.key_value_set(_FAILURE, message)
+    client.key_value_set(_FAILURE, message)
 
 
 class _Watcher:
   """Shows others that this process lives, and ends it soon after one of them has failed."""
 
   def __init__(self, ended: threading.Event):
-    self.client = distributed.global_state.client
+    self.client: Any = distributed.global_state.client
     self.ended = ended
     self.index, self.processes = jax.process_index(), jax.process_count()
     self.heard: dict[str, tuple[str, float]] = {}
@@ -115,7 +117,7 @@ class Attempt:
   _numbers = itertools.count()
 
   def __init__(self) -> None:
-    self._client = distributed.global_state.client
+    self._client: Any = distributed.global_state.client
     self._key = f"jaxlm/attempt/{next(self._numbers)}"
 
   def give_up(self, reason: str) -> None:

@@ -11,7 +11,6 @@ from pallas_kernels.common.errors import UserError
 from sharding import failure
 from sharding.failure import Attempt, end_together
 
-
 pytestmark = pytest.mark.filterwarnings(  # of the thread that stands for a process which leaves
   "ignore::pytest.PytestUnhandledThreadExceptionWarning"
 )

@@ -1,5 +1,7 @@
 """Two processes, and four, that share a run have the batches and the losses of one."""
 
+import re
+import signal
 import time
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from benchmarks.reliability.comparison import same_end
 from benchmarks.reliability.processes import cluster, finish, start
 from jaxlm.checkpoint.folder import finished_steps
 from jaxlm.run.run_folder import RunFolder, read_records
+from sharding.failure import SILENCE
 
 FLAGS = (
   "--steps 6 --save_every 3 --eval_every 3 --eval_batches 2 --batch 8 --accumulate 2 --keep 5 "
@@ -117,10 +120,22 @@ if os.environ["JAX_PROCESS_ID"] == "1":
 def test_kill_of_one_process_ends_the_other_and_the_run_goes_on_bit_for_bit(runs, folder):
   _, two, _ = runs
   train = ["train", "micro", "--data.source", "text", *FLAGS, "--run", "killed"]
-  began = time.monotonic()
-  (printed, _) = run(folder, *train, processes=2, status=1, setup=DIES)
-  assert time.monotonic() - began < 150  # jax's heartbeats would take 100 seconds by themselves
-  assert "process 0 of 2" in printed and "cannot reach another one" in printed, printed
+  main, other = (
+    start(
+      folder,
+      *train,
+      setup=DIES,
+      printed=f"killed{shared['JAX_PROCESS_ID']}.txt",
+      JAX_NUM_CPU_DEVICES="2",
+      **shared,
+    )
+    for shared in cluster(2)
+  )
+  assert finish(folder, other, "killed1.txt")[0] == -signal.SIGKILL
+  died = time.monotonic()
+  status, printed = finish(folder, main, "killed0.txt")
+  assert status == 1 and time.monotonic() - died < SILENCE + 30, printed
+  assert re.search("cannot reach another one|process 1 of 2 is gone", printed), printed
   run(folder, "resume", "killed", processes=2)
   assert same_end(RunFolder(folder / "killed"), two)
 
