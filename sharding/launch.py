@@ -38,6 +38,8 @@ class Launch:
   """host:port of process 0"""
   all_devices: bool = False
   """whether this process has to use every GPU that it sees, not only one of its own"""
+  certain: bool = True
+  """whether there are others for sure; a TPU VM may also be alone"""
 
 
 def read_launch(environment: Mapping[str, str], *, on_tpu_vm: bool = False) -> Launch | None:
@@ -79,7 +81,7 @@ def read_launch(environment: Mapping[str, str], *, on_tpu_vm: bool = False) -> L
     raise UserError(f"{hosts}: start it by srun, so that every host takes part; {HOW_ALONE}")
   pods = [pod for name, pod in _PODS.items() if name in environment]
   if pods or on_tpu_vm:
-    return Launch(by=pods[0] if pods else "the TPU pod")
+    return Launch(by=pods[0] if pods else "the TPU pod", certain=bool(pods))
   return None
 
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 import jax
@@ -42,21 +43,31 @@ def joined_processes() -> Iterator[None]:
 
 def _join(launch: Launch) -> None:
   """Joins this process to the others; prints who they are in the main one."""
+  # jax itself says nothing while it waits, and then ends the process without an exception
+  message = f"waiting for the other processes that {launch.by} has started, for 300 s at most"
+  patience = threading.Timer(30, print, (message,), {"flush": True})
+  patience.start()
   try:
     jax.distributed.initialize(
       launch.address,
       launch.processes,
       launch.index,
       local_device_ids=[] if launch.all_devices else None,  # [] restricts nothing
+      initialization_timeout=300,
     )
-  except ValueError as error:
+  except (ValueError, OSError) as error:  # OSError: of a TPU VM's metadata
+    if not launch.certain:
+      return
     rule = f"give JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; {HOW_ALONE}"
     message = f"{launch.by} started this process among others, but jax cannot join them ({error})"
     raise UserError(f"{message}: {rule}") from error
-  if is_main():
-    count = f"{jax.process_count()} processes with {jax.device_count()} devices"
-    address = distributed.global_state.coordinator_address
-    print(f"joined {count}, started by {launch.by}; the coordinator is {address}", flush=True)
+  finally:
+    patience.cancel()
+  if is_main() and (count := jax.process_count()) > 1:
+    joined = f"joined {count} processes with {jax.device_count()} devices, started by {launch.by}"
+    print(
+      f"{joined}; the coordinator is {distributed.global_state.coordinator_address}", flush=True
+    )
 
 
 def is_main() -> bool:

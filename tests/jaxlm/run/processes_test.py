@@ -17,7 +17,8 @@ from sharding.failure import SILENCE
 FLAGS = (
   "--steps 6 --save_every 3 --eval_every 3 --eval_batches 2 --batch 8 --accumulate 2 --keep 5 "
   "--optimizer.warmup 1 --model.D 16 --model.pattern.0.feedforward.F 16 "
-  "--model.pattern.0.mixer.H 8 --data.length 32 --data.layout packed --mesh.data 2 --mesh.fsdp 2"
+  "--model.pattern.0.mixer.H 8 --data.length 32 --data.layout packed --mesh.data 2 --mesh.fsdp 2 "
+  "--mesh.tensor 2"
 ).split()
 
 
@@ -40,11 +41,11 @@ jax.make_mesh = interleaved
 def run(
   folder: Path, *arguments: str, processes: int, status: int = 0, setup: str = ""
 ) -> list[str]:
-  """Runs the command in so many processes with 4 devices together, after the lines `setup`.
+  """Runs the command in so many processes with 8 devices together, after the lines `setup`.
 
   Returns what each printed; the first has to end with this status.
   """
-  devices = {"JAX_NUM_CPU_DEVICES": str(4 // processes)}
+  devices = {"JAX_NUM_CPU_DEVICES": str(8 // processes)}
   files = [f"printed{index}.txt" for index in range(processes)]
   started = [
     start(folder, *arguments, setup=setup, printed=file, **devices, **shared)
@@ -126,7 +127,7 @@ def test_kill_of_one_process_ends_the_other_and_the_run_goes_on_bit_for_bit(runs
       *train,
       setup=DIES,
       printed=f"killed{shared['JAX_PROCESS_ID']}.txt",
-      JAX_NUM_CPU_DEVICES="2",
+      JAX_NUM_CPU_DEVICES="4",
       **shared,
     )
     for shared in cluster(2)
