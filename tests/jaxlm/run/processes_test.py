@@ -17,8 +17,8 @@ from sharding.failure import SILENCE
 FLAGS = (
   "--steps 6 --save_every 3 --eval_every 3 --eval_batches 2 --batch 8 --accumulate 2 --keep 5 "
   "--optimizer.warmup 1 --model.D 16 --model.pattern.0.feedforward.F 16 "
-  "--model.pattern.0.mixer.H 8 --data.length 32 --data.layout packed --mesh.data 2 --mesh.fsdp 2 "
-  "--mesh.tensor 2"
+  "--model.pattern.0.mixer.H 8 --model.pattern.0.mixer.K 2 --data.length 32 --data.layout packed "
+  "--mesh.data 2 --mesh.fsdp 2 --mesh.tensor 2"
 ).split()
 
 
