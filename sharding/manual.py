@@ -21,11 +21,12 @@ def all_axes() -> tuple[str, ...]:
   return tuple(mesh_shape())
 
 
-def vary(tree: Any) -> Any:
-  """Types arrays as different on every device; values stay."""
+def vary(tree: Any, alike: tuple[str, ...] = ()) -> Any:
+  """Types arrays as different on every device, but for axes over which they stay `alike`."""
 
   def cast(array: jax.Array) -> jax.Array:
-    missing = tuple(axis for axis in all_axes() if axis not in varying_axes(array))
+    known = varying_axes(array).union(alike)
+    missing = tuple(axis for axis in all_axes() if axis not in known)
     return jax.lax.pcast(array, missing, to="varying") if missing else array
 
   return jax.tree.map(cast, tree)

@@ -3,6 +3,10 @@
 Models name the axes of their arrays (`batch`, `embed`, `mlp`, ...); `RULES` says which mesh axes
 split each of them. All functions use the mesh set by `jax.set_mesh`, and without one leave arrays
 as they are.
+
+Inside `jax.shard_map` over all axes (a pipeline) arrays are one device's shards, and their types do
+not say how they lie. There weights are whole but for `tensor`, and what a function takes and
+returns follows from the names: communication is written out where they change.
 """
 
 from __future__ import annotations
@@ -97,8 +101,42 @@ def mesh_shape() -> Mapping[str, int]:
 
 
 def is_sharded() -> bool:
-  """Returns whether the current mesh has more than one device."""
-  return math.prod(mesh_shape().values()) > 1
+  """Returns whether the current mesh has more than one device, and types say how arrays lie."""
+  return math.prod(mesh_shape().values()) > 1 and not is_manual()
+
+
+def is_manual() -> bool:
+  """Returns whether this is inside `jax.shard_map` over all axes of the mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and mesh.are_all_axes_manual
+
+
+def manual_axes(name: str | None) -> tuple[str, ...]:
+  """Returns the mesh axes that split an axis of this name; empty but inside `jax.shard_map`.
+
+  The axes of "embed" are left out, as weights are whole there.
+  """
+  if name is None or name == "embed" or not is_manual():
+    return ()
+  return tuple(axis for axis in RULES.axes[name] if mesh_shape()[axis] > 1)
+
+
+def own_part(x: jax.Array, *names: str | None) -> jax.Array:
+  """Returns this device's part of what all have whole, inside `jax.shard_map`; elsewhere x.
+
+  An axis of size 1 stays.
+  """
+  for dimension, name in enumerate(names):
+    if (axes := manual_axes(name)) and x.shape[dimension] > 1:
+      size = x.shape[dimension] // math.prod(mesh_shape()[axis] for axis in axes)
+      x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * size, size, dimension)
+  return x
+
+
+def weight_shape(shape: tuple[int, ...], *names: str | None) -> tuple[int, ...]:
+  """Returns the shape that a weight of these names has here: smaller inside `jax.shard_map`."""
+  parts = (math.prod(mesh_shape()[axis] for axis in manual_axes(name)) for name in names)
+  return tuple(size // count for size, count in zip(shape, parts))
 
 
 def spec(shape: tuple[int, ...], *names: str | None) -> P:
@@ -109,6 +147,30 @@ def spec(shape: tuple[int, ...], *names: str | None) -> P:
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
   """Reshards `x` to where `RULES` wants it."""
   return jax.reshard(x, spec(x.shape, *names)) if is_sharded() else x
+
+
+def shard_layers(stack: Any) -> Any:
+  """Splits the leading axis of stacked layers over `stage`, if it divides them."""
+
+  def split(w: jax.Array) -> jax.Array:
+    if w.shape[0] % split_count("layers"):
+      return w
+    rest = jax.typeof(w).sharding.spec.partitions[1:]
+    return jax.reshard(w, P(*spec(w.shape[:1], "layers"), *rest))
+
+  return jax.tree.map(split, stack) if is_sharded() and split_count("layers") > 1 else stack
+
+
+def gather_layers(stack: Any) -> Any:
+  """Brings all layers of a stack that `stage` splits to every device."""
+
+  def gather(w: jax.Array) -> jax.Array:
+    now = jax.typeof(w).sharding.spec
+    if now.partitions[0] is None:
+      return w
+    return jax.reshard(w, P(None, *now.partitions[1:], reduced=now.reduced))
+
+  return jax.tree.map(gather, stack) if is_sharded() and split_count("layers") > 1 else stack
 
 
 def out_sharding(shape: tuple[int, ...], *names: str | None) -> P | None:
@@ -147,8 +209,12 @@ def defer_reduction(params: Any) -> Any:
 def all_gather(x: jax.Array, *names: str | None) -> jax.Array:
   """All-gathers over mesh axes that `names` no longer has; the gradient comes by reduce-scatter.
 
-  The result is typed `reduced` over them: only contractions may use it.
+  The result is typed `reduced` over them: only contractions may use it. Inside `jax.shard_map` what
+  `names` calls "length" is taken to lie by "norm_length".
   """
+  if is_manual() and "length" in names:
+    axes = tuple(a for a in manual_axes("norm_length") if a not in manual_axes("length"))
+    return jax.lax.all_gather(x, axes, axis=names.index("length"), tiled=True) if axes else x
   if not is_sharded():
     return x
   now = jax.typeof(x).sharding.spec

@@ -30,6 +30,8 @@ from jaxlm.checkpoint.folder import (
   size_of,
 )
 from jaxlm.checkpoint.manifest import write_manifest
+from jaxlm.checkpoint.read_back import Shapes, check_readable, shapes_of
+from jaxlm.paths import literal_path
 from jaxlm.train.state import TrainState, merge
 from sharding.failure import Attempt
 from sharding.multihost import is_main, run_on_main_process
@@ -48,6 +50,7 @@ class Checkpoints:
 
   def __init__(self, folder: Path, *, keep: int, keep_every: int = 0, saved: int = -1):
     self.folder = folder.absolute()
+    self._literal_folder = literal_path(folder)
     self.keep, self.keep_every = keep, keep_every
     self.saved = saved
     """Step of the newest checkpoint that is complete on disk, or -1."""
@@ -76,14 +79,18 @@ class Checkpoints:
     if missing := run_on_main_process(lambda: self._missing_megabytes(state)):
       self._give_up(step, OSError(f"the disk lacks {missing:,} MB for it"))
       return
-    items = {name: ocp.args.StandardSave(_wrap(tree)) for name, tree in _filled(state).items()}
+    arrays = _filled(state)
+    items: dict[str, Any] = {
+      name: ocp.args.StandardSave(_wrap(tree)) for name, tree in arrays.items()
+    }
     items["data"] = ocp.args.JsonSave(data_state)
     try:
-      self._writer.save(checkpoint_path(self.folder, step), ocp.args.Composite(**items))
+      self.folder.mkdir(parents=True, exist_ok=True)  # what a link leads to has to be there
+      self._writer.save(checkpoint_path(self._literal_folder, step), ocp.args.Composite(**items))
     except Exception as failure:  # a full disk has many faces here: also errors of tensorstore
       self._give_up(step, failure)
       return
-    self._finisher = threading.Thread(target=self._finish, args=(step,))
+    self._finisher = threading.Thread(target=self._finish, args=(step, shapes_of(arrays)))
     self._finisher.start()
 
   def wait(self) -> int:
@@ -126,10 +133,11 @@ class Checkpoints:
   def _wait_for_all(self, *, key: str, timeout_ms: int) -> None:
     self._attempt.wait_for_all(key, timeout_ms)
 
-  def _finish(self, step: int) -> None:
+  def _finish(self, step: int, written: Shapes) -> None:
     try:
       self._writer.wait_until_finished()
       if is_main():
+        check_readable(checkpoint_path(self._literal_folder, step), written)
         write_manifest(checkpoint_path(self.folder, step))
     except Exception as failure:
       self._give_up(step, failure)
@@ -196,7 +204,7 @@ def _load(path: Path, items: dict[str, Any], json_items: Iterable[str]) -> dict[
   }
   arguments |= {name: ocp.args.JsonRestore() for name in json_items}
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*_ITEMS)) as reader:
-    loaded = reader.restore(path.absolute(), ocp.args.Composite(**arguments))
+    loaded = reader.restore(literal_path(path.parent) / path.name, ocp.args.Composite(**arguments))
   return {
     name: loaded[name]["value"] if jax.tree_util.all_leaves([items.get(name, {})]) else loaded[name]
     for name in arguments

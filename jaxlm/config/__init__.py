@@ -5,12 +5,13 @@
 the rule. No jax here: `--help` stays fast.
 """
 
-from jaxlm.config.checks import check, check_finite
+from jaxlm.config.checks import check, check_finite, check_seed
 from jaxlm.config.compute import ComputeConfig
 from jaxlm.config.data import DataConfig
 from jaxlm.config.layers import decoder, rearrange, revise
 from jaxlm.config.model import AttentionConfig, LayerSpec, MlpConfig, ModelConfig
 from jaxlm.config.optimizer import OnNewSteps, OptimizerConfig
+from jaxlm.config.pipeline import PipelineConfig
 from jaxlm.config.rope import RopeConfig
 from jaxlm.config.train import TrainConfig
 from sharding.mesh import MeshConfig
@@ -25,10 +26,12 @@ __all__ = [
   "ModelConfig",
   "OnNewSteps",
   "OptimizerConfig",
+  "PipelineConfig",
   "RopeConfig",
   "TrainConfig",
   "check",
   "check_finite",
+  "check_seed",
   "decoder",
   "rearrange",
   "revise",

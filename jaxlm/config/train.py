@@ -6,11 +6,12 @@ import dataclasses
 import math
 from typing import Literal
 
-from jaxlm.config.checks import check, check_finite
+from jaxlm.config.checks import check, check_finite, check_seed
 from jaxlm.config.compute import ComputeConfig
 from jaxlm.config.data import DataConfig
 from jaxlm.config.model import ModelConfig
 from jaxlm.config.optimizer import OptimizerConfig
+from jaxlm.config.pipeline import PipelineConfig
 from sharding.mesh import MeshConfig
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -75,13 +76,15 @@ class TrainConfig:
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
+  pipeline: PipelineConfig = PipelineConfig()
 
   def __post_init__(self) -> None:
     check_finite(self, "")
     for name in ("steps", "batch", "accumulate", "keep", "eval_batches", "log_every"):
       check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-    for name in ("save_every", "keep_every", "eval_every", "z_loss", "seed"):
+    for name in ("save_every", "keep_every", "eval_every", "z_loss"):
       check(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
+    check_seed(self.seed)
     check(
       self.batch % self.accumulate == 0,
       "batch",

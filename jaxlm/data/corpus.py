@@ -143,7 +143,8 @@ def _find_parts(
     raise UserError(f"{name}: no file ends in {KNOWN}{left_out}")
   parts = tuple(FilePart(root / below, below) for below in found.names)
   left_out = f"left out {', '.join(found.notes)}"
-  return parts, (f"{len(parts)} files", *([left_out] if found.notes else []))
+  number = f"{len(parts):,} file{'s' * (len(parts) != 1)}"
+  return parts, (number, *([left_out] if found.notes else []))
 
 
 def _stdlib() -> tuple[tuple[Part, ...], tuple[str, ...]]:

@@ -49,17 +49,27 @@ def describe_text(
   """Returns lines for the log: where the text is from, how it is split and what was left out."""
   train, heldout = sizes["train"], sizes["heldout"]
   share = heldout.bytes / (train.bytes + heldout.bytes)
-  line = f"{train.documents:,} documents to train on, {heldout.documents:,} held out"
+  documents = f"{train.documents:,} document{'s' * (train.documents != 1)}"
+  line = f"{documents} to train on, {heldout.documents:,} held out"
   line += f" ({heldout.bytes:,} bytes, {share:.1%})"
   if split.cuts:
     line += f"; of these the end is held out: {', '.join(cut.document for cut in split.cuts)}"
   first = f"{absolute_paths(config).source}: {describe_amount(position)}"
-  return "\n".join([first, *source.notes, line, *_left_out(position, config.max_bytes)])
+  lines = [first, *source.notes, line, *_left_out(position, config.max_bytes)]
+  return "\n".join(map(_printable, lines))
+
+
+def _printable(line: str) -> str:
+  """Returns a line without what a file name may hold and a terminal or log may not."""
+  return "".join(
+    char if char.isprintable() else char.encode("unicode_escape").decode() for char in line
+  )
 
 
 def describe_amount(position: Position) -> str:
   """Returns how much text was read."""
-  return f"{position.documents:,} documents, {position.size:,} bytes"
+  documents = f"{position.documents:,} document{'s' * (position.documents != 1)}"
+  return f"{documents}, {position.size:,} bytes"
 
 
 def _left_out(position: Position, max_bytes: int | None) -> Iterator[str]:

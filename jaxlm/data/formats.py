@@ -34,7 +34,13 @@ JSON_LINES = (".jsonl", *(".jsonl" + packed for packed in COMPRESSIONS))
 RECORDS = (*JSON_LINES, ".parquet")
 ENDINGS = PACKED_TEXT + RECORDS
 KNOWN = f"{' '.join(TEXT)} .jsonl (these also with {' or '.join(COMPRESSIONS)}) .parquet"
-HOPELESS = 1000  # files and records left out before the first text
+HOPELESS = 10_000  # records of another form left out before the first text
+
+OTHER_FORMS = (
+  "records that are not JSON",
+  "records that are no objects",
+  "records without the text field",
+)
 
 
 @dataclasses.dataclass
@@ -75,15 +81,15 @@ class Reader:
   def leave_out(self, fault: Fault, count: int = 1) -> None:
     """Counts what is left out; raises UserError if the configuration is strict about it.
 
-    Also raises where so much is left out before the first text that there is none to be expected.
+    Also raises where the first records all have another form, as with a wrong `config.text_field`.
     """
     source, position = self.config.source, self.position
     if self.config.strict and source != "stdlib":  # which has sources in other encodings
       raise UserError(f"{fault.message} (without data.strict it is left out)")
     self.position = position.with_left_out(fault.kind, fault.message, count)
-    total = sum(entry.number for entry in self.position.left_out)
-    if not position.size and total >= HOPELESS:
-      rule = f"holds no text so far, {total} files or records are left out, the last"
+    wrong = sum(entry.number for entry in self.position.left_out if entry.kind in OTHER_FORMS)
+    if not position.size and wrong >= HOPELESS:
+      rule = f"holds no text so far, {wrong:,} records are of another form, the last"
       raise UserError(f"data.source={source!r}: {rule}: {fault.message}")
 
   def text(self, path: Path, name: str) -> Iterator[Piece]:
@@ -234,10 +240,10 @@ def _parse_object(text: str, where: str) -> dict[str, Any]:
     record = json.loads(text)
   except (ValueError, RecursionError) as error:
     rule = f"not JSON: {error}; every line holds one object"
-    raise Fault("records that are not JSON", f"{where}: {rule}") from error
+    raise Fault(OTHER_FORMS[0], f"{where}: {rule}") from error
   if not isinstance(record, dict):
     rule = f"is a {type(record).__name__}; every line holds one object"
-    raise Fault("records that are no objects", f"{where}: {rule}")
+    raise Fault(OTHER_FORMS[1], f"{where}: {rule}")
   return record
 
 
@@ -252,4 +258,4 @@ def missing_field(where: str, field: str, fields: list[str]) -> Fault:
   """Returns the fault of a record, or a file of records, without the text field."""
   others = ", ".join(fields) or "none"
   message = f"{where}: no field {field!r} (data.text_field); there are: {others}"
-  return Fault("records without the text field", message)
+  return Fault(OTHER_FORMS[2], message)

@@ -119,7 +119,7 @@ def make_split(survey: Survey, holdout: float) -> Split:
     if size <= limit
   ]
   units += [_Unit((i + 1) / BINS, size) for i, size in enumerate(survey.bins) if size]
-  large = sorted(entry for entry in survey.listed if entry[0] > limit)
+  large = sorted((entry for entry in survey.listed if entry[0] > limit), reverse=True)
   cuts = [_cut(name, size, holdout * size) for size, name in large]
   wanted = target - sum(cut.size - cut.place for cut in cuts)
   below = sum(unit.size for unit in units if unit.border <= holdout)

@@ -35,11 +35,13 @@ from jaxlm.interop.tensor_checks import check_tensors, check_tied_head
 from jaxlm.interop.weight_files import INDEX, SINGLE, find_tensors, plan_files
 from jaxlm.interop.weight_names import Weight, list_weights
 from jaxlm.models import Transformer
+from jaxlm.paths import local_path
 from pallas_kernels.common.errors import UserError
 
 __all__ = [
   "NOTHING",
   "Ignored",
+  "check_new",
   "find_tokenizer",
   "inspect",
   "is_checkpoint",
@@ -150,9 +152,8 @@ def save(
   configuration that none of the architectures can express, and parameters of another shape than
   it says or of several dtypes.
   """
-  folder = Path(path)
-  if any((folder / name).exists() for name in (CONFIG, SINGLE, INDEX)):
-    raise UserError(f"{folder}: holds a checkpoint or a run already")
+  folder = local_path(path, "checkpoint")
+  check_new(folder)
   leaves = {weight: _checked_leaf(params, weight) for weight in list_weights(config)}
   dtypes = {np.dtype(leaf.dtype) for leaf in leaves.values()}
   if len(dtypes) > 1 or not dtypes <= set(safetensors.DTYPES.values()):
@@ -180,6 +181,14 @@ def save(
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     _write_json(folder / INDEX, index)
   _write_json(folder / CONFIG, description)
+
+
+def check_new(folder: Path) -> None:
+  """Raises UserError for a folder that holds a checkpoint or a run, and for a file."""
+  if any((folder / name).exists() for name in (CONFIG, SINGLE, INDEX)):
+    raise UserError(f"{folder}: holds a checkpoint or a run already")
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f"{folder}: is a file, must be a folder")
 
 
 def _checked_leaf(params: Any, weight: Weight) -> jax.Array:

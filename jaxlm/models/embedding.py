@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxlm.config import ComputeConfig
 from jaxlm.models.linear import Roles, sharded_normal
 from pallas_kernels.common.shards import Axes, run_on_shards, sharded_axes, vary_together
-from sharding.rules import is_sharded, shard, spec
+from sharding.rules import is_manual, is_sharded, manual_axes, shard, spec
 
 
 class Embedding(nn.Module):
@@ -48,6 +48,9 @@ def lookup(
   each device gets D of its own tokens together by an all-to-all in `dtype`. Its transpose sends the
   rows' gradients, unsummed, in the narrower of `dtype` and `reduce_dtype`.
   """
+  if is_manual():
+    held = {"vocab_axes": manual_axes("vocab"), "width_axes": ()}
+    return _lookup_shard(w_VD, ids_BT, dtype=dtype, reduce_dtype=reduce_dtype, **held)
   if not is_sharded():
     return w_VD[ids_BT].astype(dtype)
   ids_BT = shard(ids_BT, "batch", "length")

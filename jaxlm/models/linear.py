@@ -18,7 +18,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import ComputeConfig
-from sharding.rules import Names, all_gather_weight, axes_in, is_sharded, shard, spec
+from sharding.rules import (
+  Names,
+  all_gather_weight,
+  axes_in,
+  is_sharded,
+  manual_axes,
+  shard,
+  spec,
+  weight_shape,
+)
 
 Roles = dict[str, Any]
 """A tree with the structure of parameters: "embedding", "matrix", "head", "norm" or "bias"."""
@@ -28,12 +37,12 @@ def sharded_normal(
   key: jax.Array, shape: tuple[int, ...], std: float, *names: str | None
 ) -> jax.Array:
   """Draws normal float32 weights of this standard deviation, sharded by their logical axes."""
-  return shard(std * jax.random.normal(key, shape, jnp.float32), *names)
+  return shard(std * jax.random.normal(key, weight_shape(shape, *names), jnp.float32), *names)
 
 
 def sharded_zeros(key: jax.Array, shape: tuple[int, ...], *names: str | None) -> jax.Array:
   """Returns float32 zeros, sharded by their logical axes."""
-  return shard(jnp.zeros(shape, jnp.float32), *names)
+  return shard(jnp.zeros(weight_shape(shape, *names), jnp.float32), *names)
 
 
 class Linear(nn.Module):
@@ -94,7 +103,7 @@ def matmul(
   """Contracts [B, T, D] with [D, F] in float32 and returns [B, T, F] in `dtype`.
 
   `axes` are the logical axes of `w_DF`, `out` those of the result. Where D is split, the partial
-  products are summed on the way to `out` (reduce-scatter).
+  products are summed on the way to `out` (reduce-scatter), whose T is then "norm_length".
   """
   B, T, D = x_BTD.shape
   sharding = None
@@ -103,8 +112,12 @@ def matmul(
     sharding = P(*partial, unreduced=axes_in(spec((D,), axes[0])))
   rounds = x_BTD.dtype == jnp.dtype(dtype) and x_BTD.dtype.itemsize < 4
   contract = _contract_rounded if rounds else _contract
-  y_BTF = checkpoint_name(contract(x_BTD, w_DF, sharding).astype(dtype), "product")
-  return shard(y_BTF, *out)
+  y_BTF = contract(x_BTD, w_DF, sharding).astype(dtype)
+  if summed := manual_axes(axes[0]):
+    y_BTF = jax.lax.psum_scatter(y_BTF, summed, scatter_dimension=1, tiled=True)
+  else:
+    y_BTF = shard(y_BTF, *out)
+  return checkpoint_name(y_BTF, "product")
 
 
 def _contract(x_BTD: jax.Array, w_DF: jax.Array, sharding: P | None) -> jax.Array:

@@ -24,7 +24,7 @@ from pallas_kernels.attention.mask import soft_cap
 from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import platform
 from sharding.context.order import Order, permutation, ring_size
-from sharding.rules import all_gather, shard
+from sharding.rules import all_gather, gather_layers, shard, shard_layers
 
 Params = dict[str, Any]
 
@@ -57,11 +57,9 @@ class Transformer:
         return module.init(key, method="declare")["params"]
 
       own_key = jax.random.fold_in(key, number)
-      return (
-        declare(own_key)
-        if repeats is None
-        else jax.vmap(declare)(jax.random.split(own_key, repeats))
-      )
+      if repeats is None:
+        return declare(own_key)
+      return shard_layers(jax.vmap(declare)(jax.random.split(own_key, repeats)))
 
     return self._map_modules(draw)
 
@@ -150,10 +148,12 @@ class Transformer:
   ) -> tuple[jax.Array, Any, Any]:
     """Runs layers of stack `index` of the configuration: all, or any slice of their repeats.
 
-    `stack` and `cache` have a leading axis of as many repeats as are to be run. Returns x, the
-    updated cache or None, and the layers' statistics, both stacked likewise.
+    `stack` and `cache` have a leading axis of as many repeats as are to be run. Where `stage`
+    splits it, every device gathers all of them: training has `sharding.pipeline` instead. Returns
+    x, the updated cache or None, and the layers' statistics, both stacked likewise.
     """
     blocks = self.blocks(index)
+    stack = gather_layers(stack)
     repeats = jax.tree.leaves(stack)[0].shape[0]
     scanned = self._scans and repeats > 1
     runs = {name: self._with_remat(block, scanned) for name, block in blocks.items()}

@@ -12,7 +12,7 @@ from jaxlm.models.head import Head
 from jaxlm.objectives.weighted import Weighted
 from pallas_kernels.common.checks import check_dtype, check_shape
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
-from sharding.rules import is_sharded
+from sharding.rules import is_sharded, manual_axes
 
 Implementation = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"]
 
@@ -94,6 +94,7 @@ def _cross_entropy(
     classifier_layout=head.layout,
     softcap=head.cap,
     implementation=None if implementation == "auto" else implementation,
+    axis_name=manual_axes("act_vocab") or None,
     **options,
   )
 

@@ -20,7 +20,10 @@ from jaxlm.data.corpus import absolute_paths
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer
 from jaxlm.interop import huggingface
+from jaxlm.paths import local_path
 from jaxlm.run.environment import differences
+from jaxlm.run.lock import only_writer
+from jaxlm.run.refusal import new_files_removed_if_failed
 from jaxlm.run.resolve import load_initial_weights
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.saved_run import SavedRun
@@ -54,7 +57,9 @@ def convert(
     config = config or tuning_config(source, target)
     ignored = huggingface.Ignored(config.ignore_config, config.ignore_tensors)
     return _write_run(config, tuning_config(source, target, ignored))
-  return _write_checkpoint(SavedRun.open(source), Path(target), weight_dtype)
+  folder = local_path(target, "target")
+  huggingface.check_new(folder)
+  return _write_checkpoint(SavedRun.open(source), folder, weight_dtype)
 
 
 def tuning_config(
@@ -72,7 +77,7 @@ def tuning_config(
   config = presets.tuning(model)
   return dataclasses.replace(
     config,
-    run=str(target),
+    run=str(local_path(target, "target")),
     init=str(folder),
     ignore_config=ignored.config,
     ignore_tensors=ignored.tensors,
@@ -85,12 +90,12 @@ def _write_checkpoint(run: SavedRun, target: Path, dtype: np.dtype) -> str:
   if model.max_length is None:
     model = dataclasses.replace(model, max_length=run.config.data.length)
   params = jax.tree.map(lambda w: w.astype(dtype), run.params)
-  huggingface.save(target, model, params)
-  if isinstance(run.tokenizer, BPETokenizer):
-    run.tokenizer.save(target)
-    tokens = TOKENIZER_FILE
-  else:
-    tokens = "no tokenizer.json: its tokens are bytes"
+  tokens = "no tokenizer.json: its tokens are bytes"
+  with new_files_removed_if_failed(target):
+    huggingface.save(target, model, params)
+    if isinstance(run.tokenizer, BPETokenizer):
+      run.tokenizer.save(target)
+      tokens = TOKENIZER_FILE
   return f"{target}: weights of step {run.step} in {dtype}, config.json, {tokens}"
 
 
@@ -100,17 +105,18 @@ def _write_run(config: TrainConfig, given: TrainConfig) -> str:
     rule = "these flags contradict the checkpoint (checkpoint -> flag)"
     raise UserError(f"{given.init}: {rule}: {'; '.join(wrong)}")
   config = dataclasses.replace(config, data=absolute_paths(config.data))
-  run = RunFolder(Path(config.run))
+  run = RunFolder.at(config.run, "target")
   run.check_new()
-  with jax.set_mesh(make_mesh(config.mesh)):
+  mesh = make_mesh(config.mesh)
+  with jax.set_mesh(mesh), only_writer(run.path), new_files_removed_if_failed(run.path):
     params = load_initial_weights(config)
     initialize = lambda start: init_state(config, TextTask(config), start)  # noqa: E731
     state = jax.jit(initialize, donate_argnums=0)(Start(params))
     run.create(config)
     shutil.copy(config.data.tokenizer, run.path / TOKENIZER_FILE)
-    checkpoints = Checkpoints(run.checkpoints, keep=config.keep)
-    checkpoints.save(state, FIRST_POSITION)
-    if checkpoints.close() != 0:
+    with Checkpoints(run.checkpoints, keep=config.keep) as checkpoints:
+      checkpoints.save(state, FIRST_POSITION)
+    if checkpoints.saved != 0:
       raise OSError(errno.EIO, "the checkpoint could not be written", str(run.path))
   count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   return f"{run.path}: a run of {count:,} parameters at step 0; go on with: jaxlm resume {run.path}"

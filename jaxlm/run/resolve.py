@@ -10,6 +10,7 @@ import jax
 
 from jaxlm.config import TrainConfig, check
 from jaxlm.interop import huggingface
+from jaxlm.train.stages import cut_layers, make_schedule
 from pallas_kernels.common.errors import UserError
 
 
@@ -53,12 +54,15 @@ def _ignored(config: TrainConfig) -> huggingface.Ignored:
   return huggingface.Ignored(config.ignore_config, config.ignore_tensors)
 
 
-def check_mesh(config: TrainConfig) -> None:
-  """Raises UserError where the model does not divide over the mesh or cannot use an axis of it."""
-  sizes = config.mesh.resolve(jax.device_count())
-  for axis in ("stage", "expert"):
-    rule = "the model does not use this axis; it must be 1"
-    check(sizes[axis] == 1, f"mesh.{axis}", sizes[axis], rule)
+def check_mesh(config: TrainConfig, devices: int | None = None) -> None:
+  """Raises UserError where the model does not divide over the mesh or cannot use an axis of it.
+
+  The mesh is one of `devices`, by default of those that are here.
+  """
+  sizes = config.mesh.resolve(jax.device_count() if devices is None else devices)
+  rule = "the model does not use this axis; it must be 1"
+  check(sizes["expert"] == 1, "mesh.expert", sizes["expert"], rule)
+  _check_stages(config, sizes)
   model, length, tensor = config.model, config.data.length, sizes["tensor"]
   ring, ulysses = sizes["context_ring"], sizes["context_ulysses"]
   _check_divides("model.D", model.D, sizes, "fsdp", "context_ring", "context_ulysses")
@@ -78,6 +82,18 @@ def check_mesh(config: TrainConfig) -> None:
       rule += f"divisor of mesh.context_ulysses={ulysses}"
       check(K // tensor % ulysses == 0 or ulysses % (K // tensor) == 0, f"{path}.mixer.K", K, rule)
       _check_divides(f"{path}.feedforward.F", spec.feedforward.F, sizes, "tensor")
+
+
+def _check_stages(config: TrainConfig, sizes: dict[str, int]) -> None:
+  """Raises UserError where the model cannot be cut into stages, or the schedule cannot run."""
+  if sizes["stage"] == 1:
+    rule = "there is one stage, mesh.stage=1"
+    layers = config.pipeline.layers_per_stage
+    check(not layers, "pipeline.layers_per_stage", layers, rule)
+    return
+  schedule = make_schedule(config, sizes["stage"])
+  repeats = [(len(specs), repeats) for specs, repeats in config.model.stacks]
+  cut_layers(repeats, schedule.stages, config.pipeline.layers_per_stage)
 
 
 def _check_divides(path: str, size: int, sizes: dict[str, int], *axes: str) -> None:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.checkpoint.checkpoint import restore_weights
-from jaxlm.checkpoint.folder import checkpoint_path, newest_sound
-from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig, check
+from jaxlm.checkpoint.folder import checkpoint_path, hold_newest_sound
+from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig, check, check_seed
 from jaxlm.data.loader import TextData, load_text
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, check_vocabulary, load_tokenizer
@@ -64,10 +64,10 @@ class SavedRun:
     rule = "is for Hugging Face checkpoints; this is a run"
     check(dtype is None, "dtype", dtype, rule)
     check(ignored == huggingface.NOTHING, "ignored", tuple(ignored), rule)
-    folder = RunFolder(Path(run))
+    folder = RunFolder.at(run)
     config = for_this_platform(dataclasses.replace(folder.read_config(), mesh=MeshConfig(data=1)))
-    newest = newest_sound(folder.checkpoints)
-    with jax.set_mesh(make_mesh(config.mesh)):
+    mesh = make_mesh(config.mesh)
+    with hold_newest_sound(folder.checkpoints) as newest, jax.set_mesh(mesh):
       like = jax.eval_shape(lambda: init_state(config, TextTask(config)))
       params = restore_weights(checkpoint_path(folder.checkpoints, newest), like)
     tokenizer = load_tokenizer(folder.path, config.data, config.model.V)
@@ -83,7 +83,7 @@ class SavedRun:
     config = TrainConfig(
       model=model,
       compute=ComputeConfig(dtype=_compute_type(params)),
-      data=DataConfig(tokenizer=str(folder / TOKENIZER_FILE)),
+      data=DataConfig(source="", tokenizer=str(folder / TOKENIZER_FILE)),
       mesh=MeshConfig(data=1),
     )
     start_ids = tuple(tokenizer.model.encode("").ids)
@@ -95,6 +95,7 @@ class SavedRun:
     Only ids that have a text are drawn. Raises NoDistribution, naming a weight that is not finite
     if there is one, where the logits are NaN.
     """
+    check_seed(seed)
     ends = self.end_ids
     prompt_ids = self.tokenizer.encode(prompt).tolist()
     context_ids = [*self.start_ids, *prompt_ids] or [ends[0]]
@@ -128,12 +129,22 @@ class SavedRun:
         return f"the weights {name} hold {bad:,} values that are NaN or infinite"
     return f"all weights are finite: an activation overflows in {self.config.compute.dtype}"
 
-  def evaluate(self, limit: int | None = None) -> tuple[TextData, dict[str, float]]:
-    """Returns (the text, evaluation as in eval.jsonl) over all held-out text or `limit` batches."""
-    text = load_text(self.config.data, self.tokenizer)
-    with jax.set_mesh(make_mesh(self.config.mesh)):
-      rows = local_rows(self.config.batch)
-      values = TextTask(self.config, text).evaluate(self.params, {}, rows, limit)
+  def evaluate(
+    self, limit: int | None = None, data: DataConfig | None = None
+  ) -> tuple[TextData, dict[str, float]]:
+    """Returns (the text, evaluation as in eval.jsonl) over all held-out text or `limit` batches.
+
+    The text is that of `data`, by default the run's own. Raises UserError for published weights,
+    which have none, without `data`.
+    """
+    data = dataclasses.replace(data or self.config.data, tokenizer=self.config.data.tokenizer)
+    rule = "a checkpoint has no text of its own; name one to measure on"
+    check(bool(data.source), "data.source", data.source, rule)
+    text = load_text(data, self.tokenizer)
+    config = dataclasses.replace(self.config, data=data)
+    with jax.set_mesh(make_mesh(config.mesh)):
+      rows = local_rows(config.batch)
+      values = TextTask(config, text).evaluate(self.params, {}, rows, limit)
     return text, values
 
 

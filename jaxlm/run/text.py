@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import OnNewSteps, TrainConfig
@@ -17,6 +18,7 @@ from jaxlm.data.loader import Batch, TextData, heldout_batches, load_text, train
 from jaxlm.data.ring import in_ring_order
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.models import Transformer, roles
+from jaxlm.models.mixers.attention import Context
 from jaxlm.objectives import Weighted, next_token_loss
 from jaxlm.run.lock import only_writer
 from jaxlm.run.loop import TrainResult
@@ -29,14 +31,18 @@ from jaxlm.run.resolve import (
   with_vocabulary,
 )
 from jaxlm.run.run_folder import RunFolder
-from jaxlm.run.start import check_run, continue_run, find_newest, start_run
+from jaxlm.run.start import check_run, continue_run, find_newest, start_run, with_run_folder
 from jaxlm.run.text_identity import check_same_everywhere, check_text, record_text
+from jaxlm.run.trackers import check_login
 from jaxlm.scaling.flops import train_flops_of_rows
 from jaxlm.train.evaluate import make_evaluator
 from jaxlm.train.schedule import with_new_steps
+from jaxlm.train.stages import Stages
 from jaxlm.train.task import Batches, Start, Task
 from sharding.batches import globalize
+from sharding.context.order import Order, permutation, ring_size
 from sharding.multihost import run_on_main_process
+from sharding.rules import own_part
 
 
 @forgiving_output()
@@ -45,7 +51,11 @@ def train(config: TrainConfig) -> TrainResult:
 
   Raises UserError for what cannot work, before it starts and without leaving anything behind.
   """
+  config = with_run_folder(config)
   check_run(config)
+  folder = RunFolder(Path(config.run))
+  run_on_main_process(folder.check_new)
+  run_on_main_process(lambda: check_login(config))
   config = with_initial_model(config)
   check_mesh(config)
   text = load_text(config.data, report=print_status)
@@ -53,9 +63,8 @@ def train(config: TrainConfig) -> TrainResult:
   config = with_vocabulary(config, text.tokenizer.vocab_size)
   config = dataclasses.replace(config, data=absolute_paths(config.data))
   check_mesh(config)  # again, because the text's vocabulary may have become the model's
-  task, folder = TextTask(config, text), RunFolder(Path(config.run))
   with only_writer(folder.path):
-    return start_run(config, task, folder)
+    return start_run(config, TextTask(config, text), folder)
 
 
 @forgiving_output()
@@ -75,7 +84,7 @@ def resume(
   where `config` contradicts the checkpoint, and, unless `other_text`, where the text is not the one
   that the run was trained on.
   """
-  folder = RunFolder(Path(run))
+  folder = RunFolder.at(run)
   before = folder.read_config()
   config = dataclasses.replace(config or before, run=str(folder.path))
   if steps is not None:
@@ -92,8 +101,6 @@ def resume(
     check_same_everywhere(text)
     allowed = other_text or newest <= 0  # nothing has been trained on it
     run_on_main_process(lambda: check_text(folder, text, other_text=allowed))
-    if newest > 0 and not folder.text.is_file():
-      print_status(f"{folder.text} is missing: the text may not be the one of the run so far")
     config = dataclasses.replace(config, data=absolute_paths(config.data))
     task = TextTask(config, text)
     return continue_run(config, task, folder, newest, before, lambda: record_text(folder, text))
@@ -129,6 +136,13 @@ class TextTask(Task):
     """Returns an iterator over packed or windowed rows of the training text."""
     return train_loader(self.text, batch=self.config.batch, seed=self.config.seed, rows=rows)
 
+  def batch_types(self) -> Batch:
+    """Returns the shapes and dtypes of a global batch, to lower a step from."""
+    shape = (self.config.batch, self.config.data.length)
+    whole, real = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.float32))
+    packed = whole if self.config.data.layout == "packed" else None
+    return Batch(whole, whole, real, packed, packed)
+
   def objective(
     self, params: Any, model_state: Any, batch: Batch, key: jax.Array
   ) -> dict[str, Weighted]:
@@ -143,6 +157,9 @@ class TextTask(Task):
       order=order,
       logits=False,
     )
+    return self._loss(params, states_BTD, batch)
+
+  def _loss(self, params: Any, states_BTD: jax.Array, batch: Batch) -> dict[str, Weighted]:
     return next_token_loss(
       states_BTD,
       self.model.head(params),
@@ -150,6 +167,53 @@ class TextTask(Task):
       batch.weights_BT,
       self.config.z_loss,
       self.config.loss_implementation,
+    )
+
+  def stages(self) -> Stages:
+    """Returns how the model runs in stages; what a row's tokens see follows from the row alone."""
+    # unrolled, because a scan over layers is one operation, which has no separate B and W
+    compute = dataclasses.replace(self.config.compute, scan="never")
+    model = Transformer(self.config.model, compute)
+    names = [str(index) for index in range(len(self.config.model.stacks))]
+
+    def split(params: Any) -> tuple[tuple[Any, ...], Any]:
+      others = {name: value for name, value in params.items() if name != "stacks"}
+      return tuple(params["stacks"][name] for name in names), others
+
+    def join(stacks: tuple[Any, ...], others: Any) -> Any:
+      return others | {"stacks": dict(zip(names, stacks, strict=True))}
+
+    def prepare(batch: Batch) -> Batch:
+      ordered, _ = in_ring_order(batch)
+      return ordered if batch.positions_BT is not None else ordered._replace(positions_BT=None)
+
+    def layers(stacks: tuple[Any, ...], x_BTD: jax.Array, batch: Batch) -> jax.Array:
+      order: Order = "zigzag" if ring_size() > 1 else "contiguous"
+      positions_BT = batch.positions_BT
+      if positions_BT is None:
+        T = batch.inputs_BT.shape[1]
+        positions_BT = jnp.asarray(permutation(order, T, ring_size()))[None]
+      context = Context(positions_BT, batch.segment_ids_BT, in_order=True, order=order)
+      for index, stack in enumerate(stacks):
+        if jax.tree.leaves(stack)[0].shape[0]:
+          x_BTD, _, _ = model.run_stack(index, stack, x_BTD, context)
+      return x_BTD
+
+    def objective(others: Any, x_BTD: jax.Array, batch: Batch) -> dict[str, Weighted]:
+      own = batch._replace(
+        targets_BT=own_part(batch.targets_BT, None, "length"),
+        weights_BT=own_part(batch.weights_BT, None, "length"),
+      )
+      return self._loss(others, model.finish(others, x_BTD, logits=False), own)
+
+    return Stages(
+      sizes=tuple((len(specs), repeats) for specs, repeats in self.config.model.stacks),
+      split=split,
+      join=join,
+      prepare=prepare,
+      embed=lambda others, batch: model.embed(others, own_part(batch.inputs_BT, None, "length")),
+      layers=layers,
+      objective=objective,
     )
 
   def evaluate(

@@ -38,6 +38,8 @@ def record_text(folder: RunFolder, text: TextData) -> None:
 
 def check_text(folder: RunFolder, text: TextData, *, other_text: bool) -> None:
   """Raises UserError, or with `other_text` prints it, where `text` is not the text of the run."""
+  if not folder.text.is_file() and not other_text:
+    print_status(f"{folder.text} is missing: the text may not be the one of the run so far")
   changes = changed_text(folder, text.digests)
   if not changes:
     return

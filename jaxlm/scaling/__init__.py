@@ -1,1 +1,1 @@
-"""Counts parameters and FLOPs, and sweeps over hyperparameters."""
+"""Scaling laws: their constants and fits, counts of parameters and FLOPs, sweeps of runs."""

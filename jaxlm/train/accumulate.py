@@ -33,7 +33,7 @@ def accumulated_gradients(
   deferred = defer_reduction(params)
   parts = jax.tree.map(lambda x: split_batch(x, microbatches), batch)
   keys = jax.vmap(lambda m: jax.random.fold_in(key, m))(jnp.arange(microbatches))
-  dens = _denominators(objective, deferred, parts, keys)
+  dens = denominators(objective, deferred, parts, keys)
 
   def minimised(params: Any, part: Any, key: jax.Array) -> tuple[jax.Array, Terms]:
     terms = objective(params, part, key)
@@ -58,7 +58,7 @@ def accumulated_gradients(
   return reduce_gradients(grads, params), terms
 
 
-def _denominators(
+def denominators(
   objective: Objective, params: Any, parts: Any, keys: jax.Array
 ) -> dict[str, jax.Array]:
   """Returns each term's denominator over all micro-batches, computed without the parameters.

@@ -15,11 +15,13 @@ from jaxlm.config import TrainConfig
 from jaxlm.objectives.weighted import Weighted
 from jaxlm.train.accumulate import accumulated_gradients
 from jaxlm.train.optimizer import make_optimizer, update
+from jaxlm.train.pipelined import pipelined_gradients
 from jaxlm.train.schedule import check_schedule, learning_rate
+from jaxlm.train.stages import Stages
 from jaxlm.train.state import TrainState, merge
 from jaxlm.train.task import Task
-from pallas_kernels.common.errors import UserError
-from sharding.rules import defer_reduction
+from pallas_kernels.common.errors import UnsupportedError, UserError
+from sharding.rules import defer_reduction, mesh_shape
 
 Metrics = dict[str, jax.Array]
 _OWN_METRICS = ("grad_norm", "learning_rate", "skipped")
@@ -45,7 +47,11 @@ def make_train_step(config: TrainConfig, task: Task) -> Callable[..., tuple[Trai
       return task.objective(merge(params, frozen), state.model_state, batch, key)
 
     key = jax.random.fold_in(state.key, state.step)
-    grads, terms = accumulated_gradients(objective, state.params, batch, key, config.accumulate)
+    if mesh_shape().get("stage", 1) > 1:
+      stages = _stages(task, state)
+      grads, terms = pipelined_gradients(config, stages, objective, state.params, batch, key)
+    else:
+      grads, terms = accumulated_gradients(objective, state.params, batch, key, config.accumulate)
     _check_names(terms, task)
     grad_norm = optax.tree.norm(grads)
     if config.optimizer.clip:
@@ -74,6 +80,17 @@ def make_train_step(config: TrainConfig, task: Task) -> Callable[..., tuple[Trai
     return new._replace(step=state.step + 1), metrics
 
   return train_step
+
+
+def _stages(task: Task, state: TrainState) -> Stages:
+  """Returns the stages of a task, or raises UserError where it cannot be trained in stages."""
+  stages = task.stages()
+  ranks, name = mesh_shape()["stage"], type(task).__name__
+  if stages is None:
+    raise UserError(f"mesh.stage={ranks}: {name} has no stages; it must be 1")
+  if jax.tree.leaves(state.frozen):
+    raise UnsupportedError(f"mesh.stage={ranks}: {name} has frozen weights, which no stage holds")
+  return stages
 
 
 def _choose(taken: jax.Array, path: tuple, new: jax.Array, old: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import jax
 
 from jaxlm.objectives.weighted import Weighted
+from jaxlm.train.stages import Stages
 
 
 class Start(NamedTuple):
@@ -80,6 +81,10 @@ class Task(abc.ABC):
     default every parameter is "other": adam's rule under muon, and no weight decay.
     """
     return jax.tree.map(lambda _: "other", params)
+
+  def stages(self) -> Stages | None:
+    """Returns how the task runs in pipeline stages, or None where it cannot."""
+    return None
 
   def after_update(
     self, params: Any, model_state: Any, metrics: Mapping[str, jax.Array]

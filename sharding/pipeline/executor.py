@@ -35,6 +35,7 @@ from sharding.pipeline.placement import Placement
 from sharding.pipeline.slots import Slots, entry_of
 from sharding.pipeline.split_backward import SplitBackward, split_backward
 from sharding.pipeline.table import make_table
+from sharding.rules import manual_axes
 
 Stacks = tuple[Any, ...]
 """Layers: one tree for each stack, whose arrays have a leading axis R in the order of the model."""
@@ -91,7 +92,9 @@ def pipelined_value_and_grad(
     def on_device(stacks: Stacks, shared: Any, batch: Any) -> Any:
       rows = vary(placement.place(gather_weights(stacks, specs[0]), specs[0]))
       shared = vary(gather_weights(shared, specs[1]))
-      ticks = _Ticks(pipeline, programs, instructions, rows, shared, vary(batch))
+      # devices that split the vocabulary see the same rows: their loss is one, not several shares
+      batch = vary(batch, alike=manual_axes("act_vocab"))
+      ticks = _Ticks(pipeline, programs, instructions, rows, shared, batch)
       value_and_sums, drows, dshared = ticks.run()
       dstacks = placement.collect(drows, stacks, specs[0])
       value_and_sums = jax.lax.psum(value_and_sums, all_axes())

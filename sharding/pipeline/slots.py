@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sharding.manual import vary
-
 
 def entry_of(array: jax.Array, index: jax.Array) -> jax.Array:
   """Returns one entry of the leading axis."""
@@ -19,18 +17,18 @@ def entry_of(array: jax.Array, index: jax.Array) -> jax.Array:
 class Slots:
   """Keeps arrays of several programs in common buffers, each of a number of slots.
 
-  Arrays of one shape and dtype share a buffer across programs, as only one program holds a slot.
+  Arrays of one type share a buffer across programs, as only one program holds a slot.
   """
 
-  def __init__(self, programs: Sequence[Sequence[jax.ShapeDtypeStruct]], slots: int):
-    self.types: list[tuple[tuple[int, ...], Any]] = []
-    self.places = [self._place(arrays) for arrays in programs]
+  def __init__(self, programs: Sequence[Sequence[Any]], slots: int):
+    self.types: list[tuple[tuple[int, ...], Any, frozenset[str]]] = []
+    self.places = [self._place(types) for types in programs]
     self.slots = slots
 
-  def _place(self, arrays: Sequence[jax.ShapeDtypeStruct]) -> list[int]:
+  def _place(self, types: Sequence[Any]) -> list[int]:
     places: list[int] = []
-    for array in arrays:
-      kind = (array.shape, array.dtype)
+    for array in types:
+      kind = (array.shape, array.dtype, frozenset(array.mat.varying))
       unused = [i for i, other in enumerate(self.types) if other == kind and i not in places]
       if not unused:
         self.types.append(kind)
@@ -39,13 +37,16 @@ class Slots:
 
   def empty(self) -> list[jax.Array]:
     """Returns the buffers, [slots, ...] each."""
-    return [vary(jnp.zeros((self.slots, *shape), dtype)) for shape, dtype in self.types]
+    return [
+      jax.lax.pcast(jnp.zeros((self.slots, *shape), dtype), tuple(axes), to="varying")
+      for shape, dtype, axes in self.types
+    ]
 
   def write(self, buffers: list, program: int, slot: jax.Array, arrays: Sequence) -> list:
     """Returns the buffers with one program's arrays in a slot."""
     buffers = list(buffers)
     for place, array in zip(self.places[program], arrays, strict=True):
-      buffers[place] = jax.lax.dynamic_update_index_in_dim(buffers[place], vary(array), slot, 0)
+      buffers[place] = jax.lax.dynamic_update_index_in_dim(buffers[place], array, slot, 0)
     return buffers
 
   def read(self, buffers: list, program: int, slot: jax.Array) -> list[jax.Array]:

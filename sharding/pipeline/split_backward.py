@@ -31,10 +31,11 @@ class SplitBackward:
   """B: (params, batch, stash, dy) -> (dx, crossing)"""
   weight_gradient: Callable[[Any, Any, Arrays, Arrays], Any]
   """W: (params, batch, the kept entries of the stash, crossing) -> dparams"""
-  stash: tuple[jax.ShapeDtypeStruct, ...]
+  stash: tuple[Any, ...]
+  """Types (`jax.typeof`) of what is kept from F on."""
   kept: tuple[int, ...]
   """Entries of the stash that W reads; the others are free after B."""
-  crossing: tuple[jax.ShapeDtypeStruct, ...]
+  crossing: tuple[Any, ...]
 
   @property
   def bytes_until_input_gradient(self) -> int:
@@ -106,10 +107,6 @@ class _Program:
         outputs = self._flatten(inner, arguments, is_backward or recomputes)
       number_of.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
-
-  def struct(self, number: int) -> jax.ShapeDtypeStruct:
-    """Returns shape and dtype of a value."""
-    return jax.ShapeDtypeStruct(self.types[number].shape, self.types[number].dtype)
 
   def depend_on(self, sources: Iterable[int]) -> set[int]:
     """Returns all values that need one of `sources`, these included."""
@@ -217,11 +214,11 @@ def split_backward(
     forward,
     input_gradient,
     weight_gradient,
-    tuple(program.struct(i) for i in stash),
+    tuple(program.types[i] for i in stash),
     tuple(stash.index(i) for i in kept),
-    tuple(program.struct(i) for i in crossing),
+    tuple(program.types[i] for i in crossing),
   )
 
 
-def _bytes(arrays: Iterable[jax.ShapeDtypeStruct]) -> int:
+def _bytes(arrays: Iterable[Any]) -> int:
   return sum(array.size * array.dtype.itemsize for array in arrays)

@@ -34,7 +34,7 @@ jaxlm train micro --stop_after soon
 jaxlm train micro --run r --mesh.data 3 --mesh.fsdp 64
 jaxlm train micro --run r --mesh.data 8 --batch 12
 jaxlm train micro --run r --mesh.data 1 --mesh.tensor 2 --model.pattern.0.feedforward.F 33
-jaxlm train micro --run r --mesh.data 1 --mesh.stage 2
+jaxlm train micro --run r --mesh.data 1 --mesh.stage 2 --schedule zb_v
 {TRAIN}--data.source nowhere
 {TRAIN}--data.source empty
 {TRAIN}--data.source blank

@@ -18,7 +18,7 @@ from pallas_kernels.attention import attention
 from pallas_kernels.common.shards import check_not_sharded
 from sharding.context import hybrid_attention
 from sharding.context.order import Order
-from sharding.rules import all_gather, is_sharded, shard, spec
+from sharding.rules import all_gather, is_manual, is_sharded, own_part, shard, spec
 
 
 class KVCache(NamedTuple):
@@ -88,8 +88,8 @@ class Attention(nn.Module):
   ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
     """Returns the layer's output [B, T, D], its updated cache or None, and no statistics."""
     c = self.spec
-    B, T, _ = x_BTD.shape
     x_BTD = all_gather(x_BTD, "batch", "length", None)
+    B, T, _ = x_BTD.shape
     q_BTNH = _split_heads(self.q(x_BTD), c.H)
     k_BTKH = _split_heads(self.k(x_BTD), c.H)
     v_BTKH = _split_heads(self.v(x_BTD), c.H)
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH, cache, context.positions_BT, lengths_BT, c
       )
     o_BTNH = checkpoint_name(o_BTNH, "attention_out")
-    return self.o(o_BTNH.reshape(B, T, c.N * c.H)), cache, {}
+    return self.o(o_BTNH.reshape(B, T, o_BTNH.shape[2] * c.H)), cache, {}
 
 
 _HEADS = ("batch", "length", "act_heads")
@@ -132,6 +132,8 @@ def _scale(c: AttentionConfig) -> float:
 
 def _shard_rows(x_BT: jax.Array) -> jax.Array:
   """Shards [B or 1, T or 1] like the rows of a batch; without communication where it is whole."""
+  if is_manual():
+    return own_part(x_BT, None, "length")
   return shard(x_BT, "batch" if x_BT.shape[0] > 1 else None, "length")
 
 

@@ -14,6 +14,7 @@ import pytest
 import zstandard
 
 from jaxlm.config import DataConfig
+from jaxlm.data import formats
 from jaxlm.data.arrays import read_blocks
 from jaxlm.data.cache import open_text
 from jaxlm.data.corpus import open_source
@@ -282,6 +283,13 @@ def test_empty_text_holds_none_and_is_no_fault(tmp_path, name, data):
     read(tmp_path, strict=True)
 
 
+def test_odd_names_can_be_printed(tmp_path):
+  for name in (b"caf\xe9.txt", b"new\nline.txt", "größe.txt".encode()):
+    Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_text("some text " * 9)
+  report = read(tmp_path).report
+  assert r"caf\udce9.txt, größe.txt, new\nline.txt" in report and report.encode()
+
+
 def test_unknown_endings(tmp_path):
   (tmp_path / "a.bin").write_bytes(b"text")
   known = r"known are .txt .md .py .jsonl \(these also with .gz or .zst\) .parquet"
@@ -307,10 +315,15 @@ def test_a_truncated_file_is_read_as_far_as_it_goes(tmp_path):
   assert len(everything(corpus)) > 1000 and "truncated or damaged gzip" in corpus.report
 
 
-def test_a_wrong_field_is_noticed_early(tmp_path):
-  (tmp_path / "a.jsonl").write_bytes(LINES.replace(b'"text"', b'"body"') * 50 + LINES)
-  with pytest.raises(ValueError, match="no text so far, 1000 files or records .*there are: body"):
+def test_a_wrong_field_is_noticed_early(tmp_path, monkeypatch):
+  lines = LINES.replace(b'"text"', b'"body"') * 30
+  (tmp_path / "a.jsonl").write_bytes(lines + LINES)
+  assert len(everything(read(tmp_path))) == len(RECORDS)
+  monkeypatch.setattr(formats, "HOPELESS", 1000)
+  with pytest.raises(ValueError, match="no text so far, 1,000 records .*there are: body"):
     read(tmp_path)
+  (tmp_path / "a.jsonl").write_bytes(b'{"text": null}\n' * 1200 + LINES)
+  assert len(everything(read(tmp_path))) == len(RECORDS)
 
 
 def test_parquet_rows_without_text_are_left_out(tmp_path):

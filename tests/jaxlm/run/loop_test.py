@@ -18,6 +18,7 @@ from jaxlm.config import (
   DataConfig,
   MeshConfig,
   OptimizerConfig,
+  PipelineConfig,
   TrainConfig,
   decoder,
 )
@@ -235,7 +236,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, tmp_
 
 
 WRONG_MESHES = [
-  (dict(mesh=MeshConfig(data=1, stage=2)), r"mesh\.stage=2: the model does not use this axis"),
+  (dict(mesh=MeshConfig(data=1, expert=2)), r"mesh\.expert=2: the model does not use this axis"),
+  (
+    dict(pipeline=PipelineConfig(layers_per_stage=(2, 2))),
+    r"pipeline\.layers_per_stage=\(2, 2\): there is one stage",
+  ),
+  (
+    dict(mesh=MeshConfig(data=1, stage=2), pipeline=PipelineConfig(schedule="zb_v")),
+    r"pipeline\.schedule='zb_v': with accumulate=2 .* mesh\.stage=2: .* needs at least 2 P - 1 = 3",
+  ),
+  (
+    dict(mesh=MeshConfig(data=1, stage=8)),
+    r"mesh\.stage=8: the model has fewer repeats of layers, \d",
+  ),
   (
     dict(mesh=MeshConfig(data=1, context_ulysses=3)),
     r"model\.D=16: must be a multiple of mesh\.context_ulysses=3",

@@ -5,7 +5,7 @@ import pytest
 from jaxlm.config import DataConfig
 from jaxlm.data.loader import load_text
 from jaxlm.run.run_folder import RunFolder
-from jaxlm.run.text_identity import changed_text, record_text
+from jaxlm.run.text_identity import changed_text, check_text, record_text
 
 
 @pytest.fixture
@@ -53,3 +53,14 @@ def test_where_a_document_ends_matters(source):
   first.write_text(text[:-3])
   second.write_text(text[-3:] + second.read_text())
   assert digests(source) != before
+
+
+def test_a_run_without_digests_is_named(source, tmp_path, capsys):
+  text = read(source)
+  check_text(RunFolder(tmp_path), text, other_text=True)
+  assert capsys.readouterr().out == ""
+  check_text(RunFolder(tmp_path), text, other_text=False)
+  assert "text.json is missing: the text may not be the one" in capsys.readouterr().out
+  record_text(RunFolder(tmp_path), text)
+  check_text(RunFolder(tmp_path), text, other_text=False)
+  assert capsys.readouterr().out == ""
