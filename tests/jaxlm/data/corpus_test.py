@@ -287,7 +287,7 @@ def test_odd_names_can_be_printed(tmp_path):
   for name in (b"caf\xe9.txt", b"new\nline.txt", "größe.txt".encode()):
     Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_text("some text " * 9)
   report = read(tmp_path).report
-  assert r"caf\udce9.txt, größe.txt, new\nline.txt" in report and report.encode()
+  assert r"new\nline.txt, größe.txt, caf\udce9.txt" in report and report.encode()
 
 
 def test_unknown_endings(tmp_path):
@@ -438,6 +438,13 @@ def test_hub_documents(hub):
   )
   assert "revision abc123" in corpus.report
   assert len(everything(read("hf:owner/set:validation", text_field="body", max_bytes=20))) == 3
+
+
+def test_a_split_of_the_hub_can_be_held_out(hub, tmp_path):
+  (tmp_path / "a.txt").write_text("a text to train on\n" * 20)
+  corpus = read(tmp_path, heldout="hf:owner/set:validation", text_field="body")
+  assert [name for name, _ in corpus.train] == ["a.txt"] and len(corpus.heldout) == 20
+  assert "held out hf:owner/set:validation" in corpus.report and "revision abc123" in corpus.report
 
 
 def test_hub_reading_goes_on_from_every_position(hub):
