@@ -73,7 +73,7 @@ def describe_amount(position: Position) -> str:
 def _left_out(position: Position, max_bytes: int | None) -> Iterator[str]:
   for entry in position.left_out:
     first = "" if entry.number == 1 else "the first: "
-    yield f"left out {entry.number:,} {entry.kind} ({first}{entry.first})"
+    yield f"left out {entry.kind}: {entry.number:,} ({first}{entry.first})"
   if position.stopped:
     yield f"stopped at data.max_bytes={max_bytes}"
   if position.empty:
