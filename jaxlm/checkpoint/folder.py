@@ -6,20 +6,28 @@
 | `00000100.unsound` | damaged or unfinished, set aside by a resumed run; never read or removed |
 | `00000100.orbax-checkpoint-tmp` | what a killed process was writing |
 | `00000100.deleting` | what a killed process was removing |
+
+Anything else in the folder belongs to others, and is left alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import math
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from jaxlm.checkpoint.manifest import NAME, refuse_newer, verify
+from jaxlm.checkpoint.hold import held, held_alone, verify_held
+from jaxlm.checkpoint.manifest import NAME, refuse_newer
 from pallas_kernels.common.errors import UserError
 
 _log = logging.getLogger("jaxlm")
 _UNSOUND, _DELETING, _WRITING = ".unsound", ".deleting", ".orbax-checkpoint-tmp"
+_STEP = re.compile(r"0[0-9]{7}|[1-9][0-9]{7,}")
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -34,7 +42,8 @@ def size_of(path: Path) -> int:
 
 def all_steps(folder: Path) -> list[int]:
   """Returns the steps that have a checkpoint, finished or not, ascending."""
-  return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+  paths = folder.iterdir() if folder.is_dir() else ()
+  return sorted(int(path.name) for path in paths if _STEP.fullmatch(path.name) and path.is_dir())
 
 
 def finished_steps(folder: Path) -> list[int]:
@@ -43,18 +52,31 @@ def finished_steps(folder: Path) -> list[int]:
 
 
 def newest_sound(folder: Path) -> int:
-  """Returns the step of the newest checkpoint that verifies; others are passed over and logged.
+  """Returns the step of the newest checkpoint that verifies; raises as `hold_newest_sound` does."""
+  with hold_newest_sound(folder) as step:
+    return step
 
+
+@contextlib.contextmanager
+def hold_newest_sound(folder: Path, before: float = math.inf) -> Iterator[int]:
+  """Holds the newest checkpoint of a step below `before` that verifies, and gives its step.
+
+  Others are passed over and logged. The process that writes the run does not prune it meanwhile.
   Raises FileNotFoundError when there is none, UserError for one of a newer or an older format.
   """
-  for step in reversed(all_steps(folder)):
-    path = checkpoint_path(folder, step)
-    faults = verify(path)
-    if not faults:
-      refuse_old_format(path)
-      return step
-    refuse_newer(path)  # it would be taken for damaged, and set aside
-    _log.warning("checkpoint %s does not verify: %s", path.name, "; ".join(faults))
+  looked_at: list[int] | None = None
+  warned: set[str] = set()
+  while (steps := [step for step in all_steps(folder) if step < before]) != looked_at:
+    looked_at = steps  # a writer may prune these and write others while they are looked at
+    for step in reversed(steps):
+      path = checkpoint_path(folder, step)
+      with held(path) as is_there:
+        if is_there and verify_held(path, warned):
+          refuse_old_format(path)
+          yield step
+          return
+        if is_there:
+          refuse_newer(path)  # it would be taken for damaged, and set aside
   raise FileNotFoundError(errno.ENOENT, "holds no checkpoint that verifies", str(folder))
 
 
@@ -79,7 +101,7 @@ def set_aside_after(folder: Path, step: int) -> None:
 
 def set_aside(folder: Path) -> list[Path]:
   """Returns what `set_aside_after` has renamed so far."""
-  return sorted(folder.glob(f"*{_UNSOUND}*"))
+  return _marked(folder, _UNSOUND)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -87,7 +109,7 @@ def remove_leftovers(folder: Path) -> None:
 
   Only for the process that writes to the run, while it is not writing.
   """
-  for path in (*folder.glob(f"*{_WRITING}*"), *folder.glob(f"*{_DELETING}*")):
+  for path in (*_marked(folder, _WRITING), *_marked(folder, _DELETING)):
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -99,10 +121,22 @@ def remove(folder: Path, step: int) -> None:
 
 
 def prune(folder: Path, keep: int, keep_every: int) -> None:
-  """Removes finished checkpoints but the newest `keep` and every multiple of `keep_every`."""
+  """Removes finished checkpoints but the newest `keep` and every multiple of `keep_every`.
+
+  One that another process reads stays until the next time.
+  """
   for step in finished_steps(folder)[:-keep]:
     if not keep_every or step % keep_every:
-      remove(folder, step)
+      with held_alone(checkpoint_path(folder, step)) as alone:
+        if alone:
+          remove(folder, step)
+
+
+def _marked(folder: Path, mark: str) -> list[Path]:
+  """Returns the folders whose names are a step's and then `mark`, sorted."""
+  paths = folder.iterdir() if folder.is_dir() else ()
+  steps = ((path, *path.name.partition(mark)) for path in paths)
+  return sorted(path for path, step, middle, _ in steps if middle and _STEP.fullmatch(step))
 
 
 def _free_name(path: Path) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.checkpoint.atomic import TEMPORARY, write_text
+from jaxlm.paths import left_by_system
 from pallas_kernels.common.errors import UserError
 
 NAME = "manifest.json"
@@ -55,8 +56,9 @@ def write_manifest(folder: Path) -> None:
 def verify(folder: Path) -> list[str]:
   """Returns one line "file: what differs" per fault, none if all is as the manifest says.
 
-  Compares names and sizes first and reads contents only when those agree, so that a truncation is
-  found at once.
+  Files that the manifest does not list are others' and no fault: nothing reads them. Compares
+  names and sizes first and reads contents only when those agree, so that a truncation is found at
+  once.
   """
   try:
     files = _read(folder)
@@ -65,10 +67,8 @@ def verify(folder: Path) -> list[str]:
   except (OSError, ValueError) as error:
     return [f"{NAME}: {error}"]
   paths = _files(folder)
-  faults = [f"{name}: missing" for name in sorted(files.keys() - paths.keys())]
-  faults += [
-    f"{name}: surplus, not in the manifest" for name in sorted(paths.keys() - files.keys())
-  ]
+  missing = [name for name in sorted(files.keys() - paths.keys()) if not _is_foreign(name)]
+  faults = [f"{name}: missing" for name in missing]
   common = sorted(paths.keys() & files.keys())
   sizes = [(name, paths[name].stat().st_size, files[name][0]) for name in common]
   faults += [
@@ -99,13 +99,21 @@ def refuse_newer(folder: Path) -> None:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-  """Returns relative name -> path of every file below `folder` except the manifest itself."""
-  paths = {
-    path.relative_to(folder).as_posix(): path
-    for path in sorted(folder.rglob("*"))
-    if path.is_file()
+  """Returns relative name -> path of every file below `folder` that belongs to a checkpoint.
+
+  That is neither the manifest itself nor anything that the system dropped there.
+  """
+  files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+  paths = {path.relative_to(folder).as_posix(): path for path in files}
+  return {
+    name: path
+    for name, path in paths.items()
+    if name not in (NAME, NAME + TEMPORARY) and not _is_foreign(name)
   }
-  return {name: path for name, path in paths.items() if name not in (NAME, NAME + TEMPORARY)}
+
+
+def _is_foreign(name: str) -> bool:
+  return any(map(left_by_system, name.split("/")))
 
 
 def _pieces(size: int) -> range:

@@ -10,12 +10,14 @@ from jaxlm.checkpoint.folder import (
   all_steps,
   checkpoint_path,
   finished_steps,
-  newest_sound,
+  hold_newest_sound,
   set_aside,
   size_of,
 )
+from jaxlm.checkpoint.hold import held
 from jaxlm.config import TrainConfig
 from jaxlm.config_json import flatten, to_dict
+from jaxlm.paths import literal_path
 
 
 def print_soundness(folder: Path) -> int:
@@ -23,9 +25,14 @@ def print_soundness(folder: Path) -> int:
 
   Reads every byte, and needs no jax.
   """
-  faults_of = {step: manifest.verify(checkpoint_path(folder, step)) for step in all_steps(folder)}
-  for step, faults in faults_of.items():
-    size = _size(checkpoint_path(folder, step))
+  faults_of: dict[int, list[str]] = {}
+  for step in all_steps(folder):
+    path = checkpoint_path(folder, step)
+    with held(path) as is_there:
+      if not is_there:  # the run that is being written has pruned it
+        continue
+      faults_of[step] = faults = manifest.verify(path)
+      size = _size(path)
     print(f"step {step}: does not verify" if faults else f"step {step}: sound, {size}")
     for fault in faults:
       print(f"  {fault}")
@@ -43,9 +50,16 @@ def show(folder: Path, config: TrainConfig) -> int:
 
   Raises FileNotFoundError where no checkpoint verifies.
   """
-  newest = newest_sound(folder)
+  with hold_newest_sound(folder) as newest:
+    return _show(folder, config, newest)
+
+
+def _show(folder: Path, config: TrainConfig, newest: int) -> int:
   for step in finished_steps(folder):
-    print(f"step {step}: {_size(checkpoint_path(folder, step))}")
+    path = checkpoint_path(folder, step)
+    with held(path) as is_there:
+      if is_there:
+        print(f"step {step}: {_size(path)}")
   _print_set_aside(folder)
   print("configuration, where it differs from the defaults")
   defaults = flatten(to_dict(TrainConfig()))
@@ -74,7 +88,7 @@ def _arrays(path: Path) -> Iterator[tuple[str, str]]:
 
   for item in ("params", "frozen", "model_state", "ema", "opt_state", "hyper"):
     if (path / item).exists():
-      tree = ocp.StandardCheckpointHandler().metadata((path / item).absolute()).tree
+      tree = ocp.StandardCheckpointHandler().metadata(literal_path(path) / item).tree
       for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(keys, simple=True, separator="/")
         yield f"{item}/{name}", f"{leaf.dtype}{list(leaf.shape)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import tyro
 
 from jaxlm.cli.fit import fit
 from jaxlm.cli.inspection import checkpoint, evaluate, kernels, plot, replay
+from jaxlm.cli.planning import compile_step, plan
 from jaxlm.cli.presets import list_presets, nearest
 from jaxlm.cli.tokenize import tokenize
 from jaxlm.cli.training import RESUMABLE, resume, train
@@ -25,13 +27,16 @@ usage: jaxlm COMMAND ...
   train PRESET [flags]   train a model; `jaxlm train PRESET --help` lists every flag
   resume DIR [flags]     go on with a run from its newest checkpoint, as with --steps 1000
   sample DIR             continue a prompt with the weights of a run or of a Hugging Face checkpoint
-  eval DIR               loss on all held-out text, beside what compression reaches
+  eval DIR [flags]       loss on all held-out text, beside what compression reaches; of a Hugging
+                         Face checkpoint with --data.source
   plot RUN [RUN...]      draw the curves of runs side by side into a picture
   replay RUN --step N    run a step again and name the first module whose numbers are not finite
   convert FROM TO        a run to a Hugging Face checkpoint, or a checkpoint to a run to be tuned
   checkpoint verify DIR  whether the files of a run's checkpoints are as they were written; show
                          lists what they hold
   tokenize SOURCE STORE  text of any size into a token store, for --data.source STORE
+  plan PRESET            memory, time and the best mesh on chips that need not be there (--topology)
+  compile PRESET         compile the step for TPUs that are not here: memory, collectives, kernels
   fit TABLE              a scaling law of a table of runs: numbers, intervals, forecast, verdict
   kernels report         what the TPU compiler made of the kernels: cycles, MXU use, bytes
 
@@ -43,7 +48,6 @@ presets, or your own function as module:function, or the config.json of a run to
 
 BY_SIGNATURE: dict[str, Callable[..., int]] = {
   "sample": sample,
-  "eval": evaluate,
   "plot": plot,
   "replay": replay,
   "checkpoint": checkpoint,
@@ -55,6 +59,9 @@ BY_ARGUMENTS: dict[str, Callable[[list[str]], int]] = {
   "train": train,
   "resume": resume,
   "convert": convert,
+  "plan": plan,
+  "compile": compile_step,
+  "eval": evaluate,
   "kernels": kernels,
 }
 """Commands that parse their arguments themselves."""
@@ -87,6 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
     if error.errno is None:  # not the operating system's, but some library's
       raise
     return _print_error(f"{type(error).__name__}: {error}", status=1)
+  except (RuntimeError, AssertionError):  # jax has either where it finds no backend
+    if not (fault := _missing_backend()):
+      raise
+    return _print_error(fault, status=2)
   except FloatingPointError as error:
     from jaxlm.decode import NoDistribution
     from jaxlm.run.guard import BadStep
@@ -98,6 +109,18 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(OSError):
       print("jaxlm: left at once, without saving", file=sys.stderr, flush=True)
     leave_at_once(1)  # threads that still write would hold up an orderly exit
+
+
+def _missing_backend() -> str:
+  """Returns a line that says why jax has no devices, or nothing where it has some."""
+  import jax
+
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:
+    reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "this machine has no such devices"
+    return f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: {reason.splitlines()[0]}"
+  return ""
 
 
 def _print_error(message: str, *, status: int) -> int:

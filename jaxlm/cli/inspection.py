@@ -2,43 +2,69 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from jaxlm.config import DataConfig, check
+from jaxlm.paths import local_path
 from pallas_kernels.common.errors import UserError
 
+EVAL_USAGE = """\
+usage: jaxlm eval RUN [--batches 20]
+       jaxlm eval CHECKPOINT --data.source TEXT [flags]
 
-def evaluate(
-  run: tyro.conf.Positional[str],
-  batches: int | None = None,
-  dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-  ignore_config: tuple[str, ...] = (),
-  ignore_tensors: tuple[str, ...] = (),
-) -> int:
-  """Compute the loss of a run's newest weights on held-out text, beside a byte model's and zlib's.
+Computes the loss on held-out text, beside a byte model's and zlib's: of a run's newest weights on
+the run's own text, unless --data flags name another, or of a Hugging Face checkpoint (a folder, or
+hf:owner/name with extra hf). `jaxlm eval RUN --help` lists every flag.
+"""
 
-  Args:
-    run: folder of the run
-    batches: read only this many
-    dtype: of the weights of a checkpoint; by default that of its files
-    ignore_config: fields of a checkpoint's config.json to read as if they were not there
-    ignore_tensors: tensors of a checkpoint that are no weights; names, or patterns with * and ?
-  """
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _EvalFlags:
+  """Compute the loss of a model's weights on held-out text, beside a byte model's and zlib's."""
+
+  data: DataConfig
+  batches: int | None = None
+  """read only this many"""
+  dtype: Literal["float32", "bfloat16", "float16"] | None = None
+  """of the weights of a checkpoint; by default that of its files"""
+  ignore_config: tuple[str, ...] = ()
+  """fields of a checkpoint's config.json to read as if they were not there"""
+  ignore_tensors: tuple[str, ...] = ()
+  """tensors of a checkpoint that are no weights; names, or patterns with * and ?"""
+
+
+def evaluate(arguments: list[str]) -> int:
+  """Runs `jaxlm eval DIR [flags]`."""
+  if not arguments or arguments[0] in ("-h", "--help"):
+    print(EVAL_USAGE, end="")
+    return 0 if arguments else 2
   from jaxlm.data.baselines import baselines
-  from jaxlm.interop.huggingface import Ignored
+  from jaxlm.interop.huggingface import Ignored, is_checkpoint
   from jaxlm.run import SavedRun
   from jaxlm.run.run_folder import RunFolder
   from jaxlm.run.text_identity import changed_text
 
-  saved = SavedRun.open(run, dtype=dtype, ignored=Ignored(ignore_config, ignore_tensors))
-  text, values = saved.evaluate(batches)
+  run = arguments[0]
+  published = is_checkpoint(run)
+  data = DataConfig(source="") if published else RunFolder.at(run).read_config().data
+  prog = f"jaxlm eval {run}"
+  flags = tyro.cli(_EvalFlags, default=_EvalFlags(data=data), args=arguments[1:], prog=prog)
+  rule = "a checkpoint has no text of its own; name one with --data.source FILE_OR_FOLDER"
+  check(bool(flags.data.source), "data.source", flags.data.source, rule)
+  rule = "weights have a tokenizer of their own"
+  check(flags.data.tokenizer == data.tokenizer, "data.tokenizer", flags.data.tokenizer, rule)
+  ignored = Ignored(flags.ignore_config, flags.ignore_tensors)
+  saved = SavedRun.open(run, dtype=flags.dtype, ignored=ignored)
+  text, values = saved.evaluate(flags.batches, flags.data)
   for line in text.store.report.splitlines():
     print(f"data: {line}")
-  for change in changed_text(RunFolder(Path(run)), text.digests):
-    print(f"not the text of the run: {change}")
+  if not published:
+    for change in changed_text(RunFolder.at(run), text.digests):
+      print(f"not the text of the run: {change}")
   loss, tokens = values["heldout_loss"], values["tokens"]
   print(f"step {saved.step}: held-out loss {loss:.4f} nats per token over {tokens:,} tokens")
   print("bits per byte on the same text")
@@ -47,7 +73,7 @@ def evaluate(
   return 0
 
 
-def plot(runs: tyro.conf.Positional[list[Path]], out: Path = Path("curves.png")) -> int:
+def plot(runs: tyro.conf.Positional[list[str]], out: str = "curves.png") -> int:
   """Draw the curves of one or more runs side by side (extra plot).
 
   Reads their metrics.jsonl and eval.jsonl.
@@ -59,12 +85,12 @@ def plot(runs: tyro.conf.Positional[list[Path]], out: Path = Path("curves.png"))
   from jaxlm.run.plot import draw_runs
   from jaxlm.run.run_folder import RunFolder
 
-  draw_runs([RunFolder(run) for run in runs], out)
+  draw_runs([RunFolder.at(run) for run in runs], local_path(out, "out"))
   print(f"drew {out}")
   return 0
 
 
-def replay(run: tyro.conf.Positional[Path], step: int) -> int:
+def replay(run: tyro.conf.Positional[str], step: int) -> int:
   """Run a step again and name the first module whose numbers are not finite.
 
   Starts from the newest checkpoint before the step.
@@ -81,7 +107,7 @@ def replay(run: tyro.conf.Positional[Path], step: int) -> int:
 
 def checkpoint(
   action: tyro.conf.Positional[Literal["verify", "show"]],
-  run: tyro.conf.Positional[Path],
+  run: tyro.conf.Positional[str],
 ) -> int:
   """Look at a run's checkpoints without starting anything.
 
@@ -93,7 +119,7 @@ def checkpoint(
   from jaxlm.checkpoint.report import print_soundness, show
   from jaxlm.run.run_folder import RunFolder
 
-  folder = RunFolder(run)
+  folder = RunFolder.at(run)
   config = folder.read_config()
   if action == "verify":
     return print_soundness(folder.checkpoints)
@@ -103,9 +129,7 @@ def checkpoint(
 def kernels(arguments: list[str]) -> int:
   """Runs `jaxlm kernels report`."""
 
-  def report(
-    chips: tuple[str, ...] = (), match: str = "", out: Path = Path("kernels_report")
-  ) -> int:
+  def report(chips: tuple[str, ...] = (), match: str = "", out: str = "kernels_report") -> int:
     """List what the TPU compiler made of the kernels (needs libtpu; takes minutes per chip).
 
     Writes cycles, MXU use, HBM traffic, spills and VMEM as a table, a bar chart and JSON, and says
@@ -120,7 +144,7 @@ def kernels(arguments: list[str]) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from pallas_kernels.schedule.report import report
 
-    report(out, chips, match)
+    report(local_path(out, "out"), chips, match)
     return 0
 
   command, rest = " ".join(arguments[:1]), arguments[1:]

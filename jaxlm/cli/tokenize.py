@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from jaxlm.config import DataConfig
+from jaxlm.paths import local_path
 
 
 def tokenize(
   source: tyro.conf.Positional[str],
-  store: tyro.conf.Positional[Path],
+  store: tyro.conf.Positional[str],
   tokenizer: str = "bytes",
   holdout: float = DataConfig.holdout,
   heldout: str = DataConfig.heldout,
@@ -60,7 +60,7 @@ def tokenize(
     follow_links=follow_links,
   )
   with forgiving_output():
-    written = tokenize(config, store.expanduser(), report=_print_progress)
+    written = tokenize(config, local_path(store, "store"), report=_print_progress)
   tokens = written.train.tokens.shape[0], written.heldout.tokens.shape[0]
   print(f"{written.report}\n{tokens[0]:,} training and {tokens[1]:,} held-out tokens in {store}")
   print("".join(f"  {side} digest {digest}\n" for side, digest in written.digests.items()), end="")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from typing import Annotated, Literal
 
 import tyro
 
-from jaxlm.config import TrainConfig
+from jaxlm.config import TrainConfig, check_seed
+from pallas_kernels.common.errors import UserError
 
 CONVERT_USAGE = """\
 usage: jaxlm convert RUN CHECKPOINT [--dtype bfloat16]
@@ -50,6 +53,9 @@ def sample(
     ignore_config: fields of a checkpoint's config.json to read as if they were not there
     ignore_tensors: tensors of a checkpoint that are no weights; names, or patterns with * and ?
   """
+  prompt = _as_utf8(prompt)
+  check_seed(seed)
+  check_seed(seed + max(count, 1) - 1)
   from jaxlm.decode import Sampler
 
   sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -57,9 +63,35 @@ def sample(
   from jaxlm.run import SavedRun
 
   saved = SavedRun.open(run, dtype=dtype, ignored=Ignored(ignore_config, ignore_tensors))
+  escaped = False
   for index in range(count):
-    print(prompt + saved.sample(prompt, sampler=sampler, max_new=max_new, seed=seed + index))
+    text = prompt + saved.sample(prompt, sampler=sampler, max_new=max_new, seed=seed + index)
+    print(text, flush=True)
+    escaped = escaped or not _is_printable(text)
+  if escaped:
+    message = f"standard output takes {sys.stdout.encoding} alone: other letters are escapes"
+    print(f"jaxlm: {message}; PYTHONIOENCODING=utf-8 prints them", file=sys.stderr)
   return 0
+
+
+def _as_utf8(prompt: str) -> str:
+  """Returns an argument as the UTF-8 that its bytes spell, whatever the locale says that they are.
+
+  Raises UserError where they spell none.
+  """
+  try:
+    return os.fsencode(prompt).decode()
+  except UnicodeError as error:
+    raise UserError(f"prompt={prompt!r}: must be UTF-8: {error}") from error
+
+
+def _is_printable(text: str) -> bool:
+  """Returns whether the encoding of stdout has all letters of a text."""
+  try:
+    text.encode(sys.stdout.encoding or "utf-8")
+  except UnicodeEncodeError:
+    return False
+  return True
 
 
 def convert(arguments: list[str]) -> int:

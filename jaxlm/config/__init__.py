@@ -5,7 +5,7 @@
 the rule. No jax here: `--help` stays fast.
 """
 
-from jaxlm.config.checks import check, check_finite
+from jaxlm.config.checks import check, check_finite, check_seed
 from jaxlm.config.compute import ComputeConfig
 from jaxlm.config.data import DataConfig
 from jaxlm.config.layers import decoder, rearrange, revise
@@ -31,6 +31,7 @@ __all__ = [
   "TrainConfig",
   "check",
   "check_finite",
+  "check_seed",
   "decoder",
   "rearrange",
   "revise",

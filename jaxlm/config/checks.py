@@ -8,7 +8,7 @@ from typing import Any
 
 from pallas_kernels.common.checks import check
 
-__all__ = ["check", "check_finite"]
+__all__ = ["check", "check_finite", "check_seed"]
 
 
 def check_finite(config: Any, path: str) -> None:
@@ -21,3 +21,8 @@ def check_finite(config: Any, path: str) -> None:
       value,
       "must be a finite number",
     )
+
+
+def check_seed(seed: int) -> None:
+  """Raises UserError for a seed that jax would cut to its last 32 bits without a word."""
+  check(0 <= seed < 2**32, "seed", seed, "must be at least 0 and below 2**32")

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from jaxlm.config.checks import check, check_finite
+from jaxlm.config.checks import check, check_finite, check_seed
 from jaxlm.config.compute import ComputeConfig
 from jaxlm.config.data import DataConfig
 from jaxlm.config.model import ModelConfig
@@ -82,8 +82,9 @@ class TrainConfig:
     check_finite(self, "")
     for name in ("steps", "batch", "accumulate", "keep", "eval_batches", "log_every"):
       check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-    for name in ("save_every", "keep_every", "eval_every", "z_loss", "seed"):
+    for name in ("save_every", "keep_every", "eval_every", "z_loss"):
       check(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
+    check_seed(self.seed)
     check(
       self.batch % self.accumulate == 0,
       "batch",

@@ -20,6 +20,7 @@ from jaxlm.data.store import FINISHED, TokenStore, is_store
 from jaxlm.data.tokenize import fixed_tokenizer, make_store_plan, tokenize, tokenize_in_memory
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.writing import Report, TextTooLarge
+from jaxlm.paths import local_path
 from pallas_kernels.common.errors import UserError
 
 IN_MEMORY = 1 << 26  # bytes of the largest text whose tokens are held in memory
@@ -41,6 +42,7 @@ def open_text(
     _check_given_store(store, config, tokenizer)
     return store
   source = open_source(config)
+  cache_root(config)  # refused at once, not only where the text turns out to be large
   size, limit = source.expected_size, config.max_bytes
   if size is not None and min(size, size if limit is None else limit) <= IN_MEMORY:
     try:
@@ -59,7 +61,7 @@ def open_text(
 def cache_root(config: DataConfig) -> Path:
   """Returns the folder that holds the stores of large text."""
   if config.cache:
-    return Path(config.cache).expanduser()
+    return local_path(config.cache, "data.cache")
   return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm"
 
 

@@ -17,6 +17,7 @@ from jaxlm.data.corpus import Source, open_source
 from jaxlm.data.store import FINISHED, PROGRESS, TokenStore, is_store
 from jaxlm.data.tokenizer import Tokenizer, make_tokenizer
 from jaxlm.data.writing import Report, StoreWriter, check_plan
+from jaxlm.paths import left_by_system
 from pallas_kernels.common.errors import UserError
 
 LOCK = "lock"
@@ -94,8 +95,9 @@ def _only_writer(folder: Path, report: Report) -> Iterator[None]:
   """Makes the folder and holds its lock, which the kernel releases however this process ends."""
   if folder.exists() and not folder.is_dir():
     raise UserError(f"store={str(folder)!r}: is a file, must be a new folder or a token store")
-  if folder.exists() and not is_store(folder) and set(_names(folder)) - {LOCK}:
+  if folder.exists() and not is_store(folder) and _names(folder) - {LOCK}:
     raise UserError(f"store={str(folder)!r}: holds other files, must be new or a token store")
+  missing = [path for path in (folder, *folder.parents) if not path.exists()]
   try:
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / LOCK, "a")
@@ -113,9 +115,10 @@ def _only_writer(folder: Path, report: Report) -> Iterator[None]:
       yield
     finally:
       (folder / LOCK).unlink(missing_ok=True)
-      if not _names(folder):
-        folder.rmdir()
+      with contextlib.suppress(OSError):  # the first that is not empty ends it
+        for path in missing:
+          path.rmdir()
 
 
-def _names(folder: Path) -> list[str]:
-  return [path.name for path in folder.iterdir()]
+def _names(folder: Path) -> set[str]:
+  return {path.name for path in folder.iterdir() if not left_by_system(path.name)}

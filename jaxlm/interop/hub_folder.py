@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.interop.strict_json import read_object
+from jaxlm.paths import local_path
 from pallas_kernels.common.errors import UserError, import_extra
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
 HUB_PREFIX = "hf:"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_DOWNLOADED_FILES = ["*.json", "*.safetensors"]
+_DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
 _OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
 ADAPTER = "adapter_config.json"
 _RULE = f"no such folder; a model on the Hub is named {HUB_PREFIX}owner/name"
@@ -39,9 +40,10 @@ def local_folder(path: str | Path) -> Path:
   that does not exist, a malformed Hub name, and a model that the Hub does not give.
   """
   if not str(path).startswith(HUB_PREFIX):
-    if not Path(path).is_dir():
+    folder = local_path(path, "checkpoint")
+    if not folder.is_dir():
       raise UserError(f"{path}: {_RULE}")
-    return Path(path)
+    return folder
   repository = str(path).removeprefix(HUB_PREFIX)
   if not _REPOSITORY.fullmatch(repository):
     raise UserError(f"{path}: must be {HUB_PREFIX}owner/name")

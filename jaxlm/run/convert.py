@@ -20,8 +20,12 @@ from jaxlm.data.corpus import absolute_paths
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer
 from jaxlm.interop import huggingface
+from jaxlm.interop.hub_text import keep_text_files, make_text_files
+from jaxlm.paths import local_path
 from jaxlm.run.environment import differences
-from jaxlm.run.resolve import load_initial_weights
+from jaxlm.run.lock import only_writer
+from jaxlm.run.refusal import new_files_removed_if_failed
+from jaxlm.run.resolve import keep_published, load_initial_weights
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.saved_run import SavedRun
 from jaxlm.run.text import TextTask
@@ -44,9 +48,9 @@ def convert(
 
   `source` is the folder of a run or of a checkpoint, or `hf:owner/name`. A written checkpoint has
   weights of type `dtype`, by default float32, in which runs keep theirs. A written run has
-  `config`, by default `tuning_config`; `dtype` must be None or float32 there. tokenizer.json is
-  copied. Returns a line that says what was written. Raises UserError as `huggingface.load` and
-  `save` do.
+  `config`, by default `tuning_config`; `dtype` must be None or float32 there. The tokenizer and
+  what belongs to it go along: a text starts and ends with the same tokens. Returns a line that says
+  what was written. Raises UserError as `huggingface.load` and `save` do.
   """
   weight_dtype = huggingface.resolve_dtype("float32" if dtype is None else dtype)
   if huggingface.is_checkpoint(source):
@@ -54,7 +58,10 @@ def convert(
     config = config or tuning_config(source, target)
     ignored = huggingface.Ignored(config.ignore_config, config.ignore_tensors)
     return _write_run(config, tuning_config(source, target, ignored))
-  return _write_checkpoint(SavedRun.open(source), Path(target), weight_dtype)
+  folder = local_path(target, "target")
+  huggingface.check_new(folder)
+  published = RunFolder(local_path(source, "source")).published
+  return write_checkpoint(SavedRun.open(source), published, folder, weight_dtype)
 
 
 def tuning_config(
@@ -72,7 +79,7 @@ def tuning_config(
   config = presets.tuning(model)
   return dataclasses.replace(
     config,
-    run=str(target),
+    run=str(local_path(target, "target")),
     init=str(folder),
     ignore_config=ignored.config,
     ignore_tensors=ignored.tensors,
@@ -80,18 +87,20 @@ def tuning_config(
   )
 
 
-def _write_checkpoint(run: SavedRun, target: Path, dtype: np.dtype) -> str:
+def write_checkpoint(run: SavedRun, published: Path, target: Path, dtype: np.dtype) -> str:
+  """Writes weights and tokenizer; `published` has the text files that the run started from."""
   model = run.config.model
   if model.max_length is None:
     model = dataclasses.replace(model, max_length=run.config.data.length)
   params = jax.tree.map(lambda w: w.astype(dtype), run.params)
-  huggingface.save(target, model, params)
-  if isinstance(run.tokenizer, BPETokenizer):
-    run.tokenizer.save(target)
-    tokens = TOKENIZER_FILE
+  if (published / TOKENIZER_FILE).is_file():
+    text_files = keep_text_files(published, run.tokenizer.eos, model.V)
   else:
-    tokens = "no tokenizer.json: its tokens are bytes"
-  return f"{target}: weights of step {run.step} in {dtype}, config.json, {tokens}"
+    text_files = make_text_files(run.tokenizer, model.V, model.max_length or 0)
+  with new_files_removed_if_failed(target):
+    huggingface.save(target, model, params, text_files=text_files)
+  names = ", ".join(["config.json", *text_files.files])
+  return f"{target}: weights of step {run.step} in {dtype}, {names}"
 
 
 def _write_run(config: TrainConfig, given: TrainConfig) -> str:
@@ -100,17 +109,19 @@ def _write_run(config: TrainConfig, given: TrainConfig) -> str:
     rule = "these flags contradict the checkpoint (checkpoint -> flag)"
     raise UserError(f"{given.init}: {rule}: {'; '.join(wrong)}")
   config = dataclasses.replace(config, data=absolute_paths(config.data))
-  run = RunFolder(Path(config.run))
+  run = RunFolder.at(config.run, "target")
   run.check_new()
-  with jax.set_mesh(make_mesh(config.mesh)):
+  mesh = make_mesh(config.mesh)
+  with jax.set_mesh(mesh), only_writer(run.path), new_files_removed_if_failed(run.path):
     params = load_initial_weights(config)
     initialize = lambda start: init_state(config, TextTask(config), start)  # noqa: E731
     state = jax.jit(initialize, donate_argnums=0)(Start(params))
     run.create(config)
     shutil.copy(config.data.tokenizer, run.path / TOKENIZER_FILE)
-    checkpoints = Checkpoints(run.checkpoints, keep=config.keep)
-    checkpoints.save(state, FIRST_POSITION)
-    if checkpoints.close() != 0:
+    keep_published(config, run)
+    with Checkpoints(run.checkpoints, keep=config.keep) as checkpoints:
+      checkpoints.save(state, FIRST_POSITION)
+    if checkpoints.saved != 0:
       raise OSError(errno.EIO, "the checkpoint could not be written", str(run.path))
   count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   return f"{run.path}: a run of {count:,} parameters at step 0; go on with: jaxlm resume {run.path}"

@@ -10,6 +10,7 @@ import math
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -24,14 +25,12 @@ NOTICES = (
   "SIGUSR1",  # of Slurm, SGE and LSF, as the job asks for them
   "SIGUSR2",
   "SIGXCPU",  # the soft limit of processor time
-  "SIGALRM",  # timers, as of `timeout --signal`
-  "SIGVTALRM",
-  "SIGIO",
+  "SIGALRM",  # `timeout --signal=ALRM`
   "SIGPWR",  # a power supply that ends; not on every system
 )
-"""signals that end a process which does not handle them, and that announce no fault of it
+"""signals that announce an end from outside
 
-SIGPROF is none of them: profilers sample a process by it, that of libtpu from within.
+SIGPROF, SIGVTALRM and SIGIO are none of them: a process sends them to itself, as libtpu's profiler.
 """
 
 
@@ -39,7 +38,8 @@ class StopRequest:
   """Turns signals into a request to stop, while it is entered as a context manager.
 
   A second key raises KeyboardInterrupt. Signals that the process ignores, as SIGHUP under `nohup`,
-  and those that another part of it handles are left alone, but for keys and SIGTERM.
+  and those that another part of it handles, be it a C library, are left alone, but for keys and
+  SIGTERM.
   """
 
   def __init__(self, seconds: float = math.inf) -> None:
@@ -60,7 +60,8 @@ class StopRequest:
 
   def __exit__(self, *exception: Any) -> None:
     for number, handler in self._before.items():
-      signal.signal(number, handler)
+      if handler is not None:  # jax's runtime set it, not Python, which cannot set it again
+        signal.signal(number, handler)
 
   def reached(self, step: int) -> bool:
     """Returns whether to stop before `step`: the same in all processes, which all ask each time."""
@@ -74,10 +75,23 @@ class StopRequest:
     if number == signal.SIGTERM:
       # With several processes it is left to the runtime's own handler, which tells the others.
       return jax.process_count() == 1
-    return signal.getsignal(number) == signal.SIG_DFL
+    return signal.getsignal(number) == signal.SIG_DFL and not _is_handled_in_c(number)
 
   def _handle(self, number: int, frame: Any) -> None:
     name = signal.Signals(number).name
     if name in KEYS and self.reason in KEYS:
       raise KeyboardInterrupt
     self.reason = name
+
+
+def _is_handled_in_c(number: signal.Signals) -> bool:
+  """Returns whether the system has a handler for a signal (Linux; elsewhere False).
+
+  Python knows nothing of those that libraries install, such as `faulthandler`'s.
+  """
+  try:
+    status = Path("/proc/self/status").read_text()
+  except OSError:
+    return False
+  caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+  return bool(int(caught.split()[1], 16) >> (number - 1) & 1)

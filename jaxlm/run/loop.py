@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from jaxlm.config import TrainConfig
 from jaxlm.run.environment import record_start
 from jaxlm.run.guard import Guard
 from jaxlm.run.interrupt import StopRequest
-from jaxlm.run.memory import keep_freed_memory
 from jaxlm.run.metrics import Reporter, print_status
 from jaxlm.run.plot import draw_loss
 from jaxlm.run.run_folder import RunFolder, log_to
@@ -61,21 +60,21 @@ def train_from(
   task: Task,
   folder: RunFolder,
   newest: int,
+  first_step_done: Callable[[], None],
   before: TrainConfig | None = None,
 ) -> TrainResult:
   """Trains from the checkpoint of step `newest`, or from the start where it is -1.
 
-  `before` is the configuration that a resumed run has had so far.
+  Calls `first_step_done` in all processes before anything of a step is recorded or saved. `before`
+  is the configuration that a resumed run has had so far.
   """
-  if config.keep_freed_memory and jax.default_backend() == "cpu":
-    keep_freed_memory()
   with (
     log_to(folder.log if is_main() else None),
     StopRequest(config.stop_seconds) as stop,
     Watch(print_status) as watch,
     jax.set_mesh(make_mesh(config.mesh)),
   ):
-    return _Run(config, task, folder, stop, watch).train(newest, before)
+    return _Run(config, task, folder, stop, watch, first_step_done).train(newest, before)
 
 
 def restore_or_init(
@@ -114,9 +113,16 @@ class _Run:
   """Trains one run under its lock, its mesh and its signal handlers."""
 
   def __init__(
-    self, config: TrainConfig, task: Task, folder: RunFolder, stop: StopRequest, watch: Watch
+    self,
+    config: TrainConfig,
+    task: Task,
+    folder: RunFolder,
+    stop: StopRequest,
+    watch: Watch,
+    first_step_done: Callable[[], None],
   ):
     self.config, self.task, self.folder, self.stop, self.watch = config, task, folder, stop, watch
+    self.first_step_done: Callable[[], None] | None = first_step_done
     self.rows = local_rows(config.batch)
     self.metrics: dict[str, float] = {"loss": math.nan}
     self.evaluation: dict[str, float] = {}
@@ -178,6 +184,9 @@ class _Run:
       return
     self.watch.set_activity("device")
     self.metrics = pending.read()
+    if self.first_step_done is not None:
+      self.first_step_done()
+      self.first_step_done = None
     flops = self.task.flops(pending.batch) * self.config.batch / len(self.rows)
     spike = self.guard.is_spike(pending.step, self.metrics["loss"])
     self.reporter.step(pending.step, self.metrics, spike=spike, flops=flops)
@@ -198,7 +207,7 @@ class _Run:
     if saved < step:
       _log.error("step %d of %d is not saved, %s", step, steps, self.checkpoints.newest)
     elif step < steps:
-      reason = self.stop.reason or "another process"
+      reason = self.stop.reason or "SIGTERM, or another process"
       print_status(f"stopped and saved at step {step} of {steps} ({reason})")
       print_status(f"resumable; go on with: jaxlm resume {self.folder.path}")
     elif is_main():

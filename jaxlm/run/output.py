@@ -6,6 +6,7 @@ Imports no jax.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -69,8 +70,9 @@ def standard_streams() -> Iterator[None]:
   """Surrounds a whole program, so that its exit status is its own whatever its streams do.
 
   Opens those of stdin, stdout and stderr that are closed onto the null device: otherwise the next
-  file that is opened takes their number, and what a library prints lands in it. At the end, output
-  that cannot be written is dropped, where Python would leave with status 120. Also a decorator.
+  file that is opened takes their number, and what a library prints lands in it. Letters that the
+  encoding of stdout lacks are written as escapes. At the end, output that cannot be written is
+  dropped, where Python would leave with status 120. Also a decorator.
   """
   for number in range(3):
     try:
@@ -81,6 +83,8 @@ def standard_streams() -> Iterator[None]:
     sys.stdout = open(os.devnull, "w")
   if sys.stderr is None:
     sys.stderr = open(os.devnull, "w")
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is by itself
   try:
     yield
   finally:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.config import check
-from jaxlm.run.run_folder import RunFolder, read_records
+from jaxlm.run.run_folder import NO_FOLDER, RunFolder, read_records
 from pallas_kernels.common.errors import UserError, import_extra
 
 
@@ -84,13 +84,14 @@ def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
   for index, folder in enumerate(folders):
     records = list(read_records(folder.metrics)) if folder.metrics.is_file() else []
     if not records:
-      raise UserError(f"run={str(folder.path)!r}: holds no metrics.jsonl with a whole line")
+      rule = "holds no metrics.jsonl with a whole line" if folder.path.is_dir() else NO_FOLDER
+      raise UserError(f"run={str(folder.path)!r}: {rule}")
     color = f"C{index % 10}"
     steps, loss, norm, rate = (
       np.array([record[key] for record in records])
       for key in ("step", "loss", "grad_norm", "learning_rate")
     )
-    name = names[index] if names.count(names[index]) == 1 else str(folder.path)
+    name = _label(names[index] if names.count(names[index]) == 1 else str(folder.path))
     for axes, values in ((losses, loss), (norms, norm)):
       axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
       axes.plot(steps, _smooth(values), color=color, label=name)
@@ -104,6 +105,12 @@ def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
   rates.set(title="learning rate", xlabel="step", ylim=(0, None))
   losses.legend(frameon=False)
   figure.savefig(path, dpi=150)
+
+
+def _label(name: str) -> str:
+  """Returns a name that matplotlib writes as it is, neither as a formula nor hidden."""
+  text = name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+  return f"\u200b{text}" if text.startswith("_") else text
 
 
 def _smooth(losses: np.ndarray, share: float = 0.04) -> np.ndarray:

@@ -6,6 +6,7 @@ run again, without writing anything, and compared with what was recorded.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlm.checkpoint.folder import checkpoint_path, finished_steps
-from jaxlm.checkpoint.manifest import verify
+from jaxlm.checkpoint.folder import checkpoint_path, hold_newest_sound
 from jaxlm.config import MeshConfig, TrainConfig, check
 from jaxlm.data.loader import Batch, load_text
 from jaxlm.data.tokenizer import load_tokenizer
@@ -43,7 +43,7 @@ def replay(run: str | Path, step: int, print_status: Callable[[str], Any] = prin
   Uses the batch that a stopped run saved, or else the one that the order of the data gives. Needs
   one process with the run's own mesh. Raises UserError for a step that the run does not have.
   """
-  folder = RunFolder(Path(run))
+  folder = RunFolder.at(run)
   config = folder.read_config()
   check(1 <= step <= config.steps, "step", step, f"the run has steps 1 to {config.steps}")
   check_mesh(config)
@@ -68,14 +68,17 @@ def _restore_before(
   text = load_text(config.data, load_tokenizer(folder.path, config.data, config.model.V))
   for change in changed_text(folder, text.digests):
     print_status(f"not the text of the run: {change}")
-  older = [at for at in finished_steps(folder.checkpoints) if at < step]
-  sound = [at for at in older if not verify(checkpoint_path(folder.checkpoints, at))]
-  start = sound[-1] if sound else 0
-  origin = f"the checkpoint of step {start}" if sound else "the initial weights"
-  print_status(f"replaying from {origin}")
   task = TextTask(config, text)
-  checkpoint = checkpoint_path(folder.checkpoints, start) if sound else None
-  state, batches = restore_or_init(config, task, checkpoint)
+  with contextlib.ExitStack() as stack:
+    try:
+      start = stack.enter_context(hold_newest_sound(folder.checkpoints, before=step))
+    except FileNotFoundError:
+      start, checkpoint, origin = 0, None, "the initial weights"
+    else:
+      checkpoint = checkpoint_path(folder.checkpoints, start)
+      origin = f"the checkpoint of step {start}"
+    print_status(f"replaying from {origin}")
+    state, batches = restore_or_init(config, task, checkpoint)
   train_step = jax.jit(make_train_step(config, task), donate_argnums=0)
   guard = Guard(config, folder, start)
   recorded = {record["step"]: record["loss"] for record in read_records(folder.metrics)}

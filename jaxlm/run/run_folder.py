@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -16,10 +17,12 @@ from jaxlm.checkpoint.atomic import write_text
 from jaxlm.config import TrainConfig
 from jaxlm.config_json import from_dict, to_dict
 from jaxlm.interop.strict_json import read_object
+from jaxlm.paths import left_by_system, local_path
 from pallas_kernels.common.errors import UserError
 
 _log = logging.getLogger("jaxlm")
 _LONGEST_CONFIG = 2**20  # bytes
+NO_FOLDER = "no such folder; it names the folder of a run"
 LOCK = "lock"  # names the process that writes to the run (`jaxlm.run.lock`)
 
 
@@ -42,11 +45,17 @@ class RunFolder:
   environment = property(lambda self: self.path / "environment.json")
   text = property(lambda self: self.path / "text.json")
   trackers = property(lambda self: self.path / "trackers.json")
+  published = property(lambda self: self.path / "published")
+
+  @classmethod
+  def at(cls, name: str | Path, field: str = "run") -> RunFolder:
+    """Returns the folder of this name, `~` expanded; UserError for one that no folder can have."""
+    return cls(local_path(name, field))
 
   def check_new(self) -> None:
-    """Raises UserError where something is there already, but for the lock."""
+    """Raises UserError where something is there already, but for the lock and systems' files."""
     if self.path.is_dir():
-      in_use = any(path.name != LOCK for path in self.path.iterdir())
+      in_use = any(not _is_free(path.name) for path in self.path.iterdir())
     else:
       in_use = self.path.exists()
     if in_use:
@@ -69,6 +78,7 @@ class RunFolder:
     """Reads config.json; raises UserError where there is none, or one that does not parse."""
     if not self.config.is_file():
       rule = "holds no config.json, so it is not the folder of a run"
+      rule = rule if self.path.is_dir() else NO_FOLDER
       raise UserError(f"run={str(self.path)!r}: {rule}")
     return read_config(self.config)
 
@@ -78,6 +88,10 @@ class RunFolder:
       if path.exists():
         records = [record for record in read_records(path) if record["step"] <= step]
         write_text(path, "".join(map(to_line, records)))
+
+
+def _is_free(name: str) -> bool:
+  return name == LOCK or left_by_system(name)
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -102,13 +116,14 @@ def to_line(record: Mapping[str, Any]) -> str:
 
 
 class RecordFile:
-  """Appends objects to a .jsonl file.
+  """Appends objects to a .jsonl file, which is opened with the first of them.
 
   What the disk has no room for waits in memory and is tried again with the next object.
   """
 
   def __init__(self, path: Path | str):
-    self._file = open(path, "ab", buffering=0)
+    self._path = path
+    self._file: io.FileIO | None = None
     self._waiting = b""
     self._failing = False
 
@@ -121,16 +136,19 @@ class RecordFile:
     """Writes the lines that wait, logs those that could not be written, and closes the file."""
     self._write()
     if self._waiting:
-      _log.error("%s: lacks its last %d lines", self._file.name, self._waiting.count(b"\n"))
-    self._file.close()
+      _log.error("%s: lacks its last %d lines", self._path, self._waiting.count(b"\n"))
+    if self._file is not None:
+      self._file.close()
 
   def _write(self) -> None:
     try:
-      while self._waiting:
+      if self._file is None and self._waiting:
+        self._file = open(self._path, "ab", buffering=0)
+      while self._file is not None and self._waiting:
         self._waiting = self._waiting[self._file.write(self._waiting) :]
     except OSError as error:
       if not self._failing:
-        _log.error("%s: lines wait in memory: %s", self._file.name, error.strerror)
+        _log.error("%s: lines wait in memory: %s", self._path, error.strerror)
       self._failing = True
     else:
       self._failing = False

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.checkpoint.checkpoint import restore_weights
-from jaxlm.checkpoint.folder import checkpoint_path, newest_sound
-from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig, check
+from jaxlm.checkpoint.folder import checkpoint_path, hold_newest_sound
+from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig, check, check_seed
 from jaxlm.data.loader import TextData, load_text
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, check_vocabulary, load_tokenizer
 from jaxlm.decode import NoDistribution, Sampler, generate
 from jaxlm.interop import huggingface
+from jaxlm.interop.hub_text import read_end_ids
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.text import TextTask
 from jaxlm.train.state import init_state
@@ -41,7 +42,8 @@ class SavedRun:
   params: Any
   step: int
   start_ids: tuple[int, ...]
-  """what a text begins with: the end of document, or what a published tokenizer puts there"""
+  """what a text begins with: the end of document, or in a published folder and in runs that start
+  from one what its tokenizer puts there"""
   end_ids: tuple[int, ...]
   """ids that end a text: the end of document, or what a published folder names"""
 
@@ -64,14 +66,19 @@ class SavedRun:
     rule = "is for Hugging Face checkpoints; this is a run"
     check(dtype is None, "dtype", dtype, rule)
     check(ignored == huggingface.NOTHING, "ignored", tuple(ignored), rule)
-    folder = RunFolder(Path(run))
+    folder = RunFolder.at(run)
     config = for_this_platform(dataclasses.replace(folder.read_config(), mesh=MeshConfig(data=1)))
-    newest = newest_sound(folder.checkpoints)
-    with jax.set_mesh(make_mesh(config.mesh)):
+    mesh = make_mesh(config.mesh)
+    with hold_newest_sound(folder.checkpoints) as newest, jax.set_mesh(mesh):
       like = jax.eval_shape(lambda: init_state(config, TextTask(config)))
       params = restore_weights(checkpoint_path(folder.checkpoints, newest), like)
     tokenizer = load_tokenizer(folder.path, config.data, config.model.V)
-    return cls(config, tokenizer, params, newest, (tokenizer.eos,), (tokenizer.eos,))
+    start_ids: tuple[int, ...] = (tokenizer.eos,)  # what stands before every document of the text
+    end_ids = [tokenizer.eos]
+    if (folder.published / TOKENIZER_FILE).is_file() and isinstance(tokenizer, BPETokenizer):
+      start_ids = tokenizer.start_ids()
+      end_ids = [*read_end_ids(folder.published, config.model.V), tokenizer.eos]
+    return cls(config, tokenizer, params, newest, start_ids, tuple(dict.fromkeys(end_ids)))
 
   @classmethod
   def _open_published(
@@ -83,11 +90,11 @@ class SavedRun:
     config = TrainConfig(
       model=model,
       compute=ComputeConfig(dtype=_compute_type(params)),
-      data=DataConfig(tokenizer=str(folder / TOKENIZER_FILE)),
+      data=DataConfig(source="", tokenizer=str(folder / TOKENIZER_FILE)),
       mesh=MeshConfig(data=1),
     )
-    start_ids = tuple(tokenizer.model.encode("").ids)
-    return cls(config, tokenizer, params, 0, start_ids, (tokenizer.eos,))
+    end_ids = read_end_ids(folder, model.V) or (tokenizer.eos,)
+    return cls(config, tokenizer, params, 0, tokenizer.start_ids(), end_ids)
 
   def sample(self, prompt: str, *, sampler: Sampler, max_new: int, seed: int = 0) -> str:
     """Returns the text that continues the prompt, up to `max_new` tokens or the document's end.
@@ -95,9 +102,10 @@ class SavedRun:
     Only ids that have a text are drawn. Raises NoDistribution, naming a weight that is not finite
     if there is one, where the logits are NaN.
     """
-    ends = self.end_ids
+    check_seed(seed)
+    ends = list(self.end_ids)
     prompt_ids = self.tokenizer.encode(prompt).tolist()
-    context_ids = [*self.start_ids, *prompt_ids] or [ends[0]]
+    context_ids = [*self.start_ids, *prompt_ids] or [self.tokenizer.eos]
     drawable_V = np.isin(np.arange(self.config.model.V), [*self.tokenizer.list_ids(), *ends])
     try:
       ids_M = generate(
@@ -128,12 +136,22 @@ class SavedRun:
         return f"the weights {name} hold {bad:,} values that are NaN or infinite"
     return f"all weights are finite: an activation overflows in {self.config.compute.dtype}"
 
-  def evaluate(self, limit: int | None = None) -> tuple[TextData, dict[str, float]]:
-    """Returns (the text, evaluation as in eval.jsonl) over all held-out text or `limit` batches."""
-    text = load_text(self.config.data, self.tokenizer)
-    with jax.set_mesh(make_mesh(self.config.mesh)):
-      rows = local_rows(self.config.batch)
-      values = TextTask(self.config, text).evaluate(self.params, {}, rows, limit)
+  def evaluate(
+    self, limit: int | None = None, data: DataConfig | None = None
+  ) -> tuple[TextData, dict[str, float]]:
+    """Returns (the text, evaluation as in eval.jsonl) over all held-out text or `limit` batches.
+
+    The text is that of `data`, by default the run's own. Raises UserError for published weights,
+    which have none, without `data`.
+    """
+    data = dataclasses.replace(data or self.config.data, tokenizer=self.config.data.tokenizer)
+    rule = "a checkpoint has no text of its own; name one to measure on"
+    check(bool(data.source), "data.source", data.source, rule)
+    text = load_text(data, self.tokenizer)
+    config = dataclasses.replace(self.config, data=data)
+    with jax.set_mesh(make_mesh(config.mesh)):
+      rows = local_rows(config.batch)
+      values = TextTask(config, text).evaluate(self.params, {}, rows, limit)
     return text, values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,15 @@ from jaxlm.checkpoint.folder import (
   set_aside_after,
 )
 from jaxlm.config import TrainConfig, check
+from jaxlm.paths import local_path
 from jaxlm.run.compatibility import check_compatible
 from jaxlm.run.lock import only_writer
 from jaxlm.run.loop import TrainResult, train_from
+from jaxlm.run.memory import keep_freed_memory_on_cpu
 from jaxlm.run.output import forgiving_output
-from jaxlm.run.refusal import undo_if_refused
+from jaxlm.run.refusal import undone_unless_kept
 from jaxlm.run.run_folder import RunFolder
-from jaxlm.run.trackers import check_trackers
+from jaxlm.run.trackers import check_login, check_trackers
 from jaxlm.train.schedule import check_schedule
 from jaxlm.train.task import Task
 from sharding.multihost import run_on_main_process
@@ -39,20 +42,30 @@ def fit(config: TrainConfig, task: Task, *, resume: bool = False) -> TrainResult
   Raises UserError for what cannot work, before it starts; FileNotFoundError where all checkpoints
   are damaged; FloatingPointError for numbers that the configuration wants to stop at.
   """
+  config = with_run_folder(config)
   check_run(config)
   folder = RunFolder(Path(config.run))
   with only_writer(folder.path):
     if not resume:
+      run_on_main_process(lambda: check_login(config))
       return start_run(config, task, folder)
     before = folder.read_config()
     newest = find_newest(config, folder)
     return continue_run(config, task, folder, newest, before)
 
 
+def with_run_folder(config: TrainConfig) -> TrainConfig:
+  """Returns `config` with the path of its run, `~` expanded; UserError where it can be none."""
+  return dataclasses.replace(config, run=str(local_path(config.run, "run")))
+
+
 def check_run(config: TrainConfig) -> None:
-  """Raises UserError for what is wrong with any run: what is missing, or does not divide."""
-  check(bool(config.run), "run", config.run, "names the folder of the run")
-  check("\0" not in config.run, "run", config.run, "a path holds no NUL")
+  """Raises UserError for what is wrong with any run: what is missing, or does not divide.
+
+  It is the first that asks jax for its devices.
+  """
+  if config.keep_freed_memory:
+    keep_freed_memory_on_cpu()
   check_schedule(config.optimizer, config.steps)
   check_trackers(config)
   sizes = config.mesh.resolve(jax.device_count())
@@ -69,9 +82,9 @@ def start_run(config: TrainConfig, task: Task, folder: RunFolder) -> TrainResult
     task.save(folder.path)
 
   run_on_main_process(folder.check_new)
-  with undo_if_refused(folder, 0):
+  with undone_unless_kept(folder) as keep:
     run_on_main_process(prepare)
-    return train_from(config, task, folder, -1)
+    return train_from(config, task, folder, -1, keep)
 
 
 def continue_run(
@@ -84,24 +97,32 @@ def continue_run(
 ) -> TrainResult:
   """Trains from the checkpoint of step `newest`, or again from the start where it is -1.
 
-  `before` is the configuration of the run so far. Writes the new one and what `also_write` writes,
-  and drops what the run will write again: records after that step, and checkpoints that are later,
-  damaged or unfinished.
+  `before` is the configuration of the run so far. Writes the new one and what `also_write` writes.
+  When the first step has ended, drops what the run writes again: records after `newest`, and
+  checkpoints that are later, damaged or unfinished. An exception before that leaves the run as it
+  was.
   """
 
   def prepare() -> None:
     folder.write_config(config)
     also_write()
-    folder.forget_after(newest)
-    set_aside_after(folder.checkpoints, newest)
-    remove_leftovers(folder.checkpoints)
     if newest < 0:
       task.save(folder.path)
       _log.warning("%s ended before its first checkpoint: it begins again at step 0", folder.path)
 
-  with undo_if_refused(folder, max(newest, 0)):
+  def drop() -> None:
+    folder.forget_after(newest)
+    set_aside_after(folder.checkpoints, newest)
+    remove_leftovers(folder.checkpoints)
+
+  with undone_unless_kept(folder) as keep:
+
+    def first_step_done() -> None:
+      keep()
+      run_on_main_process(drop)
+
     run_on_main_process(prepare)
-    return train_from(config, task, folder, newest, before)
+    return train_from(config, task, folder, newest, first_step_done, before)
 
 
 def find_newest(

@@ -37,6 +37,16 @@ def check_trackers(config: TrainConfig) -> None:
     _import(name)
 
 
+def check_login(config: TrainConfig) -> None:
+  """Raises UserError where Weights & Biases is configured and no account of it is known here."""
+  if "wandb" in config.trackers:
+    wandb = _import("wandb")
+    try:
+      wandb.login(verify=False)  # asks nobody over the network
+    except wandb.errors.UsageError as error:
+      raise UserError(f"trackers=wandb: {error}") from error
+
+
 def open_trackers(config: TrainConfig, start: int) -> list[BackgroundTracker]:
   """Returns the configured trackers of a run that goes on after step `start` (0: begins).
 

@@ -36,7 +36,9 @@ def bootstrap(
 
   By "group", runs of one group (of one size, unless they name theirs) are drawn together: they
   share a configuration, so that drawing single runs promises too much. Every resample starts from
-  the fit and from two distant points; the best of the three ends counts.
+  the fit and from two distant points; the best of the three ends counts. Percentile intervals of
+  squared errors (a delta above the noise) hold the true exponent as often as they say; those of
+  nearly absolute errors more often: 90 % ones in 96 % of 200 simulated tables of 50 runs.
   """
   check_choice("by", by, ("run", "group"))
   check(samples > 0, "samples", samples, "must be positive")

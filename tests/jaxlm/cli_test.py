@@ -78,10 +78,10 @@ WRONG = [
   (["train", "micro", "--data.source", "/nowhere", "--run", "r"], "/nowhere"),
   (["train", "no_such_module:preset"], "preset 'no_such_module:preset'"),
   (["train", "jaxlm.presets:nothing"], "module jaxlm.presets has no function nothing"),
-  (["resume", "missing"], "run='missing': holds no config.json"),
+  (["resume", "missing"], "run='missing': no such folder"),
   (["eval", "missing"], "missing: no such folder; a model on the Hub is named hf:owner/name"),
   (["sample", "missing", "--temperature", "-1"], "temperature"),
-  (["checkpoint", "verify", "missing"], "run='missing': holds no config.json"),
+  (["checkpoint", "verify", "missing"], "run='missing': no such folder"),
   (["train", "micro", "--stop_after", "2"], "stop_after='2': must be a number with its unit"),
   (["kernels", "list"], "command 'kernels list' does not exist; nearest: kernels report"),
   (

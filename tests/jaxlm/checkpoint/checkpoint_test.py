@@ -1,3 +1,4 @@
+import fcntl
 import threading
 import types
 
@@ -7,15 +8,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import jaxlm.checkpoint.folder as folder_module
 from jaxlm.checkpoint.checkpoint import Checkpoints, restore, restore_weights
 from jaxlm.checkpoint.folder import (
+  all_steps,
   checkpoint_path,
   finished_steps,
+  hold_newest_sound,
   newest_sound,
   prune,
+  remove,
   set_aside_after,
 )
-from jaxlm.checkpoint.manifest import write_manifest
+from jaxlm.checkpoint.manifest import verify, write_manifest
+from jaxlm.checkpoint.read_back import shapes_of
 from jaxlm.train import Hyper, TrainState
 from pallas_kernels.common.errors import UserError
 from sharding import MeshConfig, make_mesh
@@ -211,3 +217,102 @@ def test_an_empty_folder_has_no_checkpoint(tmp_path):
     assert finished_steps(folder) == []
     with pytest.raises(FileNotFoundError, match="no checkpoint that verifies"):
       newest_sound(folder)
+
+
+HARD_NAMES = (
+  "lr=[3e-3]",
+  "[!a]",
+  "[]",
+  "a*b",
+  "what?",
+  "back\\slash",
+  "\\",
+  "gs:",
+  "\udcff",
+  "{a,b}",
+  "100%5B",
+  "new\nline",
+  " space ",
+  "ünïcødé日本",
+  "x" * 255,
+)
+
+
+@pytest.mark.parametrize("name", HARD_NAMES, ids=ascii)
+def test_a_checkpoint_is_read_back_whatever_the_folders_above_it_are_called(tmp_path, name):
+  """Orbax takes * ? [ for patterns, tensorstore a backslash for a border and gs: for an address."""
+  folder = tmp_path / name / "run"
+  decoy = tmp_path / "aXb/run"  # which a*b matches
+  for place, step in ((decoy, 7), (folder, 3)):
+    save(place, [step], keep=1)
+  state, position = restore(checkpoint_path(folder, 3), jax.eval_shape(lambda: state_at(0)))
+  np.testing.assert_array_equal(state.params["w"], 3)
+  assert position == {"next_index": 30} and newest_sound(folder) == 3
+  assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["aXb", name])
+
+
+def test_a_checkpoint_that_cannot_be_read_gets_no_manifest(tmp_path, monkeypatch, caplog):
+  """As where Orbax, which looks for a pattern, does not find what it has to put together."""
+  monkeypatch.setattr("jaxlm.checkpoint.checkpoint.literal_path", lambda path: path)
+  save(tmp_path / "[3e-3]", [1], keep=1)
+  assert "step 1 could not be saved, there is no checkpoint yet: NOT_FOUND" in caplog.text
+  assert list((tmp_path / "[3e-3]").iterdir()) == []
+
+
+def test_a_checkpoint_of_other_arrays_than_were_given_gets_no_manifest(
+  tmp_path, monkeypatch, caplog
+):
+  monkeypatch.setattr(
+    "jaxlm.checkpoint.checkpoint.shapes_of",
+    lambda items: shapes_of(items) | {"params": [((4, 2), "float32")]},
+  )
+  save(tmp_path, [1], keep=1)
+  assert "params reads back with other arrays than were written" in caplog.text
+  assert finished_steps(tmp_path) == []
+
+
+def test_what_others_drop_into_the_folder_is_ignored_and_left_alone(tmp_path):
+  save(tmp_path, [1], keep=1)
+  dropped = ("123", "\u00b2", "00000001 copy/x", "00000002", "my.deleting.list/x", ".DS_Store")
+  inside = (".DS_Store", "notes.txt", "backup/x", "params/._d", "params/ocdbt.process_0/notes")
+  names = [*dropped, *(f"00000001/{name}" for name in inside)]
+  for name in names:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("not of the checkpoint")
+  assert all_steps(tmp_path) == [1] and newest_sound(tmp_path) == 1
+  state, _ = restore(checkpoint_path(tmp_path, 1), jax.eval_shape(lambda: state_at(0)))
+  np.testing.assert_array_equal(state.params["w"], 1)
+  save(tmp_path, [3], keep=2)
+  set_aside_after(tmp_path, 3)
+  assert all_steps(tmp_path) == [1, 3] and all((tmp_path / name).exists() for name in names)
+
+
+def test_a_checkpoint_that_is_read_is_pruned_only_when_it_is_free(tmp_path):
+  save(tmp_path, [1, 2], keep=2)
+  with hold_newest_sound(tmp_path) as held:
+    assert held == 2
+    save(tmp_path, [3, 4], keep=1)
+    assert finished_steps(tmp_path) == [2, 4] and verify(checkpoint_path(tmp_path, 2)) == []
+  save(tmp_path, [5], keep=1)
+  assert finished_steps(tmp_path) == [5]
+
+
+@pytest.mark.parametrize("moment", ["listed", "opened"])
+def test_a_checkpoint_that_goes_while_a_reader_looks_is_not_the_one_it_gets(
+  tmp_path, monkeypatch, moment, caplog
+):
+  """A writer that keeps one checkpoint puts step 2 in the place of step 1."""
+  save(tmp_path, [1], keep=1)
+  name = {"listed": "jaxlm.checkpoint.folder.held", "opened": "fcntl.flock"}[moment]
+  original = {"listed": folder_module.held, "opened": fcntl.flock}[moment]
+
+  def meanwhile(*arguments):
+    monkeypatch.undo()
+    remove(tmp_path, 1)
+    save(tmp_path, [2], keep=1)
+    return original(*arguments)
+
+  monkeypatch.setattr(name, meanwhile)
+  with hold_newest_sound(tmp_path) as step:
+    assert step == 2
+  assert not caplog.records

@@ -112,14 +112,13 @@ def test_a_changed_size_is_found_without_reading(folder, monkeypatch, size):
   assert verify(folder) == [f"state/a.bin: size {size}, the manifest says 700000"]
 
 
-def test_missing_and_surplus_files_are_named(folder):
+def test_missing_files_are_named(folder):
   (folder / "empty").unlink()
   (folder / "state/deep/b.bin").rename(folder / "state/deep/c.bin")
   os.truncate(folder / "meta.json", 3)
   assert verify(folder) == [
     "empty: missing",
     "state/deep/b.bin: missing",
-    "state/deep/c.bin: surplus, not in the manifest",
     "meta.json: size 3, the manifest says 60",
   ]
 
@@ -203,4 +202,23 @@ def test_an_interrupted_write_keeps_the_former_manifest(folder, monkeypatch, ste
   assert (folder / "manifest.json").read_bytes() == former
   assert [fault.split(":")[0] for fault in verify(folder)] == ["meta.json"]
   write_manifest(folder)
+  assert verify(folder) == []
+
+
+FOREIGN = (".DS_Store", "state/._a.bin", "Thumbs.db", "lost+found/x", ".sync/state", "meta.json~")
+
+
+@pytest.mark.parametrize("name", [*FOREIGN, "notes.txt", "state/deep/copy of b.bin"])
+def test_files_that_others_drop_into_a_folder_are_no_damage(folder, name):
+  (folder / name).parent.mkdir(exist_ok=True)
+  (folder / name).write_text("not of the checkpoint")
+  assert verify(folder) == []
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_a_system_drops_while_a_manifest_is_written_may_go_again(folder, name):
+  (folder / name).parent.mkdir(exist_ok=True)
+  (folder / name).write_text("not of the checkpoint")
+  write_manifest(folder)
+  (folder / name).unlink()
   assert verify(folder) == []

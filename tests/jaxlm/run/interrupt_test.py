@@ -1,5 +1,6 @@
 """What asks a run to stop, in this process; real runs: tests/reliability/stop_test.py."""
 
+import faulthandler
 import signal
 
 import pytest
@@ -20,11 +21,21 @@ def test_one_signal_asks_and_the_former_handlers_come_back(number):
 
 
 def test_whatever_ends_a_process_without_being_its_fault_asks():
-  """Of the signals of POSIX and Linux, others are faults, cannot be handled, or end nothing."""
+  """Others are faults, own timers, cannot be handled, or end nothing."""
   faults = {"SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP", "SIGSTKFLT"}
+  timers = {"SIGPROF", "SIGVTALRM", "SIGIO"}
   harmless = {"SIGCHLD", "SIGCONT", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGURG", "SIGWINCH"}
   ignored_by_python = {"SIGPIPE", "SIGXFSZ"}
-  left = {*faults, *harmless, *ignored_by_python, "SIGKILL", "SIGSTOP", "SIGRTMIN", "SIGRTMAX"}
+  left = {
+    *faults,
+    *timers,
+    *harmless,
+    *ignored_by_python,
+    "SIGKILL",
+    "SIGSTOP",
+    "SIGRTMIN",
+    "SIGRTMAX",
+  }
   names = {number.name for number in signal.Signals} - left
   assert names <= {*KEYS, *NOTICES}
 
@@ -52,6 +63,20 @@ def test_a_signal_that_is_ignored_or_handled_already_asks_nothing(handler):
     assert signal.getsignal(signal.SIGHUP) is handler
   finally:
     signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_that_a_library_handles_unknown_to_python_is_left_to_it(tmp_path):
+  """As `faulthandler` does, which writes where each thread is."""
+  with open(tmp_path / "threads", "w") as file:
+    faulthandler.register(signal.SIGUSR2, file)
+    try:
+      with StopRequest() as stop:
+        signal.raise_signal(signal.SIGUSR2)
+        assert not stop.reached(1)
+      signal.raise_signal(signal.SIGUSR2)  # is handled still
+    finally:
+      faulthandler.unregister(signal.SIGUSR2)
+  assert (tmp_path / "threads").read_text().count("most recent call first") == 2
 
 
 def test_time_runs_out():
