@@ -207,7 +207,7 @@ class _Run:
     if saved < step:
       _log.error("step %d of %d is not saved, %s", step, steps, self.checkpoints.newest)
     elif step < steps:
-      reason = self.stop.reason or "another process"
+      reason = self.stop.reason or "SIGTERM, or another process"
       print_status(f"stopped and saved at step {step} of {steps} ({reason})")
       print_status(f"resumable; go on with: jaxlm resume {self.folder.path}")
     elif is_main():
