@@ -1,5 +1,7 @@
 """Defines whole configurations by name: each function returns a `TrainConfig`. Imports no jax."""
 
+import dataclasses
+
 from jaxlm.config import (
   ComputeConfig,
   DataConfig,
@@ -65,6 +67,19 @@ def llama_3_1_8b() -> TrainConfig:
   rope = RopeConfig(theta=5e5, scaling="llama3", factor=8.0, original_length=8192)
   model = decoder(D=4096, F=14336, N=32, K=8, H=128, V=128256, layers=32, rope=rope)
   return tuning(revise(model, norm_eps=1e-5, max_length=131072))
+
+
+def llama_3_1_405b() -> TrainConfig:
+  """Configures Llama 3.1 405B as it was pretrained (2407.21783): 16M tokens, 8192 a row."""
+  model = llama_3_1_8b().model
+  config = tuning(revise(model, D=16384, F=53248, N=128, layers=126))
+  return dataclasses.replace(
+    config,
+    batch=2048,
+    data=DataConfig(length=8192),
+    optimizer=OptimizerConfig(learning_rate=8e-5, warmup=8000),
+    steps=1_200_000,
+  )
 
 
 def qwen2_5_0_5b() -> TrainConfig:

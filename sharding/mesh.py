@@ -74,7 +74,7 @@ def describe_sizes(sizes: Mapping[str, int]) -> str:
   return " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "1 device"
 
 
-def _bypass_compilation_cache() -> None:
+def bypass_compilation_cache() -> None:
   """Switches jax's compilation cache on disk off for the rest of this process.
 
   A program of several CPU devices that comes from the cache hangs (jax 0.10.2): each device runs
@@ -108,7 +108,7 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
       f"which leaves processes {sorted(idle)} without one; a mesh must use devices of every process"
     )
   if len(used) > 1 and used[0].platform == "cpu":
-    _bypass_compilation_cache()
+    bypass_compilation_cache()
   axis_types = (jax.sharding.AxisType.Explicit,) * len(sizes)
   try:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types, devices=used)

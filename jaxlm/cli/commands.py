@@ -11,6 +11,7 @@ import tyro
 
 from jaxlm.cli.fit import fit
 from jaxlm.cli.inspection import checkpoint, evaluate, kernels, plot, replay
+from jaxlm.cli.planning import compile_step, plan
 from jaxlm.cli.presets import list_presets, nearest
 from jaxlm.cli.tokenize import tokenize
 from jaxlm.cli.training import RESUMABLE, resume, train
@@ -34,6 +35,8 @@ usage: jaxlm COMMAND ...
   checkpoint verify DIR  whether the files of a run's checkpoints are as they were written; show
                          lists what they hold
   tokenize SOURCE STORE  text of any size into a token store, for --data.source STORE
+  plan PRESET            memory, time and the best mesh on chips that need not be there (--topology)
+  compile PRESET         compile the step for TPUs that are not here: memory, collectives, kernels
   fit TABLE              a scaling law of a table of runs: numbers, intervals, forecast, verdict
   kernels report         what the TPU compiler made of the kernels: cycles, MXU use, bytes
 
@@ -56,6 +59,8 @@ BY_ARGUMENTS: dict[str, Callable[[list[str]], int]] = {
   "train": train,
   "resume": resume,
   "convert": convert,
+  "plan": plan,
+  "compile": compile_step,
   "eval": evaluate,
   "kernels": kernels,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
@@ -26,16 +26,30 @@ def train(arguments: list[str]) -> int:
     print("usage: jaxlm train PRESET [flags]   (`jaxlm train PRESET --help` lists the flags)")
     print(f"\npresets\n{list_presets()}")
     return 0 if arguments else 2
-  config = _parse_train(arguments[0], arguments[1:])
+  config = without_flags(parse_config("train", arguments[0], arguments[1:], TrainFlags))
   from jaxlm.run import train
-  from sharding.multihost import join_processes
+  from sharding.multihost import joined_processes
 
-  join_processes()
-  return _exit_status(train(config))
+  with joined_processes():
+    return _exit_status(train(config))
 
 
-def _parse_train(preset: str, flags: list[str]) -> TrainConfig:
-  """Returns the configuration of a preset, or of a run's config.json, with these flags over it."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainFlags(TrainConfig):
+  """Train a language model; flags change the preset's configuration."""
+
+  schedule: PipelineSchedule | None = None
+  """short for --pipeline.schedule"""
+
+
+_Flags = TypeVar("_Flags", bound=TrainFlags)
+
+
+def parse_config(command: str, preset: str, flags: list[str], kind: type[_Flags]) -> _Flags:
+  """Returns the configuration of a preset, or of a run's config.json, with these flags over it.
+
+  `kind` is TrainFlags, or adds fields, which become flags too.
+  """
   if preset.endswith(".json"):
     from jaxlm.run.run_folder import read_config
 
@@ -47,20 +61,18 @@ def _parse_train(preset: str, flags: list[str]) -> TrainConfig:
     default = dataclasses.replace(default, run=f"runs/{preset.rpartition(':')[2]}")
   # a layer's mixer stays of its kind: a union of dataclasses gives flags, not subcommands
   options = (tyro.conf.AvoidSubcommands,)
-  prog = f"jaxlm train {preset}"
-  flagged = _TrainFlags(**_fields(default))
-  values = _fields(tyro.cli(_TrainFlags, default=flagged, args=flags, prog=prog, config=options))
-  if schedule := values.pop("schedule"):
-    values["pipeline"] = dataclasses.replace(values["pipeline"], schedule=schedule)
-  return TrainConfig(**values)
+  prog = f"jaxlm {command} {preset}"
+  given = tyro.cli(kind, default=kind(**_fields(default)), args=flags, prog=prog, config=options)
+  if given.schedule is None:
+    return given
+  pipeline = dataclasses.replace(given.pipeline, schedule=given.schedule)
+  return dataclasses.replace(given, pipeline=pipeline)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _TrainFlags(TrainConfig):
-  """Train a language model; flags change the preset's configuration."""
-
-  schedule: PipelineSchedule | None = None
-  """short for --pipeline.schedule"""
+def without_flags(given: TrainFlags) -> TrainConfig:
+  """Returns the configuration alone, without fields that are only flags."""
+  own = {field.name for field in dataclasses.fields(TrainConfig)}
+  return TrainConfig(**{name: value for name, value in _fields(given).items() if name in own})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,10 +103,11 @@ def resume(arguments: list[str]) -> int:
   other_text, schedule = values.pop("other_text"), values.pop("schedule")
   check(flags.run == run, "run", flags.run, f"a resumed run stays in its folder {run}")
   from jaxlm.run import resume
-  from sharding.multihost import join_processes
+  from sharding.multihost import joined_processes
 
-  join_processes()
-  return _exit_status(resume(run, TrainConfig(**values), schedule=schedule, other_text=other_text))
+  with joined_processes():
+    config = TrainConfig(**values)
+    return _exit_status(resume(run, config, schedule=schedule, other_text=other_text))
 
 
 def _fields(config: TrainConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from jaxlm.paths import literal_path
 from pallas_kernels.common.errors import UserError
 
 CHUNK = 1 << 14  # elements that are read at once
@@ -44,10 +45,7 @@ class Place:
     """Returns tensorstore's description of the place below `prefix`."""
     if self.folder is None:
       return {"driver": "memory", "path": prefix}
-    path = str(self.folder.resolve())
-    if "\\" in path:
-      raise UserError(f"store={path!r}: tensorstore takes a backslash for a border of folders")
-    return {"driver": "file", "path": f"{path}/{prefix}"}
+    return {"driver": "file", "path": f"{literal_path(self.folder.resolve())}/{prefix}"}
 
   @functools.cached_property
   def context(self) -> ts.Context:

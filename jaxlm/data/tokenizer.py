@@ -166,9 +166,52 @@ class BPETokenizer:
     """Returns the ids of the vocabulary and of the added tokens, which may leave gaps."""
     return np.sort(np.fromiter(self.model.get_vocab(with_added_tokens=True).values(), np.int64))
 
+  def start_ids(self) -> tuple[int, ...]:
+    """Returns the ids that the file puts before every text, often one or none."""
+    text_ids = self.model.encode("a", add_special_tokens=False).ids
+    ids = self.model.encode("a").ids
+    starts = range(len(ids) - len(text_ids) + 1)
+    start = next((i for i in starts if ids[i : i + len(text_ids)] == text_ids), 0)
+    return tuple(ids[:start])
+
   def save(self, folder: Path) -> None:
     """Writes tokenizer.json into the folder."""
     self.model.save(str(Path(folder) / FILE))
+
+
+def as_library_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+  """Returns a tokenizer of the library with the same ids, which puts eos before every text.
+
+  That is how a run's texts start. NUL, the end of a text of bytes, is <|endoftext|> there.
+  """
+  if isinstance(tokenizer, BPETokenizer):
+    model = tokenizers.Tokenizer.from_str(tokenizer.model.to_str())
+  else:
+    vocabulary = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    del vocabulary[_byte_letters()[tokenizer.eos]]
+    model = tokenizers.Tokenizer(
+      tokenizers.models.BPE(vocabulary | {END_OF_TEXT[0]: tokenizer.eos}, [])
+    )
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+      add_prefix_space=False, use_regex=False
+    )
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.add_special_tokens([END_OF_TEXT[0]])
+  end = model.id_to_token(tokenizer.eos)
+  model.post_processor = tokenizers.processors.TemplateProcessing(
+    single=f"{end} $A", pair=f"{end} $A {end} $B", special_tokens=[(end, tokenizer.eos)]
+  )
+  return model
+
+
+def _byte_letters() -> list[str]:
+  """Returns the letter that stands for each byte in byte-level vocabularies, as in GPT-2's.
+
+  Printable bytes stand for themselves, the others for the letters from U+0100 on.
+  """
+  printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+  others = itertools.count(256)
+  return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def train_bpe(texts: Iterable[str], size: int) -> BPETokenizer:

@@ -112,10 +112,12 @@ def matmul(
     sharding = P(*partial, unreduced=axes_in(spec((D,), axes[0])))
   rounds = x_BTD.dtype == jnp.dtype(dtype) and x_BTD.dtype.itemsize < 4
   contract = _contract_rounded if rounds else _contract
-  y_BTF = checkpoint_name(contract(x_BTD, w_DF, sharding).astype(dtype), "product")
+  y_BTF = contract(x_BTD, w_DF, sharding).astype(dtype)
   if summed := manual_axes(axes[0]):
-    return jax.lax.psum_scatter(y_BTF, summed, scatter_dimension=1, tiled=True)
-  return shard(y_BTF, *out)
+    y_BTF = jax.lax.psum_scatter(y_BTF, summed, scatter_dimension=1, tiled=True)
+  else:
+    y_BTF = shard(y_BTF, *out)
+  return checkpoint_name(y_BTF, "product")
 
 
 def _contract(x_BTD: jax.Array, w_DF: jax.Array, sharding: P | None) -> jax.Array:

@@ -31,7 +31,7 @@ class Parameters(NamedTuple):
 def parameter_count(config: ModelConfig) -> Parameters:
   """Returns the parameters of an RMSNorm decoder by part, biases and extra norms included."""
   blocks = sum(
-    _matrix_entries(config, spec) + _vector_entries(config, spec) for spec in config.layer_specs
+    matrix_entries(config, spec) + vector_entries(config, spec) for spec in config.layer_specs
   )
   head = config.D if config.tied else config.D + config.D * config.V
   return Parameters(embedding=config.V * config.D, blocks=blocks, head=head)
@@ -51,7 +51,7 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
   """
   check(length >= 1, "length", length, "must be at least 1")
   layers = sum(
-    6 * _matrix_entries(config, spec) + _attention_flops(spec.mixer, length)
+    6 * matrix_entries(config, spec) + _attention_flops(spec.mixer, length)
     for spec in config.layer_specs
   )
   return layers + 6 * config.D * config.V
@@ -74,7 +74,7 @@ def train_flops_of_rows(
   flops = 6.0 * config.D * config.V * keys_X.size
   for spec in config.layer_specs:
     mixer = spec.mixer
-    flops += 6.0 * _matrix_entries(config, spec) * keys_X.size
+    flops += 6.0 * matrix_entries(config, spec) * keys_X.size
     flops += 12.0 * mixer.N * mixer.H * pairs[mixer.window]
   return flops
 
@@ -85,14 +85,14 @@ def _attention_flops(mixer: AttentionConfig, length: int) -> float:
   return 12 * mixer.N * mixer.H * pairs / length
 
 
-def _matrix_entries(config: ModelConfig, spec: LayerSpec) -> int:
+def matrix_entries(config: ModelConfig, spec: LayerSpec) -> int:
   """Counts one layer's matrices: q and o, k and v, gate, up and down."""
   mixer = spec.mixer
   heads = 2 * config.D * mixer.N * mixer.H + 2 * config.D * mixer.K * mixer.H
   return heads + 3 * config.D * spec.feedforward.F
 
 
-def _vector_entries(config: ModelConfig, spec: LayerSpec) -> int:
+def vector_entries(config: ModelConfig, spec: LayerSpec) -> int:
   """Counts one layer's norms and biases."""
   mixer, F = spec.mixer, spec.feedforward.F
   norms = (4 if config.post_norms else 2) * config.D + (2 * mixer.H if mixer.qk_norm else 0)

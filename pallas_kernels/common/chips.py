@@ -2,12 +2,13 @@
 
 Vendors mix conventions. Here FLOP/s are dense (half of NVIDIA's figures "with sparsity"), rates
 and sizes are in FLOP/s, bytes and bytes/s, and the interconnect is what one device can send (half
-of a "bidirectional" figure).
+of a "bidirectional" figure). Where a chip is two devices, each has half of everything.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,27 @@ class Chip:
   hbm_bytes_per_s: float
   """Memory bandwidth."""
   interconnect_bytes_per_s: float | None
-  """Bytes per second sent over all ICI or NVLink links together."""
+  """Bytes per second sent over all ICI or NVLink links together, as the vendor states it."""
+  devices_per_chip: int = 1
+  """Devices, as JAX counts them, of one chip."""
+  torus_axes: int = 0
+  """Axes of a TPU's network; each has two links."""
+  link_bytes_per_s: float | None = None
+  """What a device reaches over one ICI link in one direction: about 0.9 of the vendor's figure."""
+  ring_multiple: int = 0
+  """Axes of so many chips, or a multiple, have links that close the ring."""
+  pod_chips: int | None = None
+  """Chips of the largest network without DCN."""
+  topology_options: tuple[tuple[str, Any], ...] = ()
+  """What libtpu needs to describe a topology in which devices are as JAX counts them."""
+  node_devices: int = 0
+  """GPUs that NVLink joins."""
+  node_bytes_per_s: float | None = None
+  """Bytes per second that such a node sends to other nodes."""
+  dcn_bytes_per_s: float | None = None
+  """Bytes per second of one TPU device to other slices, over the data-centre network."""
+  pcie_bytes_per_s: float | None = None
+  """Bytes per second between a device and its host."""
   core: TensorCore | None = None
   """Of a TPU whose schedules can be read (`pallas_kernels.schedule`)."""
   source: str
@@ -74,7 +95,27 @@ _H100 = (
 )
 _A100 = "NVIDIA A100 datasheet 1758950 (tabled at glennklockwood.com/garden/processors/A100)"
 
+_BOOK = "links, DCN, PCIe: How to Scale Your Model, chapter 2 (jax-ml.github.io/scaling-book, 2025)"
+_NODES = "nodes: the same book's chapter on GPUs"
+
 _CHIPS = (
+  Chip(  # a chip is two devices
+    name="v3",
+    device_kinds=("TPU v3",),
+    bf16_flops=140e12 / 2,
+    int8_flops=140e12 / 2,
+    fp8_flops=None,
+    hbm_bytes=32 * _GIB / 2,
+    hbm_bytes_per_s=900e9 / 2,
+    interconnect_bytes_per_s=None,
+    devices_per_chip=2,
+    torus_axes=2,
+    link_bytes_per_s=100e9 / 2,
+    ring_multiple=32,
+    pod_chips=1024,
+    source="How to Scale Your Model, chapter 2, halved per device; pod of 32 x 32 chips: "
+    "Jouppi et al. 2020, doi 10.1145/3360307",
+  ),
   Chip(
     name="v4",
     device_kinds=("TPU v4",),
@@ -84,8 +125,15 @@ _CHIPS = (
     hbm_bytes=32 * _GIB,
     hbm_bytes_per_s=1200e9,
     interconnect_bytes_per_s=6 * 45e9,
+    torus_axes=3,
+    link_bytes_per_s=45e9,
+    ring_multiple=4,
+    pod_chips=4096,
+    topology_options=(("chip_config_name", "megacore"),),
+    dcn_bytes_per_s=6.25e9,
+    pcie_bytes_per_s=16e9,
     source=f"docs.cloud.google.com/tpu/docs/v4 (32 GiB, 1200 GBps; {_TPU_INFO} has 1230); "
-    "ICI: How to Scale Your Model, chapter 2 (45 GB/s for each of 6 links)",
+    f"{_BOOK} (ICI: 45 GB/s for each of 6 links)",
   ),
   Chip(
     name="v5e",
@@ -97,6 +145,12 @@ _CHIPS = (
     hbm_bytes=16 * _GIB,
     hbm_bytes_per_s=819e9,
     interconnect_bytes_per_s=400e9 / 2,
+    torus_axes=2,
+    link_bytes_per_s=45e9,
+    ring_multiple=16,
+    pod_chips=256,
+    dcn_bytes_per_s=3.125e9,
+    pcie_bytes_per_s=16e9,
     core=TensorCore(
       topology="v5e:2x4",
       count=1,
@@ -108,7 +162,7 @@ _CHIPS = (
       delay_slots=4,
     ),
     source=f"docs.cloud.google.com/tpu/docs/v5e (its 16 GB are 16 GiB by {_TPU_INFO}); "
-    f"int4: {_TPU_INFO}",
+    f"int4: {_TPU_INFO}; {_BOOK}",
   ),
   Chip(
     name="v5p",
@@ -120,6 +174,12 @@ _CHIPS = (
     hbm_bytes=95 * _GIB,
     hbm_bytes_per_s=2765e9,
     interconnect_bytes_per_s=1200e9 / 2,
+    torus_axes=3,
+    link_bytes_per_s=90e9,
+    ring_multiple=4,
+    pod_chips=8960,
+    dcn_bytes_per_s=6.25e9,
+    pcie_bytes_per_s=16e9,
     core=TensorCore(
       topology="v5p:2x2x2",
       count=2,
@@ -131,7 +191,7 @@ _CHIPS = (
       delay_slots=4,
     ),
     source="docs.cloud.google.com/tpu/docs/v5p, whose 2765 GBps (2024) became 2575 GiBps (2025), "
-    f"the same rate; {_TPU_INFO} has 2460 GB/s. int8, int4: {_TPU_INFO}",
+    f"the same rate; {_TPU_INFO} has 2460 GB/s. int8, int4: {_TPU_INFO}; {_BOOK}",
   ),
   Chip(
     name="v6e",
@@ -143,6 +203,12 @@ _CHIPS = (
     hbm_bytes=32 * _GIB,
     hbm_bytes_per_s=1638e9,
     interconnect_bytes_per_s=800e9 / 2,
+    torus_axes=2,
+    link_bytes_per_s=90e9,
+    ring_multiple=16,
+    pod_chips=256,
+    dcn_bytes_per_s=12.5e9,
+    pcie_bytes_per_s=32e9,
     core=TensorCore(
       topology="v6e:2x4",
       count=1,
@@ -153,7 +219,7 @@ _CHIPS = (
       vmem_bytes=128 * _MIB,
       delay_slots=4,
     ),
-    source=f"{_TPU7X}; int8: docs.cloud.google.com/tpu/docs/v6e; int4: {_TPU_INFO}",
+    source=f"{_TPU7X}; int8: docs.cloud.google.com/tpu/docs/v6e; int4: {_TPU_INFO}; {_BOOK}",
   ),
   Chip(  # a chip is two devices
     name="tpu7x",
@@ -164,6 +230,12 @@ _CHIPS = (
     hbm_bytes=192 * _GIB / 2,
     hbm_bytes_per_s=7380e9 / 2,
     interconnect_bytes_per_s=1200e9 / 2 / 2,
+    devices_per_chip=2,
+    torus_axes=3,
+    link_bytes_per_s=1200e9 / 2 / 6 / 2,
+    ring_multiple=4,
+    pod_chips=9216,
+    dcn_bytes_per_s=12.5e9 / 2,
     core=TensorCore(
       topology="tpu7x:2x2x1",
       count=1,
@@ -174,7 +246,8 @@ _CHIPS = (
       vmem_bytes=64 * _MIB,
       delay_slots=6,
     ),
-    source=f"{_TPU7X}, halved per device; no integer matrix unit: {_TPU_INFO}",
+    source=f"{_TPU7X}, halved per device; no integer matrix unit: {_TPU_INFO}; link: the nominal "
+    "figure; assumed: rings as on v5p, DCN as on v6e",
   ),
   Chip(
     name="a100-40gb",
@@ -207,7 +280,9 @@ _CHIPS = (
     hbm_bytes=80e9,
     hbm_bytes_per_s=3350e9,
     interconnect_bytes_per_s=900e9 / 2,
-    source=_H100,
+    node_devices=8,
+    node_bytes_per_s=400e9,
+    source=f"{_H100}; {_NODES}",
   ),
   Chip(
     name="h100-pcie",
@@ -229,7 +304,10 @@ _CHIPS = (
     hbm_bytes=141e9,
     hbm_bytes_per_s=4800e9,
     interconnect_bytes_per_s=900e9 / 2,
-    source="NVIDIA H200 datasheet (tabled at github.com/astroC86/gpu-datasheet); NVLink as H100",
+    node_devices=8,
+    node_bytes_per_s=400e9,
+    source="NVIDIA H200 datasheet (tabled at github.com/astroC86/gpu-datasheet); NVLink and "
+    "nodes as H100",
   ),
   Chip(
     name="b200",
@@ -240,9 +318,11 @@ _CHIPS = (
     hbm_bytes=1440e9 / 8,
     hbm_bytes_per_s=64e12 / 8,
     interconnect_bytes_per_s=14.4e12 / 8 / 2,
+    node_devices=8,
+    node_bytes_per_s=400e9,
     source="NVIDIA Blackwell brief, HGX at 1000 W (tabled at "
     "glennklockwood.com/garden/processors/B200); memory and NVLink: "
-    "nvidia.com/en-us/data-center/dgx-b200, an eighth",
+    f"nvidia.com/en-us/data-center/dgx-b200, an eighth; {_NODES}",
   ),
   Chip(
     name="l4",

@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 
 from pallas_kernels.common.chips import CORES
+from pallas_kernels.common.topology import topology_devices
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def dump_folder() -> pathlib.Path:
   so that only `compile_with_listings` asks for the folder. Raises RuntimeError when this process
   compiled for a TPU before: libtpu reads its flags once.
   """
-  if chip_mesh.cache_info().currsize:
+  if topology_devices.cache_info().currsize:
     raise RuntimeError(
       "libtpu was loaded in this process without the flags that make it write listings: "
       "call pallas_kernels.schedule.analyse before anything else compiles for a TPU"
@@ -44,10 +44,8 @@ def chip_mesh(
   chip: str, shape: tuple[int, ...] = (1,), names: tuple[str, ...] = ("x",)
 ) -> jax.sharding.Mesh:
   """Returns a mesh of `chip`'s devices with Explicit axes, to compile for."""
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  topology = topologies.get_topology_desc(platform="tpu", topology_name=CORES[chip].topology)
-  devices: Any = np.array(topology.devices[: int(np.prod(shape))]).reshape(shape)
+  described = topology_devices(CORES[chip].topology)
+  devices: Any = np.array(described[: int(np.prod(shape))]).reshape(shape)
   return jax.sharding.Mesh(
     devices, names, axis_types=(jax.sharding.AxisType.Explicit,) * len(names)
   )

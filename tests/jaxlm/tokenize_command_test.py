@@ -52,6 +52,25 @@ def test_mistakes_are_one_line(folder, capsys):
   )
   assert main(["tokenize", "text", "gs://bucket/store"]) == 2
   assert capsys.readouterr().err.count("\n") == 1
-  assert main(["tokenize", "text", "back\\slash"]) == 2
-  assert "takes a backslash for a border of folders" in capsys.readouterr().err
   assert sorted(path.name for path in folder.iterdir()) == ["store", "text"]
+
+
+@pytest.mark.parametrize("name", ["back\\slash", "\udcff", "gs:/x", "[!a]"], ids=ascii)
+def test_a_store_has_any_name_that_a_folder_can_have(folder, name, monkeypatch):
+  monkeypatch.chdir(folder / "text")
+  store = folder / name
+  for _ in range(2):  # the second time it is verified
+    assert main(["tokenize", "0.txt", str(store)]) == 0
+  assert sorted(path.name for path in store.iterdir()) == ["heldout", "token_store.json", "train"]
+  assert {path.name for path in folder.iterdir()} == {"text", name.split("/")[0]}
+
+
+def test_a_refused_source_leaves_no_folder_of_its_store(folder):
+  (folder / "bad.txt").write_bytes(b"a\0b")
+  before = sorted(folder.rglob("*"))
+  assert main(["tokenize", "bad.txt", "new/deep/store"]) == 2
+  assert sorted(folder.rglob("*")) == before
+  (folder / "empty").mkdir()
+  (folder / "empty/.DS_Store").write_text("")  # of the system, so the folder counts as empty
+  assert main(["tokenize", "bad.txt", "empty"]) == 2
+  assert [path.name for path in (folder / "empty").iterdir()] == [".DS_Store"]

@@ -220,3 +220,31 @@ def test_fields_and_tensors_to_ignore_are_named_on_every_command(
   for command in commands[:2]:
     assert main([*command, "--ignore_config", "mup_scale"]) == 0, command
   assert RunFolder(tmp_path / "run").read_config().ignore_config == ("mup_scale",)
+
+
+def test_a_conversion_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
+  before = sorted(tmp_path.rglob("*"))
+
+  def fail(*arguments):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr("jaxlm.checkpoint.checkpoint.write_manifest", fail)
+    assert main(["convert", str(folder), str(tmp_path / "new/run")]) == 1
+  assert sorted(tmp_path.rglob("*")) == before
+  convert(folder, tmp_path / "run")
+  before = sorted(tmp_path.rglob("*"))
+  monkeypatch.setattr("jaxlm.data.tokenizer.BPETokenizer.save", fail)
+  assert main(["convert", str(tmp_path / "run"), str(tmp_path / "new/checkpoint")]) == 1
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_is_measured_on_the_text_that_is_named(folder, tmp_path, capsys):
+  assert main(["eval", str(folder)]) == 2
+  assert "data.source='': a checkpoint has no text of its own" in capsys.readouterr().err
+  (tmp_path / "text.txt").write_text("one two three " * 500)
+  flags = ["--data.source", str(tmp_path / "text.txt"), "--data.length", "16", "--batches", "1"]
+  assert main(["eval", str(folder), *flags]) == 0
+  assert "held-out loss" in capsys.readouterr().out
+  with pytest.raises(UserError, match="has no text of its own"):
+    SavedRun.open(folder).evaluate()

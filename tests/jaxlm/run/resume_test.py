@@ -1,8 +1,10 @@
 """What a resume may change, what it refuses, and that a refusal leaves everything as it was."""
 
+import io
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,12 @@ def test_the_same_text_may_have_moved(trained, work, capsys):
 
 def test_a_refusal_after_the_start_undoes_it(work, capsys):
   """An implementation that this machine lacks is noticed when the step is traced."""
+  folder = RunFolder(work / "run")
+  with folder.metrics.open("a") as records:  # of a step that no checkpoint has, and half of one
+    records.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
+  unfinished = folder.checkpoints / "00000003/params/x"
+  unfinished.parent.mkdir(parents=True)
+  unfinished.write_text("")
   before = contents(work / "run")
   flags = ["--steps", "4", "--compute.attention_implementation", "splash"]
   assert main(["resume", "run", *flags]) == 2
@@ -173,6 +181,8 @@ def test_a_refusal_after_the_start_undoes_it(work, capsys):
   assert "stopped: " in after.pop(log).decode() and before.pop(log)
   assert after == before
   assert main(["resume", "run", "--steps", "3"]) == 0
+  assert [record["step"] for record in read_records(folder.metrics)] == [1, 2, 3]
+  assert (folder.checkpoints / "00000003.unsound/params/x").exists()
 
 
 REFUSED = [
@@ -192,3 +202,58 @@ def test_a_refused_start_leaves_nothing_and_the_corrected_one_works(work, flags,
   if "--compute.attention_implementation" in flags:  # the others are the same program
     assert main(["train", "micro", "--run", "new/run", "--steps", "2", *FLAGS]) == 0
     assert finished_steps(RunFolder(work / "new/run").checkpoints) == [2]
+
+
+@pytest.mark.parametrize("made", ["nothing", "a folder", "a folder with a system's file"])
+def test_a_failure_before_the_first_step_has_ended_leaves_nothing(work, made, monkeypatch):
+  if made != "nothing":
+    (work / "new").mkdir()
+  if made == "a folder with a system's file":
+    (work / "new/.DS_Store").write_text("")
+  before = sorted(work.rglob("*"))
+
+  def out_of_memory(*arguments):
+    raise RuntimeError("RESOURCE_EXHAUSTED")
+
+  monkeypatch.setattr("jaxlm.run.loop.make_train_step", lambda *arguments: out_of_memory)
+  with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+    main(["train", "micro", "--run", "new", "--steps", "2", *FLAGS])
+  assert sorted(work.rglob("*")) == before
+
+
+def test_a_run_that_exists_is_refused_before_its_text_is_read(work, capsys):
+  flags = ["--data.source", "nowhere"]
+  assert main(["train", "micro", "--run", "run", "--steps", "2", *FLAGS, *flags]) == 2
+  assert "run='run': must be a new or empty folder" in capsys.readouterr().err
+
+
+def test_wandb_without_an_account_is_refused_before_the_text_is_read(work, capsys, monkeypatch):
+  wandb = pytest.importorskip("wandb")
+
+  def login(**options):
+    raise wandb.errors.UsageError("No API key configured")
+
+  monkeypatch.setattr(wandb, "login", login)
+  flags = ["--data.source", "nowhere", "--trackers", "wandb"]
+  assert main(["train", "micro", "--run", "new/run", "--steps", "2", *FLAGS, *flags]) == 2
+  assert "trackers=wandb: No API key configured" in capsys.readouterr().err
+  assert not (work / "new").exists()
+
+
+def test_a_home_is_expanded_and_letters_that_stdout_lacks_are_escaped(work, monkeypatch, capsys):
+  monkeypatch.setenv("HOME", str(work))
+  raw = io.BytesIO()
+  monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+  assert main(["sample", "~/run", "--prompt", "caf\u00e9", "--max-new", "1"]) == 0
+  assert raw.getvalue().startswith(b"caf\\xe9")
+  assert "standard output takes ascii alone" in capsys.readouterr().err
+  assert main(["convert", "~/run", "~/hf"]) == 0
+  assert (work / "hf/config.json").exists() and not (work / "~").exists()
+
+
+def test_a_run_is_measured_on_the_text_that_is_named(work, capsys):
+  (work / "other.txt").write_text("one two three " * 500)
+  assert main(["eval", "run", "--data.source", "other.txt", "--data.holdout", "0.5"]) == 0
+  printed = capsys.readouterr().out
+  assert "other.txt: 1 document" in printed and "not the text of the run: held-out text" in printed
+  assert main(["eval", "run", "--data.source", "other.txt", "--data.tokenizer", "bpe:300"]) == 2

@@ -1,17 +1,14 @@
 """Training steps lowered from shapes alone, for the CPU devices here or for TPUs that are not."""
 
+import dataclasses
 import importlib.util
 
 import jax
-import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from jaxlm.data.packing import Batch
 from jaxlm.run.text import TextTask
-from jaxlm.train import init_state, make_train_step
-from sharding.rules import spec
+from jaxlm.train.lowering import lower_step as lower_step_on
+from sharding import make_mesh
 
 
 @pytest.fixture(scope="session")
@@ -29,25 +26,9 @@ def lower_step():
   """Returns lower_step(config, devices=None): lowers the step on packed rows on `config.mesh`."""
 
   def lower(config, devices=None):
-    sizes = config.mesh.resolve(8 if devices is None else len(devices))
-    mesh = jax.make_mesh(
-      tuple(sizes.values()), tuple(sizes), (AxisType.Explicit,) * len(sizes), devices=devices
-    )
-
-    def on_mesh(x):
-      partitions = P() if x.sharding is None else x.sharding.spec
-      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, partitions))
-
-    with jax.set_mesh(mesh):
-      state = jax.tree.map(on_mesh, jax.eval_shape(lambda: init_state(config, TextTask(config))))
-      shape = (config.batch, config.data.length)
-      rows = NamedSharding(mesh, spec(shape, "batch", None))
-      ids, weights = (
-        jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (np.int32, np.float32)
-      )
-      batch = Batch(ids, ids, weights, ids, ids)
-      return jax.jit(make_train_step(config, TextTask(config)), donate_argnums=0).lower(
-        state, batch
-      )
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, layout="packed"))
+    task = TextTask(config)
+    devices = jax.devices() if devices is None else devices
+    return lower_step_on(config, task, task.batch_types(), make_mesh(config.mesh, devices))
 
   return lower
