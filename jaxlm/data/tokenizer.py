@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from jaxlm.config import DataConfig
-from jaxlm.data.placeholder import describe_placeholder
+from jaxlm.data.placeholder import find_placeholder
 from pallas_kernels.common.errors import UserError
 
 FILE = "tokenizer.json"
@@ -118,8 +118,8 @@ class BPETokenizer:
     if not path.is_file():
       raise UserError(f"data.tokenizer={str(path)!r}: no such file (or bytes, or bpe:SIZE)")
     content = path.read_bytes()
-    if (description := describe_placeholder(content)) is not None:
-      raise UserError(f"{path}: is {description}")
+    if (placeholder := find_placeholder(content)) is not None:
+      raise UserError(f"{path}: is {placeholder.description}")
     return cls.parse(content, f"data.tokenizer={str(path)!r}")
 
   @classmethod
