@@ -1,7 +1,7 @@
 """Cuts documents into pieces, so that memory does not grow with a document.
 
-A document comes as pieces of about 32 KiB of UTF-8, and of at most 1 MiB. Every piece carries the position after it,
-from which another reader goes on with the same pieces.
+A document comes as pieces of about 32 KiB of UTF-8, and of at most 1 MiB. Every piece carries the
+position after it, from which another reader goes on with the same pieces.
 """
 
 from __future__ import annotations

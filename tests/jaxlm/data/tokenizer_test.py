@@ -117,7 +117,7 @@ def other_model(way):
 
 TEXTS = st.lists(
   st.sampled_from(
-    ["def ", "<tool>", "line", " ", "  ", "\n", "\r\n", "\t", "12345", "。", "你好", "é", "👋", "</s>", "_", "a"]
+    [*("def ", "<tool>", "line", " ", "  ", "\n", "\r\n", "\t"), *("12345", "。", "你好", "é", "👋", "</s>")]
   )
   | st.text(st.characters(codec="utf-8"), max_size=5),
   max_size=40,
