@@ -110,14 +110,14 @@ def other_model(way):
     prepend, replace = tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")
     model.normalizer = tokenizers.normalizers.Sequence([prepend, replace])
   if way == "added":
-    model.add_tokens([tokenizers.AddedToken("<tool>", lstrip=True), "👋"])
+    model.add_tokens([tokenizers.AddedToken("<tool>", lstrip=True), "é"])
     model.add_special_tokens(["<|im_start|>"])
   return BPETokenizer(model)
 
 
 TEXTS = st.lists(
   st.sampled_from(
-    [*("def ", "<tool>", "line", " ", "  ", "\n", "\r\n", "\t"), *("12345", "。", "你好", "é", "👋", "</s>")]
+    ["def ", "<tool>", "line", " ", "  ", "\n", "\r\n", "\t", "12345", "。", "你好", "é", "</s>"]
   )
   | st.text(st.characters(codec="utf-8"), max_size=5),
   max_size=40,
