@@ -37,6 +37,11 @@ def full_address(name: str | Path) -> str:
   return re.sub(":/+", "://", str(name), count=1).rstrip("/") + "/"
 
 
+def user_cache() -> Path:
+  """Returns the folder of what this project keeps for the user and can make again."""
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm"
+
+
 def local_path(name: str | Path, field: str) -> Path:
   """Returns the path of a file or folder of this machine, `~` and `~user` expanded.
 

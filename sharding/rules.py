@@ -121,6 +121,18 @@ def manual_axes(name: str | None) -> tuple[str, ...]:
   return tuple(axis for axis in RULES.axes[name] if mesh_shape()[axis] > 1)
 
 
+def own_part(x: jax.Array, *names: str | None) -> jax.Array:
+  """Returns this device's part of what all have whole, inside `jax.shard_map`; elsewhere x.
+
+  An axis of size 1 stays.
+  """
+  for dimension, name in enumerate(names):
+    if (axes := manual_axes(name)) and x.shape[dimension] > 1:
+      size = x.shape[dimension] // math.prod(mesh_shape()[axis] for axis in axes)
+      x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * size, size, dimension)
+  return x
+
+
 def weight_shape(shape: tuple[int, ...], *names: str | None) -> tuple[int, ...]:
   """Returns the shape that a weight of these names has here: smaller inside `jax.shard_map`."""
   parts = (math.prod(mesh_shape()[axis] for axis in manual_axes(name)) for name in names)

@@ -21,8 +21,7 @@ from jaxlm.checkpoint.atomic import TEMPORARY
 from jaxlm.checkpoint.folder import all_steps, checkpoint_path, finished_steps
 from jaxlm.checkpoint.hold import held
 from jaxlm.checkpoint.manifest import NAME as MANIFEST
-from jaxlm.config import DataConfig
-from jaxlm.paths import full_address, is_address, local_path
+from jaxlm.paths import full_address, is_address, local_path, user_cache
 from jaxlm.run.run_folder import ADDRESS, LOCK, RunFolder
 from pallas_kernels.common.errors import UserError
 
@@ -67,12 +66,11 @@ class _Remote:
 
   def __init__(self, address: str, field: str, write: bool):
     from jaxlm.data.arrays import open_address
-    from jaxlm.data.cache import cache_root
 
     self.address, self.field = address, field
     self.files = open_address(address, field, write=write)
     digest = hashlib.blake2b(address.encode(), digest_size=8).hexdigest()
-    self.folder = RunFolder(cache_root(DataConfig()) / "runs" / digest)
+    self.folder = RunFolder(user_cache() / "runs" / digest)
     self._uploaded: dict[str, tuple[int, int]] = {}  # file -> size and time
 
   def refresh(self, *, new: bool) -> None:

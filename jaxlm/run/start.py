@@ -19,6 +19,7 @@ from jaxlm.config import TrainConfig, check
 from jaxlm.run.compatibility import check_compatible
 from jaxlm.run.lock import only_writer
 from jaxlm.run.loop import TrainResult, train_from
+from jaxlm.run.memory import keep_freed_memory_on_cpu
 from jaxlm.run.output import forgiving_output
 from jaxlm.run.refusal import undone_unless_kept
 from jaxlm.run.remote import working_copy
@@ -58,7 +59,12 @@ def _fit(config: TrainConfig, task: Task, resume: bool) -> TrainResult:
 
 
 def check_run(config: TrainConfig) -> None:
-  """Raises UserError for what is wrong with any run: what is missing, or does not divide."""
+  """Raises UserError for what is wrong with any run: what is missing, or does not divide.
+
+  It is the first that asks jax for its devices.
+  """
+  if config.keep_freed_memory:
+    keep_freed_memory_on_cpu()
   check_schedule(config.optimizer, config.steps)
   check_trackers(config)
   sizes = config.mesh.resolve(jax.device_count())

@@ -27,6 +27,7 @@ from jaxlm.run.output import forgiving_output
 from jaxlm.run.remote import working_copy
 from jaxlm.run.resolve import (
   check_mesh,
+  keep_published,
   load_initial_weights,
   with_initial_model,
   with_vocabulary,
@@ -41,7 +42,9 @@ from jaxlm.train.schedule import with_new_steps
 from jaxlm.train.stages import Stages
 from jaxlm.train.task import Batches, Start, Task
 from sharding.batches import globalize
+from sharding.context.order import Order, permutation, ring_size
 from sharding.multihost import run_on_main_process
+from sharding.rules import own_part
 
 
 @forgiving_output()
@@ -196,24 +199,35 @@ class TextTask(Task):
     def join(stacks: tuple[Any, ...], others: Any) -> Any:
       return others | {"stacks": dict(zip(names, stacks, strict=True))}
 
+    def prepare(batch: Batch) -> Batch:
+      ordered, _ = in_ring_order(batch)
+      return ordered if batch.positions_BT is not None else ordered._replace(positions_BT=None)
+
     def layers(stacks: tuple[Any, ...], x_BTD: jax.Array, batch: Batch) -> jax.Array:
+      order: Order = "zigzag" if ring_size() > 1 else "contiguous"
       positions_BT = batch.positions_BT
       if positions_BT is None:
-        positions_BT = jnp.arange(batch.inputs_BT.shape[1])[None]
-      context = Context(positions_BT, batch.segment_ids_BT, in_order=True)
+        T = batch.inputs_BT.shape[1]
+        positions_BT = jnp.asarray(permutation(order, T, ring_size()))[None]
+      context = Context(positions_BT, batch.segment_ids_BT, in_order=True, order=order)
       for index, stack in enumerate(stacks):
         if jax.tree.leaves(stack)[0].shape[0]:
           x_BTD, _, _ = model.run_stack(index, stack, x_BTD, context)
       return x_BTD
 
     def objective(others: Any, x_BTD: jax.Array, batch: Batch) -> dict[str, Weighted]:
-      return self._loss(others, model.finish(others, x_BTD, logits=False), batch)
+      own = batch._replace(
+        targets_BT=own_part(batch.targets_BT, None, "length"),
+        weights_BT=own_part(batch.weights_BT, None, "length"),
+      )
+      return self._loss(others, model.finish(others, x_BTD, logits=False), own)
 
     return Stages(
       sizes=tuple((len(specs), repeats) for specs, repeats in self.config.model.stacks),
       split=split,
       join=join,
-      embed=lambda others, batch: model.embed(others, batch.inputs_BT),
+      prepare=prepare,
+      embed=lambda others, batch: model.embed(others, own_part(batch.inputs_BT, None, "length")),
       layers=layers,
       objective=objective,
     )
@@ -251,8 +265,9 @@ class TextTask(Task):
     return train_flops_of_rows(self.config.model, positions_BT, batch.weights_BT > 0)
 
   def save(self, folder: Path) -> None:
-    """Writes the tokenizer and the digests of the text."""
+    """Writes the tokenizer, what the initial checkpoint says of it, and the digests of the text."""
     self.text.tokenizer.save(folder)
+    keep_published(self.config, RunFolder(folder))
     record_text(RunFolder(folder), self.text)
 
   def references(self) -> dict[str, float]:

@@ -35,6 +35,7 @@ def pipelined_gradients(
   parts = jax.tree.map(lambda x: split_batch(x, M), batch)
   keys = jax.vmap(lambda m: jax.random.fold_in(key, m))(jnp.arange(M))
   dens = denominators(objective, params, parts, keys)
+  parts = jax.tree.map(lambda x: split_batch(x, M), stages.prepare(batch))
   dens_M = {name: jnp.broadcast_to(den, (M,)) for name, den in dens.items()}
   weights: dict[str, float] = {}
 

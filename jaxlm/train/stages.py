@@ -30,6 +30,8 @@ class Stages:
   """params -> (stacks, whose arrays have a leading axis of repeats, all other parameters)"""
   join: Callable[[Stacks, Any], Any]
   """The inverse of `split`."""
+  prepare: Callable[[Any], Any]
+  """batch -> the batch that the functions below take; called before it is split, on the mesh"""
   embed: Callable[[Any, Any], jax.Array]
   """(other parameters, batch) -> the states before the first layer"""
   layers: Callable[[Stacks, jax.Array, Any], jax.Array]

@@ -22,6 +22,7 @@ from sharding.context.hybrid import hybrid_attention_shard
 from sharding.context.order import ORDERS, Order
 from sharding.context.ring import ring_attention_shard
 from sharding.context.ulysses import ulysses_attention_shard
+from sharding.rules import manual_axes
 
 RING, ULYSSES = "context_ring", "context_ulysses"
 
@@ -42,10 +43,11 @@ def hybrid_attention(
 ) -> jax.Array:
   """Returns softmax attention [B, T, N, U] of rows whose T lies over several devices.
 
-  The types of the inputs say how they lie on the mesh, and the output lies like the queries: B over
-  any axes, heads over any other, T over `context_ring` (keys and values travel round a ring),
-  `context_ulysses` (shards of rows are swapped for shards of heads), both, or whole. Values,
-  masking and gradients are those of `pallas_kernels.attention`.
+  Inside `jax.shard_map` over all axes the inputs are a device's shards, positions and segment ids
+  those of whole rows. Elsewhere the types of the inputs say how they lie on the mesh: B over any
+  axes, heads over any other, T over `context_ring` (keys and values travel round a ring),
+  `context_ulysses` (shards of rows are swapped for shards of heads), both, or whole. The output
+  lies like the queries. Values, masking and gradients are those of `pallas_kernels.attention`.
 
   Args:
     q_BTNH: queries [B, T, N, H]; k_BTKH and v_BTKU of the same T, with N / K neighbouring query
@@ -71,11 +73,14 @@ def hybrid_attention(
   check_shape("k_BTKH", k_BTKH, (B, T, None, None))
   check_arrays(q_BTNH, k_BTKH, v_BTKU)
   check_choice("order", order, ORDERS)
+  options: dict[str, Any] = {"causal": causal, "window": window, "cap": cap, "scale": scale}
+  options["implementation"] = implementation
+  if length := manual_axes("length"):
+    local = _form_of_shards(length, order, options)
+    return local(q_BTNH, k_BTKH, v_BTKU, positions_BT, segment_ids_BT)
   tokens = Tokens(q_positions_BT=positions_BT, q_segment_ids_BT=segment_ids_BT)
   tokens = check_tokens(jax.tree.map(jnp.asarray, tokens), B, T, T, causal)
   batch, length, heads = _spread(q_BTNH, k_BTKH, v_BTKU)
-  options: dict[str, Any] = {"causal": causal, "window": window, "cap": cap, "scale": scale}
-  options["implementation"] = implementation
   if not length:
     rows: dict[str, Any] = {
       "q_positions_BT": positions_BT,
@@ -83,14 +88,7 @@ def hybrid_attention(
       "q_segment_ids_BT": segment_ids_BT,
     }
     return attention(q_BTNH, k_BTKH, v_BTKU, **rows, **options)
-  if RING in length:
-    options["order"] = order
-  form = functools.partial(_FORMS[length], **options)
-
-  def local(q_BTNH, k_BTKH, v_BTKU, positions_BS, segment_ids_BS):
-    rows = {"positions_BS": positions_BS, "segment_ids_BS": segment_ids_BS}
-    return form(q_BTNH, k_BTKH, v_BTKU, **rows)
-
+  local = _form_of_shards(length, order, options)
   whole = (tokens.q_positions_BT, tokens.q_segment_ids_BT)
   whole_rows = [batch if array is not None and array.shape[0] > 1 else () for array in whole]
   layouts = (*((batch, length, heads, ()),) * 3, *((axes, ()) for axes in whole_rows))
@@ -99,6 +97,20 @@ def hybrid_attention(
   # the library's kernels do not say over which mesh axes their outputs vary
   arrays = (q_BTNH, k_BTKH, v_BTKU, *whole)
   return run_on_shards(local, arrays, layouts, out_specs, check_vma=not fused)
+
+
+def _form_of_shards(
+  length: Axes, order: Order, options: dict[str, Any]
+) -> Callable[..., jax.Array]:
+  """Returns f(q, k, v, positions, segment ids) of a device's shards and of whole rows."""
+  more = {"order": order} if RING in length else {}
+  form = functools.partial(_FORMS[length], **options, **more)
+
+  def local(q_BTNH, k_BTKH, v_BTKU, positions_BS, segment_ids_BS):
+    rows = {"positions_BS": positions_BS, "segment_ids_BS": segment_ids_BS}
+    return form(q_BTNH, k_BTKH, v_BTKU, **rows)
+
+  return local
 
 
 _FORMS: dict[Axes, Callable[..., jax.Array]] = {

@@ -18,7 +18,7 @@ from pallas_kernels.attention import attention
 from pallas_kernels.common.shards import check_not_sharded
 from sharding.context import hybrid_attention
 from sharding.context.order import Order
-from sharding.rules import all_gather, is_sharded, shard, spec
+from sharding.rules import all_gather, is_manual, is_sharded, own_part, shard, spec
 
 
 class KVCache(NamedTuple):
@@ -132,6 +132,8 @@ def _scale(c: AttentionConfig) -> float:
 
 def _shard_rows(x_BT: jax.Array) -> jax.Array:
   """Shards [B or 1, T or 1] like the rows of a batch; without communication where it is whole."""
+  if is_manual():
+    return own_part(x_BT, None, "length")
   return shard(x_BT, "batch" if x_BT.shape[0] > 1 else None, "length")
 
 

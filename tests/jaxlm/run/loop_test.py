@@ -250,10 +250,6 @@ WRONG_MESHES = [
     r"mesh\.stage=8: the model has fewer repeats of layers, \d",
   ),
   (
-    dict(mesh=MeshConfig(data=1, stage=2, context_ring=2)),
-    r"mesh\.context_ring=2: rows are not split in pipelines, mesh\.stage=2",
-  ),
-  (
     dict(mesh=MeshConfig(data=1, context_ulysses=3)),
     r"model\.D=16: must be a multiple of mesh\.context_ulysses=3",
   ),

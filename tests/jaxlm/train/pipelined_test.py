@@ -1,6 +1,5 @@
 """Training in pipeline stages gives the loss and the gradients of one device, on every mesh."""
 
-import collections
 import dataclasses
 import functools
 
@@ -34,13 +33,20 @@ ALIKE = dataclasses.replace(
   ),
   compute=ComputeConfig(remat="full"),
 )
-SMALL = dataclasses.replace(ALIKE, accumulate=2, model=dataclasses.replace(ALIKE.model, layers=3))
+SMALL = dataclasses.replace(
+  ALIKE,
+  accumulate=2,
+  model=dataclasses.replace(ALIKE.model, layers=2),
+  compute=ComputeConfig(),
+)
 CASES = [
-  (SMALL, MeshConfig(data=1, stage=2), PipelineConfig(schedule="1f1b", layers_per_stage=(1, 2))),
+  (SMALL, MeshConfig(data=2, stage=2), PipelineConfig(schedule="1f1b", layers_per_stage=(0, 2))),
   # layers 1, 2, 2, 1, on every rank at rest as 4 does not divide 6
   (ALIKE, MeshConfig(data=2, stage=4), PipelineConfig(schedule="zb_h1")),
   (PATTERN, MeshConfig(data=1, stage=2, fsdp=2, tensor=2), PipelineConfig(schedule="gpipe")),
   (ALIKE, MeshConfig(data=1, fsdp=4, stage=2), PipelineConfig(schedule="zb_v")),
+  (ALIKE, MeshConfig(data=1, stage=2, context_ring=2, tensor=2), PipelineConfig()),
+  (SMALL, MeshConfig(data=1, stage=2, context_ulysses=2), PipelineConfig()),
 ]
 QUICK = 1
 
@@ -97,21 +103,21 @@ def test_loss_and_every_gradient_equal_one_devices(config, mesh, pipeline):
   scales = jax.tree.map(lambda grad: max(1, np.abs(grad).max()), want_grads)
   grads, want_grads = (jax.tree.map(np.divide, x, scales) for x in (grads, want_grads))
   chex.assert_trees_all_close(grads, want_grads, rtol=0, atol=1e-5)
-  check_collectives(program, mesh)
+  check_collectives(program, mesh, params)
 
 
-def check_collectives(program: str, mesh: MeshConfig) -> None:
-  """Checks what the compiled program sends in its loops, and that gradients cross `data` once."""
+def check_collectives(program: str, mesh: MeshConfig, params) -> None:
+  """Checks what the program sends in its loops, and that each gradient crosses `data` once."""
   found = read_collectives(program, mesh.resolve(8))
   in_ticks = [c for c in found if c.depth and "stage" in c.axes]
   assert [c.kind for c in in_ticks] == ["collective-permute"] * 2
   others = [c for c in found if c.depth and "stage" not in c.axes]
   # besides the sums of the denominators, activations alone, between devices of one stage
-  assert {c.axes for c in others if c.shape} <= {("tensor",)}
-  assert not [c for c in others if c.kind in ("all-to-all", "collective-permute")]
-  crossing = [c for c in found if {"data", "fsdp"} & set(c.axes) and c.kind != "all-gather"]
-  sizes = collections.Counter(c.depth for c in crossing if c.shape)
-  assert set(sizes) == {0}
+  within = {("tensor",), ("context_ring",), ("context_ulysses",)}
+  assert {c.axes for c in others if c.shape} <= within
+  crossing = [c for c in found if "data" in c.axes and c.shape]
+  assert {c.depth for c in crossing} <= {0}
+  assert len(crossing) == (len(jax.tree.leaves(params)) if mesh.data > 1 else 0)
 
 
 def test_layers_are_cut_into_stages():
