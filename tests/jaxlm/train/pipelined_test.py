@@ -177,3 +177,22 @@ def test_a_task_that_has_no_stages_is_refused():
     with jax.set_mesh(make_mesh(config.mesh)), pytest.raises(UserError, match=message):
       state = jax.eval_shape(lambda task=task: init_state(config, task))
       jax.eval_shape(make_train_step(config, task), state, globalize(packed_batch(), 16))
+
+
+@pytest.mark.slow
+def test_a_step_in_stages_compiles_for_tpus(lower_step, tpu_devices):
+  """The loss takes its TPU kernel, and a tick sends two permutes."""
+  model = revise(SMALL.model, D=128, F=128, H=64, V=8192, layers=4)
+  config = dataclasses.replace(
+    SMALL,
+    accumulate=4,
+    model=model,
+    data=dataclasses.replace(SMALL.data, length=128),
+    mesh=MeshConfig(data=2, stage=4),
+    pipeline=PipelineConfig(schedule="zb_h1"),
+  )
+  program = lower_step(config, tpu_devices).compile().as_text()
+  assert "tpu_custom_call" in program
+  found = read_collectives(program, config.mesh.resolve(8))
+  in_loops = [(c.kind, c.axes) for c in found if c.depth]
+  assert in_loops == [("collective-permute", ("stage",))] * 2
