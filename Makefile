@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 PINS := constraints/$(shell $(PYTHON) -c \
   'import sys; print("py312" if sys.version_info >= (3, 12) else "py311")').txt
 
-.PHONY: help demo test test-slow test-gpu peers lint typecheck format newest lock install-locked
-.PHONY: audit clean
+.PHONY: help demo test test-slow test-gpu test-slurm peers lint typecheck format newest lock
+.PHONY: install-locked audit clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,10 +19,13 @@ test: $(VENV)/dev  ## quick tests
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not tpu" $(TESTS)
 
 test-slow: $(VENV)/dev  ## the tests marked slow
-	$(BIN)/python -m pytest -n 2 -m "slow and not gpu and not tpu" $(TESTS)
+	$(BIN)/python -m pytest -n 2 -m "slow and not gpu and not tpu and not slurm" $(TESTS)
 
 test-gpu: $(VENV)/dev  ## the tests that need a GPU (install jax's CUDA plugin first: extra cuda)
 	JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu $(TESTS)
+
+test-slurm: $(VENV)/dev  ## the job file on a Slurm of two nodes, started here from Debian's packages
+	$(BIN)/python -m pytest -m slurm -rs $(TESTS)/slurm
 
 peers: $(VENV)/dev  ## add transformers and torch: more slow tests and benchmarks compare with them
 	$(BIN)/pip install -q -c $(PINS) -e '.[dev,hf,bench]'

@@ -2,39 +2,72 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from jax._src import distributed  # the only place where jax keeps the coordinator's address
 from jax.experimental import multihost_utils
 
 from pallas_kernels.common.errors import UserError
+from sharding.failure import end_together
+from sharding.launch import HOW_ALONE, Launch, read_launch
 
 
-def join_processes() -> None:
-  """Joins the run that the environment describes, if any; has to come before jax is first used.
+@contextlib.contextmanager
+def joined_processes() -> Iterator[None]:
+  """Joins the processes that were started together to one run, and ends them together.
 
-  JAX_COORDINATOR_ADDRESS is host:port of the first process (with JAX_NUM_PROCESSES and
-  JAX_PROCESS_ID), or `auto` where JAX finds the cluster by itself: TPU pods, Slurm, Open MPI,
-  Kubernetes. Raises UserError where one of the numbers is missing or is none.
+  Has to be entered before jax is first used. srun, Open MPI, TPU pods and Kubernetes Jobs are known
+  to jax; elsewhere JAX_COORDINATOR_ADDRESS is host:port of process 0, and JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID count the processes. The main process prints who joined. JAXLM_JOIN=0 switches it
+  off. Raises UserError where processes were started together but cannot join, because each would
+  take itself for the whole run.
   """
-  address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-  if address == "auto":
-    jax.distributed.initialize()
-  elif address:
-    processes = _read_number("JAX_NUM_PROCESSES")
-    index = _read_number("JAX_PROCESS_ID")
-    jax.distributed.initialize(address, num_processes=processes, process_id=index)
+  # jax sets the variable where it has seen that there are no TPUs
+  on_tpu_vm = "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu")
+  launch = read_launch(os.environ, on_tpu_vm=bool(on_tpu_vm))
+  if launch is not None:
+    _join(launch)
+  if jax.process_count() == 1:
+    yield
+    return
+  with end_together():
+    yield
 
 
-def _read_number(name: str) -> int:
-  value = os.environ.get(name, "")
-  if not value.isdigit():
-    rule = "must be a whole number where JAX_COORDINATOR_ADDRESS is set"
-    raise UserError(f"{name}={value!r}: {rule}")
-  return int(value)
+def _join(launch: Launch) -> None:
+  """Joins this process to the others; prints who they are in the main one."""
+  # jax itself says nothing while it waits, and then ends the process without an exception
+  message = f"waiting for the other processes that {launch.by} has started, for 300 s at most"
+  patience = threading.Timer(30, print, (message,), {"flush": True})
+  patience.start()
+  try:
+    jax.distributed.initialize(
+      launch.address,
+      launch.processes,
+      launch.index,
+      local_device_ids=[] if launch.all_devices else None,  # [] restricts nothing
+      initialization_timeout=300,
+    )
+  except (ValueError, OSError) as error:  # OSError: of a TPU VM's metadata
+    if not launch.certain:
+      return
+    rule = f"give JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; {HOW_ALONE}"
+    message = f"{launch.by} started this process among others, but jax cannot join them ({error})"
+    raise UserError(f"{message}: {rule}") from error
+  finally:
+    patience.cancel()
+  if is_main() and (count := jax.process_count()) > 1:
+    joined = f"joined {count} processes with {jax.device_count()} devices, started by {launch.by}"
+    print(
+      f"{joined}; the coordinator is {distributed.global_state.coordinator_address}", flush=True
+    )
 
 
 def is_main() -> bool:

@@ -33,6 +33,7 @@ from jaxlm.checkpoint.manifest import write_manifest
 from jaxlm.checkpoint.read_back import Shapes, check_readable, shapes_of
 from jaxlm.paths import literal_path
 from jaxlm.train.state import TrainState, merge
+from sharding.failure import Attempt
 from sharding.multihost import is_main, run_on_main_process
 
 _log = logging.getLogger("jaxlm")
@@ -42,8 +43,9 @@ _ITEMS = (*TrainState._fields, "data")
 class Checkpoints:
   """Saves the checkpoints of one run in the background; `wait` and `close` wait for the writing.
 
-  A context manager that closes, except on KeyboardInterrupt, which is to leave at once. A save that
-  fails is logged, what it left is removed, and `saved` stays behind; the next one tries anew.
+  A context manager that closes, except on KeyboardInterrupt, which is to leave at once, and where a
+  collective has failed, because what is being written may wait for a process that is gone. A save
+  that fails is logged, what it left is removed, and `saved` stays behind; the next one tries anew.
   """
 
   def __init__(self, folder: Path, *, keep: int, keep_every: int = 0, saved: int = -1):
@@ -54,19 +56,25 @@ class Checkpoints:
     """Step of the newest checkpoint that is complete on disk, or -1."""
     self._absl_level = logging.getLogger("absl").level
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises
-    self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(*_ITEMS))
+    self._writer = ocp.AsyncCheckpointer(
+      ocp.CompositeCheckpointHandler(*_ITEMS),
+      async_options=ocp.AsyncOptions(barrier_sync_fn=self._wait_for_all),
+    )
     self._finisher: threading.Thread | None = None
+    self._attempt = Attempt()
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
-    if kind is not KeyboardInterrupt:
+    lost = kind is jax.errors.JaxRuntimeError and jax.process_count() > 1
+    if kind is not KeyboardInterrupt and not lost:
       self.close()
 
   def save(self, state: TrainState, data_state: dict) -> None:
     """Starts writing; waits only for the checkpoint before."""
     self.wait()
+    self._attempt = Attempt()
     step = int(state.step)
     if missing := run_on_main_process(lambda: self._missing_megabytes(state)):
       self._give_up(step, OSError(f"the disk lacks {missing:,} MB for it"))
@@ -122,6 +130,9 @@ class Checkpoints:
     disk = next(path for path in (self.folder, *self.folder.parents) if path.exists())
     return max(0, math.ceil((need - shutil.disk_usage(disk).free) / 1e6))
 
+  def _wait_for_all(self, *, key: str, timeout_ms: int) -> None:
+    self._attempt.wait_for_all(key, timeout_ms)
+
   def _finish(self, step: int, written: Shapes) -> None:
     try:
       self._writer.wait_until_finished()
@@ -140,6 +151,7 @@ class Checkpoints:
     first_line = (str(failure).splitlines() or [""])[0]
     reason = first_line.partition(" [tensorstore_spec")[0] or type(failure).__name__
     reason = reason if len(reason) < 300 else f"{reason[:100]} ... {reason[-150:]}"
+    self._attempt.give_up(reason)
     _log.error("step %d could not be saved, %s: %s", step, self.newest, reason)
     if is_main():
       with _logged("what was written of it stays"):

@@ -28,10 +28,10 @@ def train(arguments: list[str]) -> int:
     return 0 if arguments else 2
   config = without_flags(parse_config("train", arguments[0], arguments[1:], TrainFlags))
   from jaxlm.run import train
-  from sharding.multihost import join_processes
+  from sharding.multihost import joined_processes
 
-  join_processes()
-  return _exit_status(train(config))
+  with joined_processes():
+    return _exit_status(train(config))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,10 +103,11 @@ def resume(arguments: list[str]) -> int:
   other_text, schedule = values.pop("other_text"), values.pop("schedule")
   check(flags.run == run, "run", flags.run, f"a resumed run stays in its folder {run}")
   from jaxlm.run import resume
-  from sharding.multihost import join_processes
+  from sharding.multihost import joined_processes
 
-  join_processes()
-  return _exit_status(resume(run, TrainConfig(**values), schedule=schedule, other_text=other_text))
+  with joined_processes():
+    config = TrainConfig(**values)
+    return _exit_status(resume(run, config, schedule=schedule, other_text=other_text))
 
 
 def _fields(config: TrainConfig) -> dict[str, Any]:

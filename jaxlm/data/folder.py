@@ -39,7 +39,7 @@ class FolderText:
   names: tuple[str, ...]
   """Paths below the folder, POSIX, sorted."""
   notes: tuple[str, ...]
-  """Says for each reason how many files and folders were left out for it."""
+  """Says for each reason how many files and folders were left out for it, as "links: 3"."""
 
 
 def find_text(
@@ -79,7 +79,7 @@ def find_text(
         if not os.access(path, os.R_OK):
           raise UserError(f"{path}: cannot be read: permission denied")
         names.append(path.relative_to(root).as_posix())
-  notes = tuple(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+  notes = tuple(f"{reason}: {count:,}" for reason, count in sorted(left_out.items()))
   return FolderText(tuple(sorted(names)), notes)
 
 

@@ -159,11 +159,15 @@ class Reader:
 
     Raises Fault for bytes that are no text.
     """
-    replace = self.config.invalid_utf8 == "replace"
-    if fault := first_fault([raw], where, allow_invalid=replace):
+    try:
+      if b"\0" not in raw:
+        return raw.decode(), 0
+    except UnicodeDecodeError:
+      pass
+    if fault := first_fault([raw], where, allow_invalid=self.config.invalid_utf8 == "replace"):
       raise fault
     text = raw.decode(errors="replace")
-    return text, text.count("\ufffd") - raw.count("\ufffd".encode()) if replace else 0
+    return text, text.count("\ufffd") - raw.count("\ufffd".encode())
 
   def record(self, name: str, value: Any, where: str) -> Iterator[Piece]:
     """Yields the pieces of a record's text field, given as str or as the bytes of one."""

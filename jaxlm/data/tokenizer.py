@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from jaxlm.config import DataConfig
-from jaxlm.data.placeholder import describe_placeholder
+from jaxlm.data.placeholder import find_placeholder
 from pallas_kernels.common.errors import UserError
 
 FILE = "tokenizer.json"
@@ -21,9 +21,8 @@ END_OF_TEXT = (
   *("<|eos|>", "<EOS>", "[EOS]", "<|im_end|>", "<|eot_id|>", "<|end|>"),
 )
 """Names of the token that ends a text, of which the first that a tokenizer has counts."""
-BATCH = (
-  128  # texts that the library encodes in parallel; it needs some 100 bytes per token while it does
-)
+BATCH, BATCH_SIZE = 128, 1 << 22
+"""texts, and characters, that the library encodes in parallel, at some 100 bytes per token"""
 
 
 class Excerpt(NamedTuple):
@@ -119,8 +118,8 @@ class BPETokenizer:
     if not path.is_file():
       raise UserError(f"data.tokenizer={str(path)!r}: no such file (or bytes, or bpe:SIZE)")
     content = path.read_bytes()
-    if (description := describe_placeholder(content)) is not None:
-      raise UserError(f"{path}: is {description}")
+    if (placeholder := find_placeholder(content)) is not None:
+      raise UserError(f"{path}: is {placeholder.description}")
     return cls.parse(content, f"data.tokenizer={str(path)!r}")
 
   @classmethod
@@ -143,16 +142,21 @@ class BPETokenizer:
 
   def encode_all(self, excerpts: Iterable[Excerpt]) -> Iterator[np.ndarray]:
     """Yields the ids of each excerpt, many of which are encoded in parallel."""
-    rest = iter(excerpts)
-    while batch := list(itertools.islice(rest, BATCH)):
+    for batch in _batches(excerpts):
       ids = self._ids([excerpt.before + excerpt.text for excerpt in batch])
       before_ids = self._ids([excerpt.before for excerpt in batch])
       for excerpt, ids_S, before in zip(batch, ids, before_ids):
         if excerpt.before and ids_S[: len(before)] == before:
           ids_S = ids_S[len(before) :]
-        elif excerpt.before:  # a token goes on over the border: the excerpt is a text of its own
-          ids_S = self._ids([excerpt.text])[0]
+        elif excerpt.before:  # a token goes on over the border
+          ids_S = self._ids_inside(excerpt.text)
         yield np.array(ids_S, self.dtype)
+
+  def _ids_inside(self, text: str) -> list[int]:
+    """Returns the ids of a text that goes on within another one, without a space before it."""
+    line_break, ids = self._ids(["\n", "\n" + text])
+    apart = ids[: len(line_break)] == line_break
+    return ids[len(line_break) :] if apart else self._ids([text])[0]
 
   def _ids(self, texts: list[str]) -> list[list[int]]:
     encodings = self.model.encode_batch_fast(texts, add_special_tokens=False)
@@ -166,9 +170,65 @@ class BPETokenizer:
     """Returns the ids of the vocabulary and of the added tokens, which may leave gaps."""
     return np.sort(np.fromiter(self.model.get_vocab(with_added_tokens=True).values(), np.int64))
 
+  def start_ids(self) -> tuple[int, ...]:
+    """Returns the ids that the file puts before every text, often one or none."""
+    text_ids = self.model.encode("a", add_special_tokens=False).ids
+    ids = self.model.encode("a").ids
+    starts = range(len(ids) - len(text_ids) + 1)
+    start = next((i for i in starts if ids[i : i + len(text_ids)] == text_ids), 0)
+    return tuple(ids[:start])
+
   def save(self, folder: Path) -> None:
     """Writes tokenizer.json into the folder."""
     self.model.save(str(Path(folder) / FILE))
+
+
+def _batches(excerpts: Iterable[Excerpt]) -> Iterator[list[Excerpt]]:
+  """Yields groups of at most BATCH excerpts, and of little more than BATCH_SIZE characters."""
+  batch, size = list[Excerpt](), 0
+  for excerpt in excerpts:
+    batch.append(excerpt)
+    size += len(excerpt.text)
+    if len(batch) == BATCH or size >= BATCH_SIZE:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+def as_library_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+  """Returns a tokenizer of the library with the same ids, which puts eos before every text.
+
+  That is how a run's texts start. NUL, the end of a text of bytes, is <|endoftext|> there.
+  """
+  if isinstance(tokenizer, BPETokenizer):
+    model = tokenizers.Tokenizer.from_str(tokenizer.model.to_str())
+  else:
+    vocabulary = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    del vocabulary[_byte_letters()[tokenizer.eos]]
+    model = tokenizers.Tokenizer(
+      tokenizers.models.BPE(vocabulary | {END_OF_TEXT[0]: tokenizer.eos}, [])
+    )
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+      add_prefix_space=False, use_regex=False
+    )
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.add_special_tokens([END_OF_TEXT[0]])
+  end = model.id_to_token(tokenizer.eos)
+  model.post_processor = tokenizers.processors.TemplateProcessing(
+    single=f"{end} $A", pair=f"{end} $A {end} $B", special_tokens=[(end, tokenizer.eos)]
+  )
+  return model
+
+
+def _byte_letters() -> list[str]:
+  """Returns the letter that stands for each byte in byte-level vocabularies, as in GPT-2's.
+
+  Printable bytes stand for themselves, the others for the letters from U+0100 on.
+  """
+  printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+  others = itertools.count(256)
+  return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def train_bpe(texts: Iterable[str], size: int) -> BPETokenizer:

@@ -95,8 +95,9 @@ class StoreWriter:
         self.place.files[TOKENIZER_FILE] = tokenizer.model.to_str().encode()
       while (better := self._write_arrays(progress, tokenizer)) is not None:
         progress = self._restart(better)
-    except UserError:
-      if content is None:
+    except UserError as error:
+      unreadable = isinstance(error.__cause__, OSError)  # goes on where the disk is back
+      if content is None and not (unreadable and progress.sides):
         self._remove()
       raise
     return TokenStore.open(self.place)

@@ -29,6 +29,7 @@ from jaxlm.interop.hub_folder import (
   is_checkpoint,
   local_folder,
 )
+from jaxlm.interop.hub_text import NO_TEXT_FILES, TextFiles
 from jaxlm.interop.placement import TensorSource, assemble
 from jaxlm.interop.safetensors import Entry, MappedFile
 from jaxlm.interop.tensor_checks import check_tensors, check_tied_head
@@ -140,13 +141,18 @@ def _shard_targets(config: ModelConfig, dtype: np.dtype, folder: Path) -> Any:
 
 
 def save(
-  path: str | Path, config: ModelConfig, params: Any, *, max_file_bytes: int = 5 * 10**9
+  path: str | Path,
+  config: ModelConfig,
+  params: Any,
+  *,
+  max_file_bytes: int = 5 * 10**9,
+  text_files: TextFiles = NO_TEXT_FILES,
 ) -> None:
   """Writes a checkpoint folder that transformers and other tools open, as `load` does.
 
   Weights keep their dtype; a tree of gradients can be saved likewise. More than `max_file_bytes`
-  of weights go to several files with an index. config.json is written last, so that an
-  interrupted folder does not load.
+  of weights go to several files with an index. `text_files` are the tokenizer and what belongs to
+  it. config.json is written last, so that an interrupted folder does not load.
 
   Raises UserError, before it writes anything, for a folder that holds a checkpoint already, a
   configuration that none of the architectures can express, and parameters of another shape than
@@ -160,7 +166,7 @@ def save(
     listed = ", ".join(sorted(map(str, dtypes)))
     raise UserError(f"params: types {listed}, must be one of float32, bfloat16, float16")
   dtype = dtypes.pop()
-  description = write_config(config, str(dtype))
+  description = write_config(config, str(dtype)) | text_files.token_ids
   needed = {name: (weight, row) for weight in leaves for row, name in enumerate(weight.names)}
 
   def read(name: str) -> np.ndarray:
@@ -180,6 +186,8 @@ def save(
     weight_map = {name: file for file, names in zip(files, groups) for name in names}
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     _write_json(folder / INDEX, index)
+  for name, content in text_files.files.items():
+    (folder / name).write_bytes(content)
   _write_json(folder / CONFIG, description)
 
 

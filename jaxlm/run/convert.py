@@ -20,11 +20,12 @@ from jaxlm.data.corpus import absolute_paths
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer
 from jaxlm.interop import huggingface
+from jaxlm.interop.hub_text import keep_text_files, make_text_files
 from jaxlm.paths import local_path
 from jaxlm.run.environment import differences
 from jaxlm.run.lock import only_writer
 from jaxlm.run.refusal import new_files_removed_if_failed
-from jaxlm.run.resolve import load_initial_weights
+from jaxlm.run.resolve import keep_published, load_initial_weights
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.saved_run import SavedRun
 from jaxlm.run.text import TextTask
@@ -47,9 +48,9 @@ def convert(
 
   `source` is the folder of a run or of a checkpoint, or `hf:owner/name`. A written checkpoint has
   weights of type `dtype`, by default float32, in which runs keep theirs. A written run has
-  `config`, by default `tuning_config`; `dtype` must be None or float32 there. tokenizer.json is
-  copied. Returns a line that says what was written. Raises UserError as `huggingface.load` and
-  `save` do.
+  `config`, by default `tuning_config`; `dtype` must be None or float32 there. The tokenizer and
+  what belongs to it go along: a text starts and ends with the same tokens. Returns a line that says
+  what was written. Raises UserError as `huggingface.load` and `save` do.
   """
   weight_dtype = huggingface.resolve_dtype("float32" if dtype is None else dtype)
   if huggingface.is_checkpoint(source):
@@ -59,7 +60,8 @@ def convert(
     return _write_run(config, tuning_config(source, target, ignored))
   folder = local_path(target, "target")
   huggingface.check_new(folder)
-  return _write_checkpoint(SavedRun.open(source), folder, weight_dtype)
+  published = RunFolder(local_path(source, "source")).published
+  return write_checkpoint(SavedRun.open(source), published, folder, weight_dtype)
 
 
 def tuning_config(
@@ -85,18 +87,20 @@ def tuning_config(
   )
 
 
-def _write_checkpoint(run: SavedRun, target: Path, dtype: np.dtype) -> str:
+def write_checkpoint(run: SavedRun, published: Path, target: Path, dtype: np.dtype) -> str:
+  """Writes weights and tokenizer; `published` has the text files that the run started from."""
   model = run.config.model
   if model.max_length is None:
     model = dataclasses.replace(model, max_length=run.config.data.length)
   params = jax.tree.map(lambda w: w.astype(dtype), run.params)
-  tokens = "no tokenizer.json: its tokens are bytes"
+  if (published / TOKENIZER_FILE).is_file():
+    text_files = keep_text_files(published, run.tokenizer.eos, model.V)
+  else:
+    text_files = make_text_files(run.tokenizer, model.V, model.max_length or 0)
   with new_files_removed_if_failed(target):
-    huggingface.save(target, model, params)
-    if isinstance(run.tokenizer, BPETokenizer):
-      run.tokenizer.save(target)
-      tokens = TOKENIZER_FILE
-  return f"{target}: weights of step {run.step} in {dtype}, config.json, {tokens}"
+    huggingface.save(target, model, params, text_files=text_files)
+  names = ", ".join(["config.json", *text_files.files])
+  return f"{target}: weights of step {run.step} in {dtype}, {names}"
 
 
 def _write_run(config: TrainConfig, given: TrainConfig) -> str:
@@ -114,6 +118,7 @@ def _write_run(config: TrainConfig, given: TrainConfig) -> str:
     state = jax.jit(initialize, donate_argnums=0)(Start(params))
     run.create(config)
     shutil.copy(config.data.tokenizer, run.path / TOKENIZER_FILE)
+    keep_published(config, run)
     with Checkpoints(run.checkpoints, keep=config.keep) as checkpoints:
       checkpoints.save(state, FIRST_POSITION)
     if checkpoints.saved != 0:

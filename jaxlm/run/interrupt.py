@@ -60,7 +60,8 @@ class StopRequest:
 
   def __exit__(self, *exception: Any) -> None:
     for number, handler in self._before.items():
-      signal.signal(number, handler)
+      if handler is not None:  # jax's runtime set it, not Python, which cannot set it again
+        signal.signal(number, handler)
 
   def reached(self, step: int) -> bool:
     """Returns whether to stop before `step`: the same in all processes, which all ask each time."""

@@ -18,7 +18,6 @@ from jaxlm.config import TrainConfig
 from jaxlm.run.environment import record_start
 from jaxlm.run.guard import Guard
 from jaxlm.run.interrupt import StopRequest
-from jaxlm.run.memory import keep_freed_memory
 from jaxlm.run.metrics import Reporter, print_status
 from jaxlm.run.plot import draw_loss
 from jaxlm.run.run_folder import RunFolder, log_to
@@ -69,8 +68,6 @@ def train_from(
   Calls `first_step_done` in all processes before anything of a step is recorded or saved. `before`
   is the configuration that a resumed run has had so far.
   """
-  if config.keep_freed_memory and jax.default_backend() == "cpu":
-    keep_freed_memory()
   with (
     log_to(folder.log if is_main() else None),
     StopRequest(config.stop_seconds) as stop,
@@ -210,7 +207,7 @@ class _Run:
     if saved < step:
       _log.error("step %d of %d is not saved, %s", step, steps, self.checkpoints.newest)
     elif step < steps:
-      reason = self.stop.reason or "another process"
+      reason = self.stop.reason or "SIGTERM, or another process"
       print_status(f"stopped and saved at step {step} of {steps} ({reason})")
       print_status(f"resumable; go on with: jaxlm resume {self.folder.path}")
     elif is_main():

@@ -1,6 +1,8 @@
 """Keeps glibc from returning freed memory after every step (CPU only), and formats memory use."""
 
 import ctypes
+import importlib.metadata
+import importlib.util
 import logging
 import resource
 import sys
@@ -29,6 +31,26 @@ def keep_freed_memory() -> bool:
     "malloc keeps freed memory (keep_freed_memory)" if done else "mallopt had no effect"
   )
   return done
+
+
+def keep_freed_memory_on_cpu() -> None:
+  """Calls `keep_freed_memory` where jax runs on CPU.
+
+  Has to come before jax is first used: the threads that jax starts then stay with the part of the
+  heap that they began with, and return a large step's temporaries whatever malloc is told later.
+  """
+  if _runs_on_cpu():
+    keep_freed_memory()
+
+
+def _runs_on_cpu() -> bool:
+  """Returns whether jax runs on CPU; starts it only where an accelerator's plugin is installed."""
+  if platforms := jax.config.values["jax_platforms"]:
+    return platforms.startswith("cpu")
+  plugins = importlib.metadata.entry_points(group="jax_plugins")
+  if not plugins and not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):
+    return True
+  return jax.default_backend() == "cpu"
 
 
 def memory_in_use() -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxlm.config import TrainConfig, check
+from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.interop import huggingface
+from jaxlm.interop.hub_text import read_published
+from jaxlm.run.run_folder import RunFolder
 from jaxlm.train.stages import cut_layers, make_schedule
 from pallas_kernels.common.errors import UserError
 
@@ -48,6 +52,21 @@ def with_initial_model(config: TrainConfig) -> TrainConfig:
 def load_initial_weights(config: TrainConfig) -> Any:
   """Returns the weights of the checkpoint `config.init` in float32, on the current mesh."""
   return huggingface.load(config.init, "float32", _ignored(config))[1]
+
+
+def keep_published(config: TrainConfig, run: RunFolder) -> None:
+  """Copies what the checkpoint `config.init` says of its text into the run, for an export.
+
+  Copies nothing where the run has another tokenizer than the checkpoint.
+  """
+  if not config.init:
+    return
+  folder = huggingface.local_folder(config.init)
+  if Path(config.data.tokenizer).resolve() != (folder / TOKENIZER_FILE).resolve():
+    return
+  run.published.mkdir(exist_ok=True)
+  for name, content in read_published(folder).items():
+    (run.published / name).write_bytes(content)
 
 
 def _ignored(config: TrainConfig) -> huggingface.Ignored:

@@ -45,6 +45,7 @@ class RunFolder:
   environment = property(lambda self: self.path / "environment.json")
   text = property(lambda self: self.path / "text.json")
   trackers = property(lambda self: self.path / "trackers.json")
+  published = property(lambda self: self.path / "published")
 
   @classmethod
   def at(cls, name: str | Path, field: str = "run") -> RunFolder:

@@ -19,6 +19,7 @@ from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, check_vocabulary, load_tokenizer
 from jaxlm.decode import NoDistribution, Sampler, generate
 from jaxlm.interop import huggingface
+from jaxlm.interop.hub_text import read_end_ids
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.text import TextTask
 from jaxlm.train.state import init_state
@@ -41,7 +42,8 @@ class SavedRun:
   params: Any
   step: int
   start_ids: tuple[int, ...]
-  """what a text begins with: the end of document, or what a published tokenizer puts there"""
+  """what a text begins with: the end of document, or in a published folder and in runs that start
+  from one what its tokenizer puts there"""
   end_ids: tuple[int, ...]
   """ids that end a text: the end of document, or what a published folder names"""
 
@@ -71,7 +73,12 @@ class SavedRun:
       like = jax.eval_shape(lambda: init_state(config, TextTask(config)))
       params = restore_weights(checkpoint_path(folder.checkpoints, newest), like)
     tokenizer = load_tokenizer(folder.path, config.data, config.model.V)
-    return cls(config, tokenizer, params, newest, (tokenizer.eos,), (tokenizer.eos,))
+    start_ids: tuple[int, ...] = (tokenizer.eos,)  # what stands before every document of the text
+    end_ids = [tokenizer.eos]
+    if (folder.published / TOKENIZER_FILE).is_file() and isinstance(tokenizer, BPETokenizer):
+      start_ids = tokenizer.start_ids()
+      end_ids = [*read_end_ids(folder.published, config.model.V), tokenizer.eos]
+    return cls(config, tokenizer, params, newest, start_ids, tuple(dict.fromkeys(end_ids)))
 
   @classmethod
   def _open_published(
@@ -86,8 +93,8 @@ class SavedRun:
       data=DataConfig(source="", tokenizer=str(folder / TOKENIZER_FILE)),
       mesh=MeshConfig(data=1),
     )
-    start_ids = tuple(tokenizer.model.encode("").ids)
-    return cls(config, tokenizer, params, 0, start_ids, (tokenizer.eos,))
+    end_ids = read_end_ids(folder, model.V) or (tokenizer.eos,)
+    return cls(config, tokenizer, params, 0, tokenizer.start_ids(), end_ids)
 
   def sample(self, prompt: str, *, sampler: Sampler, max_new: int, seed: int = 0) -> str:
     """Returns the text that continues the prompt, up to `max_new` tokens or the document's end.
@@ -96,9 +103,9 @@ class SavedRun:
     if there is one, where the logits are NaN.
     """
     check_seed(seed)
-    ends = self.end_ids
+    ends = list(self.end_ids)
     prompt_ids = self.tokenizer.encode(prompt).tolist()
-    context_ids = [*self.start_ids, *prompt_ids] or [ends[0]]
+    context_ids = [*self.start_ids, *prompt_ids] or [self.tokenizer.eos]
     drawable_V = np.isin(np.arange(self.config.model.V), [*self.tokenizer.list_ids(), *ends])
     try:
       ids_M = generate(

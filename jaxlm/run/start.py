@@ -20,6 +20,7 @@ from jaxlm.paths import local_path
 from jaxlm.run.compatibility import check_compatible
 from jaxlm.run.lock import only_writer
 from jaxlm.run.loop import TrainResult, train_from
+from jaxlm.run.memory import keep_freed_memory_on_cpu
 from jaxlm.run.output import forgiving_output
 from jaxlm.run.refusal import undone_unless_kept
 from jaxlm.run.run_folder import RunFolder
@@ -59,7 +60,12 @@ def with_run_folder(config: TrainConfig) -> TrainConfig:
 
 
 def check_run(config: TrainConfig) -> None:
-  """Raises UserError for what is wrong with any run: what is missing, or does not divide."""
+  """Raises UserError for what is wrong with any run: what is missing, or does not divide.
+
+  It is the first that asks jax for its devices.
+  """
+  if config.keep_freed_memory:
+    keep_freed_memory_on_cpu()
   check_schedule(config.optimizer, config.steps)
   check_trackers(config)
   sizes = config.mesh.resolve(jax.device_count())

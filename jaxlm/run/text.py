@@ -26,6 +26,7 @@ from jaxlm.run.metrics import print_status
 from jaxlm.run.output import forgiving_output
 from jaxlm.run.resolve import (
   check_mesh,
+  keep_published,
   load_initial_weights,
   with_initial_model,
   with_vocabulary,
@@ -249,8 +250,9 @@ class TextTask(Task):
     return train_flops_of_rows(self.config.model, positions_BT, batch.weights_BT > 0)
 
   def save(self, folder: Path) -> None:
-    """Writes the tokenizer and the digests of the text."""
+    """Writes the tokenizer, what the initial checkpoint says of it, and the digests of the text."""
     self.text.tokenizer.save(folder)
+    keep_published(self.config, RunFolder(folder))
     record_text(RunFolder(folder), self.text)
 
   def references(self) -> dict[str, float]:

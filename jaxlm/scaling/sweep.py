@@ -23,7 +23,7 @@ from jaxlm.checkpoint.atomic import write_text
 from jaxlm.config import DataConfig, MeshConfig, TrainConfig, check
 from jaxlm.config_json import from_dict, to_dict
 from jaxlm.data.loader import TextData, load_text
-from jaxlm.run.memory import keep_freed_memory
+from jaxlm.run.memory import keep_freed_memory_on_cpu
 from jaxlm.run.resolve import with_initial_model, with_vocabulary
 from jaxlm.run.text import TextTask
 from jaxlm.run.together import MakeTask, Outcome, Together
@@ -63,8 +63,8 @@ def sweep(
   make_task = make_task or text_tasks()
   rows = {row["config"]: row for row in read_table(Path(table))}
   waiting = [run for run in runs if run.digest not in rows]
-  if config.keep_freed_memory and jax.default_backend() == "cpu":
-    keep_freed_memory()
+  if config.keep_freed_memory:
+    keep_freed_memory_on_cpu()
   programs: dict[str, Together] = {}
   with jax.set_mesh(make_mesh(MeshConfig(data=1))):
     for group in _group(waiting, together):

@@ -1,6 +1,6 @@
 """Computes updates; parameters are treated by their declared role.
 
-A rule from optax gives a direction, and `update` moves the parameters:
+A rule gives a direction, and `update` moves the parameters:
 p -= rate * (direction + weight_decay * p), the decay for "matrix" and "head" alone.
 """
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxlm.config import OptimizerConfig, check
+from jaxlm.train.muon import scale_by_muon
 from sharding.rules import is_sharded
 
 DECAYED = ("matrix", "head")
@@ -33,28 +33,31 @@ def make_optimizer(config: OptimizerConfig, roles: Any) -> optax.GradientTransfo
     rule = f"decays {' and '.join(DECAYED)}, but the roles are {sorted(present)}; state 0"
     check(not present.isdisjoint(DECAYED), "optimizer.weight_decay", config.weight_decay, rule)
   if config.name == "adamw":
-    return optax.scale_by_adam(config.b1, config.b2, config.eps)
+    return _on_mesh(optax.scale_by_adam(config.b1, config.b2, config.eps))
   if config.name == "adafactor":
     clipped = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
-    return _for_each_parameter(clipped, roles)
+    return _on_mesh(_for_each_parameter(clipped, roles))
   check("matrix" in present, "optimizer.name", "muon", f"needs a matrix; roles: {sorted(present)}")
-  return optax.chain(
-    muon(
-      1.0,
-      beta=config.momentum,
-      eps=config.eps,
-      adam_b1=config.b1,
-      adam_b2=config.b2,
-      muon_weight_dimension_numbers=jax.tree.map(_muon_axes, roles),
-      consistent_rms=config.muon_scale,
-    ),
-    optax.scale(-1.0),  # optax's muon includes the learning rate, and with it the sign
+  adam = optax.scale_by_adam(config.b1, config.b2, config.eps, nesterov=True)
+  rules = {
+    "matrix": scale_by_muon(config.momentum, config.eps, config.muon_scale),
+    "other": _on_mesh(adam),
+  }
+  return optax.partition(
+    rules, jax.tree.map(lambda role: role if role == "matrix" else "other", roles)
   )
 
 
-def _muon_axes(role: str) -> MuonDimensionNumbers | None:
-  """Returns which axes of a parameter are orthogonalised together; None leaves it to adam."""
-  return MuonDimensionNumbers(-2, -1) if role == "matrix" else None
+def _on_mesh(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Returns a rule of optax, which names no shardings, with the compiler choosing them inside."""
+
+  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    if not is_sharded():
+      return rule.update(grads, state, params)
+    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (grads, state))
+    return jax.sharding.auto_axes(rule.update, out_sharding=shardings)(grads, state, params)
+
+  return optax.GradientTransformation(rule.init, update)
 
 
 def _for_each_parameter(rule: optax.GradientTransformation, roles: Any) -> Any:
@@ -87,24 +90,11 @@ def update(
   rate: jax.Array,
   weight_decay: jax.Array,
 ) -> tuple[Any, Any]:
-  """Returns (new parameters, new optimizer state), sharded as before.
+  """Returns (new parameters, new optimizer state), sharded as before."""
+  directions, opt_state = optimizer.update(grads, opt_state, params)
 
-  Rules come from a library that names no shardings, so on a mesh the compiler chooses inside.
-  """
+  def move(role: str, p: jax.Array, direction: jax.Array) -> jax.Array:
+    decayed = direction + weight_decay * p if role in DECAYED else direction
+    return (p - rate * decayed).astype(p.dtype)
 
-  def apply(
-    grads: Any, opt_state: Any, params: Any, rate: jax.Array, weight_decay: jax.Array
-  ) -> tuple[Any, Any]:
-    directions, opt_state = optimizer.update(grads, opt_state, params)
-
-    def move(role: str, p: jax.Array, direction: jax.Array) -> jax.Array:
-      decayed = direction + weight_decay * p if role in DECAYED else direction
-      return (p - rate * decayed).astype(p.dtype)
-
-    return jax.tree.map(move, roles, params, directions), opt_state
-
-  if not is_sharded():
-    return apply(grads, opt_state, params, rate, weight_decay)
-  shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (params, opt_state))
-  sharded = jax.sharding.auto_axes(apply, out_sharding=shardings)
-  return sharded(grads, opt_state, params, rate, weight_decay)
+  return jax.tree.map(move, roles, params, directions), opt_state

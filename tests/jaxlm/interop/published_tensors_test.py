@@ -120,10 +120,11 @@ def test_a_file_in_the_place_of_another_is_called_what_it_is(kind, name, folder)
 
 def test_every_command_that_reads_weights_names_a_pointer(folder, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
+  (tmp_path / "other.txt").write_text("some words\n" * 99)
   (folder / "tokenizer.json").write_bytes(PLACEHOLDERS["an HTML page"])
   commands = (
     ["sample", "model"],
-    ["eval", "model"],
+    ["eval", "model", "--data.source", "other.txt"],
     ["convert", "model", "out"],
     ["train", "micro", "--init", "model", "--run", "new"],
   )
@@ -135,7 +136,7 @@ def test_every_command_that_reads_weights_names_a_pointer(folder, tmp_path, monk
   for command in commands:
     assert main(command) == 2
     assert "model/model.safetensors: is a Git LFS pointer" in capsys.readouterr().err
-  assert {path.name for path in tmp_path.iterdir()} == {"model", "other.json"}
+  assert {path.name for path in tmp_path.iterdir()} == {"model", "other.json", "other.txt"}
 
 
 def tokenizer_file(folder):

@@ -1,18 +1,24 @@
 """Two processes, and four, that share a run have the batches and the losses of one."""
 
+import re
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.reliability.comparison import same_end
 from benchmarks.reliability.processes import cluster, finish, start
 from jaxlm.checkpoint.folder import finished_steps
 from jaxlm.run.run_folder import RunFolder, read_records
+from sharding.failure import SILENCE
 
 FLAGS = (
   "--steps 6 --save_every 3 --eval_every 3 --eval_batches 2 --batch 8 --accumulate 2 --keep 5 "
   "--optimizer.warmup 1 --model.D 16 --model.pattern.0.feedforward.F 16 "
-  "--model.pattern.0.mixer.H 8 --data.length 32 --data.layout packed --mesh.data 2 --mesh.fsdp 2"
+  "--model.pattern.0.mixer.H 8 --model.pattern.0.mixer.K 2 --data.length 32 --data.layout packed "
+  "--mesh.data 2 --mesh.fsdp 2 --mesh.tensor 2"
 ).split()
 
 
@@ -35,11 +41,11 @@ jax.make_mesh = interleaved
 def run(
   folder: Path, *arguments: str, processes: int, status: int = 0, setup: str = ""
 ) -> list[str]:
-  """Runs the command in so many processes with 4 devices together, after the lines `setup`.
+  """Runs the command in so many processes with 8 devices together, after the lines `setup`.
 
   Returns what each printed; the first has to end with this status.
   """
-  devices = {"JAX_NUM_CPU_DEVICES": str(4 // processes)}
+  devices = {"JAX_NUM_CPU_DEVICES": str(8 // processes)}
   files = [f"printed{index}.txt" for index in range(processes)]
   started = [
     start(folder, *arguments, setup=setup, printed=file, **devices, **shared)
@@ -55,6 +61,7 @@ def run(
 def runs(folder) -> tuple[RunFolder, RunFolder, list[str]]:
   train = ["train", "micro", "--data.source", "text", *FLAGS]
   run(folder, *train, "--run", "one", processes=1)
+  run(folder, *train, "--run", "four", processes=4)
   printed = run(folder, *train, "--run", "two", processes=2)
   return RunFolder(folder / "one"), RunFolder(folder / "two"), printed
 
@@ -75,7 +82,6 @@ def test_two_processes_have_the_losses_of_one(runs):
 @pytest.mark.slow
 def test_four_processes_too(runs, folder):
   one, _, _ = runs
-  run(folder, "train", "micro", "--data.source", "text", *FLAGS, "--run", "four", processes=4)
   want, got = (list(read_records(run.metrics)) for run in (one, RunFolder(folder / "four")))
   for name in ("loss", "tokens", "grad_norm"):
     np.testing.assert_allclose(
@@ -103,15 +109,70 @@ def test_one_process_speaks_and_both_write_the_checkpoints(runs):
   assert finished_steps(two.checkpoints) == [3, 6]
 
 
+DIES = """
+import os
+from benchmarks.reliability.kills import die_in
+if os.environ["JAX_PROCESS_ID"] == "1":
+  die_in("jaxlm.run.guard", "Guard.limit", 5, 0.0)  # before step 5; step 3 was saved
+"""
+
+
+@pytest.mark.slow
+def test_kill_of_one_process_ends_the_other_and_the_run_goes_on_bit_for_bit(runs, folder):
+  _, two, _ = runs
+  train = ["train", "micro", "--data.source", "text", *FLAGS, "--run", "killed"]
+  main, other = (
+    start(
+      folder,
+      *train,
+      setup=DIES,
+      printed=f"killed{shared['JAX_PROCESS_ID']}.txt",
+      JAX_NUM_CPU_DEVICES="4",
+      **shared,
+    )
+    for shared in cluster(2)
+  )
+  assert finish(folder, other, "killed1.txt")[0] == -signal.SIGKILL
+  died = time.monotonic()
+  status, printed = finish(folder, main, "killed0.txt")
+  assert status == 1 and time.monotonic() - died < SILENCE + 30, printed
+  assert re.search("cannot reach another one|process 1 of 2 is gone", printed), printed
+  run(folder, "resume", "killed", processes=2)
+  assert same_end(RunFolder(folder / "killed"), two)
+
+
+DISK_FULL_IN_ONE = """
+import os, resource
+if os.environ["JAX_PROCESS_ID"] == "1":
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_process_is_told_by_all_and_no_success(folder):
+  """What one process cannot write, no other waits for."""
+  train = ["train", "micro", "--data.source", "text", *FLAGS, "--run", "full"]
+  main, other = run(folder, *train, processes=2, status=1, setup=DISK_FULL_IN_ONE)
+  for step in (3, 6):
+    assert f"step {step} could not be saved, there is no checkpoint yet" in main, main
+    assert f"step {step} could not be saved" in other and "File too large" in other, other
+  assert "process 1" in main and "step 6 of 6 is not saved" in main, main
+  assert finished_steps(RunFolder(folder / "full").checkpoints) == []
+
+
 @pytest.mark.slow
 def test_runs_go_on_with_another_number_of_processes(runs, folder):
-  """What two processes saved one resumes, and the other way round: both end alike."""
+  """What two processes saved one resumes, what one or four saved two do: all end alike."""
   one, two, _ = runs
   run(folder, "resume", "two", "--steps", "8", processes=1)
   run(folder, "resume", "one", "--steps", "8", processes=2)
-  want, got = ([record["loss"] for record in read_records(run.metrics)] for run in (one, two))
+  run(folder, "resume", "four", "--steps", "8", processes=2)
+  want = [record["loss"] for record in read_records(one.metrics)]
   assert len(want) == 8
-  np.testing.assert_allclose(got, want, rtol=1e-6)
+  for other in (two, RunFolder(folder / "four")):
+    np.testing.assert_allclose(
+      [record["loss"] for record in read_records(other.metrics)], want, rtol=1e-6
+    )
 
 
 @pytest.mark.slow
