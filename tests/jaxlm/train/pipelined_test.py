@@ -53,7 +53,7 @@ QUICK = 1
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_in_less_time():
-  """Switches XLA's optimisations off in slow tests too; `tests/jaxlm/run/stages_test.py` has all."""
+  """Switches XLA's optimisations off in slow tests too; `stages_test.py` has all of them."""
   before = jax.config.values["jax_disable_most_optimizations"]
   jax.config.update("jax_disable_most_optimizations", True)
   yield
