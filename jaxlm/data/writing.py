@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
 
 from jaxlm.config import DataConfig
 from jaxlm.data.arrays import Place
@@ -133,6 +134,8 @@ class StoreWriter:
         shutil.rmtree(self.place.folder / side, ignore_errors=True)
       for file in (PROGRESS, TOKENIZER_FILE):
         (self.place.folder / file).unlink(missing_ok=True)
+    elif self.place.address:
+      self.place.files.delete_range(ts.KvStore.KeyRange()).result()
 
   def _trained_tokenizer(self, progress: Progress) -> tuple[Tokenizer, Progress]:
     """Trains the tokenizer on the training side, under the split that turns out to be right."""
