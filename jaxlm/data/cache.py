@@ -19,7 +19,7 @@ from jaxlm.data.store import FINISHED, TokenStore, is_store
 from jaxlm.data.tokenize import fixed_tokenizer, make_store_plan, tokenize, tokenize_in_memory
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.writing import Report, TextTooLarge
-from jaxlm.paths import local_path, user_cache
+from jaxlm.paths import is_address, local_path, user_cache
 from pallas_kernels.common.errors import UserError
 
 IN_MEMORY = 1 << 26  # bytes of the largest text whose tokens are held in memory
@@ -36,8 +36,8 @@ def open_text(
   tokenizer or split than `config` asks for.
   """
   folder = Path(config.source).expanduser()
-  if is_store(folder):
-    store = TokenStore.open(Place(folder))
+  if is_address(config.source) or is_store(folder):
+    store = TokenStore.open(Place.at(config.source, "data.source"))
     _check_given_store(store, config, tokenizer)
     return store
   source = open_source(config)

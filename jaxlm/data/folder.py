@@ -116,13 +116,14 @@ def _reason_of_file(
     return "files and folders of the system or hidden"
   if not name.lower().endswith(endings):
     return "files of other endings"
-  if not path.is_symlink():
-    return _seen_before(path, seen) if path.is_file() else "files that are no regular ones"
-  if not path.exists():
+  link = path.is_symlink()
+  if link and not path.exists():
     return "links to nothing"
-  if not (follow_links or _is_hub_link(path)):
+  if link and not (follow_links or _is_hub_link(path)):
     return "links not followed (data.follow_links)"
-  return _seen_before(path, seen) if path.is_file() else "files that are no regular ones"
+  if not path.is_file():
+    return "files that are no regular ones"
+  return _seen_before(path, seen) if link or follow_links else ""
 
 
 def _is_of_system(name: str) -> bool:

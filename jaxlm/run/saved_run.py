@@ -20,6 +20,7 @@ from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, check_vocabulary, load
 from jaxlm.decode import NoDistribution, Sampler, generate
 from jaxlm.interop import huggingface
 from jaxlm.interop.hub_text import read_end_ids
+from jaxlm.run.remote import working_copy
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.text import TextTask
 from jaxlm.train.state import init_state
@@ -66,7 +67,11 @@ class SavedRun:
     rule = "is for Hugging Face checkpoints; this is a run"
     check(dtype is None, "dtype", dtype, rule)
     check(ignored == huggingface.NOTHING, "ignored", tuple(ignored), rule)
-    folder = RunFolder.at(run)
+    with working_copy(run) as path:
+      return cls._open_run(RunFolder(path))
+
+  @classmethod
+  def _open_run(cls, folder: RunFolder) -> SavedRun:
     config = for_this_platform(dataclasses.replace(folder.read_config(), mesh=MeshConfig(data=1)))
     mesh = make_mesh(config.mesh)
     with hold_newest_sound(folder.checkpoints) as newest, jax.set_mesh(mesh):
