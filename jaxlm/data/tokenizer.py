@@ -174,6 +174,8 @@ class BPETokenizer:
     """Returns the ids that the file puts before every text, often one or none."""
     text_ids = self.model.encode("a", add_special_tokens=False).ids
     ids = self.model.encode("a").ids
+    if not text_ids:  # the vocabulary has no "a"
+      return tuple(ids)
     starts = range(len(ids) - len(text_ids) + 1)
     start = next((i for i in starts if ids[i : i + len(text_ids)] == text_ids), 0)
     return tuple(ids[:start])
