@@ -256,6 +256,8 @@ def test_what_says_nothing_about_the_numbers_is_let_through(writer):
     ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "names code of the repository"),
     ({"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}, "unknown"),
     ({"mup_scale": 2.0}, "unknown, and may change the numbers"),
+    ({"attention_dropout": 0.1}, "must be 0: there is no dropout here"),
+    ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "must be 1"),
   ],
 )
 def test_the_flag_of_the_message_is_the_way_on(changes, rule):
