@@ -107,13 +107,13 @@ def illegality(model: ModelShapes, step: Step, sizes: Sizes) -> str | None:
   """Returns why the arrays cannot be spread over this mesh, or None if they can."""
   t, stages = sizes["tensor"], sizes["stage"]
   ring, ulysses = sizes["context_ring"], sizes["context_ulysses"]
-  weights, rows = parts(sizes, *WEIGHT_AXES), "rows"
+  weights = parts(sizes, *WEIGHT_AXES)
   rows_split = parts(sizes, "data", "fsdp", "expert")
   positions = t * ulysses * ring * (2 if ring > 1 else 1)
   rules = [
     ("D", model.D, weights, "fsdp x context x expert"),
     ("V", model.V, t, "tensor"),
-    (f"{rows} of a micro-batch", step.batch // step.accumulate, rows_split, "data x fsdp x expert"),
+    ("rows of a micro-batch", step.batch // step.accumulate, rows_split, "data x fsdp x expert"),
     ("length", step.length, positions, "tensor x context (twice the ring)"),
   ]
   for layer, _ in model.layers:
@@ -254,7 +254,8 @@ def best_plans(
 
   `accumulate` lists numbers of micro-batches to try besides the step's own; without stages the
   fewest that fit, as more only send weights more often. Of equal bounds the lower time without
-  overlap wins; meshes on which weights are padded come after the others. Raises UserError where no mesh of these axes is legal.
+  overlap wins; meshes on which weights are padded come after the others. Raises UserError where no
+  mesh of these axes is legal.
   """
   plans: list[Plan] = []
   reasons: dict[str, int] = {}
