@@ -95,6 +95,7 @@ class StoreWriter:
       if isinstance(tokenizer, BPETokenizer):
         self.place.files[TOKENIZER_FILE] = tokenizer.model.to_str().encode()
       while (better := self._write_arrays(progress, tokenizer)) is not None:
+        self.report(f"writing again: data.holdout={self.config.holdout} needs another split")
         progress = self._restart(better)
     except UserError as error:
       unreadable = isinstance(error.__cause__, OSError)  # goes on where the disk is back
