@@ -1,6 +1,7 @@
 """What a run survives, measured at full size: writes sections of benchmarks/results/reliability.md.
 
-    python -m benchmarks.reliability kills damage cost stops starved spikes repeats splits texts
+    python -m benchmarks.reliability kills damage cost stops notices displays starved spikes
+        repeats splits texts
 
 Names of sections choose; the others stay as they are. The slow tests in tests/reliability/ run
 smaller versions of the same campaigns.
@@ -19,7 +20,9 @@ from pathlib import Path
 
 from benchmarks.reliability import (
   damage,
+  displays,
   kills,
+  notices,
   repeats,
   spikes,
   starved,
@@ -223,6 +226,8 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
   "damage": section_damage,
   "cost": section_cost,
   "stops": section_stops,
+  "notices": notices.section,
+  "displays": displays.section,
   "starved": section_starved,
   "spikes": section_spikes,
   "repeats": section_repeats,
