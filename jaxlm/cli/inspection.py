@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from typing import Literal
 
@@ -44,6 +45,7 @@ def evaluate(arguments: list[str]) -> int:
     print(EVAL_USAGE, end="")
     return 0 if arguments else 2
   from jaxlm.data.baselines import baselines
+  from jaxlm.decode import NoDistribution
   from jaxlm.interop.huggingface import Ignored, is_checkpoint
   from jaxlm.run import SavedRun
   from jaxlm.run.remote import working_copy
@@ -72,6 +74,8 @@ def evaluate(arguments: list[str]) -> int:
     for change in changed_text(RunFolder(path), text.digests):
       print(f"not the text of the run: {change}")
   loss, tokens = values["heldout_loss"], values["tokens"]
+  if not math.isfinite(loss):
+    raise NoDistribution(f"the held-out loss is {loss}; {saved.describe_weights()}")
   print(f"step {saved.step}: held-out loss {loss:.4f} nats per token over {tokens:,} tokens")
   print("bits per byte on the same text")
   for name, bits in {"this model": values["bits_per_byte"], **baselines(text.store)}.items():

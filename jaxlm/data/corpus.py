@@ -21,7 +21,7 @@ from jaxlm.data.named_splits import split_by_name, training_parts
 from jaxlm.data.parts import FilePart, HubPart, Part
 from jaxlm.data.pieces import SIDES, Piece, Position
 from jaxlm.data.store import is_store
-from jaxlm.paths import is_address
+from jaxlm.paths import is_address, local_path
 from pallas_kernels.common.errors import UserError, import_extra
 
 INSTALLED = frozenset(("site-packages", "dist-packages"))
@@ -153,7 +153,7 @@ def _find_parts(
     return _stdlib()
   if source.startswith("hf:"):
     return _open_hub(source, name)
-  root = Path(source).expanduser()
+  root = local_path(source, field) if source else Path()
   if not source or not root.exists():
     raise UserError(f"{name}: no such file or folder (or hf:owner/dataset, or stdlib)")
   if not root.is_dir():

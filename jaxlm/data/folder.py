@@ -14,21 +14,9 @@ from pathlib import Path
 
 from jaxlm.data.formats import ENDINGS
 from jaxlm.data.store import is_store
+from jaxlm.paths import left_by_system
 from pallas_kernels.common.errors import UserError
 
-OF_SYSTEMS = frozenset(
-  (
-    "__MACOSX",
-    "$RECYCLE.BIN",
-    "System Volume Information",
-    "lost+found",
-    "@eaDir",
-    "__pycache__",
-    "Thumbs.db",
-    "desktop.ini",
-    "Icon\r",
-  )
-)
 RUN_FIELDS = frozenset(("run", "steps", "model", "optimizer", "data"))  # of a run's config.json
 
 
@@ -96,7 +84,7 @@ def _reason_of_folder(path: Path, follow_links: bool, seen: set[str]) -> str:
   """Returns why nothing below a folder is read, or nothing."""
   if path.is_symlink() and not follow_links:
     return "links not followed (data.follow_links)"
-  if _is_of_system(path.name):
+  if left_by_system(path.name) or path.name == "__pycache__":
     return "files and folders of the system or hidden"
   if is_run(path):
     return "folders of runs"
@@ -112,7 +100,7 @@ def _reason_of_file(
 ) -> str:
   """Returns why a file is not read, or nothing."""
   name = path.name
-  if _is_of_system(name) or name.startswith("~$") or name.endswith("~"):
+  if left_by_system(name) or name.startswith("~$"):  # "~$": an open document of Office
     return "files and folders of the system or hidden"
   if not name.lower().endswith(endings):
     return "files of other endings"
@@ -124,10 +112,6 @@ def _reason_of_file(
   if not path.is_file():
     return "files that are no regular ones"
   return _seen_before(path, seen) if link or follow_links else ""
-
-
-def _is_of_system(name: str) -> bool:
-  return name.startswith(".") or name in OF_SYSTEMS
 
 
 def _seen_before(path: Path, seen: set[str]) -> str:

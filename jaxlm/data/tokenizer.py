@@ -40,6 +40,10 @@ class Tokenizer(Protocol):
     """Returns the number of ids."""
 
   @property
+  def needed_size(self) -> int:
+    """Returns how many ids a model needs at least: those that `encode` gives, and eos."""
+
+  @property
   def eos(self) -> int:
     """Returns the id that stands between documents; `encode` never gives it."""
 
@@ -69,7 +73,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
   """Makes each byte of UTF-8 a token; NUL, which text files do not contain, ends a text."""
 
-  vocab_size = 256
+  vocab_size = needed_size = 256
   eos = 0
   digest = "bytes"
 
@@ -110,6 +114,10 @@ class BPETokenizer:
     self.model = model
     self.eos = ends[0]
     self.vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values())
+    added = model.get_added_tokens_decoder()
+    special = {id for id, token in added.items() if token.special} - {self.eos}
+    # Published models may have special tokens, for padding say, that they have no weights for.
+    self.needed_size = 1 + max(set(self.list_ids().tolist()) - special)
     self.dtype = np.min_scalar_type(self.vocab_size - 1)
 
   @classmethod
@@ -174,6 +182,8 @@ class BPETokenizer:
     """Returns the ids that the file puts before every text, often one or none."""
     text_ids = self.model.encode("a", add_special_tokens=False).ids
     ids = self.model.encode("a").ids
+    if not text_ids:  # the vocabulary has no "a"
+      return tuple(ids)
     starts = range(len(ids) - len(text_ids) + 1)
     start = next((i for i in starts if ids[i : i + len(text_ids)] == text_ids), 0)
     return tuple(ids[:start])
@@ -277,8 +287,8 @@ def load_tokenizer(folder: Path, config: DataConfig, vocabulary: int | None = No
 
 def check_vocabulary(tokenizer: Tokenizer, vocabulary: int, path: Path) -> None:
   """Raises UserError where a tokenizer gives ids beyond the model's, which no embedding checks."""
-  if tokenizer.vocab_size > vocabulary:
+  if tokenizer.needed_size > vocabulary:
     rule = (
-      f"has {tokenizer.vocab_size} ids, more than model.V={vocabulary}; it is another tokenizer"
+      f"has {tokenizer.needed_size} ids, more than model.V={vocabulary}; it is another tokenizer"
     )
     raise UserError(f"{path}: {rule}")

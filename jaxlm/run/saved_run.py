@@ -125,14 +125,14 @@ class SavedRun:
         drawable_V=drawable_V,
       )[0]
     except NoDistribution as error:
-      raise NoDistribution(f"{error}; {self._describe_weights()}") from error
+      raise NoDistribution(f"{error}; {self.describe_weights()}") from error
     stops = np.isin(ids_M, ends).nonzero()[0]
     new_ids = ids_M[: stops[0]].tolist() if len(stops) else ids_M.tolist()
     # Behind its prompt, because a decoder may drop the space before the first word of a text.
     before, text = self.tokenizer.decode(prompt_ids), self.tokenizer.decode(prompt_ids + new_ids)
     return text[len(before) :] if text.startswith(before) else self.tokenizer.decode(new_ids)
 
-  def _describe_weights(self) -> str:
+  def describe_weights(self) -> str:
     """Returns a clause that names the first weight with NaN or infinity, or says there is none."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
       bad = int((~jnp.isfinite(leaf)).sum())

@@ -63,7 +63,9 @@ def _train(config: TrainConfig) -> TrainResult:
   check_mesh(config)
   text = load_text(config.data, report=print_status)
   check_same_everywhere(text)
-  config = with_vocabulary(config, text.tokenizer.vocab_size)
+  tokenizer = text.tokenizer
+  size = tokenizer.needed_size if config.init else tokenizer.vocab_size
+  config = with_vocabulary(config, size)
   config = dataclasses.replace(config, data=absolute_paths(config.data))
   check_mesh(config)  # again, because the text's vocabulary may have become the model's
   with only_writer(folder.path):

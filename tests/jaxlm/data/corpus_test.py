@@ -309,6 +309,8 @@ def test_missing_and_unreadable_paths(tmp_path, monkeypatch):
   for source in (tmp_path / "nowhere", ""):
     with pytest.raises(ValueError, match=r"data.source='.*no such file or folder"):
       read(source)
+  with pytest.raises(ValueError, match="data.source='~nobody-of-this-name/text'"):
+    read("~nobody-of-this-name/text")
   (tmp_path / "a.txt").write_text("a")
 
   def refuse(*_, **__):

@@ -14,6 +14,7 @@ from jaxlm.config import MeshConfig
 from jaxlm.data.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
 from jaxlm.decode import NoDistribution, Sampler
 from jaxlm.models import Transformer
+from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.saved_run import SavedRun
 
 
@@ -82,3 +83,13 @@ def test_a_continuation_is_decoded_behind_its_prompt(monkeypatch):
   assert tokenizer.decode(new_ids) == "under the fox"
   monkeypatch.setattr("jaxlm.run.saved_run.generate", lambda *_, **__: [np.append(new_ids, 0)])
   assert prompt + run.sample(prompt, sampler=Sampler(), max_new=9) == whole
+
+
+def test_evaluating_weights_that_are_nan_says_so(monkeypatch, tmp_path, capsys):
+  run = saved_run(ByteTokenizer(), V=256, scale=np.nan)
+  monkeypatch.setattr(SavedRun, "open", lambda *_, **__: run)
+  RunFolder(tmp_path / "run").create(run.config)
+  (tmp_path / "text.txt").write_text("some words\n" * 400)
+  flags = ["--data.source", str(tmp_path / "text.txt"), "--batches", "1"]
+  assert main(["eval", str(tmp_path / "run"), *flags]) == 1
+  assert "the held-out loss is nan; the weights embed.weight hold" in capsys.readouterr().err
