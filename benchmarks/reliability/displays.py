@@ -142,7 +142,7 @@ def without_helper(folder: Path, name: str, number: signal.Signals) -> Outcome:
 def cases(folder: Path) -> dict[str, Callable[[str], Outcome]]:
   """Returns what is tried, by its name; each is called with the name of a run."""
   streams = {
-    "stdout closed after a line (`| head -1`)": "2>/dev/null | head -1",
+    "stdout closed after a line, as by `head -1`": "2>/dev/null | head -1",
     "stdout and stderr full": ">/dev/full 2>/dev/full",
     "stdin, stdout and stderr closed from the start": "<&- >&- 2>&-",
   }

@@ -24,7 +24,7 @@ KINDS = {
   "bytes": {},
   "bytes, tied, norms of queries and keys": {"tied": True, "qk_norm": True},
   "bpe:300": {},
-  "bpe:300, biases, windows": {"qkv_bias": True, "windows": (None, 16)},
+  "bpe:300, biases": {"qkv_bias": True},
 }
 
 

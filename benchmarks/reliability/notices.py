@@ -56,7 +56,7 @@ def told(folder: Path, name: str, *signals: str, setup: str = NO_NOHUP) -> Notic
   return Notice(status, last_step(ours) - max(sound, default=0), printed)
 
 
-def section(folder: Path, times: int = 1) -> str:
+def section(folder: Path, times: int = 2) -> str:
   """Told that the end is near"""
   write_corpus(folder / "text")
   tried = {name: ((name,), NO_NOHUP) for name in (*KEYS, *NOTICES) if hasattr(signal, name)}
