@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxlm import presets
 from jaxlm.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig, revise
 from jaxlm.decode import Sampler
 from jaxlm.run import SavedRun, train
-from jaxlm.run.convert import convert
+from jaxlm.run.convert import convert, tuning_config
 
 PROMPTS = ("def f1(x):\n", "  return x + 3", "f", " x", "def", "\n", "return", "(x):")
 LENGTH = 24  # tokens of each text, always the likeliest
@@ -54,7 +55,7 @@ def campaign(folder: Path) -> dict[str, Case]:
 
 def _case(folder: Path, text: Path, tokenizer: str, changes: dict[str, Any]) -> Case:
   micro = presets.micro()
-  config: TrainConfig = dataclasses.replace(
+  config: TrainConfig = replace(
     micro,
     run=str(folder / "run"),
     steps=30,
@@ -65,7 +66,8 @@ def _case(folder: Path, text: Path, tokenizer: str, changes: dict[str, Any]) -> 
   )
   train(config)
   convert(folder / "run", folder / "export")
-  convert(folder / "export", folder / "again")
+  tuning = tuning_config(folder / "export", folder / "again")
+  convert(folder / "export", folder / "again", config=replace(tuning, compute=config.compute))
   run, exported, again = (SavedRun.open(folder / name) for name in ("run", "export", "again"))
   pairs = list(zip(jax.tree.leaves(run.params), jax.tree.leaves(again.params), strict=True))
   texts = _texts(run)
