@@ -19,8 +19,8 @@ from pallas_kernels.common.errors import UserError
 
 GRACE = 10.0
 """seconds that a process has, after the first failure, to end by itself"""
-SILENCE = 60.0
-"""seconds after which a process that has not been heard of counts as gone"""
+SILENCE = 45.0
+"""seconds after which a process that has not been heard of counts as gone; jax waits about 85"""
 _EVERY = 2.0
 _FAILURE = "jaxlm/failure"
 _ALIVE = "jaxlm/alive"
