@@ -32,6 +32,16 @@ def is_address(name: str | Path) -> bool:
   return _ADDRESS.match(str(name)) is not None
 
 
+def full_address(name: str | Path) -> str:
+  """Returns an address with the two slashes that a path takes from it, and one at the end."""
+  return re.sub(":/+", "://", str(name), count=1).rstrip("/") + "/"
+
+
+def user_cache() -> Path:
+  """Returns the folder of what this project keeps for the user and can make again."""
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm"
+
+
 def local_path(name: str | Path, field: str) -> Path:
   """Returns the path of a file or folder of this machine, `~` and `~user` expanded.
 

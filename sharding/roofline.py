@@ -290,6 +290,16 @@ def pipeline_bubble(schedule: str, P: int, forward: float, backward: float, weig
   return (stages / 2 - 1) * (whole + backward - 2 * weight)
 
 
+def pipeline_ticks(schedule: str, P: int, M: int, *, chunks: int = 1) -> int:
+  """Returns the ticks of a schedule whose F, B and W take one each and whose ranks wait for all.
+
+  That is how `sharding.pipeline.executor` runs it; each tick has a message in both directions.
+  """
+  check_choice("schedule", schedule, SCHEDULES)
+  fused = schedule in ("gpipe", "1f1b", "interleaved")
+  return 3 * M * chunks + (2 if fused else 1) * (P - 1)
+
+
 def peak_micro_batches(schedule: str, P: int, M: int, *, chunks: int = 1) -> float:
   """Returns the most micro-batches of which a rank keeps activations, in those of all its stages.
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 HOUSE = ["pallas_kernels", "sharding", "jaxlm", "benchmarks", "experiments"]
 """Top-level packages, bottom to top."""
 FLOORS = [
-  ["jaxlm.config", "jaxlm.config_json"],
+  ["jaxlm.config", "jaxlm.config_json", "jaxlm.paths"],
   ["jaxlm.presets"],
   ["jaxlm.data"],
   ["jaxlm.models"],

@@ -91,10 +91,11 @@ def test_the_commands_run_as_written_but_smaller(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs():
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")))
+def test_notebooks_run(name):
   nbformat = pytest.importorskip("nbformat")
   nbclient = pytest.importorskip("nbclient")
-  notebook = nbformat.read(ROOT / "notebooks/first_run.ipynb", as_version=4)
+  notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
   first = notebook.cells.pop(1)  # the package is installed already
   assert "install" in first.metadata.tags and "jaxlm[plot] @ git+" in first.source
   nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()

@@ -1,6 +1,7 @@
 """What a run survives, measured at full size: writes sections of benchmarks/results/reliability.md.
 
-    python -m benchmarks.reliability kills damage cost stops starved spikes repeats
+    python -m benchmarks.reliability kills damage cost stops notices displays starved spikes
+        repeats exports splits texts
 
 Names of sections choose; the others stay as they are. The slow tests in tests/reliability/ run
 smaller versions of the same campaigns.
@@ -17,7 +18,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.reliability import damage, kills, repeats, spikes, starved, stops, verify_cost
+from benchmarks.reliability import (
+  damage,
+  displays,
+  exports,
+  kills,
+  notices,
+  repeats,
+  spikes,
+  starved,
+  stops,
+  texts,
+  verify_cost,
+)
 from benchmarks.reliability.comparison import same_end
 from benchmarks.table import environment, table
 
@@ -167,6 +180,43 @@ step. {environment("jax")}.
 """
 
 
+def section_splits(folder: Path) -> str:
+  """Split"""
+  cases = texts.split_campaign(folder, count=50, seed=0)
+  rows = []
+  for shape in texts.SHAPES:
+    some = [case for case in cases if case.shape == shape]
+    missed = sorted(case.missed for case in some)
+    rows.append(
+      [shape, len(some), f"{missed[len(some) // 2]:.1%}", f"{missed[-1]:.1%}"]
+      + [max(case.cut for case in some), sum(case.lost for case in some)]
+    )
+  columns = ("documents", "texts", "missed by, median", "most", "documents cut, most", "bytes lost")
+  return f"""\
+Texts of lines of 5 to 120 characters, half of them files and half records, of which `data.holdout`
+from 1% to 50% is asked for. Missed by: the difference to the asked bytes, as part of them.
+
+{table(columns, rows)}
+"""
+
+
+def section_texts(folder: Path) -> str:
+  """No text"""
+  cases = texts.wrong_campaign(folder)
+  named = sum(bool(case.said) for case in cases)
+  refused = sum(case.refused for case in cases)
+  lost = sum(case.good_text_lost for case in cases)
+  firsts = {case.said.partition(": ")[0]: case.said for case in reversed(cases)}
+  lines = "\n".join(f"- {line}" for line in reversed(firsts.values()))
+  return f"""\
+{len(cases)} files that are no text, or hold such records, each in a folder with 999 bytes of good
+text. Left out and named in the log: {named}. Bytes of good text lost: {lost}. Refused with
+`--data.strict`: {refused}. What the log says of the first of each kind:
+
+{lines}
+"""
+
+
 def _last_word(said: str) -> str:
   lines = said.splitlines()
   return "`" + ([line for line in lines if "saved" in line] or lines)[-1].replace("`", "'") + "`"
@@ -177,9 +227,14 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
   "damage": section_damage,
   "cost": section_cost,
   "stops": section_stops,
+  "notices": notices.section,
+  "displays": displays.section,
   "starved": section_starved,
   "spikes": section_spikes,
   "repeats": section_repeats,
+  "exports": exports.section,
+  "splits": section_splits,
+  "texts": section_texts,
 }
 
 

@@ -13,6 +13,7 @@ from jaxlm.cli.fit import fit
 from jaxlm.cli.inspection import checkpoint, evaluate, kernels, plot, replay
 from jaxlm.cli.planning import compile_step, plan
 from jaxlm.cli.presets import list_presets, nearest
+from jaxlm.cli.programs import keep_compiled_programs
 from jaxlm.cli.tokenize import tokenize
 from jaxlm.cli.training import RESUMABLE, resume, train
 from jaxlm.cli.weights import convert, sample
@@ -66,6 +67,8 @@ BY_ARGUMENTS: dict[str, Callable[[list[str]], int]] = {
 }
 """Commands that parse their arguments themselves."""
 COMMANDS = (*BY_ARGUMENTS, *BY_SIGNATURE)
+COMPILING = ("train", "resume", "sample", "eval", "replay")
+"""Commands that run what they compile."""
 
 
 @standard_streams()
@@ -81,6 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(USAGE.format(presets=list_presets()), end="")
     return 0 if arguments else 2
   command, flags = arguments[0], arguments[1:]
+  if command in COMPILING:
+    keep_compiled_programs()
   try:
     if command in BY_SIGNATURE:
       return tyro.cli(BY_SIGNATURE[command], args=flags, prog=f"jaxlm {command}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
 from typing import Literal
 
@@ -43,14 +45,20 @@ def evaluate(arguments: list[str]) -> int:
     print(EVAL_USAGE, end="")
     return 0 if arguments else 2
   from jaxlm.data.baselines import baselines
+  from jaxlm.decode import NoDistribution
   from jaxlm.interop.huggingface import Ignored, is_checkpoint
   from jaxlm.run import SavedRun
+  from jaxlm.run.remote import working_copy
   from jaxlm.run.run_folder import RunFolder
   from jaxlm.run.text_identity import changed_text
 
   run = arguments[0]
   published = is_checkpoint(run)
-  data = DataConfig(source="") if published else RunFolder.at(run).read_config().data
+  if published:
+    data = DataConfig(source="")
+  else:
+    with working_copy(run) as path:
+      data = RunFolder(path).read_config().data
   prog = f"jaxlm eval {run}"
   flags = tyro.cli(_EvalFlags, default=_EvalFlags(data=data), args=arguments[1:], prog=prog)
   rule = "a checkpoint has no text of its own; name one with --data.source FILE_OR_FOLDER"
@@ -63,9 +71,11 @@ def evaluate(arguments: list[str]) -> int:
   for line in text.store.report.splitlines():
     print(f"data: {line}")
   if not published:
-    for change in changed_text(RunFolder.at(run), text.digests):
+    for change in changed_text(RunFolder(path), text.digests):
       print(f"not the text of the run: {change}")
   loss, tokens = values["heldout_loss"], values["tokens"]
+  if not math.isfinite(loss):
+    raise NoDistribution(f"the held-out loss is {loss}; {saved.describe_weights()}")
   print(f"step {saved.step}: held-out loss {loss:.4f} nats per token over {tokens:,} tokens")
   print("bits per byte on the same text")
   for name, bits in {"this model": values["bits_per_byte"], **baselines(text.store)}.items():
@@ -83,9 +93,12 @@ def plot(runs: tyro.conf.Positional[list[str]], out: str = "curves.png") -> int:
     out: picture to write
   """
   from jaxlm.run.plot import draw_runs
+  from jaxlm.run.remote import working_copy
   from jaxlm.run.run_folder import RunFolder
 
-  draw_runs([RunFolder.at(run) for run in runs], local_path(out, "out"))
+  with contextlib.ExitStack() as stack:
+    folders = [RunFolder(stack.enter_context(working_copy(run))) for run in runs]
+    draw_runs(folders, local_path(out, "out"))
   print(f"drew {out}")
   return 0
 
@@ -117,13 +130,15 @@ def checkpoint(
     run: folder of the run
   """
   from jaxlm.checkpoint.report import print_soundness, show
+  from jaxlm.run.remote import working_copy
   from jaxlm.run.run_folder import RunFolder
 
-  folder = RunFolder.at(run)
-  config = folder.read_config()
-  if action == "verify":
-    return print_soundness(folder.checkpoints)
-  return show(folder.checkpoints, config)
+  with working_copy(run) as path:
+    folder = RunFolder(path)
+    config = folder.read_config()
+    if action == "verify":
+      return print_soundness(folder.checkpoints)
+    return show(folder.checkpoints, config)
 
 
 def kernels(arguments: list[str]) -> int:

@@ -8,7 +8,6 @@ from typing import Literal
 import tyro
 
 from jaxlm.config import DataConfig
-from jaxlm.paths import local_path
 
 
 def tokenize(
@@ -32,7 +31,7 @@ def tokenize(
   Args:
     source: a file or folder (.txt .md .py .jsonl, these also with .gz or .zst, .parquet),
       hf:owner/dataset, or stdlib
-    store: folder to write
+    store: folder to write, or gs://bucket/folder or s3://bucket/folder
     tokenizer: bytes, a Hugging Face tokenizer.json, or bpe:SIZE to train one on the training text
     holdout: fraction of the bytes kept for evaluation
     heldout: file, folder or hf:owner/dataset:split kept for evaluation; by default what is named
@@ -60,7 +59,7 @@ def tokenize(
     follow_links=follow_links,
   )
   with forgiving_output():
-    written = tokenize(config, local_path(store, "store"), report=_print_progress)
+    written = tokenize(config, store, report=_print_progress)
   tokens = written.train.tokens.shape[0], written.heldout.tokens.shape[0]
   print(f"{written.report}\n{tokens[0]:,} training and {tokens[1]:,} held-out tokens in {store}")
   print("".join(f"  {side} digest {digest}\n" for side, digest in written.digests.items()), end="")

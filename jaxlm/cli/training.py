@@ -93,10 +93,12 @@ def resume(arguments: list[str]) -> int:
     print("contradict the checkpoint are refused. --other_text goes on with text that has changed.")
     print("With other --steps, --schedule says what the learning rate does: extend, keep or decay.")
     return 0 if arguments else 2
+  from jaxlm.run.remote import working_copy
   from jaxlm.run.run_folder import RunFolder
 
   run = arguments[0]
-  config = dataclasses.replace(RunFolder.at(run).read_config(), run=run)
+  with working_copy(run) as path:
+    config = dataclasses.replace(RunFolder(path).read_config(), run=run)
   default = _ResumeConfig(**_fields(config))
   flags = tyro.cli(_ResumeConfig, default=default, args=arguments[1:], prog=f"jaxlm resume {run}")
   values = _fields(flags)

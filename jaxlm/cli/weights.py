@@ -19,7 +19,8 @@ usage: jaxlm convert RUN CHECKPOINT [--dtype bfloat16]
 The first writes a run's newest weights as a Hugging Face checkpoint. The second makes a run at step
 0 of a checkpoint (a folder, or hf:owner/name with extra hf), to be tuned by `jaxlm resume RUN`: in
 bfloat16, with recomputed layers, a learning rate of 1e-5 and rows of 4096 tokens, unless the flags
-of `jaxlm train` say otherwise, as --data.source and --optimizer.learning_rate do.
+of `jaxlm train` say otherwise, as --data.source and --optimizer.learning_rate do. Fields and
+tensors of the checkpoint that are refused are left out by --ignore_config and --ignore_tensors.
 """
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from jaxlm.paths import literal_path
+from jaxlm.paths import full_address, is_address, literal_path, local_path
 from pallas_kernels.common.errors import UserError
 
 CHUNK = 1 << 14  # elements that are read at once
@@ -30,19 +30,77 @@ CHECKSUM = 4  # bytes of CRC-32C behind every chunk and every index of a shard
 _CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
+OBJECT_STORES = {"gs": "gcs", "s3": "s3"}  # scheme of an address -> driver of tensorstore
+_PROBE = ".jaxlm_probe"  # is written and removed, to see whether that is allowed
+_RETRIES = {"max_retries": 3, "max_delay": "4s"}
+
+
+def address_spec(address: str) -> dict[str, Any]:
+  """Returns tensorstore's description of an address such as gs://bucket/folder/."""
+  scheme, _, rest = address.partition("://")
+  bucket, _, path = rest.partition("/")
+  return {"driver": OBJECT_STORES[scheme], "bucket": bucket, "path": path}
+
+
+def open_address(address: str, field: str, *, write: bool = False) -> ts.KvStore:
+  """Opens what is at an address, with the credentials that the tools of its store have left here.
+
+  Raises UserError that begins with `field` where they do not suffice to read it, or with `write` to
+  write there, and says why.
+  """
+  where = f"{field}={address!r}"
+  scheme, _, rest = address.partition("://")
+  if scheme not in OBJECT_STORES or not rest.partition("/")[0]:
+    raise UserError(f"{where}: must be a path on this machine, gs://bucket/... or s3://bucket/...")
+  try:
+    files = ts.KvStore.open(address_spec(address), context=_context(0)).result()
+    files.read(_PROBE).result()  # a list takes every answer that is JSON for an empty one
+    if write:
+      files.write(_PROBE, b"").result()
+      files.write(_PROBE, None).result()
+  except ValueError as error:
+    reason = str(error).partition("\n")[0]
+    raise UserError(f"{where}: cannot be reached with the credentials here: {reason}") from error
+  return files
+
+
+def _context(cache: int) -> ts.Context:
+  return ts.Context(
+    {
+      "cache_pool": {"total_bytes_limit": cache},
+      "file_io_sync": SYNC,
+      "gcs_request_retries": _RETRIES,
+      "s3_request_retries": _RETRIES,
+    }
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Says where a store is: in a local folder, or in the memory of this process."""
+  """Says where a store is: in a local folder, at an address, or in the memory of this process."""
 
   folder: Path | None = None
+  address: str = ""
+  """of an object store, with a slash at the end; takes the place of the folder"""
   cache: int = dataclasses.field(default=0, compare=False)
   """Bytes of chunks that are kept for reading again."""
 
   def __str__(self) -> str:
-    return "memory" if self.folder is None else str(self.folder)
+    return self.address.rstrip("/") or ("memory" if self.folder is None else str(self.folder))
+
+  @classmethod
+  def at(cls, name: str | Path, field: str, *, write: bool = False) -> Place:
+    """Returns the place of this name; UserError where it can be none, or cannot be reached."""
+    if not is_address(name):
+      return cls(local_path(name, field))
+    open_address(full_address(name), field, write=write)
+    return cls(address=full_address(name))
 
   def spec(self, prefix: str = "") -> dict[str, Any]:
     """Returns tensorstore's description of the place below `prefix`."""
+    if self.address:
+      spec = address_spec(self.address)
+      return {**spec, "path": spec["path"] + prefix}
     if self.folder is None:
       return {"driver": "memory", "path": prefix}
     return {"driver": "file", "path": f"{literal_path(self.folder.resolve())}/{prefix}"}
@@ -50,7 +108,7 @@ class Place:
   @functools.cached_property
   def context(self) -> ts.Context:
     """Returns the cache of the store, with its memory where it is held there."""
-    return ts.Context({"cache_pool": {"total_bytes_limit": self.cache}, "file_io_sync": SYNC})
+    return _context(self.cache)
 
   @functools.cached_property
   def files(self) -> ts.KvStore:

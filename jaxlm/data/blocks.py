@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from jaxlm.data.placeholder import HEAD, HTML_PAGES, find_placeholder
 from pallas_kernels.common.errors import import_extra
 
 TEXT = (".txt", ".md", ".py")
@@ -37,11 +38,6 @@ OTHER_HEADS = {
   b"PK\x03\x04": "a zip archive, to be unpacked first",
   b"%PDF-": "a PDF document",
 }
-POINTERS = {
-  b"version https://git-lfs.": "a Git LFS pointer (`git lfs pull` fetches the file)",
-  b"/annex/objects/": "a git-annex pointer (`git annex get` fetches the file)",
-}
-HTML = (b"<!doctype html", b"<html")
 
 
 class Fault(Exception):
@@ -55,19 +51,13 @@ class Fault(Exception):
 def check_is_text(path: Path) -> None:
   """Raises Fault for a file that its first bytes show to be something else than its name says."""
   with path.open("rb") as file:
-    head = file.read(1024)
-  name = path.name.lower()
-  packed = name.endswith((*COMPRESSIONS, ".parquet"))
-  start = head.lstrip(codecs.BOM_UTF8 + b" \t\r\n").lower()
-  for prefix, what in POINTERS.items():
-    if start.startswith(prefix):
-      raise Fault("pointers to files that are elsewhere", f"{path}: {what}")
-  if start.startswith(HTML):
-    raise Fault("HTML pages", f"{path}: an HTML page (to train on such pages, put them into jsonl)")
-  if start.startswith(b"<?xml") and b"<error>" in start:
-    raise Fault("error messages of a server", f"{path}: an error message of a server")
-  if packed and not head:
-    raise Fault(DAMAGED, f"{path}: is empty")
+    head = file.read(HEAD)
+  packed = path.name.lower().endswith((*COMPRESSIONS, ".parquet"))
+  placeholder = find_placeholder(head)
+  if placeholder and (head or packed):  # an empty text is a text
+    hint = " (to train on such pages, put them into jsonl)"
+    hint = hint if placeholder.kind == HTML_PAGES else ""
+    raise Fault(placeholder.kind, f"{path}: {placeholder.description}{hint}")
   heads = {} if packed else COMPRESSED_HEADS | OTHER_HEADS
   for prefix, what in heads.items():
     if head.startswith(prefix):

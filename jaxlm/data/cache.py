@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from jaxlm.data.store import FINISHED, TokenStore, is_store
 from jaxlm.data.tokenize import fixed_tokenizer, make_store_plan, tokenize, tokenize_in_memory
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.writing import Report, TextTooLarge
-from jaxlm.paths import local_path
+from jaxlm.paths import is_address, local_path, user_cache
 from pallas_kernels.common.errors import UserError
 
 IN_MEMORY = 1 << 26  # bytes of the largest text whose tokens are held in memory
@@ -36,9 +35,9 @@ def open_text(
   `tokenize` refuses, and for a given store that is unfinished or damaged or was made with another
   tokenizer or split than `config` asks for.
   """
-  folder = Path(config.source).expanduser()
-  if is_store(folder):
-    store = TokenStore.open(Place(folder))
+  name = config.source
+  if is_address(name) or (name and is_store(local_path(name, "data.source"))):
+    store = TokenStore.open(Place.at(name, "data.source"))
     _check_given_store(store, config, tokenizer)
     return store
   source = open_source(config)
@@ -62,7 +61,7 @@ def cache_root(config: DataConfig) -> Path:
   """Returns the folder that holds the stores of large text."""
   if config.cache:
     return local_path(config.cache, "data.cache")
-  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm"
+  return user_cache()
 
 
 def _cache_folder(config: DataConfig, plan: dict[str, Any]) -> Path:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from jaxlm.config import DataConfig
@@ -19,8 +19,9 @@ from jaxlm.data.folder import find_text, is_run
 from jaxlm.data.formats import ENDINGS, KNOWN, Reader
 from jaxlm.data.named_splits import split_by_name, training_parts
 from jaxlm.data.parts import FilePart, HubPart, Part
-from jaxlm.data.pieces import Piece, Position
+from jaxlm.data.pieces import SIDES, Piece, Position
 from jaxlm.data.store import is_store
+from jaxlm.paths import is_address, local_path
 from pallas_kernels.common.errors import UserError, import_extra
 
 INSTALLED = frozenset(("site-packages", "dist-packages"))
@@ -103,7 +104,32 @@ def open_source(config: DataConfig) -> Source:
   elif not config.heldout:
     parts, more_notes = split_by_name(parts)
     notes = (*notes, *more_notes)
-  return Source(parts, notes)
+  source = Source(parts, notes)
+  _check_sizes(source, config)
+  return source
+
+
+def _check_sizes(source: Source, config: DataConfig) -> None:
+  """Raises UserError where plain files that name their sides hold out more than they train on.
+
+  What other files hold is known only when they are read.
+  """
+  documents = source.documents
+  if documents is None or not source.names_sides or config.invalid_utf8 == "replace":
+    return
+  sizes = {side: 0 for side in SIDES}
+  for part in source.parts:
+    sizes[part.side or "train"] += part.size or 0
+  train, heldout = (min(size, config.max_bytes or size) for size in sizes.values())
+  if train < heldout:
+    raise too_little_training(train, heldout, config.source, source.notes)
+
+
+def too_little_training(train: int, heldout: int, source: str, notes: Iterable[str]) -> UserError:
+  """Returns the error for a source of which more bytes would be held out than trained on."""
+  rule = f"{heldout:,} bytes would be held out and only {train:,} trained on"
+  way_on = "hold out less by data.heldout, or a fraction by --data.heldout none"
+  return UserError(f"data.source={source!r}: {rule} ({'; '.join(notes)}); {way_on}")
 
 
 def absolute_paths(config: DataConfig) -> DataConfig:
@@ -113,7 +139,7 @@ def absolute_paths(config: DataConfig) -> DataConfig:
 
 
 def _absolute(source: str) -> str:
-  if source in ("", "stdlib", "none") or source.startswith("hf:"):
+  if source in ("", "stdlib", "none") or source.startswith("hf:") or is_address(source):
     return source
   return str(Path(source).expanduser().absolute())
 
@@ -127,7 +153,7 @@ def _find_parts(
     return _stdlib()
   if source.startswith("hf:"):
     return _open_hub(source, name)
-  root = Path(source).expanduser()
+  root = local_path(source, field) if source else Path()
   if not source or not root.exists():
     raise UserError(f"{name}: no such file or folder (or hf:owner/dataset, or stdlib)")
   if not root.is_dir():

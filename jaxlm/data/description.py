@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from jaxlm.config import DataConfig
-from jaxlm.data.corpus import Source, absolute_paths
+from jaxlm.data.corpus import Source, absolute_paths, too_little_training
 from jaxlm.data.pieces import Position, Side
 from jaxlm.data.split import Split
 from pallas_kernels.common.errors import UserError
@@ -24,19 +24,17 @@ def check_sides(
 ) -> None:
   """Raises UserError where a text, read to its end, leaves a side empty or most of it held out."""
   name = f"data.source={config.source!r}"
-  notes = "; ".join([*source.notes, *_left_out(position, config.max_bytes)])
+  notes = [*source.notes, *_left_out(position, config.max_bytes)]
   train, heldout = sizes["train"], sizes["heldout"]
   if not position.documents:
-    raise UserError(f"{name}: holds no text ({notes})")
+    raise UserError(f"{name}: holds no text ({'; '.join(notes)})")
   if not source.names_sides and not (train.documents and heldout.documents):
     rule = f"one character is too short to keep {config.holdout} of it for evaluation"
     raise UserError(f"{name}: {rule}")
-  way_on = "hold out less by data.heldout, or a fraction by --data.heldout none"
   if not heldout.documents:
-    raise UserError(f"{name}: there is no text to hold out ({notes}); {way_on}")
+    raise UserError(f"{name}: there is no text to hold out ({'; '.join(notes)})")
   if source.names_sides and train.bytes < heldout.bytes:
-    rule = f"{heldout.bytes:,} bytes would be held out and only {train.bytes:,} trained on"
-    raise UserError(f"{name}: {rule} ({notes}); {way_on}")
+    raise too_little_training(train.bytes, heldout.bytes, config.source, notes)
 
 
 def describe_text(
@@ -75,7 +73,7 @@ def describe_amount(position: Position) -> str:
 def _left_out(position: Position, max_bytes: int | None) -> Iterator[str]:
   for entry in position.left_out:
     first = "" if entry.number == 1 else "the first: "
-    yield f"left out {entry.number:,} {entry.kind} ({first}{entry.first})"
+    yield f"left out {entry.kind}: {entry.number:,} ({first}{entry.first})"
   if position.stopped:
     yield f"stopped at data.max_bytes={max_bytes}"
   if position.empty:

@@ -14,21 +14,9 @@ from pathlib import Path
 
 from jaxlm.data.formats import ENDINGS
 from jaxlm.data.store import is_store
+from jaxlm.paths import left_by_system
 from pallas_kernels.common.errors import UserError
 
-OF_SYSTEMS = frozenset(
-  (
-    "__MACOSX",
-    "$RECYCLE.BIN",
-    "System Volume Information",
-    "lost+found",
-    "@eaDir",
-    "__pycache__",
-    "Thumbs.db",
-    "desktop.ini",
-    "Icon\r",
-  )
-)
 RUN_FIELDS = frozenset(("run", "steps", "model", "optimizer", "data"))  # of a run's config.json
 
 
@@ -39,7 +27,7 @@ class FolderText:
   names: tuple[str, ...]
   """Paths below the folder, POSIX, sorted."""
   notes: tuple[str, ...]
-  """Says for each reason how many files and folders were left out for it."""
+  """Says for each reason how many files and folders were left out for it, as "links: 3"."""
 
 
 def find_text(
@@ -79,7 +67,7 @@ def find_text(
         if not os.access(path, os.R_OK):
           raise UserError(f"{path}: cannot be read: permission denied")
         names.append(path.relative_to(root).as_posix())
-  notes = tuple(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+  notes = tuple(f"{reason}: {count:,}" for reason, count in sorted(left_out.items()))
   return FolderText(tuple(sorted(names)), notes)
 
 
@@ -96,7 +84,7 @@ def _reason_of_folder(path: Path, follow_links: bool, seen: set[str]) -> str:
   """Returns why nothing below a folder is read, or nothing."""
   if path.is_symlink() and not follow_links:
     return "links not followed (data.follow_links)"
-  if _is_of_system(path.name):
+  if left_by_system(path.name) or path.name == "__pycache__":
     return "files and folders of the system or hidden"
   if is_run(path):
     return "folders of runs"
@@ -112,21 +100,18 @@ def _reason_of_file(
 ) -> str:
   """Returns why a file is not read, or nothing."""
   name = path.name
-  if _is_of_system(name) or name.startswith("~$") or name.endswith("~"):
+  if left_by_system(name) or name.startswith("~$"):  # "~$": an open document of Office
     return "files and folders of the system or hidden"
   if not name.lower().endswith(endings):
     return "files of other endings"
-  if not path.is_symlink():
-    return _seen_before(path, seen) if path.is_file() else "files that are no regular ones"
-  if not path.exists():
+  link = path.is_symlink()
+  if link and not path.exists():
     return "links to nothing"
-  if not (follow_links or _is_hub_link(path)):
+  if link and not (follow_links or _is_hub_link(path)):
     return "links not followed (data.follow_links)"
-  return _seen_before(path, seen) if path.is_file() else "files that are no regular ones"
-
-
-def _is_of_system(name: str) -> bool:
-  return name.startswith(".") or name in OF_SYSTEMS
+  if not path.is_file():
+    return "files that are no regular ones"
+  return _seen_before(path, seen) if link or follow_links else ""
 
 
 def _seen_before(path: Path, seen: set[str]) -> str:

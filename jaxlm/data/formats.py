@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from jaxlm.data.blocks import (
 )
 from jaxlm.data.parquet import TooLarge, read_column
 from jaxlm.data.pieces import PIECE, Piece, Position, Side, character_border, cut_pieces
+from jaxlm.data.records import OTHER_FORMS, field_of, parse_object
 from pallas_kernels.common.errors import UserError
 
 PACKED_TEXT = tuple(ending + packed for ending in TEXT for packed in ("", *COMPRESSIONS))
@@ -35,12 +35,6 @@ RECORDS = (*JSON_LINES, ".parquet")
 ENDINGS = PACKED_TEXT + RECORDS
 KNOWN = f"{' '.join(TEXT)} .jsonl (these also with {' or '.join(COMPRESSIONS)}) .parquet"
 HOPELESS = 10_000  # records of another form left out before the first text
-
-OTHER_FORMS = (
-  "records that are not JSON",
-  "records that are no objects",
-  "records without the text field",
-)
 
 
 @dataclasses.dataclass
@@ -159,11 +153,15 @@ class Reader:
 
     Raises Fault for bytes that are no text.
     """
-    replace = self.config.invalid_utf8 == "replace"
-    if fault := first_fault([raw], where, allow_invalid=replace):
+    try:
+      if b"\0" not in raw:
+        return raw.decode(), 0
+    except UnicodeDecodeError:
+      pass
+    if fault := first_fault([raw], where, allow_invalid=self.config.invalid_utf8 == "replace"):
       raise fault
     text = raw.decode(errors="replace")
-    return text, text.count("\ufffd") - raw.count("\ufffd".encode()) if replace else 0
+    return text, text.count("\ufffd") - raw.count("\ufffd".encode())
 
   def record(self, name: str, value: Any, where: str) -> Iterator[Piece]:
     """Yields the pieces of a record's text field, given as str or as the bytes of one."""
@@ -203,7 +201,7 @@ class Reader:
           raise self.too_long(where)
         text = self.line(line, where)
         if text.strip():
-          value = field_of(_parse_object(text, where), self.config.text_field, where)
+          value = field_of(parse_object(text, where), self.config.text_field, where)
           yield from self.record(f"{name}:{index}", value, where)
         else:
           self.next_record()
@@ -233,29 +231,3 @@ class Reader:
       yield from self.record(f"{name}:{index}", value, where)
       if self.position.full:
         return
-
-
-def _parse_object(text: str, where: str) -> dict[str, Any]:
-  try:
-    record = json.loads(text)
-  except (ValueError, RecursionError) as error:
-    rule = f"not JSON: {error}; every line holds one object"
-    raise Fault(OTHER_FORMS[0], f"{where}: {rule}") from error
-  if not isinstance(record, dict):
-    rule = f"is a {type(record).__name__}; every line holds one object"
-    raise Fault(OTHER_FORMS[1], f"{where}: {rule}")
-  return record
-
-
-def field_of(record: dict[str, Any], field: str, where: str) -> Any:
-  """Returns the value of a record's text field; Fault where it has none."""
-  if field not in record:
-    raise missing_field(where, field, list(record))
-  return record[field]
-
-
-def missing_field(where: str, field: str, fields: list[str]) -> Fault:
-  """Returns the fault of a record, or a file of records, without the text field."""
-  others = ", ".join(fields) or "none"
-  message = f"{where}: no field {field!r} (data.text_field); there are: {others}"
-  return Fault(OTHER_FORMS[2], message)

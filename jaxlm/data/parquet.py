@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxlm.data.blocks import DAMAGED, Fault
+from jaxlm.data.records import name_fields
 from pallas_kernels.common.errors import import_extra
 
 ROWS = 128  # that are held at once
@@ -41,8 +42,7 @@ def read_column(path: Path, field: str, limit: int, first: int) -> Iterator[tupl
     with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
       names = file.schema_arrow.names
       if field not in names:
-        rule = f"no field {field!r} (data.text_field); there are: {', '.join(names)}"
-        raise Fault("files without the text field", f"{path}: {rule}")
+        raise Fault("files without the text field", name_fields(str(path), field, names))
       row = 0
       for index in range(file.num_row_groups):
         group = file.metadata.row_group(index)

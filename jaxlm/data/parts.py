@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.data.blocks import Fault
-from jaxlm.data.formats import Reader, field_of
+from jaxlm.data.formats import Reader
 from jaxlm.data.pieces import Piece, Side
+from jaxlm.data.records import field_of
 from pallas_kernels.common.errors import UserError, import_extra
 
 

@@ -1,17 +1,19 @@
 """Cuts documents into pieces, so that memory does not grow with a document.
 
-A document comes as pieces of at most 32 KiB of UTF-8. Every piece carries the position after it,
-from which another reader goes on with the same pieces.
+A document comes as pieces of about 32 KiB of UTF-8, and of at most 1 MiB. Every piece carries the
+position after it, from which another reader goes on with the same pieces.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 Side = Literal["train", "heldout"]
 SIDES: tuple[Side, Side] = ("train", "heldout")
-PIECE = 1 << 15  # bytes of the longest piece
+PIECE = 1 << 15  # bytes of a piece, unless there is no border between words in it
 
 
 class LeftOut(NamedTuple):
@@ -84,32 +86,62 @@ class Piece(NamedTuple):
   """The side of the split, where the source names it."""
 
 
-def cut_pieces(blocks: Iterable[bytes], size: int) -> Iterator[tuple[bytes, bool]]:
-  """Yields the joined blocks as pieces of at most `size` bytes, at least one; True with the last.
+def cut_pieces(
+  blocks: Iterable[bytes], size: int, longest: int | None = None
+) -> Iterator[tuple[bytes, bool]]:
+  """Yields the joined blocks as pieces of about `size` bytes; True with the last.
 
-  A piece ends before a line break that follows a letter or digit of ASCII, over which no usual
-  tokenizer has a token; without one it ends before another line break, else between two characters.
-  Where it ends depends on the bytes from its start on, not on the blocks.
+  A piece ends where no usual tokenizer has a token over the border, so that the pieces have the
+  tokens of the whole text: at the last such place in `size` bytes, else at the first after them.
+  Text without any is cut between two characters after `longest` bytes, by default 32 `size`. Where
+  a piece ends depends on the bytes from its start on, not on the blocks.
   """
-  rest = b""
+  longest, rest = longest or 32 * size, b""
   for block in blocks:
     rest, start = rest + block, 0
-    while len(rest) - start > size:
-      stop = _piece_end(rest, start, start + size)
+    while stop := _piece_end(rest, start, size, longest, whole=False):
       yield rest[start:stop], False
       start = stop
     rest = rest[start:]
-  yield rest, True
+  start = 0
+  while stop := _piece_end(rest, start, size, longest, whole=True):
+    yield rest[start:stop], False
+    start = stop
+  yield rest[start:], True
 
 
-def _piece_end(text: bytes, start: int, limit: int) -> int:
-  stop, any_line = limit, 0
-  while (stop := text.rfind(b"\n", start + 1, stop)) > 0:
-    end = stop - text.startswith(b"\r", stop - 1)
-    if end > start and text[end - 1 : end].isalnum():
-      return end
-    any_line = any_line or stop
-  return any_line or character_border(text, limit)
+_WORD_END = rb"(?:(?<=[!-~])|(?<=[\xc3-\xdf][\x80-\xbf])|(?<=[\xe4-\xed][\x80-\xbf]{2}))"
+_WORD_START = rb"(?:[!-~]|[\xc3-\xdf]|[\xe4-\xed])"
+_ONE_BREAK = rb"(?:(?<=[!-~]\n)|(?<=[\xe3-\xef][\x80-\xbf]{2}\n)(?<!\xe3\x80\x80\n))"
+# Between words: before a single space, or behind a single line break, with no other white space.
+_BORDER = re.compile(rb"%b(?= %b)|%b(?=%b)" % (_WORD_END, _WORD_START, _ONE_BREAK, _WORD_START))
+_ANY_BORDER = re.compile(_BORDER.pattern + rb"|(?<=[0-9A-Za-z])(?=\r?\n)")
+_AHEAD = 4  # bytes behind a border that the patterns look at, or fewer
+
+
+def _piece_end(text: bytes, start: int, size: int, longest: int, *, whole: bool) -> int:
+  """Returns where the piece that begins at `start` ends; 0 where that takes more text, or is last.
+
+  `whole` says that no text comes after this.
+  """
+  known = len(text) - start - (0 if whole else _AHEAD)
+  if known <= size:
+    return 0
+  piece = text[start : start + size + _AHEAD]  # the patterns look at nothing before it
+  stop = size
+  while (stop := piece.rfind(b"\n", 1, stop)) > 0:
+    end = stop - piece.startswith(b"\r", stop - 1)
+    if end and piece[end - 1 : end].isalnum():
+      return start + end
+  for width in (1 << 8, 1 << 12, size - 1):
+    borders = (match.start() for match in _BORDER.finditer(piece, max(1, size - width)))
+    if last := max(itertools.takewhile(lambda place: place <= size, borders), default=0):
+      return start + last
+  piece = text[start : start + longest + _AHEAD]
+  match = _ANY_BORDER.search(piece, size)
+  if match and match.start() <= min(known, longest):
+    return start + match.start()
+  return character_border(text, start + longest) if known > longest else 0
 
 
 def character_border(raw: bytes, stop: int) -> int:

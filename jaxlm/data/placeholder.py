@@ -3,40 +3,45 @@
 from __future__ import annotations
 
 import codecs
-from pathlib import Path
+from typing import NamedTuple
 
 HEAD = 1024
-"""Bytes that `describe_placeholder` needs to see."""
+"""Bytes that `find_placeholder` needs to see."""
 
-_POINTERS = {
-  b"version https://git-lfs.github.com/spec/": "a Git LFS pointer; `git lfs pull` fetches the file",
-  b"version https://hawser.github.com/spec/": "a Git LFS pointer; `git lfs pull` fetches the file",
-  b"/annex/objects/": "a git-annex pointer; `git annex get` fetches the file",
-  b"../../.git/annex/objects/": "a git-annex pointer; `git annex get` fetches the file",
+
+class Placeholder(NamedTuple):
+  """Says what a file is in the place of the one that was asked for."""
+
+  kind: str
+  """what such files are, in the plural"""
+  description: str
+  """what it is, and what to do about it"""
+
+
+HTML_PAGES = "HTML pages"
+_POINTERS = "pointers to files that are elsewhere"
+_LFS = Placeholder(_POINTERS, "a Git LFS pointer (`git lfs pull` fetches the file)")
+_ANNEX = Placeholder(_POINTERS, "a git-annex pointer (`git annex get` fetches the file)")
+_PAGE = Placeholder(HTML_PAGES, "an HTML page")
+_EMPTY = Placeholder("damaged files", "an empty file, as a download leaves that was cut off")
+_ERROR = Placeholder("error messages of a server", "an error message of a server")
+_STARTS = {
+  b"version https://git-lfs.": _LFS,
+  b"/annex/objects/": _ANNEX,
+  b"<!doctype html": _PAGE,
+  b"<html": _PAGE,
 }
-_PAGES = (b"<!doctype html", b"<html", b"<head", b"<!--")
 
 
-def describe_placeholder(head: bytes) -> str | None:
-  """Returns what a file with these first bytes is in the place of the one that was asked for.
+def find_placeholder(head: bytes) -> Placeholder | None:
+  """Returns what a file with these first bytes is in the place of another; None for other content.
 
   That is a pointer of Git LFS or git-annex, an HTML page or an error message of a server, or an
-  empty file; None for every other content.
+  empty file.
   """
-  start = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
   if not head:
-    return "an empty file: a download or a copy that was cut off"
-  for prefix, description in _POINTERS.items():
-    if start.startswith(prefix):
-      return description
-  if start.startswith(_PAGES):
-    return "an HTML page, which a server sent in place of the file"
+    return _EMPTY
+  start = head.lstrip(codecs.BOM_UTF8 + b" \t\r\n").lower()
   if start.startswith(b"<?xml") and b"<error>" in start:
-    return "an error message of a server in place of the file"
-  return None
-
-
-def describe_placeholder_file(path: Path) -> str | None:
-  """Does what `describe_placeholder` does, given the file."""
-  with path.open("rb") as file:
-    return describe_placeholder(file.read(HEAD))
+    return _ERROR
+  return next((what for prefix, what in _STARTS.items() if start.startswith(prefix)), None)

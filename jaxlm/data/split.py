@@ -20,7 +20,7 @@ from jaxlm.data.pieces import Piece, Side, character_border
 TOLERANCE = 0.1  # of the asked fraction
 LARGE = 1 / 8  # of the text: larger documents are on both sides, each with its end held out
 LISTED = 1024  # documents whose sizes are kept one by one: the largest
-BINS = 1024  # of places in [0, 1), for the sizes of the others
+BINS = 4096  # of places in [0, 1), for the sizes of the others
 CHARACTER = 4  # bytes of the longest character: a document of more has two
 NEAR = 1 << 15  # bytes between a cut and the line break that it is moved to, at most
 

@@ -74,7 +74,7 @@ class TokenStore:
 
     Raises UserError that names the store and the part.
     """
-    if place.folder is not None:
+    if place != Place():
       place = dataclasses.replace(place, cache=CACHE)
     meta = read_finished(place)
     tokenizer = _tokenizer(place, meta)

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import logging
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ _log = logging.getLogger("jaxlm")
 
 def tokenize(
   config: DataConfig,
-  folder: Path,
+  folder: str | Path,
   tokenizer: Tokenizer | None = None,
   *,
   source: Source | None = None,
@@ -37,26 +36,23 @@ def tokenize(
   """Writes the tokens of `config.source` into a store, or goes on with an unfinished one.
 
   A finished store is read and verified. The tokenizer is by default the one that `config` asks for,
-  the source the one that it names. Where another process writes the store, this one waits for it.
+  the source the one that it names. `folder` may be an address, gs:// or s3://, which one process
+  writes at a time; where another process writes a store in a folder, this one waits for it.
   Raises UserError where the folder holds something else, or a store of another source, tokenizer or
   split; a store that was begun here is removed again where its source is refused.
   """
-  if re.fullmatch(r"\w+:", folder.parts[0] if folder.parts else ""):
-    raise UserError(f"store={str(folder)!r}: must be a local folder, not an address")
-  if "\0" in str(folder):
-    raise UserError(f"store={str(folder)!r}: a path holds no NUL")
+  place = Place.at(folder, "store", write=True)
   source, tokenizer = source or open_source(config), tokenizer or fixed_tokenizer(config)
   plan = make_store_plan(config, source, tokenizer)
-  place = Place(folder)
-  with _only_writer(folder, report):
-    if (folder / FINISHED).is_file():
+  with _only_writer(place, report):
+    if place.read(FINISHED) is not None:
       store = TokenStore.open(place)
       check_plan(place, store.meta["plan"], plan)
       store.check_digests()
-      (folder / PROGRESS).unlink(missing_ok=True)  # killed between the last two writes
-      report(f"{folder}: is finished; its digests are verified")
+      place.files.write(PROGRESS, None).result()  # killed between the last two writes
+      report(f"{place}: is finished; its digests are verified")
       return store
-    report(f"{config.source}: writing its tokens into {folder}")
+    report(f"{config.source}: writing its tokens into {place}")
     return StoreWriter(config, source, place, plan, report, commit_seconds).run(tokenizer)
 
 
@@ -91,8 +87,18 @@ def make_store_plan(
 
 
 @contextlib.contextmanager
-def _only_writer(folder: Path, report: Report) -> Iterator[None]:
-  """Makes the folder and holds its lock, which the kernel releases however this process ends."""
+def _only_writer(place: Place, report: Report) -> Iterator[None]:
+  """Makes the folder and holds its lock, which the kernel releases however this process ends.
+
+  At an address nothing is made and nothing is locked.
+  """
+  if place.folder is None:
+    names = {name.decode() for name in place.files.list().result()}
+    if names and not names & {FINISHED, PROGRESS}:
+      raise UserError(f"store={str(place)!r}: holds other files, must be new or a token store")
+    yield
+    return
+  folder = place.folder
   if folder.exists() and not folder.is_dir():
     raise UserError(f"store={str(folder)!r}: is a file, must be a new folder or a token store")
   if folder.exists() and not is_store(folder) and _names(folder) - {LOCK}:

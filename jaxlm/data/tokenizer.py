@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from jaxlm.config import DataConfig
-from jaxlm.data.placeholder import describe_placeholder
+from jaxlm.data.placeholder import find_placeholder
 from pallas_kernels.common.errors import UserError
 
 FILE = "tokenizer.json"
@@ -21,9 +21,8 @@ END_OF_TEXT = (
   *("<|eos|>", "<EOS>", "[EOS]", "<|im_end|>", "<|eot_id|>", "<|end|>"),
 )
 """Names of the token that ends a text, of which the first that a tokenizer has counts."""
-BATCH = (
-  128  # texts that the library encodes in parallel; it needs some 100 bytes per token while it does
-)
+BATCH, BATCH_SIZE = 128, 1 << 22
+"""texts, and characters, that the library encodes in parallel, at some 100 bytes per token"""
 
 
 class Excerpt(NamedTuple):
@@ -39,6 +38,10 @@ class Tokenizer(Protocol):
   @property
   def vocab_size(self) -> int:
     """Returns the number of ids."""
+
+  @property
+  def needed_size(self) -> int:
+    """Returns how many ids a model needs at least: those that `encode` gives, and eos."""
 
   @property
   def eos(self) -> int:
@@ -70,7 +73,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
   """Makes each byte of UTF-8 a token; NUL, which text files do not contain, ends a text."""
 
-  vocab_size = 256
+  vocab_size = needed_size = 256
   eos = 0
   digest = "bytes"
 
@@ -111,6 +114,10 @@ class BPETokenizer:
     self.model = model
     self.eos = ends[0]
     self.vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values())
+    added = model.get_added_tokens_decoder()
+    special = {id for id, token in added.items() if token.special} - {self.eos}
+    # Published models may have special tokens, for padding say, that they have no weights for.
+    self.needed_size = 1 + max(set(self.list_ids().tolist()) - special)
     self.dtype = np.min_scalar_type(self.vocab_size - 1)
 
   @classmethod
@@ -119,8 +126,8 @@ class BPETokenizer:
     if not path.is_file():
       raise UserError(f"data.tokenizer={str(path)!r}: no such file (or bytes, or bpe:SIZE)")
     content = path.read_bytes()
-    if (description := describe_placeholder(content)) is not None:
-      raise UserError(f"{path}: is {description}")
+    if (placeholder := find_placeholder(content)) is not None:
+      raise UserError(f"{path}: is {placeholder.description}")
     return cls.parse(content, f"data.tokenizer={str(path)!r}")
 
   @classmethod
@@ -143,16 +150,21 @@ class BPETokenizer:
 
   def encode_all(self, excerpts: Iterable[Excerpt]) -> Iterator[np.ndarray]:
     """Yields the ids of each excerpt, many of which are encoded in parallel."""
-    rest = iter(excerpts)
-    while batch := list(itertools.islice(rest, BATCH)):
+    for batch in _batches(excerpts):
       ids = self._ids([excerpt.before + excerpt.text for excerpt in batch])
       before_ids = self._ids([excerpt.before for excerpt in batch])
       for excerpt, ids_S, before in zip(batch, ids, before_ids):
         if excerpt.before and ids_S[: len(before)] == before:
           ids_S = ids_S[len(before) :]
-        elif excerpt.before:  # a token goes on over the border: the excerpt is a text of its own
-          ids_S = self._ids([excerpt.text])[0]
+        elif excerpt.before:  # a token goes on over the border
+          ids_S = self._ids_inside(excerpt.text)
         yield np.array(ids_S, self.dtype)
+
+  def _ids_inside(self, text: str) -> list[int]:
+    """Returns the ids of a text that goes on within another one, without a space before it."""
+    line_break, ids = self._ids(["\n", "\n" + text])
+    apart = ids[: len(line_break)] == line_break
+    return ids[len(line_break) :] if apart else self._ids([text])[0]
 
   def _ids(self, texts: list[str]) -> list[list[int]]:
     encodings = self.model.encode_batch_fast(texts, add_special_tokens=False)
@@ -170,6 +182,8 @@ class BPETokenizer:
     """Returns the ids that the file puts before every text, often one or none."""
     text_ids = self.model.encode("a", add_special_tokens=False).ids
     ids = self.model.encode("a").ids
+    if not text_ids:  # the vocabulary has no "a"
+      return tuple(ids)
     starts = range(len(ids) - len(text_ids) + 1)
     start = next((i for i in starts if ids[i : i + len(text_ids)] == text_ids), 0)
     return tuple(ids[:start])
@@ -177,6 +191,19 @@ class BPETokenizer:
   def save(self, folder: Path) -> None:
     """Writes tokenizer.json into the folder."""
     self.model.save(str(Path(folder) / FILE))
+
+
+def _batches(excerpts: Iterable[Excerpt]) -> Iterator[list[Excerpt]]:
+  """Yields groups of at most BATCH excerpts, and of little more than BATCH_SIZE characters."""
+  batch, size = list[Excerpt](), 0
+  for excerpt in excerpts:
+    batch.append(excerpt)
+    size += len(excerpt.text)
+    if len(batch) == BATCH or size >= BATCH_SIZE:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
 
 
 def as_library_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
@@ -260,8 +287,8 @@ def load_tokenizer(folder: Path, config: DataConfig, vocabulary: int | None = No
 
 def check_vocabulary(tokenizer: Tokenizer, vocabulary: int, path: Path) -> None:
   """Raises UserError where a tokenizer gives ids beyond the model's, which no embedding checks."""
-  if tokenizer.vocab_size > vocabulary:
+  if tokenizer.needed_size > vocabulary:
     rule = (
-      f"has {tokenizer.vocab_size} ids, more than model.V={vocabulary}; it is another tokenizer"
+      f"has {tokenizer.needed_size} ids, more than model.V={vocabulary}; it is another tokenizer"
     )
     raise UserError(f"{path}: {rule}")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
 
 from jaxlm.config import DataConfig
 from jaxlm.data.arrays import Place
@@ -94,9 +95,11 @@ class StoreWriter:
       if isinstance(tokenizer, BPETokenizer):
         self.place.files[TOKENIZER_FILE] = tokenizer.model.to_str().encode()
       while (better := self._write_arrays(progress, tokenizer)) is not None:
+        self.report(f"writing again: data.holdout={self.config.holdout} needs another split")
         progress = self._restart(better)
-    except UserError:
-      if content is None:
+    except UserError as error:
+      unreadable = isinstance(error.__cause__, OSError)  # goes on where the disk is back
+      if content is None and not (unreadable and progress.sides):
         self._remove()
       raise
     return TokenStore.open(self.place)
@@ -131,6 +134,8 @@ class StoreWriter:
         shutil.rmtree(self.place.folder / side, ignore_errors=True)
       for file in (PROGRESS, TOKENIZER_FILE):
         (self.place.folder / file).unlink(missing_ok=True)
+    elif self.place.address:
+      self.place.files.delete_range(ts.KvStore.KeyRange()).result()
 
   def _trained_tokenizer(self, progress: Progress) -> tuple[Tokenizer, Progress]:
     """Trains the tokenizer on the training side, under the split that turns out to be right."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.interop.strict_json import read_object
-from jaxlm.paths import local_path
+from jaxlm.paths import is_address, local_path
 from pallas_kernels.common.errors import UserError, import_extra
 
 CONFIG = "config.json"
@@ -77,6 +77,8 @@ def is_checkpoint(path: str | Path) -> bool:
   """
   if str(path).startswith(HUB_PREFIX):
     return True
+  if is_address(path):
+    return False  # on object stores are runs alone
   config = local_folder(path) / CONFIG
   if not config.exists() and (config.parent / ADAPTER).is_file():
     rule = "holds an adapter (LoRA), not a model; merge it into its base model first"

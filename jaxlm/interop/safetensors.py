@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxlm.data.placeholder import HEAD, describe_placeholder
+from jaxlm.data.placeholder import HEAD, find_placeholder
 from jaxlm.interop.strict_json import parse_object
 from pallas_kernels.common.errors import UserError
 
@@ -61,8 +61,8 @@ def read_header(path: Path) -> dict[str, Entry]:
   size = path.stat().st_size
   with path.open("rb") as file:
     head = file.read(HEAD)
-    if (description := describe_placeholder(head)) is not None:
-      raise UserError(f"{path}: is {description}")
+    if (placeholder := find_placeholder(head)) is not None:
+      raise UserError(f"{path}: is {placeholder.description}")
     length_bytes = head[:8]
     file.seek(8)
     if len(length_bytes) < 8:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxlm.data.placeholder import describe_placeholder
+from jaxlm.data.placeholder import find_placeholder
 from pallas_kernels.common.errors import UserError
 
 
@@ -18,8 +18,8 @@ def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
   if path.stat().st_size > max_bytes:
     raise UserError(f"{path}: {path.stat().st_size:,} bytes, at most {max_bytes:,} are read")
   content = path.read_bytes()
-  if (description := describe_placeholder(content)) is not None:
-    raise UserError(f"{path}: is {description}")
+  if (placeholder := find_placeholder(content)) is not None:
+    raise UserError(f"{path}: is {placeholder.description}")
   return parse_object(content, str(path))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from jaxlm.config import MeshConfig, TrainConfig
 from jaxlm.run.resolve import check_mesh
@@ -32,15 +33,16 @@ def compile_ahead(config: TrainConfig, topology: str) -> Program:
 def runnable(config: TrainConfig, topology: str) -> TrainConfig:
   """Returns the configuration with rows for all devices and, unless it names one, a mesh.
 
-  The mesh is the best of `sharding.plan` that the model can run on. Raises UserError where there is
-  none.
+  The mesh is the best of `sharding.plan` that the model can run on; those with a ring or stages
+  come last, as attention has no fused kernel there. Raises UserError where there is none.
   """
   target = parse_topology(topology)
   if config.mesh != MeshConfig():
     return config
   config = with_rows_for(config, target.devices)
   model = model_shapes(config.model, "model")
-  for plan in best_plans(model, step_shapes(config), target):
+  plans = best_plans(model, step_shapes(config), target)
+  for plan in sorted(plans, key=lambda plan: not plan.fits or not _fuses_attention(plan.sizes)):
     planned = dataclasses.replace(config, mesh=MeshConfig(**plan.sizes))
     try:
       check_mesh(planned, target.devices)
@@ -50,3 +52,7 @@ def runnable(config: TrainConfig, topology: str) -> TrainConfig:
   raise UserError(
     f"topology={topology!r}: the model can run on no mesh of {target.devices} devices"
   )
+
+
+def _fuses_attention(sizes: Mapping[str, int]) -> bool:
+  return sizes["context_ring"] == sizes["stage"] == 1

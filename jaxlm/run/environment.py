@@ -36,7 +36,13 @@ PACKAGES = (
   "numpy",
   "tokenizers",
 )
-_ADDRESSES = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_PROCESS_ID")
+_PLACES = (  # variables that change no number
+  "JAX_COORDINATOR_ADDRESS",
+  "JAX_COORDINATOR_BIND_ADDRESS",
+  "JAX_PROCESS_ID",
+  "JAX_COMPILATION_CACHE_DIR",
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -49,7 +55,7 @@ def environment() -> dict[str, Any]:
   return {
     "python": platform.python_version(),
     "packages": {name: _version(name) for name in PACKAGES},
-    "flags": {name: value for name, value in flags.items() if name not in _ADDRESSES},
+    "flags": {name: value for name, value in flags.items() if name not in _PLACES},
     "commit": commit(Path(jaxlm.__file__).parents[1]),
     "platform": platform.platform(),
     "chip": jax.devices()[0].device_kind,

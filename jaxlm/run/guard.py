@@ -81,7 +81,7 @@ class Guard:
       print_status(message)
       return
     saved = save_step(self.folder.bad_steps, step, values, batch, rows, self.config.batch)
-    replay = f"jaxlm replay {self.folder.path} --step {step}"
+    replay = f"jaxlm replay {self.folder.name} --step {step}"
     message += f"; nothing is saved after it. Its batch is in {saved}; what went wrong: {replay}"
     raise BadStep(message)
 

@@ -209,7 +209,7 @@ class _Run:
     elif step < steps:
       reason = self.stop.reason or "SIGTERM, or another process"
       print_status(f"stopped and saved at step {step} of {steps} ({reason})")
-      print_status(f"resumable; go on with: jaxlm resume {self.folder.path}")
+      print_status(f"resumable; go on with: jaxlm resume {self.folder.name}")
     elif is_main():
       print_status(_draw(self.folder, self.task))
     return saved
@@ -221,7 +221,7 @@ class _Run:
     devices = f"{jax.devices()[0].device_kind} ({', '.join(axes) or '1 device'})"
     verb = f"resuming at step {start}" if start else "training"
     print_status(f"{verb}: {parameters}, {self.task.describe()}")
-    print_status(f"on {devices}, into {self.folder.path}")
+    print_status(f"on {devices}, into {self.folder.name}")
     report = self.task.report()
     for line in report:
       print_status(f"data: {line}")

@@ -80,7 +80,7 @@ def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
   kinds = figure.canvas.get_supported_filetypes()
   check(path.suffix[1:] in kinds, "out", str(path), f"must end in one of {', '.join(kinds)}")
   losses, norms, rates = figure.subplots(1, 3)
-  names = [folder.path.name for folder in folders]
+  names = [folder.name.rpartition("/")[2] for folder in folders]
   for index, folder in enumerate(folders):
     records = list(read_records(folder.metrics)) if folder.metrics.is_file() else []
     if not records:
@@ -91,7 +91,7 @@ def draw_runs(folders: Sequence[RunFolder], path: Path) -> None:
       np.array([record[key] for record in records])
       for key in ("step", "loss", "grad_norm", "learning_rate")
     )
-    name = _label(names[index] if names.count(names[index]) == 1 else str(folder.path))
+    name = _label(names[index] if names.count(names[index]) == 1 else folder.name)
     for axes, values in ((losses, loss), (norms, norm)):
       axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
       axes.plot(steps, _smooth(values), color=color, label=name)

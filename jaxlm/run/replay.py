@@ -26,6 +26,7 @@ from jaxlm.models.transformer import Block, Transformer
 from jaxlm.objectives import Weighted
 from jaxlm.run.guard import Guard, load_batch
 from jaxlm.run.loop import restore_or_init
+from jaxlm.run.remote import working_copy
 from jaxlm.run.resolve import check_mesh
 from jaxlm.run.run_folder import RunFolder, log_to, read_records
 from jaxlm.run.text import TextTask
@@ -43,7 +44,11 @@ def replay(run: str | Path, step: int, print_status: Callable[[str], Any] = prin
   Uses the batch that a stopped run saved, or else the one that the order of the data gives. Needs
   one process with the run's own mesh. Raises UserError for a step that the run does not have.
   """
-  folder = RunFolder.at(run)
+  with working_copy(run) as path:
+    _replay(RunFolder(path), step, print_status)
+
+
+def _replay(folder: RunFolder, step: int, print_status: Callable[[str], Any]) -> None:
   config = folder.read_config()
   check(1 <= step <= config.steps, "step", step, f"the run has steps 1 to {config.steps}")
   check_mesh(config)

@@ -23,6 +23,7 @@ from pallas_kernels.common.errors import UserError
 _log = logging.getLogger("jaxlm")
 _LONGEST_CONFIG = 2**20  # bytes
 NO_FOLDER = "no such folder; it names the folder of a run"
+ADDRESS = ".address"  # in the copy of a run that is on an object store, names it
 LOCK = "lock"  # names the process that writes to the run (`jaxlm.run.lock`)
 
 
@@ -52,6 +53,12 @@ class RunFolder:
     """Returns the folder of this name, `~` expanded; UserError for one that no folder can have."""
     return cls(local_path(name, field))
 
+  @property
+  def name(self) -> str:
+    """Returns what a user calls the run: its address, or its path."""
+    address = self.path / ADDRESS
+    return address.read_text() if address.is_file() else str(self.path)
+
   def check_new(self) -> None:
     """Raises UserError where something is there already, but for the lock and systems' files."""
     if self.path.is_dir():
@@ -59,7 +66,7 @@ class RunFolder:
     else:
       in_use = self.path.exists()
     if in_use:
-      hint = f"`jaxlm resume {self.path}` goes on with it"
+      hint = f"`jaxlm resume {self.name}` goes on with it"
       hint = hint if self.config.exists() else "and is not a run"
       rule = "must be a new or empty folder; this one is not empty"
       raise UserError(f"run={str(self.path)!r}: {rule}, {hint}")

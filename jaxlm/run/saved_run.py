@@ -20,6 +20,7 @@ from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, check_vocabulary, load
 from jaxlm.decode import NoDistribution, Sampler, generate
 from jaxlm.interop import huggingface
 from jaxlm.interop.hub_text import read_end_ids
+from jaxlm.run.remote import working_copy
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.text import TextTask
 from jaxlm.train.state import init_state
@@ -66,7 +67,11 @@ class SavedRun:
     rule = "is for Hugging Face checkpoints; this is a run"
     check(dtype is None, "dtype", dtype, rule)
     check(ignored == huggingface.NOTHING, "ignored", tuple(ignored), rule)
-    folder = RunFolder.at(run)
+    with working_copy(run) as path:
+      return cls._open_run(RunFolder(path))
+
+  @classmethod
+  def _open_run(cls, folder: RunFolder) -> SavedRun:
     config = for_this_platform(dataclasses.replace(folder.read_config(), mesh=MeshConfig(data=1)))
     mesh = make_mesh(config.mesh)
     with hold_newest_sound(folder.checkpoints) as newest, jax.set_mesh(mesh):
@@ -120,14 +125,14 @@ class SavedRun:
         drawable_V=drawable_V,
       )[0]
     except NoDistribution as error:
-      raise NoDistribution(f"{error}; {self._describe_weights()}") from error
+      raise NoDistribution(f"{error}; {self.describe_weights()}") from error
     stops = np.isin(ids_M, ends).nonzero()[0]
     new_ids = ids_M[: stops[0]].tolist() if len(stops) else ids_M.tolist()
     # Behind its prompt, because a decoder may drop the space before the first word of a text.
     before, text = self.tokenizer.decode(prompt_ids), self.tokenizer.decode(prompt_ids + new_ids)
     return text[len(before) :] if text.startswith(before) else self.tokenizer.decode(new_ids)
 
-  def _describe_weights(self) -> str:
+  def describe_weights(self) -> str:
     """Returns a clause that names the first weight with NaN or infinity, or says there is none."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
       bad = int((~jnp.isfinite(leaf)).sum())

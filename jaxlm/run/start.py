@@ -16,13 +16,13 @@ from jaxlm.checkpoint.folder import (
   set_aside_after,
 )
 from jaxlm.config import TrainConfig, check
-from jaxlm.paths import local_path
 from jaxlm.run.compatibility import check_compatible
 from jaxlm.run.lock import only_writer
 from jaxlm.run.loop import TrainResult, train_from
 from jaxlm.run.memory import keep_freed_memory_on_cpu
 from jaxlm.run.output import forgiving_output
 from jaxlm.run.refusal import undone_unless_kept
+from jaxlm.run.remote import working_copy
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.trackers import check_login, check_trackers
 from jaxlm.train.schedule import check_schedule
@@ -42,7 +42,11 @@ def fit(config: TrainConfig, task: Task, *, resume: bool = False) -> TrainResult
   Raises UserError for what cannot work, before it starts; FileNotFoundError where all checkpoints
   are damaged; FloatingPointError for numbers that the configuration wants to stop at.
   """
-  config = with_run_folder(config)
+  with working_copy(config.run, write=True, new=not resume) as path:
+    return _fit(dataclasses.replace(config, run=str(path)), task, resume)
+
+
+def _fit(config: TrainConfig, task: Task, resume: bool) -> TrainResult:
   check_run(config)
   folder = RunFolder(Path(config.run))
   with only_writer(folder.path):
@@ -52,11 +56,6 @@ def fit(config: TrainConfig, task: Task, *, resume: bool = False) -> TrainResult
     before = folder.read_config()
     newest = find_newest(config, folder)
     return continue_run(config, task, folder, newest, before)
-
-
-def with_run_folder(config: TrainConfig) -> TrainConfig:
-  """Returns `config` with the path of its run, `~` expanded; UserError where it can be none."""
-  return dataclasses.replace(config, run=str(local_path(config.run, "run")))
 
 
 def check_run(config: TrainConfig) -> None:

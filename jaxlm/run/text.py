@@ -24,6 +24,7 @@ from jaxlm.run.lock import only_writer
 from jaxlm.run.loop import TrainResult
 from jaxlm.run.metrics import print_status
 from jaxlm.run.output import forgiving_output
+from jaxlm.run.remote import working_copy
 from jaxlm.run.resolve import (
   check_mesh,
   keep_published,
@@ -32,7 +33,7 @@ from jaxlm.run.resolve import (
   with_vocabulary,
 )
 from jaxlm.run.run_folder import RunFolder
-from jaxlm.run.start import check_run, continue_run, find_newest, start_run, with_run_folder
+from jaxlm.run.start import check_run, continue_run, find_newest, start_run
 from jaxlm.run.text_identity import check_same_everywhere, check_text, record_text
 from jaxlm.run.trackers import check_login
 from jaxlm.scaling.flops import train_flops_of_rows
@@ -52,7 +53,11 @@ def train(config: TrainConfig) -> TrainResult:
 
   Raises UserError for what cannot work, before it starts and without leaving anything behind.
   """
-  config = with_run_folder(config)
+  with working_copy(config.run, write=True, new=True) as path:
+    return _train(dataclasses.replace(config, run=str(path)))
+
+
+def _train(config: TrainConfig) -> TrainResult:
   check_run(config)
   folder = RunFolder(Path(config.run))
   run_on_main_process(folder.check_new)
@@ -61,7 +66,9 @@ def train(config: TrainConfig) -> TrainResult:
   check_mesh(config)
   text = load_text(config.data, report=print_status)
   check_same_everywhere(text)
-  config = with_vocabulary(config, text.tokenizer.vocab_size)
+  tokenizer = text.tokenizer
+  size = tokenizer.needed_size if config.init else tokenizer.vocab_size
+  config = with_vocabulary(config, size)
   config = dataclasses.replace(config, data=absolute_paths(config.data))
   check_mesh(config)  # again, because the text's vocabulary may have become the model's
   with only_writer(folder.path):
@@ -85,7 +92,17 @@ def resume(
   where `config` contradicts the checkpoint, and, unless `other_text`, where the text is not the one
   that the run was trained on.
   """
-  folder = RunFolder.at(run)
+  with working_copy(run, write=True) as path:
+    return _resume(RunFolder(path), config, steps, schedule, other_text)
+
+
+def _resume(
+  folder: RunFolder,
+  config: TrainConfig | None,
+  steps: int | None,
+  schedule: OnNewSteps | None,
+  other_text: bool,
+) -> TrainResult:
   before = folder.read_config()
   config = dataclasses.replace(config or before, run=str(folder.path))
   if steps is not None:

@@ -183,7 +183,7 @@ class WeightsAndBiases:
     run_id = _saved_id(RunFolder(Path(config.run)))
     options: dict[str, Any] = {
       "project": "jaxlm",
-      "name": Path(config.run).name,
+      "name": RunFolder(Path(config.run)).name.rpartition("/")[2],
       "dir": config.run,
       "config": to_dict(config),
     }

@@ -19,7 +19,12 @@ from pallas_kernels.attention.mask import Options, Tokens
 from pallas_kernels.common.checks import check, check_choice
 from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import log_once, platform
-from pallas_kernels.common.shards import check_not_sharded, run_on_shards, sharded_axes
+from pallas_kernels.common.shards import (
+  check_not_sharded,
+  run_on_shards,
+  sharded_axes,
+  varying_axes,
+)
 
 Implementation = Literal["reference", "xla", "splash", "cudnn"]
 FUSED: dict[str, ModuleType] = {"splash": splash, "cudnn": cudnn}
@@ -117,7 +122,9 @@ def choose(
   """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
   name = FUSED_ON.get(platform(), "xla") if implementation is None else implementation
   reason = None
-  if name in FUSED:
+  if name in FUSED and varying_axes(q_BTNH):
+    reason = "its kernel does not say over which mesh axes it varies, as shard_map's checks ask"
+  elif name in FUSED:
     reason = FUSED[name].unsupported(q_BTNH, k_BSKH, v_BSKU, tokens, options, return_lse)
   if implementation is None:
     chosen = name if reason is None else f"xla ({name}: {reason})"

@@ -47,8 +47,7 @@ def hybrid_attention(
   those of whole rows. Elsewhere the types of the inputs say how they lie on the mesh: B over any
   axes, heads over any other, T over `context_ring` (keys and values travel round a ring),
   `context_ulysses` (shards of rows are swapped for shards of heads), both, or whole. The output
-  lies like the queries. Values,
-  masking and gradients are those of `pallas_kernels.attention`.
+  lies like the queries. Values, masking and gradients are those of `pallas_kernels.attention`.
 
   Args:
     q_BTNH: queries [B, T, N, H]; k_BTKH and v_BTKU of the same T, with N / K neighbouring query

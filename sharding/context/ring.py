@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import attention, xla
 from pallas_kernels.attention.api import IMPLEMENTATIONS, Implementation
-from pallas_kernels.attention.checks import check_options
+from pallas_kernels.attention.checks import check_arrays, check_options
 from pallas_kernels.common.checks import check, check_choice
 from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import log_once, platform
@@ -71,6 +71,7 @@ def ring_attention_shard(
   Raises UnsupportedError for a named implementation other than "xla" on more than one rank.
   """
   ring, (B, T, N, H) = jax.lax.axis_size(ring_axis), q_BTNH.shape
+  check_arrays(q_BTNH, k_BTKH, v_BTKU)
   check_length(order, T * ring, ring)
   rule = "positions only decide what is causal: leave them out with causal=False"
   check(causal or positions_BS is None, "causal", causal, rule)
@@ -109,6 +110,7 @@ def _attend(
 
 
 def _forward(q_BKGTH: jax.Array, k_BKTH: jax.Array, v_BKTU: jax.Array, rows: Rows, plan: Plan):
+  """Returns the output [B, K, G, T, U], and what the backward pass needs."""
   ring, T = jax.lax.axis_size(plan.axis), k_BKTH.shape[2]
   parts = visible_parts(plan, T, given=rows.positions_BS is not None)
 
@@ -138,6 +140,7 @@ def _forward(q_BKGTH: jax.Array, k_BKTH: jax.Array, v_BKTU: jax.Array, rows: Row
 
 
 def _backward(plan: Plan, residuals, do_BKGTU: jax.Array):
+  """Returns dq, dk and dv of this rank's own tokens."""
   q_BKGTH, k_BKTH, v_BKTU, rows, o_BKGTU, lse_BKGT1 = residuals
   ring, T = jax.lax.axis_size(plan.axis), k_BKTH.shape[2]
   parts = visible_parts(plan, T, given=rows.positions_BS is not None)

@@ -36,6 +36,9 @@ def format_plan(plan: Plan, others: Sequence[Plan] = ()) -> str:
     f"FLOPs are {plan.utilisation:.1%} of the peak",
     f"{plan.separate:.4g} s if no collective overlaps",
   ]
+  if plan.pads_weights:
+    rows = f"a device's {plan.weight_rows} rows of a weight are no multiple of 8"
+    lines.append(f"{rows}: the TPU pads them, and its compiler sums whole arrays instead")
   names = [f"{describe_sizes(other.sizes)}, {_micro_batches(other)}" for other in others]
   width = max((len(name) for name in names), default=0) + 2
   if others:

@@ -16,6 +16,7 @@ from sharding.mesh import MeshConfig, describe_sizes
 from sharding.plan.network import place_axes
 from sharding.plan.shapes import ModelShapes, Step, split_layers
 from sharding.plan.traffic import (
+  WEIGHT_AXES,
   Sizes,
   Traffic,
   local_tokens,
@@ -25,6 +26,7 @@ from sharding.plan.traffic import (
 )
 from sharding.roofline import peak_micro_batches, pipeline_bubble
 
+_SUBLANES = 8
 AXES = tuple(MeshConfig().sizes())
 USABLE = 0.9
 """share of a device's memory that a plan may fill; the rest is the compiler's and the runtime's"""
@@ -42,6 +44,8 @@ class Plan:
   times: Mapping[str, float]
   """compute, recompute, hbm, each kind of collective by its axes, bubble"""
   model_flops: float
+  weight_rows: int
+  """rows of D that a device holds of a weight"""
 
   @property
   def memory_bytes(self) -> float:
@@ -52,6 +56,14 @@ class Plan:
   def fits(self) -> bool:
     """Tells whether a device has that much, with a tenth to spare."""
     return self.memory_bytes <= USABLE * self.topology.chip.hbm_bytes
+
+  @property
+  def pads_weights(self) -> bool:
+    """Tells whether a TPU pads a device's rows of D, which are no multiple of its 8 sublanes.
+
+    The compiler then sums whole arrays in place of gathers and scatters: about twice the traffic.
+    """
+    return bool(self.topology.chip.torus_axes) and self.weight_rows % _SUBLANES != 0
 
   @property
   def collective_times(self) -> dict[str, float]:
@@ -95,13 +107,13 @@ def illegality(model: ModelShapes, step: Step, sizes: Sizes) -> str | None:
   """Returns why the arrays cannot be spread over this mesh, or None if they can."""
   t, stages = sizes["tensor"], sizes["stage"]
   ring, ulysses = sizes["context_ring"], sizes["context_ulysses"]
-  weights, rows = parts(sizes, "fsdp", "context_ring", "context_ulysses", "expert"), "rows"
+  weights = parts(sizes, *WEIGHT_AXES)
   rows_split = parts(sizes, "data", "fsdp", "expert")
   positions = t * ulysses * ring * (2 if ring > 1 else 1)
   rules = [
     ("D", model.D, weights, "fsdp x context x expert"),
     ("V", model.V, t, "tensor"),
-    (f"{rows} of a micro-batch", step.batch // step.accumulate, rows_split, "data x fsdp x expert"),
+    ("rows of a micro-batch", step.batch // step.accumulate, rows_split, "data x fsdp x expert"),
     ("length", step.length, positions, "tensor x context (twice the ring)"),
   ]
   for layer, _ in model.layers:
@@ -146,6 +158,7 @@ def make_plan(model: ModelShapes, step: Step, topology: Topology, sizes: Sizes) 
     memory=step_memory(model, step, sizes),
     traffic=tuple(traffic),
     times=step_times(model, step, topology, sizes, traffic),
+    weight_rows=model.D // parts(sizes, *WEIGHT_AXES),
     model_flops=model.flops_per_token(step.length) * step.batch * step.length / devices,
   )
 
@@ -174,12 +187,16 @@ def step_memory(model: ModelShapes, step: Step, sizes: Sizes) -> dict[str, float
     working = inner + 4 * tokens * model.D * e + stream - own  # what is made again
     transient = max(transient, gathered / t * (e + step.reduce_bytes) + working)
   head = model.V * model.D / t * (e + step.reduce_bytes) + 2 * tokens * model.D * e
-  return {
+  memory = {
     "weights and moments": held * (4 + step.state_bytes),
     "gradients": 4 * held,
     "activations kept": kept,
     "one layer, or the head": max(transient, head),
   }
+  if stages > 1:  # a stage's weights are gathered once, and their gradients summed at the end
+    memory["gradients"] = 4 * held * sizes["fsdp"]
+    memory["weights gathered"] = e * held * sizes["fsdp"]
+  return memory
 
 
 def step_times(
@@ -237,7 +254,8 @@ def best_plans(
 
   `accumulate` lists numbers of micro-batches to try besides the step's own; without stages the
   fewest that fit, as more only send weights more often. Of equal bounds the lower time without
-  overlap wins. Raises UserError where no mesh of these axes is legal.
+  overlap wins; meshes on which weights are padded come after the others. Raises UserError where no
+  mesh of these axes is legal.
   """
   plans: list[Plan] = []
   reasons: dict[str, int] = {}
@@ -255,7 +273,9 @@ def best_plans(
     common = max(reasons, key=reasons.__getitem__)
     rule = f"no mesh of its {topology.devices} devices over {', '.join(axes)} is legal; most often"
     raise UserError(f"topology={topology.name!r}: {rule}: {common}")
-  return sorted(plans, key=lambda p: (not p.fits, p.overlapped, p.separate, p.memory_bytes))
+  return sorted(
+    plans, key=lambda p: (not p.fits, p.pads_weights, p.overlapped, p.separate, p.memory_bytes)
+  )
 
 
 def _meshes(devices: int, axes: Sequence[str]) -> Iterator[dict[str, int]]:

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from sharding.plan.shapes import LayerShapes, ModelShapes, Step, split_layers
+from sharding.roofline import pipeline_ticks
 
 Sizes = Mapping[str, int]
-_WEIGHT_AXES = ("fsdp", "context_ring", "context_ulysses", "expert")
+WEIGHT_AXES = ("fsdp", "context_ring", "context_ulysses", "expert")
 
 
 class Traffic(NamedTuple):
@@ -36,6 +37,11 @@ def crossed(sizes: Sizes, *axes: str) -> tuple[str, ...]:
   return tuple(axis for axis in sizes if axis in axes and sizes[axis] > 1)
 
 
+def gathered_axes(sizes: Sizes) -> tuple[str, ...]:
+  """Returns the mesh axes over which each micro-batch gathers weights: in a pipeline not `fsdp`."""
+  return crossed(sizes, *WEIGHT_AXES[sizes["stage"] > 1 :])
+
+
 def parts(sizes: Sizes, *axes: str) -> int:
   """Returns the number of parts into which these mesh axes split an array."""
   return math.prod(sizes[axis] for axis in axes)
@@ -52,7 +58,11 @@ def local_tokens(step: Step, sizes: Sizes) -> float:
 
 
 def step_traffic(model: ModelShapes, step: Step, sizes: Sizes) -> list[Traffic]:
-  """Returns the arrays that a device sends in a step, on the fullest pipeline stage."""
+  """Returns the arrays that a device sends in a step, on the fullest pipeline stage.
+
+  In a pipeline a device gathers the weights of its stages once for all micro-batches, and every
+  stage has the embedding and the head, whose gradients are summed over stages.
+  """
   traffic: list[Traffic] = []
   for layer, count in split_layers(model, sizes["stage"]):
     for item in _layer_traffic(layer, model.D, step, sizes):
@@ -60,23 +70,36 @@ def step_traffic(model: ModelShapes, step: Step, sizes: Sizes) -> list[Traffic]:
   for item in (*_embedding_traffic(model, step, sizes), *_head_traffic(model, step, sizes)):
     traffic.append(item._replace(times=item.times * step.accumulate))
   traffic += _gradient_traffic(model, sizes)
-  if stages := crossed(sizes, "stage"):
-    boundary = local_tokens(step, sizes) * model.D * step.compute_bytes / sizes["tensor"]
-    hops = 2 * (step.accumulate + sizes["stage"] - 2)
-    traffic.append(Traffic("collective-permute", stages, boundary, hops, "stage boundary"))
+  if sizes["stage"] > 1:
+    traffic += _stage_traffic(model, step, sizes)
   return [item for item in traffic if item.times]
+
+
+def _stage_traffic(model: ModelShapes, step: Step, sizes: Sizes) -> Iterator[Traffic]:
+  """Yields what a pipeline sends: messages in both directions in every tick, and weights once."""
+  stages, e = crossed(sizes, "stage"), step.compute_bytes
+  boundary = local_tokens(step, sizes) * model.D * e / sizes["tensor"]
+  ticks = pipeline_ticks(step.schedule, sizes["stage"], step.accumulate, chunks=step.chunks)
+  yield Traffic("collective-permute", stages, boundary, 2 * ticks, "stage boundary")
+  ends = (1 if model.tied else 2) * model.V * model.D / sizes["tensor"]
+  shared = ends / parts(sizes, *WEIGHT_AXES)
+  yield Traffic("all-reduce", stages, 4 * shared, 1, "gradients of embedding and head")
+  if weight_axes := crossed(sizes, "fsdp"):
+    held = local_weights(model, sizes)[0] * sizes["fsdp"]
+    yield Traffic("all-gather", weight_axes, held * e, 1, "weights")
+    yield Traffic("reduce-scatter", weight_axes, held * step.reduce_bytes, 1, "weight gradients")
 
 
 def _layer_traffic(layer: LayerShapes, D: int, step: Step, sizes: Sizes) -> Iterator[Traffic]:
   """Yields what one micro-batch sends in one layer, forward and backward."""
   e, t, again = step.compute_bytes, sizes["tensor"], step.remat != "none"
   tokens = local_tokens(step, sizes)
-  weight_axes = crossed(sizes, *_WEIGHT_AXES)
+  weight_axes = gathered_axes(sizes)
   dense = (layer.attention_weights + layer.mlp_weights) / t
   if weight_axes:
     yield Traffic("all-gather", weight_axes, dense * e, 1 + again, "weights")
     yield Traffic("reduce-scatter", weight_axes, dense * step.reduce_bytes, 1, "weight gradients")
-  expert_axes = crossed(sizes, *_WEIGHT_AXES[:3])
+  expert_axes = tuple(axis for axis in weight_axes if axis != "expert")
   held = layer.E / sizes["expert"] * layer.expert_weights / t
   if layer.E and expert_axes:
     yield Traffic("all-gather", expert_axes, held * e, 1 + again, "expert weights")
@@ -106,16 +129,19 @@ def _context_traffic(layer: LayerShapes, step: Step, sizes: Sizes) -> Iterator[T
     yield Traffic("all-to-all", axes, exchanged, 2 + again, "heads")
     K = repeated
   if ring > 1:
-    block = tokens * K * width * e  # keys and values
-    axes = crossed(sizes, "context_ring")
-    forward, backward = ring - 1, 2 * (ring - 1) + 1
-    yield Traffic("collective-permute", axes, block, forward * (1 + again) + backward, "keys")
+    block = tokens * K * width  # keys and values
+    axes, hops = crossed(sizes, "context_ring"), ring - 1
+    # forward, backward, and once more before that, but for a first hop that both can use
+    passes = 2 * hops + again * (hops - 1)
+    yield Traffic("collective-permute", axes, block * e, passes, "keys and values")
+    yield Traffic("collective-permute", axes, block * 4, hops, "their gradients")
+    yield Traffic("collective-permute", axes, block * e, 1, "their gradients, home")
 
 
 def _embedding_traffic(model: ModelShapes, step: Step, sizes: Sizes) -> Iterator[Traffic]:
   tokens, t = local_tokens(step, sizes), sizes["tensor"]
   rows = tokens * model.D * step.compute_bytes
-  width_axes = crossed(sizes, *_WEIGHT_AXES)
+  width_axes = gathered_axes(sizes)
   if tensor := crossed(sizes, "tensor"):
     yield Traffic("reduce-scatter", tensor, rows, 1, "embedding")
     yield Traffic("all-gather", tensor, rows, 1, "embedding")
@@ -129,7 +155,7 @@ def _embedding_traffic(model: ModelShapes, step: Step, sizes: Sizes) -> Iterator
 
 def _head_traffic(model: ModelShapes, step: Step, sizes: Sizes) -> Iterator[Traffic]:
   tokens, weights = local_tokens(step, sizes), model.V * model.D / sizes["tensor"]
-  if weight_axes := crossed(sizes, *_WEIGHT_AXES):
+  if weight_axes := gathered_axes(sizes):
     yield Traffic("all-gather", weight_axes, weights * step.compute_bytes, 1, "head")
     yield Traffic("reduce-scatter", weight_axes, weights * step.reduce_bytes, 1, "head")
   if tensor := crossed(sizes, "tensor"):
@@ -151,7 +177,7 @@ def _gradient_traffic(model: ModelShapes, sizes: Sizes) -> Iterator[Traffic]:
 
 def local_weights(model: ModelShapes, sizes: Sizes) -> tuple[float, float]:
   """Returns how many matrix entries, and how many entries of vectors, one device holds."""
-  t, split = sizes["tensor"], parts(sizes, *_WEIGHT_AXES)
+  t, split = sizes["tensor"], parts(sizes, *WEIGHT_AXES)
   matrices = (1 if model.tied else 2) * model.V * model.D / t / split
   vectors: float = model.D
   for layer, count in split_layers(model, sizes["stage"]):

@@ -120,7 +120,7 @@ def test_links_out_of_a_corpus_are_not_followed(tmp_path):
   store = open_text(DataConfig(source=str(tmp_path / "text")))
   tokens = [*read_blocks(store.train.tokens), *read_blocks(store.heldout.tokens)]
   assert b"secret" not in b"".join(block.tobytes() for block in tokens)
-  assert "2 links not followed" in store.report
+  assert "links not followed (data.follow_links): 2" in store.report
 
 
 def test_a_run_reads_the_tokenizer_of_its_own_folder_whatever_its_configuration_names(tmp_path):

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 
+from benchmarks.reliability.texts import LINES, PARQUET, RECORDS, WRONG, zst
 from jaxlm.config import DataConfig
 from jaxlm.data import formats
 from jaxlm.data.arrays import read_blocks
@@ -20,9 +20,6 @@ from jaxlm.data.cache import open_text
 from jaxlm.data.corpus import open_source
 from jaxlm.data.formats import Reader
 from jaxlm.data.split import Split, assign_sides
-
-RECORDS = [{"text": f"record {i}\n", "id": i} for i in range(40)]
-LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 
 
 class Document(NamedTuple):
@@ -77,7 +74,7 @@ def test_folder_is_read_recursively_by_ending(tmp_path):
   corpus = read(tmp_path)
   assert everything(corpus) == [("a.txt", "a"), ("b/c/x.PY", "x = 1\r\n"), ("b/y.md", "# Größe")]
   assert "4 files" in corpus.report and "1 empty" in corpus.report and "17 bytes" in corpus.report
-  assert "left out 1 files of other endings" in corpus.report
+  assert "left out files of other endings: 1" in corpus.report
 
 
 SKIPPABLE = b"\x50\x2a\x4d\x18\x03\0\0\0abc"  # a zstd frame of metadata
@@ -97,10 +94,6 @@ def test_documents_come_in_the_order_of_their_paths(tmp_path):
     "aa.txt",
     "b/x.txt",
   ]
-
-
-def zst(data):
-  return zstandard.ZstdCompressor().compress(data)
 
 
 @pytest.mark.parametrize(
@@ -192,64 +185,7 @@ def test_replacing_invalid_utf8_is_counted(tmp_path):
   assert "6 invalid UTF-8 sequences replaced" in corpus.report  # the half pair is three bytes
 
 
-PARQUET = pyarrow.BufferOutputStream()
-pyarrow.parquet.write_table(
-  pyarrow.table({"id": [1], "gap": pyarrow.array([None], pyarrow.string())}), PARQUET
-)
-PARQUET = PARQUET.getvalue().to_pybytes()
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 2471645608\n"
 GZIP_EMPTY = gzip.compress(b"", mtime=0)
-
-
-WRONG = [
-  ("a.txt", "text".encode("utf-16-le"), "a.txt: NUL at byte 1: .*binary file, or UTF-16 without"),
-  ("a.txt", b"caf\xe9", "a.txt: byte 3 is not UTF-8.*invalid_utf8='replace'"),
-  ("a.md", b"caf\xc3", "a.md: byte 3 is not UTF-8"),
-  ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "a.jsonl:2: byte 10 is not UTF-8"),
-  ("a.jsonl", b'{"text": "\\u0000"}', "a.jsonl:1: NUL at byte 0: text holds no NUL"),
-  ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl:1: byte 0 is not UTF-8"),
-  ("a.jsonl", b'{"text": "a"}\n\n{"text": ', "a.jsonl:3: not JSON.*every line holds one object"),
-  ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not JSON"),
-  ("a.jsonl", b'["text"]', "a.jsonl:1: is a list; every line holds one object"),
-  ("a.jsonl", b"3", "a.jsonl:1: is a int; every line holds one object"),
-  (
-    "a.jsonl",
-    b'{"body": "a", "id": 1}',
-    r"a.jsonl:1: no field 'text' \(data.text_field\); there are: body, id",
-  ),
-  ("a.jsonl", b"{}", "no field 'text'.*there are: none"),
-  ("a.jsonl", b'{"text": null}', "a.jsonl:1: field 'text' .*is null, must be text"),
-  ("a.jsonl", b'{"text": 3}', "a.jsonl:1: field 'text' .*is int, must be text"),
-  ("a.jsonl", b'{"text": {"text": null}}', "a.jsonl:1: field 'text' .*is dict, must be text"),
-  ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-20], "a.jsonl.gz: truncated or damaged gzip"),
-  ("a.jsonl.gz", LINES, "a.jsonl.gz: truncated or damaged gzip"),
-  (
-    "a.jsonl.gz",
-    gzip.compress(LINES, mtime=0)[:12] + b"\xff" * 60,
-    "a.jsonl.gz: truncated or damaged gzip",
-  ),
-  ("a.txt.gz", gzip.compress(LINES, mtime=0)[:-20], "a.txt.gz: truncated or damaged gzip"),
-  ("a.jsonl.zst", zst(LINES)[:-9], "a.jsonl.zst: truncated zstd"),
-  ("a.jsonl.zst", zst(LINES) + zst(LINES)[:-9], "a.jsonl.zst: truncated zstd"),
-  ("a.jsonl.zst", LINES, "a.jsonl.zst: damaged zstd"),
-  ("a.jsonl.zst", b"", "a.jsonl.zst: is empty"),
-  ("a.parquet", PARQUET, r"a.parquet: no field 'text' \(data.text_field\); there are: id, gap"),
-  ("a.parquet", PARQUET[:-9], "a.parquet: damaged parquet"),
-  ("a.parquet", b"", "a.parquet: is empty"),
-  ("a.txt", LFS, r"a.txt: a Git LFS pointer \(`git lfs pull` fetches the file\)"),
-  ("a.parquet", LFS, "a.parquet: a Git LFS pointer"),
-  ("a.jsonl.gz", LFS, "a.jsonl.gz: a Git LFS pointer"),
-  ("a.md", b"../.git/annex/objects/x".removeprefix(b"../.git"), "a.md: a git-annex pointer"),
-  ("a.txt", b"\n<!DOCTYPE HTML>\n<p>404", "a.txt: an HTML page"),
-  ("a.parquet", b"<html><body>Sign in", "a.parquet: an HTML page"),
-  ("a.jsonl", b"\xef\xbb\xbf<HTML>", "a.jsonl: an HTML page"),
-  ("a.jsonl", b'<?xml version="1.0"?>\n<Error><Code>AccessDenied', "an error message of a server"),
-  ("a.jsonl", gzip.compress(LINES), "a.jsonl: compressed by gzip: its name must end in .gz"),
-  ("a.txt", zst(LINES), "a.txt: compressed by zstd: its name must end in .zst"),
-  ("a.txt", PARQUET, "a.txt: a parquet file: its name must end in .parquet"),
-  ("a.txt", b"PK\x03\x04...", "a.txt: a zip archive"),
-  ("a.txt", b"%PDF-1.7", "a.txt: a PDF document"),
-]
 
 
 @pytest.mark.parametrize(("name", "data", "message"), WRONG)
@@ -259,7 +195,7 @@ def test_what_is_no_text_is_left_out_and_called_what_it_is_or_refused(
   (tmp_path / name).write_bytes(data)
   write_many(tmp_path, 3)
   report = read(tmp_path).report
-  assert re.search(rf"^left out 1 .*{message}", report, re.MULTILINE), report
+  assert re.search(rf"^left out .*: 1 \(.*{message}", report, re.MULTILINE), report
   assert "text 0" in "".join(text for _, text in everything(read(tmp_path)))
   with pytest.raises(ValueError, match=message):
     read(tmp_path, strict=True)
@@ -287,7 +223,7 @@ def test_odd_names_can_be_printed(tmp_path):
   for name in (b"caf\xe9.txt", b"new\nline.txt", "größe.txt".encode()):
     Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_text("some text " * 9)
   report = read(tmp_path).report
-  assert r"caf\udce9.txt, größe.txt, new\nline.txt" in report and report.encode()
+  assert r"new\nline.txt, größe.txt, caf\udce9.txt" in report and report.encode()
 
 
 def test_unknown_endings(tmp_path):
@@ -295,7 +231,7 @@ def test_unknown_endings(tmp_path):
   known = r"known are .txt .md .py .jsonl \(these also with .gz or .zst\) .parquet"
   with pytest.raises(ValueError, match=f"unknown ending, {known}"):
     read(tmp_path / "a.bin")
-  with pytest.raises(ValueError, match=r"no file ends in .txt .* \(1 files of other endings\)"):
+  with pytest.raises(ValueError, match=r"no file ends in .txt .* \(files of other endings: 1\)"):
     read(tmp_path)
 
 
@@ -304,9 +240,9 @@ def test_records_before_and_after_a_bad_one_are_read(tmp_path):
   (tmp_path / "a.jsonl").write_bytes(LINES + bad + LINES)
   corpus = read(tmp_path)
   assert len(everything(corpus)) == 2 * len(RECORDS)
-  assert "left out 2 records whose text field holds no text (the first: " in corpus.report
+  assert "left out records whose text field holds no text: 2 (the first: " in corpus.report
   for kind in ("texts that are not UTF-8", "records that are not JSON", "texts with a NUL"):
-    assert f"left out 1 {kind} (" in corpus.report
+    assert f"left out {kind}: 1 (" in corpus.report
 
 
 def test_a_truncated_file_is_read_as_far_as_it_goes(tmp_path):
@@ -331,8 +267,8 @@ def test_parquet_rows_without_text_are_left_out(tmp_path):
   pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
   corpus = read(tmp_path)
   assert [text for _, text in everything(corpus)].count("a") == 9 and len(everything(corpus)) == 18
-  assert "left out 18 records whose text field holds no text" in corpus.report
-  assert "left out 9 texts with a NUL" in corpus.report and "9 empty documents" in corpus.report
+  assert "left out records whose text field holds no text: 18 (the first" in corpus.report
+  assert "left out texts with a NUL: 9 (" in corpus.report and "9 empty documents" in corpus.report
 
 
 @pytest.mark.parametrize(
@@ -373,6 +309,8 @@ def test_missing_and_unreadable_paths(tmp_path, monkeypatch):
   for source in (tmp_path / "nowhere", ""):
     with pytest.raises(ValueError, match=r"data.source='.*no such file or folder"):
       read(source)
+  with pytest.raises(ValueError, match="data.source='~nobody-of-this-name/text'"):
+    read("~nobody-of-this-name/text")
   (tmp_path / "a.txt").write_text("a")
 
   def refuse(*_, **__):
@@ -440,6 +378,13 @@ def test_hub_documents(hub):
   assert len(everything(read("hf:owner/set:validation", text_field="body", max_bytes=20))) == 3
 
 
+def test_a_split_of_the_hub_can_be_held_out(hub, tmp_path):
+  (tmp_path / "a.txt").write_text("a text to train on\n" * 20)
+  corpus = read(tmp_path, heldout="hf:owner/set:validation", text_field="body")
+  assert [name for name, _ in corpus.train] == ["a.txt"] and len(corpus.heldout) == 20
+  assert "held out hf:owner/set:validation" in corpus.report and "revision abc123" in corpus.report
+
+
 def test_hub_reading_goes_on_from_every_position(hub):
   config = DataConfig(source="hf:owner/set:validation", text_field="body")
   source = open_source(config)
@@ -452,6 +397,7 @@ def test_hub_errors(hub):
   with pytest.raises(ValueError, match="data.source='hf:owner/set': Bad split: train"):
     read("hf:owner/set")
   with pytest.raises(
-    ValueError, match="left out 20 .*hf:owner/set:validation:0: no field 'text' .*there are: body"
+    ValueError,
+    match="left out .*: 20 .*hf:owner/set:validation:0: no field 'text' .*there are: body",
   ):
     read("hf:owner/set:validation")

@@ -56,7 +56,7 @@ def test_what_systems_and_editors_leave_is_no_text(folder, name):
   (folder / name).parent.mkdir(parents=True, exist_ok=True)
   (folder / name).write_bytes(b"\0\5\x16\7")
   names, report = read(folder, strict=True)
-  assert names == TEXTS and "left out 1 files and folders of the system or hidden" in report
+  assert names == TEXTS and "left out files and folders of the system or hidden: 1" in report
 
 
 def test_a_hidden_folder_may_be_the_source(tmp_path):
@@ -80,7 +80,7 @@ def test_runs_stores_and_checkpoints_below_the_source_are_no_text(folder):
   names, report = read(folder)
   assert names == TEXTS
   assert open_source(DataConfig(source=str(folder))).identity == before
-  assert "1 folders of checkpoints, 1 folders of runs, 1 token stores" in report
+  assert "folders of checkpoints: 1, folders of runs: 1, token stores: 1" in report
   with pytest.raises(UserError, match="data.source=.*is the folder of a run"):
     read(run)
   with pytest.raises(UserError, match="data.heldout=.*is a token store"):
@@ -104,7 +104,7 @@ def test_links_are_not_followed_unless_told_to(folder, tmp_path):
   (folder / "broken.txt").symlink_to(tmp_path / "nowhere")
   names, report = read(folder)
   assert names == TEXTS
-  assert "4 links not followed (data.follow_links), 1 links to nothing" in report
+  assert "links not followed (data.follow_links): 4, links to nothing: 1" in report
   names, report = read(folder, follow_links=True)
   assert names == ["a.txt", "b.txt", "link.txt", "more/d.txt", "sub/c.txt"]
   assert "links to what is read already" in report
@@ -115,7 +115,7 @@ def test_a_source_of_links_alone_says_so(tmp_path):
   (tmp_path / "a.txt").write_text("a text")
   (tmp_path / "text/a.txt").symlink_to(tmp_path / "a.txt")
   with pytest.raises(
-    UserError, match=r"no file ends in .*1 links not followed \(data.follow_links"
+    UserError, match=r"no file ends in .*links not followed \(data.follow_links\): 1"
   ):
     read(tmp_path / "text")
   assert read(tmp_path / "text", follow_links=True)[0] == ["a.txt"]
@@ -136,9 +136,9 @@ def test_the_links_of_the_hubs_cache_are_followed(tmp_path):
   assert names == ["data/a.txt", "data/b.txt"] and "left out" not in report
   names, report = read(dataset)  # both revisions, which share their blobs
   assert names == ["snapshots/abc/data/a.txt", "snapshots/abc/data/b.txt"]
-  assert "2 links to what is read already" in report
+  assert "links to what is read already: 2" in report
 
 
 def test_what_is_no_regular_file(folder):
   os.mkfifo(folder / "pipe.txt")
-  assert "1 files that are no regular ones" in read(folder)[1]
+  assert "files that are no regular ones: 1" in read(folder)[1]

@@ -117,12 +117,19 @@ def test_max_bytes_is_of_each_side(tmp_path):
   assert (train, heldout) == (44, 30) and "stopped at data.max_bytes=484" in report
 
 
+def test_records_that_hold_out_more_than_they_train_on_are_refused_when_they_are_read(tmp_path):
+  (tmp_path / "train.jsonl").write_text('{"text": "ab", "more": "than is text"}')
+  (tmp_path / "val.jsonl").write_text('{"text": "abc"}')
+  with pytest.raises(UserError, match=r"3 bytes would be held out and only 2 .*: val.jsonl\)"):
+    sizes(tmp_path)
+
+
 @pytest.mark.parametrize("options", [{}, {"heldout": "train.txt"}])
 def test_less_training_than_held_out_text_is_refused(tmp_path, monkeypatch, options):
   monkeypatch.chdir(tmp_path)
   write(tmp_path, train=20, val=21) if not options else write(tmp_path, train=20, other=3)
   with pytest.raises(UserError, match="bytes would be held out and only .* trained on.*none"):
-    sizes(tmp_path, **options)
+    open_source(DataConfig(source=str(tmp_path), **options))  # before anything is read
 
 
 def test_nothing_left_to_train_on_and_empty_sides(tmp_path):

@@ -1,3 +1,4 @@
+import functools
 import json
 from pathlib import Path
 
@@ -53,36 +54,103 @@ def test_bpe_round_trip(bpe, text):
   assert bpe.eos not in ids and all(0 <= id < bpe.vocab_size for id in ids.tolist())
 
 
-@given(text=st.text("ab \né€", max_size=60), size=st.integers(4, 9), block=st.integers(1, 9))
-def test_pieces_join_to_the_text_and_are_short(text, size, block):
+@given(
+  text=st.text("ab \né€。\r\u3000", max_size=60),
+  size=st.integers(4, 9),
+  more=st.integers(0, 9),
+  block=st.integers(1, 9),
+)
+def test_pieces_join_to_the_text_and_are_short(text, size, more, block):
   raw = text.encode()
   blocks = [raw[start : start + block] for start in range(0, len(raw), block)]
-  parts = list(cut_pieces(blocks, size))
+  parts = list(cut_pieces(blocks, size, size + more))
   assert b"".join(piece for piece, _ in parts) == raw
-  assert all(0 < len(piece) <= size and piece.decode() for piece, _ in parts[:-1])
+  assert all(0 < len(piece) <= size + more and piece.decode() for piece, _ in parts[:-1])
   assert [last for _, last in parts] == [False] * (len(parts) - 1) + [True]
-  assert parts == list(cut_pieces([raw], size))
+  assert parts == list(cut_pieces([raw], size, size + more))
   # Reading goes on from any border with the same pieces.
-  assert parts[1:] == (list(cut_pieces([raw[len(parts[0][0]) :]], size)) if len(parts) > 1 else [])
+  rest = raw[len(parts[0][0]) :]
+  assert parts[1:] == (list(cut_pieces([rest], size, size + more)) if len(parts) > 1 else [])
 
 
-def other_models():
-  """Tokenizers that put a space before a text, as SentencePiece does, in two ways."""
-  lines = SOURCE.splitlines(keepends=True)
-  for way in ("normalizer", "pre-tokenizer"):
-    model = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
-    if way == "normalizer":  # Llama 2
-      prepend = tokenizers.normalizers.Prepend("▁")
-      replace = tokenizers.normalizers.Replace(" ", "▁")
-      model.normalizer = tokenizers.normalizers.Sequence([prepend, replace])
-    else:
-      model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
-    specials = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = tokenizers.trainers.BpeTrainer(
-      vocab_size=600, special_tokens=specials, show_progress=False
-    )
-    model.train_from_iterator(lines, trainer)
-    yield BPETokenizer(model)
+CL100K = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WAYS = ("normalizer", "first", "always", "never", "cl100k", "added")
+
+
+@functools.cache
+def other_model(way):
+  """A tokenizer as SentencePiece's, with and without a space before a text, or as GPT-4's."""
+  lines = [*SOURCE.splitlines(keepends=True), *["你好。我们走吧！\n"] * 20]
+  model = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=way not in ("cl100k", "added")))
+  specials = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+  alphabet = list[str]()
+  pre, decoders = tokenizers.pre_tokenizers, tokenizers.decoders
+  if way in ("cl100k", "added"):
+    specials, alphabet = ["</s>"], pre.ByteLevel.alphabet()
+    split = pre.Split(tokenizers.Regex(CL100K), "isolated")
+    bytes_of = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer, model.decoder = pre.Sequence([split, bytes_of]), decoders.ByteLevel()
+  else:
+    scheme = "always" if way == "normalizer" else way
+    model.pre_tokenizer = pre.Metaspace(prepend_scheme=scheme)
+    strip = [] if way == "never" else [decoders.Strip(" ", 1, 0)]
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    model.decoder = decoders.Sequence(steps)
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=700, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+  )
+  model.train_from_iterator(lines, trainer)
+  if way == "normalizer":  # Llama 2: one word, which the normalizer marks
+    values = json.loads(model.to_str()) | {"pre_tokenizer": None}
+    values["added_tokens"] = values["added_tokens"][:1]
+    model = tokenizers.Tokenizer.from_str(json.dumps(values))
+    prepend, replace = tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")
+    model.normalizer = tokenizers.normalizers.Sequence([prepend, replace])
+  if way == "added":
+    model.add_tokens([tokenizers.AddedToken("<tool>", lstrip=True), "é"])
+    model.add_special_tokens(["<|im_start|>"])
+  return BPETokenizer(model)
+
+
+TEXTS = st.lists(
+  st.sampled_from(
+    ["def ", "<tool>", "line", " ", "  ", "\n", "\r\n", "\t", "12345", "。", "你好", "é", "</s>"]
+  )
+  | st.text(st.characters(codec="utf-8"), max_size=5),
+  max_size=40,
+).map("".join)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(text=TEXTS, size=st.integers(5, 30))
+def test_pieces_have_the_ids_of_the_whole_text_which_decode_to_it(way, text, size):
+  """Wherever the tokenizer itself gives the text back, and as its library cuts the whole of it."""
+  tokenizer = other_model(way)
+  excerpts, before = list[Excerpt](), ""
+  for raw, _ in cut_pieces([text.encode()], size, 1 << 20):
+    excerpts.append(Excerpt(raw.decode(), before))
+    before = raw.decode()[-1:]
+  ids = np.concatenate(list(tokenizer.encode_all(excerpts))).tolist()
+  expected = tokenizer.model.encode(text, add_special_tokens=False).ids
+  assert ids == expected
+  library = tokenizer.model.decode(expected, skip_special_tokens=False)
+  assert tokenizer.decode(ids) == library
+  if way in ("cl100k", "normalizer") and not text.startswith(" "):
+    assert library == text
+
+
+@pytest.mark.parametrize("way", ["normalizer", "always", "cl100k"])
+def test_text_without_any_border_is_cut_without_a_space(way):
+  """Over the length at which a cut has to be: no text is lost, and none is put in."""
+  tokenizer = other_model(way)
+  text = "abcdefghij" * 40
+  pieces = [text[start : start + 33] for start in range(0, len(text), 33)]
+  befores = ["", *(piece[-1] for piece in pieces)]
+  ids = list(tokenizer.encode_all(map(Excerpt, pieces, befores)))
+  assert tokenizer.decode(np.concatenate(ids)) == text
 
 
 @pytest.mark.parametrize("piece", [300, 1000])
@@ -94,7 +162,7 @@ def test_ids_of_pieces_are_those_of_the_whole_text(bpe, tmp_path, monkeypatch, p
   for name, text in zip(("0", "1", "2", "val"), texts):  # so that none is cut
     (tmp_path / f"{name}.txt").write_text(text, newline="")
   config = DataConfig(source=str(tmp_path))
-  for tokenizer in (bpe, *other_models()):
+  for tokenizer in (bpe, *map(other_model, WAYS)):
     stored = open_text(config, tokenizer)
     got = list[list[int]]()
     for side in (stored.train, stored.heldout):

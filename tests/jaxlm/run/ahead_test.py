@@ -12,13 +12,14 @@ from pallas_kernels.common.errors import UserError
 from sharding.aot import format_program
 from sharding.plan import make_plan
 
-# widths that the TPU's tiles divide, so that its arrays have no padding; V has the kernel's loss
+# Widths that the TPU's tiles divide, so that its arrays have no padding; smaller rows than these
+# the compiler does not scatter, and a smaller vocabulary has no kernel for its loss.
 MODEL = decoder(V=5120, D=128, F=256, N=2, K=2, H=128, layers=3)
 CONFIG = TrainConfig(
   batch=8,
   model=MODEL,
   compute=ComputeConfig(dtype="bfloat16", remat="full"),
-  data=DataConfig(length=256),
+  data=DataConfig(length=512),
   mesh=MeshConfig(data=1, fsdp=-1, tensor=2),
 )
 KERNELS = {
@@ -36,15 +37,16 @@ def sums(collectives):
   """Returns the bytes of a step by kind and axes, scalars left out."""
   totals = collections.Counter()
   for c in collectives:
-    totals[c.kind, c.axes] += c.bytes * c.times
-  return {key: total for key, total in totals.items() if total > SCALARS}
+    if c.bytes > SCALARS:
+      totals[c.kind, c.axes] += c.bytes * c.times
+  return dict(totals)
 
 
 def check_plan(config, program):
   """Compares what the compiler says with the plan of the same step on the same mesh."""
   shapes = model_shapes(config.model, "test")
   plan = make_plan(shapes, step_shapes(config), program.topology, program.sizes)
-  assert sums(program.collectives) == pytest.approx(sums(plan.traffic), rel=5e-3)
+  assert sums(program.collectives) == pytest.approx(sums(plan.traffic), rel=1e-3)
   per_chip = program.topology.chip.devices_per_chip
   planned = per_chip * plan.memory["weights and moments"]
   batch_bytes = 3 * 4 * config.batch * config.data.length * per_chip

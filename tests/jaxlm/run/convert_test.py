@@ -234,7 +234,7 @@ def test_a_conversion_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
   assert sorted(tmp_path.rglob("*")) == before
   convert(folder, tmp_path / "run")
   before = sorted(tmp_path.rglob("*"))
-  monkeypatch.setattr("jaxlm.data.tokenizer.BPETokenizer.save", fail)
+  monkeypatch.setattr("jaxlm.interop.huggingface._write_json", fail)
   assert main(["convert", str(tmp_path / "run"), str(tmp_path / "new/checkpoint")]) == 1
   assert sorted(tmp_path.rglob("*")) == before
 
@@ -248,3 +248,19 @@ def test_a_checkpoint_is_measured_on_the_text_that_is_named(folder, tmp_path, ca
   assert "held-out loss" in capsys.readouterr().out
   with pytest.raises(UserError, match="has no text of its own"):
     SavedRun.open(folder).evaluate()
+
+
+def test_a_special_token_beyond_the_weights_is_never_drawn_and_no_fault(folder, tmp_path):
+  """As of published models to whose tokenizer somebody added a token for padding."""
+  model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  fillers = [f"<filler{index}>" for index in range(60)]
+  model.add_special_tokens(fillers)
+  model.save(str(folder / "tokenizer.json"))
+  assert model.get_vocab_size() > huggingface.load(folder)[0].V == 128
+  convert(folder, tmp_path / "run")
+  for name in (folder, tmp_path / "run"):
+    SavedRun.open(name).sample("a <filler59>", sampler=Sampler(temperature=9.0), max_new=3)
+  model.add_tokens(["an ordinary one"])
+  model.save(str(folder / "tokenizer.json"))
+  with pytest.raises(UserError, match="has 163 ids, more than model.V=128"):
+    SavedRun.open(folder)

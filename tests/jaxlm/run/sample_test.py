@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from jaxlm import presets
 from jaxlm.cli import main
@@ -13,6 +14,7 @@ from jaxlm.config import MeshConfig
 from jaxlm.data.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
 from jaxlm.decode import NoDistribution, Sampler
 from jaxlm.models import Transformer
+from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.saved_run import SavedRun
 
 
@@ -65,3 +67,29 @@ def test_the_command_says_that_weights_are_nan(monkeypatch, capsys):
   assert main(["sample", "run", "--prompt", "the", "--max_new", "3"]) == 1
   printed = capsys.readouterr()
   assert "NaN" in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+
+
+def test_a_continuation_is_decoded_behind_its_prompt(monkeypatch):
+  """The decoder of this tokenizer drops a space that a text begins with."""
+  model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="</s>"))
+  model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+  model.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")
+  trainer = tokenizers.trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False)
+  model.train_from_iterator(["golden coins under the fox"], trainer)
+  tokenizer = BPETokenizer(model)
+  run = saved_run(tokenizer, V=512)
+  whole, prompt = "golden coins under the fox", "golden coins"
+  new_ids = tokenizer.encode(whole)[len(tokenizer.encode(prompt)) :]
+  assert tokenizer.decode(new_ids) == "under the fox"
+  monkeypatch.setattr("jaxlm.run.saved_run.generate", lambda *_, **__: [np.append(new_ids, 0)])
+  assert prompt + run.sample(prompt, sampler=Sampler(), max_new=9) == whole
+
+
+def test_evaluating_weights_that_are_nan_says_so(monkeypatch, tmp_path, capsys):
+  run = saved_run(ByteTokenizer(), V=256, scale=np.nan)
+  monkeypatch.setattr(SavedRun, "open", lambda *_, **__: run)
+  RunFolder(tmp_path / "run").create(run.config)
+  (tmp_path / "text.txt").write_text("some words\n" * 400)
+  flags = ["--data.source", str(tmp_path / "text.txt"), "--batches", "1"]
+  assert main(["eval", str(tmp_path / "run"), *flags]) == 1
+  assert "the held-out loss is nan; the weights embed.weight hold" in capsys.readouterr().err

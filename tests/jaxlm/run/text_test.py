@@ -15,9 +15,9 @@ from jaxlm.run.run_folder import RunFolder
 FLAGS = [*SMALL, "--data.source", ".", "--eval_every", "0", "--save_every", "0", "--ema", "0"]
 SAID = [
   "2 files",
-  "left out 1 files and folders of the system or hidden, 1 links not followed (data.follow_links)",
+  "left out files and folders of the system or hidden: 1, links not followed (data.follow_links): ",
   "of these the end is held out: a.txt, b.jsonl:0, b.jsonl:3",
-  "left out 1 records whose text field holds no text (",
+  "left out records whose text field holds no text: 1 (",
   "stopped at data.max_bytes=7000",
   "1 empty documents left out",
   "1 invalid UTF-8 sequences replaced",
@@ -67,7 +67,7 @@ def test_a_run_finds_its_text_from_anywhere_and_is_no_text_itself(trained, tmp_p
   (tmp_path / "a.txt").write_text("other text of the same name\n" * 200)
   monkeypatch.chdir(tmp_path)
   printed = run("resume", str(run_folder), "--steps", "3")
-  assert "left out 1 files and folders of the system or hidden, 1 folders of runs" in printed
+  assert "left out files and folders of the system or hidden: 1, folders of runs: 1" in printed
   assert "not the text" not in printed
   assert "records whose text field holds no text" in run("eval", str(run_folder))
 

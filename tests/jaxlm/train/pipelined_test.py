@@ -24,10 +24,11 @@ from tests.jaxlm.train.sharded_gradients_test import SCANNED, packed_batch
 # windows in turn: a stage has whole repeats of two layers. Packed rows, one of them empty, so that
 # micro-batches have unequal numbers of tokens, and one shard of one has none
 PATTERN = dataclasses.replace(
-  SCANNED, accumulate=4, model=revise(SCANNED.model, layers=6), compute=ComputeConfig()
+  SCANNED, accumulate=2, model=revise(SCANNED.model, layers=4), compute=ComputeConfig()
 )
 ALIKE = dataclasses.replace(
   PATTERN,
+  accumulate=4,
   model=dataclasses.replace(
     revise(SCANNED.model, tied=True), layers=6, pattern=SCANNED.model.pattern[:1]
   ),
@@ -44,11 +45,19 @@ CASES = [
   # layers 1, 2, 2, 1, on every rank at rest as 4 does not divide 6
   (ALIKE, MeshConfig(data=2, stage=4), PipelineConfig(schedule="zb_h1")),
   (PATTERN, MeshConfig(data=1, stage=2, fsdp=2, tensor=2), PipelineConfig(schedule="gpipe")),
-  (ALIKE, MeshConfig(data=1, fsdp=4, stage=2), PipelineConfig(schedule="zb_v")),
-  (ALIKE, MeshConfig(data=1, stage=2, context_ring=2, tensor=2), PipelineConfig()),
-  (SMALL, MeshConfig(data=1, stage=2, context_ulysses=2), PipelineConfig()),
+  (ALIKE, MeshConfig(data=1, stage=2, context_ulysses=2), PipelineConfig(schedule="zb_v")),
+  (SMALL, MeshConfig(data=1, stage=2, context_ring=2, tensor=2), PipelineConfig()),
 ]
 QUICK = 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_in_less_time():
+  """Switches XLA's optimisations off in slow tests too; `stages_test.py` has all of them."""
+  before = jax.config.values["jax_disable_most_optimizations"]
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
 
 
 def loss_and_gradients(config, params, batch):
@@ -168,3 +177,22 @@ def test_a_task_that_has_no_stages_is_refused():
     with jax.set_mesh(make_mesh(config.mesh)), pytest.raises(UserError, match=message):
       state = jax.eval_shape(lambda task=task: init_state(config, task))
       jax.eval_shape(make_train_step(config, task), state, globalize(packed_batch(), 16))
+
+
+@pytest.mark.slow
+def test_a_step_in_stages_compiles_for_tpus(lower_step, tpu_devices):
+  """The loss takes its TPU kernel, and a tick sends two permutes."""
+  model = revise(SMALL.model, D=128, F=128, H=64, V=8192, layers=4)
+  config = dataclasses.replace(
+    SMALL,
+    accumulate=4,
+    model=model,
+    data=dataclasses.replace(SMALL.data, length=128),
+    mesh=MeshConfig(data=2, stage=4),
+    pipeline=PipelineConfig(schedule="zb_h1"),
+  )
+  program = lower_step(config, tpu_devices).compile().as_text()
+  assert "tpu_custom_call" in program
+  found = read_collectives(program, config.mesh.resolve(8))
+  in_loops = [(c.kind, c.axes) for c in found if c.depth]
+  assert in_loops == [("collective-permute", ("stage",))] * 2

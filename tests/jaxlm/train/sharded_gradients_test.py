@@ -22,14 +22,12 @@ MESHES = [
   MeshConfig(data=1, tensor=2, fsdp=4),
   MeshConfig(data=2, fsdp=2, tensor=2),
 ]
-# every two of ring, Ulysses, fsdp and tensor together; two key heads on four devices
+# every two of ring, Ulysses, fsdp and tensor; a ring with a loop; two key heads on four devices
 CONTEXT_MESHES = [
   MeshConfig(data=1, fsdp=2, context_ring=2, context_ulysses=2),
   MeshConfig(data=1, context_ring=2, context_ulysses=2, tensor=2),
-  MeshConfig(data=1, fsdp=2, context_ulysses=2, tensor=2),
   MeshConfig(data=2, context_ulysses=4),
   MeshConfig(data=1, context_ring=4, tensor=2),
-  MeshConfig(data=2, context_ring=4),
 ]
 SCANNED = TrainConfig(
   batch=16,

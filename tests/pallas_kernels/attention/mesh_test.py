@@ -104,6 +104,24 @@ def test_a_spread_length_is_refused_when_traced(implementation):
       attend.lower(whole[0], *arrays[1:])
 
 
+def test_splash_is_refused_where_types_say_what_varies():
+  """As in a pipeline: its kernels would not trace. The default takes another implementation."""
+  mesh = make_mesh(data=4)
+  place = jax.NamedSharding(mesh, P("data"))
+  x_BTNH = jax.ShapeDtypeStruct((4, 128, 2, 128), np.float32, sharding=place)
+
+  def attend(x_BTNH, **options):
+    split = jax.shard_map(
+      lambda x: attention(x, x, x, **options), in_specs=P("data"), out_specs=P("data")
+    )
+    return jax.eval_shape(split, x_BTNH)
+
+  with jax.set_mesh(mesh):
+    with pytest.raises(UnsupportedError, match=r"outputs vary over \['data'\] inside shard_map"):
+      attend(x_BTNH, implementation="splash", interpret=True)
+    assert attend(x_BTNH).shape == x_BTNH.shape
+
+
 def test_heads_that_do_not_divide_are_refused():
   mesh = make_mesh(tensor=4)
   with jax.set_mesh(mesh):

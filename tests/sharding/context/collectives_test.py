@@ -6,14 +6,14 @@ import jax
 import pytest
 
 from sharding import MeshConfig, make_mesh
-from sharding.collectives import read_collectives
+from sharding.collectives import Collective, read_collectives
 from sharding.context import ring
 
 RING, ULYSSES = "context_ring", "context_ulysses"
 
 
-def count(calls, mesh: MeshConfig, *, backward: bool, **fields) -> collections.Counter:
-  """Counts what a compiled call sends, by kind, axes and loops around it."""
+def send(calls, mesh: MeshConfig, *, backward: bool, **fields) -> list[Collective]:
+  """Returns what a compiled call sends."""
   case = calls.Case(mesh=mesh, **fields)
   with jax.set_mesh(make_mesh(mesh)):
     with_gradients, arrays = calls.on_mesh(case)
@@ -23,7 +23,12 @@ def count(calls, mesh: MeshConfig, *, backward: bool, **fields) -> collections.C
 
     function = with_gradients if backward else jax.jit(forward)
     text = function.lower(*arrays).compile().as_text()
-    sent = read_collectives(text, jax.sharding.get_mesh().shape)
+    return read_collectives(text, jax.sharding.get_mesh().shape)
+
+
+def count(calls, mesh: MeshConfig, **options) -> collections.Counter:
+  """Counts what a compiled call sends, by kind, axes and loops around it."""
+  sent = send(calls, mesh, **options)
   counts = collections.Counter((c.kind, c.axes, c.depth) for c in sent)
   # on CPU the compiler writes one all-to-all as an array for each device of the axis
   parts = {key: mesh.context_ulysses if key[0] == "all-to-all" else 1 for key in counts}
@@ -44,10 +49,13 @@ def test_ulysses_sends_four_more_in_the_backward_pass(calls):
 
 @pytest.mark.parametrize("order", ["zigzag", "stripe"])
 def test_a_ring_sends_keys_and_values_once_per_hop(calls, order):
-  """Of c - 1 hops, c - 2 are in a loop."""
-  mesh = MeshConfig(data=1, context_ring=4, tensor=2)
-  sent = count(calls, mesh, backward=False, order=order)
-  assert sent == {("collective-permute", (RING,), 0): 2, ("collective-permute", (RING,), 1): 2}
+  """Of c - 1 hops, c - 2 are in a loop; a hop sends a device's tokens of its own key heads."""
+  sent = send(calls, MeshConfig(data=1, context_ring=4, tensor=2), backward=False, order=order)
+  assert {(c.kind, c.axes) for c in sent} == {("collective-permute", (RING,))}
+  assert sorted(c.depth for c in sent) == [0, 0, 1, 1]
+  case = calls.Case(MeshConfig())
+  tokens, heads = case.B * case.T // 4, case.K // 2
+  assert sum(c.bytes * c.times for c in sent) == 4 * 3 * tokens * heads * (case.H + case.U)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -54,7 +54,10 @@ def test_output_and_gradients_are_one_devices(calls, name):
 
 
 FORMS = ("context_ring", "context_ulysses")
-SIZES = list(itertools.product(FORMS, ((2, 4), (1, 8)), (8, 4, 2, 1)))
+SIZES = [
+  *itertools.product(FORMS, ((2, 4),), (8, 4, 2, 1)),
+  *itertools.product(FORMS, ((1, 8),), (8, 1)),
+]
 
 
 @pytest.mark.slow
@@ -89,12 +92,13 @@ def test_the_form_for_one_shard_stands_inside_shard_map():
     spread = jax.reshard(x_BTNH, P(None, ("context_ring", "context_ulysses")))
 
     def local(x_BTNH):
-      return hybrid_attention_shard(x_BTNH, x_BTNH, x_BTNH, segment_ids_BS=jnp.asarray(ids_BS))
+      own = hybrid_attention_shard(x_BTNH, x_BTNH, x_BTNH, segment_ids_BS=jnp.asarray(ids_BS))
+      return own, hybrid_attention(x_BTNH, x_BTNH, x_BTNH, segment_ids_BT=jnp.asarray(ids_BS))
 
     spec = jax.typeof(spread).sharding.spec
-    got = jax.jit(jax.shard_map(local, in_specs=spec, out_specs=spec))(spread)
+    got = jax.jit(jax.shard_map(local, in_specs=spec, out_specs=(spec, spec)))(spread)
     want = jax.jit(hybrid_attention)(spread, spread, spread, segment_ids_BT=ids_BS)
-  chex.assert_trees_all_equal(got, want)
+  chex.assert_trees_all_equal(got, (want, want))
 
 
 REFUSED = {

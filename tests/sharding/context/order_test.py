@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.attention.mask import Options
 from sharding import MeshConfig, make_mesh
 from sharding.context.order import ORDERS, permutation, permute, tokens_of_rank
+from sharding.context.parts import Plan, visible_parts
 
 WORKED = {
   "contiguous": [0, 1, 2, 3, 4, 5, 6, 7],
@@ -42,6 +44,20 @@ def test_work_of_the_ranks():
   contiguous = pairs("contiguous")
   assert contiguous[-1] > 6 * contiguous[0]
   assert np.ptp(pairs("stripe")) / pairs("stripe").mean() < 0.1
+
+
+@pytest.mark.parametrize(
+  "order, pairs", [("zigzag", {32}), ("stripe", {64}), ("contiguous", {64, 0})]
+)
+def test_what_a_hop_multiplies(order, pairs):
+  """Pairs of 8 queries and 8 keys: half of them for every rank of a zigzag, whatever the hop."""
+
+  def size(index):
+    return len(range(*index.indices(8)))
+
+  options = Options(causal=True, window=None, cap=None, scale=1.0)
+  parts = visible_parts(Plan(options, order, "context_ring"), 8, given=False)
+  assert {0 if part is None else size(part.queries) * size(part.keys) for part in parts} == pairs
 
 
 @pytest.mark.parametrize(

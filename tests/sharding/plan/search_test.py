@@ -81,10 +81,10 @@ def test_what_a_split_sequence_sends():
   from sharding import roofline
 
   kept = dataclasses.replace(STEP, remat="none")
-  sent = traffic(make_plan(MODEL, kept, V5P, on(fsdp=8, context_ring=8)))
-  forward, backward = roofline.ring_bytes(64 / 8, 2048, K, H, 8)
-  ring = sent["collective-permute", ("context_ring",), "keys"]
-  assert ring == pytest.approx(L * (forward + backward))
+  wide = dataclasses.replace(kept, compute_bytes=4)
+  sent = traffic(make_plan(MODEL, wide, V5P, on(fsdp=8, context_ring=8)))
+  ring = sum(size for (_, axes, _), size in sent.items() if axes == ("context_ring",))
+  assert ring == pytest.approx(L * sum(roofline.ring_bytes(64 / 8, 2048, K, H, 8, 4)))
   sent = traffic(make_plan(MODEL, kept, V5P, on(fsdp=8, context_ulysses=8)))
   own = roofline.ulysses_bytes(64 / 8, 2048, N, K, H, 8) * 8 / 7  # of arrays, own parts included
   assert sent["all-to-all", ("context_ulysses",), "heads"] == pytest.approx(2 * L * own)
@@ -100,7 +100,12 @@ def test_pipelines_have_bubbles_and_hops():
     make_plan(MODEL, zb, V5P, on(fsdp=8, stage=8)).times["bubble"] < plan.times["bubble"] < whole
   )
   hops = next(t for t in plan.traffic if t.axes == ("stage",))
-  assert (hops.kind, hops.times) == ("collective-permute", 2 * (8 + 8 - 2))
+  assert (hops.kind, hops.times) == ("collective-permute", 2 * (3 * 8 + 2 * 7))
+  # weights are gathered once a step, the embedding and the head on every stage
+  once = LAYER.weights + 2 * V * D
+  sent = traffic(plan)
+  assert sent["all-gather", ("fsdp",), "weights"] == 2 * once
+  assert sent["all-reduce", ("stage",), "gradients of embedding and head"] == 4 * 2 * V * D / 8
 
 
 def test_mixtures_exchange_tokens():
@@ -149,6 +154,18 @@ def test_the_search_takes_the_fewest_micro_batches_that_fit():
   numbers = [plan.step.accumulate for plan in best]
   assert best[0].fits and not any(plan.fits for plan in best[1:])
   assert sorted(numbers) == [1, 2, 4, 8, 16][: len(numbers)] and numbers[0] == max(numbers) > 1
+
+
+def test_meshes_that_pad_weights_come_last_and_say_so():
+  narrow = dataclasses.replace(MODEL, D=384)
+  plans = best_plans(narrow, STEP, V5P, axes=("data", "fsdp", "tensor"))
+  padded = [plan.pads_weights for plan in plans]
+  assert padded == sorted(padded) and padded[0] is False and padded[-1] is True
+  assert [384 / plan.sizes["fsdp"] % 8 != 0 for plan in plans] == padded
+  assert "rows of a weight are no multiple of 8" in format_plan(plans[-1])
+  assert "multiple of 8" not in format_plan(plans[0])
+  gpus = best_plans(narrow, STEP, parse_topology("h100-sxm:64"), axes=("fsdp",))
+  assert not gpus[0].pads_weights
 
 
 def test_no_legal_mesh_is_one_line():
