@@ -1,7 +1,7 @@
 """What a run survives, measured at full size: writes sections of benchmarks/results/reliability.md.
 
     python -m benchmarks.reliability kills damage cost stops notices displays starved spikes
-        repeats splits texts
+        repeats exports splits texts
 
 Names of sections choose; the others stay as they are. The slow tests in tests/reliability/ run
 smaller versions of the same campaigns.
@@ -21,6 +21,7 @@ from pathlib import Path
 from benchmarks.reliability import (
   damage,
   displays,
+  exports,
   kills,
   notices,
   repeats,
@@ -231,6 +232,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
   "starved": section_starved,
   "spikes": section_spikes,
   "repeats": section_repeats,
+  "exports": exports.section,
   "splits": section_splits,
   "texts": section_texts,
 }

@@ -60,7 +60,7 @@ class Fields:
     value = self._unread.pop(key, None)
     same = value == expected and isinstance(value, bool) == isinstance(expected, bool)
     if value is not None and not same:
-      raise self.error(key, value, rule)
+      raise self.error(key, value, f"{rule} ({self._way_on(key)})")
     return value
 
   def refuse_unread(
@@ -78,8 +78,10 @@ class Fields:
       nearest = difflib.get_close_matches(key[:100], self._known, n=1)
       hint = f"; nearest: {nearest[0]}" if nearest else ""
       reason = (reasons or {}).get(key, f"unknown, and may change the numbers{hint}")
-      flag = f"--ignore_config {self._prefix}{key[:100]}"
-      raise self.error(key[:100], value, f"{reason} ({flag} reads the rest without it)")
+      raise self.error(key[:100], value, f"{reason} ({self._way_on(key[:100])})")
+
+  def _way_on(self, key: str) -> str:
+    return f"--ignore_config {self._prefix}{key} reads the rest without it"
 
 
 def drop_fields(values: dict[str, Any], keys: tuple[str, ...], file: str) -> dict[str, Any]:

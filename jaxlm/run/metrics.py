@@ -65,8 +65,11 @@ class Reporter:
 
   @property
   def lost_trackers(self) -> tuple[str, ...]:
-    """Returns the names of the trackers that have not taken every step."""
-    return tuple(tracker.name for tracker in self.trackers if tracker.lost)
+    """Returns the names of the trackers that have not taken every step, or could not be opened."""
+    if not is_main():
+      return ()
+    whole = [tracker.name for tracker in self.trackers if not tracker.lost]
+    return tuple(name for name in self.config.trackers if name not in whole)
 
   def restart_clock(self) -> None:
     """Leaves what took place since the last step, such as an evaluation, out of the next one."""
