@@ -20,14 +20,18 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.table import publish, report, table
-from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig, decoder
+from jaxlm import presets
+from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, PipelineConfig, TrainConfig, decoder
 from jaxlm.data.packing import Batch
+from jaxlm.run.ahead import compile_ahead, runnable
 from jaxlm.run.text import TextTask
 from jaxlm.train.lowering import lower_step
 from sharding import make_mesh
 from sharding.collectives import read_collectives
 from sharding.context import hybrid_attention, ring
 from sharding.context.order import ORDERS
+from sharding.pipeline import Times, schedules, simulate
+from sharding.pipeline.table import coupled_makespan, make_table
 
 LAYOUTS = (
   MeshConfig(data=8),
@@ -37,6 +41,7 @@ LAYOUTS = (
   MeshConfig(data=1, context_ulysses=8),
   MeshConfig(data=1, context_ring=4, context_ulysses=2),
   MeshConfig(data=1, fsdp=2, context_ring=2, tensor=2),
+  MeshConfig(data=2, stage=4),
 )
 STEP = TrainConfig(
   batch=32,
@@ -46,6 +51,17 @@ STEP = TrainConfig(
   data=DataConfig(length=256, layout="packed"),
 )
 RING_LENGTH, RANKS = 4096, 4
+RANKS_OF_PIPELINE, MICROBATCHES = 8, 32
+MEASURED = Times(forward=1.0, input_gradient=1.14, weight_gradient=0.86)
+MAKERS = {
+  "gpipe": schedules.gpipe,
+  "1f1b": schedules.one_f_one_b,
+  "interleaved": lambda ranks, count: schedules.interleaved(ranks, count, 2),
+  "zb_h1": schedules.zb_h1,
+  "zb_h2": schedules.zb_h2,
+  "zb_v": schedules.zb_v,
+  "dualpipev": schedules.dualpipev,
+}
 
 
 def collectives_of_a_step() -> str:
@@ -110,7 +126,85 @@ def _attention_bytes(mesh: MeshConfig, order: str) -> int:
   return compiled.memory_analysis().temp_size_in_bytes
 
 
-SECTIONS: tuple[Callable[[], str], ...] = (collectives_of_a_step, memory_of_a_ring)
+def memory_of_schedules() -> str:
+  """Returns the temporary memory of a training step in 4 stages by schedule."""
+  rows = []
+  for name in ("gpipe", "1f1b", "zb_h1", "zb_h2", "zb_v"):
+    model = dataclasses.replace(STEP.model, layers=8)
+    pipeline = PipelineConfig(schedule=name)
+    mesh = MeshConfig(data=2, stage=4)
+    config = dataclasses.replace(STEP, model=model, mesh=mesh, accumulate=8, pipeline=pipeline)
+    simulation = simulate(MAKERS[name](4, 8))
+    held = max(simulation.peak_activations) * 4 / simulation.schedule.stages
+    task = TextTask(config)
+    step = lower_step(config, task, task.batch_types(), make_mesh(mesh)).compile()
+    rows.append([name, f"{held:g}", f"{step.memory_analysis().temp_size_in_bytes / 2**20:.1f}"])
+  columns = ["schedule", "activations of a rank, simulated", "MiB"]
+  text = (
+    "The step above with 8 layers and 8 micro-batches on data 2 x stage 4: temporary memory of "
+  )
+  text += "the program on one device."
+  return f"## Memory of pipeline schedules\n\n{text}\n\n{table(columns, rows)}"
+
+
+def bubbles() -> str:
+  """Returns simulated bubbles beside their formulas, and the price of running as one program."""
+  t = Times()
+  backward = t.input_gradient + t.weight_gradient
+  fused = (RANKS_OF_PIPELINE - 1) * (t.forward + backward)
+  formulas = {
+    "gpipe": fused,
+    "1f1b": fused,
+    "interleaved": fused,
+    "zb_h1": (RANKS_OF_PIPELINE - 1) * (t.forward + t.input_gradient - t.weight_gradient),
+    "zb_h2": (RANKS_OF_PIPELINE - 1)
+    * max(0.0, t.forward + t.input_gradient - 2 * t.weight_gradient),
+    "zb_v": 0.0,
+    "dualpipev": (RANKS_OF_PIPELINE - 1) * (t.forward + 2 * backward - 3 * t.weight_gradient),
+  }
+  rows = []
+  for name, make in MAKERS.items():
+    schedule = make(RANKS_OF_PIPELINE, MICROBATCHES)
+    equal, measured = simulate(schedule), simulate(schedule, MEASURED)
+    price = coupled_makespan(make_table(schedule), MEASURED) / measured.makespan - 1
+    rows.append(
+      (
+        name,
+        f"{min(equal.idle):g}",
+        f"{formulas[name]:g}",
+        f"{equal.bubble_rate:.1%}",
+        f"{measured.bubble_rate:.1%}",
+        f"{price:+.1%}",
+      )
+    )
+  columns = ("schedule", "bubble, simulated", "by formula", "of the time", "at 1 : 1.14 : 0.86",
+             "one program against many")  # fmt: skip
+  text = f"{RANKS_OF_PIPELINE} ranks, {MICROBATCHES} micro-batches; times of a stage are 1, then "
+  text += "F : B : W = 1 : 1.14 : 0.86. The last column is the time of one program, in which ranks "
+  text += "wait for their neighbours in each tick, over that of a program per rank."
+  return f"## Bubbles of pipeline schedules\n\n{text}\n\n{table(columns, rows)}"
+
+
+def compile_times() -> str:
+  """Returns processor seconds of compiling the preset `small` ahead of time for each chip."""
+  rows = []
+  for topology in ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1"):
+    config = runnable(presets.small(), topology)
+    program = compile_ahead(config, topology)
+    peak = f"{program.peak_bytes / 2**30:.2f}"
+    rows.append([topology, config.mesh.describe(), f"{program.seconds:.0f}", peak])
+  columns = ["topology", "mesh", "processor seconds", "peak GiB of a chip"]
+  text = "The training step of the preset `small`, on the mesh that `jaxlm plan` finds best."
+  return f"## Ahead-of-time compilation\n\n{text}\n\n{table(columns, rows)}"
+
+
+SECTIONS: tuple[Callable[[], str], ...] = (
+  collectives_of_a_step,
+  memory_of_a_ring,
+  memory_of_schedules,
+  bubbles,
+  compile_times,
+)
 
 
 def main() -> None:

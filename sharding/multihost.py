@@ -34,7 +34,8 @@ def joined_processes() -> Iterator[None]:
   launch = read_launch(os.environ, on_tpu_vm=bool(on_tpu_vm))
   if launch is not None:
     _join(launch)
-  if jax.process_count() == 1:
+  # one process leaves jax's devices alone: what a run tells malloc has to come before them
+  if not jax.distributed.is_initialized() or jax.process_count() == 1:
     yield
     return
   with end_together():

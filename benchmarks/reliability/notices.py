@@ -17,6 +17,7 @@ from jaxlm.run.interrupt import KEYS, NOTICES
 from jaxlm.run.run_folder import RunFolder
 
 NOHUP = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+NO_NOHUP = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # else it is inherited
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Notice:
     return "resumable; go on with: jaxlm resume" in self.printed
 
 
-def told(folder: Path, name: str, *signals: str, setup: str = "") -> Notice:
+def told(folder: Path, name: str, *signals: str, setup: str = NO_NOHUP) -> Notice:
   """Sends an endless run these signals after its third step, the next ones when it goes on."""
   ours = RunFolder(folder / name)
   process = start(folder, *ENDLESS, "--run", name, setup=setup, printed=f"{name}.txt")
@@ -55,13 +56,13 @@ def told(folder: Path, name: str, *signals: str, setup: str = "") -> Notice:
   return Notice(status, last_step(ours) - max(sound, default=0), printed)
 
 
-def section(folder: Path, times: int = 2) -> str:
+def section(folder: Path, times: int = 1) -> str:
   """Told that the end is near"""
   write_corpus(folder / "text")
-  tried = {name: ((name,), "") for name in (*KEYS, *NOTICES) if hasattr(signal, name)}
+  tried = {name: ((name,), NO_NOHUP) for name in (*KEYS, *NOTICES) if hasattr(signal, name)}
   tried |= {
     "SIGHUP under nohup, then SIGTERM": (("SIGHUP", "SIGTERM"), NOHUP),
-    "SIGTSTP (Ctrl-Z), SIGCONT, then SIGTERM": (("SIGTSTP", "SIGCONT", "SIGTERM"), ""),
+    "SIGTSTP (Ctrl-Z), SIGCONT, then SIGTERM": (("SIGTSTP", "SIGCONT", "SIGTERM"), NO_NOHUP),
   }
   rows = []
   for index, (name, (signals, setup)) in enumerate(tried.items()):

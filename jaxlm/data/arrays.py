@@ -48,7 +48,7 @@ def open_address(address: str, field: str, *, write: bool = False) -> ts.KvStore
   Raises UserError that begins with `field` where they do not suffice to read it, or with `write` to
   write there, and says why.
   """
-  where = f"{field}={address!r}"
+  where = f"{field}={address.rstrip('/')!r}"
   scheme, _, rest = address.partition("://")
   if scheme not in OBJECT_STORES or not rest.partition("/")[0]:
     raise UserError(f"{where}: must be a path on this machine, gs://bucket/... or s3://bucket/...")

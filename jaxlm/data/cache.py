@@ -35,9 +35,9 @@ def open_text(
   `tokenize` refuses, and for a given store that is unfinished or damaged or was made with another
   tokenizer or split than `config` asks for.
   """
-  folder = Path(config.source).expanduser()
-  if is_address(config.source) or is_store(folder):
-    store = TokenStore.open(Place.at(config.source, "data.source"))
+  name = config.source
+  if is_address(name) or (name and is_store(local_path(name, "data.source"))):
+    store = TokenStore.open(Place.at(name, "data.source"))
     _check_given_store(store, config, tokenizer)
     return store
   source = open_source(config)

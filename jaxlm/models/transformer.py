@@ -121,12 +121,10 @@ class Transformer:
     if cache is not None and segment_ids is not None:
       raise UnsupportedError("segment_ids: rows of several segments have no decode cache")
     B, T = ids_BT.shape
-    positions_BT = positions
-    if positions_BT is None:
-      positions_BT = jnp.asarray(permutation(order, T, ring_size()))[None]
+    context = self.context(T, positions, segment_ids, in_order, order)
     if cache is not None:
-      positions_BT = shard(jnp.broadcast_to(positions_BT, (B, T)), "batch", "length")
-    context = Context(positions_BT, segment_ids, in_order or positions is None, order)
+      positions_BT = jnp.broadcast_to(context.positions_BT, (B, T))
+      context = dataclasses.replace(context, positions_BT=shard(positions_BT, "batch", "length"))
     x_BTD = self.embed(params, ids_BT)
     updated = {}
     for index in range(len(self.config.stacks)):
@@ -135,6 +133,20 @@ class Transformer:
       stack = params["stacks"][name]
       x_BTD, updated[name], _ = self.run_stack(index, stack, x_BTD, context, before)
     return x_BTD, None if cache is None else updated
+
+  def context(
+    self,
+    T: int,
+    positions: jax.Array | None,
+    segment_ids: jax.Array | None,
+    in_order: bool,
+    order: Order,
+  ) -> Context:
+    """Returns what all layers share; arguments as in `apply`, for rows of T tokens."""
+    if positions is None:
+      positions = jnp.asarray(permutation(order, T, ring_size()))[None]
+      in_order = True
+    return Context(positions, segment_ids, in_order, order)
 
   def embed(self, params: Params, ids_BT: jax.Array) -> jax.Array:
     """Returns the states before the first layer, [B, T, D] in the compute type."""

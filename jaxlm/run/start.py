@@ -117,8 +117,8 @@ def continue_run(
   with undone_unless_kept(folder) as keep:
 
     def first_step_done() -> None:
-      keep()
       run_on_main_process(drop)
+      keep()
 
     run_on_main_process(prepare)
     return train_from(config, task, folder, newest, first_step_done, before)

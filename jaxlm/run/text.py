@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import OnNewSteps, TrainConfig
@@ -18,7 +17,6 @@ from jaxlm.data.loader import Batch, TextData, heldout_batches, load_text, train
 from jaxlm.data.ring import in_ring_order
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.models import Transformer, roles
-from jaxlm.models.mixers.attention import Context
 from jaxlm.objectives import Weighted, next_token_loss
 from jaxlm.run.lock import only_writer
 from jaxlm.run.loop import TrainResult
@@ -35,6 +33,7 @@ from jaxlm.run.resolve import (
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.start import check_run, continue_run, find_newest, start_run
 from jaxlm.run.text_identity import check_same_everywhere, check_text, record_text
+from jaxlm.run.text_stages import stages_of_text
 from jaxlm.run.trackers import check_login
 from jaxlm.scaling.flops import train_flops_of_rows
 from jaxlm.train.evaluate import make_evaluator
@@ -42,9 +41,7 @@ from jaxlm.train.schedule import with_new_steps
 from jaxlm.train.stages import Stages
 from jaxlm.train.task import Batches, Start, Task
 from sharding.batches import globalize
-from sharding.context.order import Order, permutation, ring_size
 from sharding.multihost import run_on_main_process
-from sharding.rules import own_part
 
 
 @forgiving_output()
@@ -188,51 +185,8 @@ class TextTask(Task):
     )
 
   def stages(self) -> Stages:
-    """Returns how the model runs in stages; what a row's tokens see follows from the row alone."""
-    # unrolled, because a scan over layers is one operation, which has no separate B and W
-    compute = dataclasses.replace(self.config.compute, scan="never")
-    model = Transformer(self.config.model, compute)
-    names = [str(index) for index in range(len(self.config.model.stacks))]
-
-    def split(params: Any) -> tuple[tuple[Any, ...], Any]:
-      others = {name: value for name, value in params.items() if name != "stacks"}
-      return tuple(params["stacks"][name] for name in names), others
-
-    def join(stacks: tuple[Any, ...], others: Any) -> Any:
-      return others | {"stacks": dict(zip(names, stacks, strict=True))}
-
-    def prepare(batch: Batch) -> Batch:
-      ordered, _ = in_ring_order(batch)
-      return ordered if batch.positions_BT is not None else ordered._replace(positions_BT=None)
-
-    def layers(stacks: tuple[Any, ...], x_BTD: jax.Array, batch: Batch) -> jax.Array:
-      order: Order = "zigzag" if ring_size() > 1 else "contiguous"
-      positions_BT = batch.positions_BT
-      if positions_BT is None:
-        T = batch.inputs_BT.shape[1]
-        positions_BT = jnp.asarray(permutation(order, T, ring_size()))[None]
-      context = Context(positions_BT, batch.segment_ids_BT, in_order=True, order=order)
-      for index, stack in enumerate(stacks):
-        if jax.tree.leaves(stack)[0].shape[0]:
-          x_BTD, _, _ = model.run_stack(index, stack, x_BTD, context)
-      return x_BTD
-
-    def objective(others: Any, x_BTD: jax.Array, batch: Batch) -> dict[str, Weighted]:
-      own = batch._replace(
-        targets_BT=own_part(batch.targets_BT, None, "length"),
-        weights_BT=own_part(batch.weights_BT, None, "length"),
-      )
-      return self._loss(others, model.finish(others, x_BTD, logits=False), own)
-
-    return Stages(
-      sizes=tuple((len(specs), repeats) for specs, repeats in self.config.model.stacks),
-      split=split,
-      join=join,
-      prepare=prepare,
-      embed=lambda others, batch: model.embed(others, own_part(batch.inputs_BT, None, "length")),
-      layers=layers,
-      objective=objective,
-    )
+    """Returns how the model runs in pipeline stages."""
+    return stages_of_text(self.model, self._loss)
 
   def evaluate(
     self, params: Any, model_state: Any, rows: Any, limit: int | None = -1
