@@ -19,8 +19,8 @@ from pallas_kernels.common.errors import UserError
 
 GRACE = 10.0
 """seconds that a process has, after the first failure, to end by itself"""
-SILENCE = 60.0
-"""seconds after which a process that has not been heard of counts as gone"""
+SILENCE = 45.0
+"""seconds after which a process that has not been heard of counts as gone; jax waits about 85"""
 _EVERY = 2.0
 _FAILURE = "jaxlm/failure"
 _ALIVE = "jaxlm/alive"
@@ -127,14 +127,17 @@ class Attempt:
         self._client.key_value_set(self._key, f"process {jax.process_index()}: {reason}")
 
   def wait_for_all(self, key: str, timeout_ms: int) -> None:
-    """Waits until every process has come to the barrier `key`; raises OSError where one gave up."""
+    """Waits until every process has come to the barrier `key`; raises OSError where one gave up.
+
+    A barrier that one process gave up stays open, so the next attempt has one of its own.
+    """
     if self._client is None:
       return
     errors: list[jax.errors.JaxRuntimeError] = []
 
     def wait() -> None:
       try:
-        self._client.wait_at_barrier(key, timeout_ms)
+        self._client.wait_at_barrier(f"{self._key}/{key}", timeout_ms)
       except jax.errors.JaxRuntimeError as error:
         errors.append(error)
 

@@ -67,7 +67,7 @@ def read_column(path: Path, field: str, limit: int, first: int) -> Iterator[tupl
   except (arrow.ArrowNotImplementedError, arrow.ArrowTypeError) as error:
     rule = f"column {field!r} (data.text_field) must be text"
     raise Fault("files whose text field holds no text", f"{path}: {rule}: {error}") from error
-  except (arrow.ArrowException, EOFError) as error:
+  except (arrow.ArrowException, EOFError, OverflowError, RecursionError) as error:
     raise Fault(DAMAGED, f"{path}: damaged parquet: {error}") from error
   except OSError as error:
     if error.errno is not None:  # the operating system's, not arrow's about the content
@@ -90,8 +90,11 @@ def _largest_page(path: Path, group: Any, field: str) -> int:
       file.seek(start)
       while file.tell() < end:
         header = _read_struct(file)
-        largest = max(largest, header[2])
-        file.seek(header[3], 1)
+        size, compressed = header.get(2, -1), header.get(3, -1)
+        if size < 0 or not 0 <= compressed <= end - start:
+          raise EOFError("a page header has no size")
+        largest = max(largest, size)
+        file.seek(compressed, 1)
   return largest
 
 

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention.mask import Options, Tokens
 from pallas_kernels.common.platform import platform
-from pallas_kernels.common.shards import varying_axes
 
 LANES = 128  # blocks of queries and keys are multiples of this
 BLOCKS = (512, 256, LANES)
@@ -41,8 +40,6 @@ def unsupported(
     return "knows only positions 0 .. T - 1, so takes no q_positions_BT"
   if tokens.k_segment_ids_BS is not tokens.q_segment_ids_BT:
     return "k_segment_ids_BS of their own may leave a query without a key, which it averages over"
-  if axes := varying_axes(q_BTNH):
-    return f"its kernels do not say that their outputs vary over {sorted(axes)} inside shard_map"
   if q_BTNH.dtype.name not in ("float32", "bfloat16"):
     return f"takes float32 or bfloat16, not {q_BTNH.dtype}"
   return None

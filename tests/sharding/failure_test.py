@@ -21,6 +21,7 @@ class Store:
 
   def __init__(self):
     self.values = {}
+    self.barriers = []
 
   def key_value_set(self, key, value, allow_overwrite=False):
     if key in self.values and not allow_overwrite:
@@ -36,6 +37,7 @@ class Store:
     return [item for item in self.values.items() if item[0].startswith(folder)]
 
   def wait_at_barrier(self, key, timeout_ms):
+    self.barriers.append(key)
     time.sleep(timeout_ms / 1000)
     raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
 
@@ -108,6 +110,8 @@ def test_an_attempt_that_another_process_gives_up_fails_at_once(store):
   assert time.monotonic() - began < 2
   with pytest.raises(jax.errors.JaxRuntimeError, match="DEADLINE"):  # the next one starts anew
     Attempt().wait_for_all("saved", timeout_ms=50)
+  first, second = store.barriers
+  assert first != second  # the first is still open
 
 
 def test_a_process_alone_waits_for_nobody(monkeypatch):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A Slurm of two nodes, n1 and n2, on this machine, for tests. As root:  one_machine.sh up DIR | down DIR
+# A Slurm of two nodes, n1 and n2, on this machine, for tests. As root: one_machine.sh up|down|n1 DIR
 # `up` installs Debian's packages where they are missing and keeps everything else in DIR; export
-# SLURM_CONF=DIR/slurm.conf to use it. `node N up` starts the daemon of one node again.
+# SLURM_CONF=DIR/slurm.conf to use it. `n1 DIR` starts the daemon of that node again.
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: $0 up|down|n1|n2 DIR" >&2; exit 2; }
 action=$1
@@ -10,11 +10,17 @@ dir=$(cd "$2" && pwd)
 export SLURM_CONF=$dir/slurm.conf
 
 install_packages() {
-  command -v slurmctld slurmd munged >/dev/null && return
+  local program missing=""
+  for program in slurmctld slurmd srun munged; do
+    command -v $program >/dev/null || missing="$missing $program"
+  done
+  [ -n "$missing" ] || return 0
   export DEBIAN_FRONTEND=noninteractive
-  apt-get install -y -qq --no-install-recommends slurm-wlm munge >"$dir/apt.log" 2>&1 ||
-    { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; } \
-      >>"$dir/apt.log" 2>&1
+  apt-get update -qq >"$dir/apt.log" 2>&1 || true
+  apt-get install -y -qq --no-install-recommends slurm-wlm munge >>"$dir/apt.log" 2>&1 || {
+    echo "missing:$missing; $(cat "$dir/apt.log")" >&2
+    exit 1
+  }
 }
 
 write_configuration() {
@@ -55,6 +61,7 @@ up)
   mkdir -p /run/munge
   chown munge:munge /run/munge
   munge -n >/dev/null 2>&1 || runuser -u munge -- munged
+  [ -e "$dir/munged.pid" ] || ln -s /run/munge/munged.pid "$dir/munged.pid"
   slurmctld
   slurmd -N n1
   slurmd -N n2
@@ -69,7 +76,7 @@ n1 | n2)
   slurmd -N "$action"
   ;;
 down)
-  for name in n1 n2 controller; do
+  for name in n1 n2 controller munged; do
     if [ -f "$dir/$name.pid" ]; then kill "$(cat "$dir/$name.pid")" || true; fi
   done
   ;;

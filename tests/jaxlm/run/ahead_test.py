@@ -5,12 +5,14 @@ import dataclasses
 
 import pytest
 
+from jaxlm import presets
 from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig, decoder
 from jaxlm.run.ahead import compile_ahead, runnable
-from jaxlm.scaling.shapes import model_shapes, step_shapes
+from jaxlm.scaling.shapes import model_shapes, step_shapes, with_rows_for
 from pallas_kernels.common.errors import UserError
+from pallas_kernels.common.topology import parse_topology
 from sharding.aot import format_program
-from sharding.plan import make_plan
+from sharding.plan import best_plans, make_plan
 
 # Widths that the TPU's tiles divide, so that its arrays have no padding; smaller rows than these
 # the compiler does not scatter, and a smaller vocabulary has no kernel for its loss.
@@ -109,3 +111,12 @@ def test_without_a_mesh_the_best_that_the_model_can_run_on_is_taken():
   assert planned.mesh.resolve(64) == planned.mesh.sizes() != MeshConfig().sizes()
   named = dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, fsdp=64))
   assert runnable(named, "v5p:4x4x4") is named
+
+
+def test_a_mesh_with_fused_attention_is_taken_before_one_with_a_ring():
+  config = with_rows_for(presets.llama_3_1_8b(), 256)
+  shapes, topology = model_shapes(config.model, "test"), parse_topology("v5e:16x16")
+  best = best_plans(shapes, step_shapes(config), topology)[0]
+  assert best.sizes["context_ring"] == 2
+  planned = runnable(config, "v5e:16x16")
+  assert planned.mesh == MeshConfig(data=1, fsdp=256)

@@ -180,6 +180,8 @@ def test_a_run_with_another_tokenizer_keeps_nothing_of_the_published_one(publish
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
   """A run of each kind of tokenizer, trained until it repeats its text, and its export."""
+  pytest.importorskip("transformers")
+  pytest.importorskip("torch")
   folder = tmp_path_factory.mktemp("trained")
   names = ("anna", "bert", "cleo", "dora", "emil", "fritz", "gwen", "hugo")
   lines = [json.dumps({"text": f'{name} said "yes" and left.'}) for name in names * 60]
@@ -198,7 +200,6 @@ def trained(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_transformers_writes_the_texts_of_the_run_and_ends_where_it_does(kind, trained):
   transformers = pytest.importorskip("transformers")
-  pytest.importorskip("torch")
   out = str(trained / f"{kind}_out")
   tokenizer = transformers.AutoTokenizer.from_pretrained(out)
   model = transformers.AutoModelForCausalLM.from_pretrained(out)

@@ -142,8 +142,11 @@ def test_kill_of_one_process_ends_the_other_and_the_run_goes_on_bit_for_bit(runs
 
 
 DISK_FULL_IN_ONE = """
-import os, resource
+import os, resource, subprocess, sys
 if os.environ["JAX_PROCESS_ID"] == "1":
+  printer = subprocess.Popen(["cat"], stdin=subprocess.PIPE)  # what is printed has no limit
+  sys.stdout = sys.stderr = open(printer.stdin.fileno(), "w", buffering=1, closefd=False)
+  os.dup2(printer.stdin.fileno(), 2)
   resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 """
 
