@@ -86,7 +86,7 @@ def trace_everything(config: TrainConfig, packed: bool = False) -> None:
   assert jax.tree.structure(after) == jax.tree.structure(state) and metrics["loss"].shape == ()
   key = jax.eval_shape(lambda: jax.random.key(0))
   assert jax.eval_shape(model.init, key).keys() == state.params.keys()
-  static = {"sampler": Sampler(), "buffer": 5, "max_new": 5, "eos": -1}
+  static = {"sampler": Sampler(), "buffer": 5, "max_new": 5, "eos": (-1,)}
   generate = functools.partial(generate_tokens.__wrapped__, model, **static)
   prompts, lengths = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((2, 7), (2,)))
   generation = jax.eval_shape(generate, state.params, prompts, lengths, key=key)
