@@ -22,6 +22,8 @@ _PODS = {
   "TPU_WORKER_HOSTNAMES": "the TPU pod",
   "JOB_COMPLETION_INDEX": "Kubernetes",
 }
+# libtpu itself writes a warning into TPU_WORKER_HOSTNAMES where there is no TPU
+_SEVERAL_HOSTS = re.compile(r"[\w.:\[\]-]+(,[\w.:\[\]-]+)+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,12 @@ def read_launch(environment: Mapping[str, str], *, on_tpu_vm: bool = False) -> L
   if int(environment.get("SLURM_JOB_NUM_NODES", "1")) > 1 and "SLURM_STEP_ID" not in environment:
     hosts = f"SLURM_JOB_NUM_NODES={environment['SLURM_JOB_NUM_NODES']}"
     raise UserError(f"{hosts}: start it by srun, so that every host takes part; {HOW_ALONE}")
-  pods = [pod for name, pod in _PODS.items() if name in environment]
+  pods = [
+    pod
+    for name, pod in _PODS.items()
+    if name in environment
+    and (name != "TPU_WORKER_HOSTNAMES" or _SEVERAL_HOSTS.fullmatch(environment[name]))
+  ]
   if pods or on_tpu_vm:
     return Launch(by=pods[0] if pods else "the TPU pod", certain=bool(pods))
   return None

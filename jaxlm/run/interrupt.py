@@ -75,7 +75,7 @@ class StopRequest:
     if number == signal.SIGTERM:
       # With several processes it is left to the runtime's own handler, which tells the others.
       return jax.process_count() == 1
-    return signal.getsignal(number) == signal.SIG_DFL and not _is_handled_in_c(number)
+    return signal.getsignal(number) == signal.SIG_DFL and not is_handled_in_c(number)
 
   def _handle(self, number: int, frame: Any) -> None:
     name = signal.Signals(number).name
@@ -84,7 +84,7 @@ class StopRequest:
     self.reason = name
 
 
-def _is_handled_in_c(number: signal.Signals) -> bool:
+def is_handled_in_c(number: signal.Signals) -> bool:
   """Returns whether the system has a handler for a signal (Linux; elsewhere False).
 
   Python knows nothing of those that libraries install, such as `faulthandler`'s.

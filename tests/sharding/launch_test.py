@@ -47,6 +47,8 @@ def test_variables_of_jax_go_before_a_launcher_and_are_completed_by_it():
 def test_pods_are_left_to_jax():
   assert read_launch({"JOB_COMPLETION_INDEX": "1"}) == Launch(by="Kubernetes")
   assert read_launch({"TPU_WORKER_HOSTNAMES": "a,b"}) == Launch(by="the TPU pod")
+  for alone in ("localhost", "WARNING: could not determine hostnames, please set TPU_X"):
+    assert read_launch({"TPU_WORKER_HOSTNAMES": alone}) is None
   assert read_launch({}, on_tpu_vm=True) == Launch(by="the TPU pod", certain=False)
 
 

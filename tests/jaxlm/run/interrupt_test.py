@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from jaxlm.run.interrupt import KEYS, NOTICES, StopRequest
+from jaxlm.run.interrupt import KEYS, NOTICES, StopRequest, is_handled_in_c
 
 SIGNALS = [getattr(signal, name) for name in (*KEYS, *NOTICES) if hasattr(signal, name)]
 
@@ -13,6 +13,8 @@ SIGNALS = [getattr(signal, name) for name in (*KEYS, *NOTICES) if hasattr(signal
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_one_signal_asks_and_the_former_handlers_come_back(number):
   before = signal.getsignal(number)
+  if before == signal.SIG_DFL and is_handled_in_c(number):
+    pytest.skip("a library that other tests of this process load handles it")
   with StopRequest() as stop:
     assert not stop.reached(1) and stop.reason == ""
     signal.raise_signal(number)
@@ -66,9 +68,9 @@ def test_a_signal_that_is_ignored_or_handled_already_asks_nothing(handler):
 
 
 def test_a_signal_that_a_library_handles_unknown_to_python_is_left_to_it(tmp_path):
-  """As `faulthandler` does, which writes where each thread is."""
+  """As `faulthandler` does, which writes where this thread is."""
   with open(tmp_path / "threads", "w") as file:
-    faulthandler.register(signal.SIGUSR2, file)
+    faulthandler.register(signal.SIGUSR2, file, all_threads=False)
     try:
       with StopRequest() as stop:
         signal.raise_signal(signal.SIGUSR2)
