@@ -29,14 +29,12 @@ KINDS: dict[str, Callable[[Path], None]] = {
   "cut by one byte": lambda path: os.truncate(path, path.stat().st_size - 1),
   "emptied": lambda path: os.truncate(path, 0),
   "missing": Path.unlink,
-  "a surplus file beside it": lambda path: path.with_name(path.name + "2").write_bytes(b"more"),
 }
 SAYS = {  # of the file; of manifest.json it is that it cannot be read, or is missing
   "a flipped bit": "have checksum",
   "cut by one byte": "size",
   "emptied": "size 0",
   "missing": "missing",
-  "a surplus file beside it": "surplus",
 }
 
 
@@ -77,18 +75,9 @@ def _case(whole: RunFolder, kind: str, file: Path) -> Case:
       and _content(whole.checkpoints) == before
     )
   assert verify(newest) == []
-  says = (
-    SAYS[kind]
-    if name != "manifest.json" or kind in ("missing", "a surplus file beside it")
-    else "manifest.json: "
-  )
-  surplus = "2" if kind == "a surplus file beside it" else ""
-  return Case(
-    kind,
-    name,
-    len(faults) == 1 and faults[0].startswith(f"{name}{surplus}: ") and says in faults[0],
-    older,
-  )
+  says = SAYS[kind] if name != "manifest.json" or kind == "missing" else "manifest.json: "
+  named = len(faults) == 1 and faults[0].startswith(f"{name}: ") and says in faults[0]
+  return Case(kind, name, named, older)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from jaxlm.paths import local_path
 from jaxlm.run.environment import differences
 from jaxlm.run.lock import only_writer
 from jaxlm.run.refusal import new_files_removed_if_failed
+from jaxlm.run.remote import working_copy
 from jaxlm.run.resolve import keep_published, load_initial_weights
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.saved_run import SavedRun
@@ -60,8 +61,8 @@ def convert(
     return _write_run(config, tuning_config(source, target, ignored))
   folder = local_path(target, "target")
   huggingface.check_new(folder)
-  published = RunFolder(local_path(source, "source")).published
-  return write_checkpoint(SavedRun.open(source), published, folder, weight_dtype)
+  with working_copy(source, "source") as run:
+    return write_checkpoint(SavedRun.open(run), RunFolder(run).published, folder, weight_dtype)
 
 
 def tuning_config(

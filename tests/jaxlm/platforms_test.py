@@ -101,6 +101,8 @@ def check_preset(name: str, chip: str, caplog) -> None:
   with traced_for(chip), caplog.at_level(logging.INFO):
     trace_everything(config)
   loss = LOSS_KERNELS.get(chip, "xla") if config.model.V > 4096 else "xla"
+  if (name, chip) == ("llama_3_1_405b", "v5p"):
+    loss = "xla"  # rows of 16,384 numbers leave no room in VMEM for a block of the vocabulary
   losses = {line for line in caplog.messages if line.startswith("linear_cross_entropy runs")}
   assert losses == {f"linear_cross_entropy runs {loss} on {platform}"}
   taken = {line for line in caplog.messages if line.startswith("attention runs")}

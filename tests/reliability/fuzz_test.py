@@ -126,7 +126,7 @@ def fuzz_command_lines(count: int, seed: int, monkeypatch) -> dict[int, int]:
 
   No training starts, and nothing but SystemExit escapes.
   """
-  done = types.SimpleNamespace(finished=True, step=1, saved=1)
+  done = types.SimpleNamespace(finished=True, step=1, saved=1, lost_trackers=())
   monkeypatch.setattr(run, "train", lambda config: done, raising=False)
   draw, statuses = random.Random(seed), {}
   flags = ["--" + ".".join(path) for path in paths(to_dict(presets.micro())) if path != ("run",)]

@@ -93,11 +93,11 @@ import time
 from jaxlm.data import loader
 from jaxlm.run.watch import Watch
 Watch.LEAST, Watch.EVERY, Watch.COMPILING = 1.0, 0.1, 0.5
-whole = loader._TrainBatches.__getitem__
+whole = loader._Slices.__getitem__
 def late(self, index):
   time.sleep(3.5 if index == 25 else 0)
   return whole(self, index)
-loader._TrainBatches.__getitem__ = late
+loader._Slices.__getitem__ = late
 """
 
 
