@@ -1,6 +1,6 @@
 """Seconds to fit a law with intervals: all starts and resamples at once, against L-BFGS in turn.
 
-    python -m benchmarks.scaling_fit --write benchmarks/results/scaling_fit_cpu.md
+    python -m benchmarks.scaling_fit --write benchmarks/results/scaling_fit_cpu2.md
 
 240 runs on the surface of arXiv:2404.10102 with noise that has heavy tails. One arm is
 `jaxlm.scaling.fit` (8 starts) with 1,000 resamples; the other scipy's L-BFGS-B, one start after

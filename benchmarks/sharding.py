@@ -1,6 +1,6 @@
 """What programs on a mesh send and keep in memory, from the compiler alone: nothing is timed.
 
-    python -m benchmarks.sharding --write benchmarks/results/sharding_cpu.md
+    python -m benchmarks.sharding --write benchmarks/results/sharding_cpu2.md
 
 Compiles for eight CPU devices, whose compiler writes a reduce-scatter as an all-reduce and an
 all-to-all as an array for each device.
