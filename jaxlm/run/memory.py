@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jax
 
+_ACCELERATORS = ("accel*", "vfio/*", "nvidia*", "kfd")
+"""files below /dev of TPUs and GPUs"""
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
@@ -44,11 +46,13 @@ def keep_freed_memory_on_cpu() -> None:
 
 
 def _runs_on_cpu() -> bool:
-  """Returns whether jax runs on CPU; starts it only where an accelerator's plugin is installed."""
+  """Returns whether jax runs on CPU; starts it only where an accelerator and its plugin are."""
   if platforms := jax.config.values["jax_platforms"]:
     return platforms.startswith("cpu")
   plugins = importlib.metadata.entry_points(group="jax_plugins")
   if not plugins and not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):
+    return True
+  if not any(any(Path("/dev").glob(pattern)) for pattern in _ACCELERATORS):
     return True
   return jax.default_backend() == "cpu"
 
