@@ -22,7 +22,6 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.table import publish, report, table
 from jaxlm import presets
 from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, PipelineConfig, TrainConfig, decoder
-from jaxlm.data.packing import Batch
 from jaxlm.run.ahead import compile_ahead, runnable
 from jaxlm.run.text import TextTask
 from jaxlm.train.lowering import lower_step
@@ -64,18 +63,20 @@ MAKERS = {
 }
 
 
+def compile_step(config: TrainConfig) -> jax.stages.Compiled:
+  """Compiles the training step of a configuration for the CPU devices of its mesh."""
+  task = TextTask(config)
+  return lower_step(config, task, task.batch_types(), make_mesh(config.mesh)).compile()
+
+
 def collectives_of_a_step() -> str:
   """Returns what a training step sends, per layout: each kind over each set of axes."""
   rows = []
   for mesh in LAYOUTS:
-    config = dataclasses.replace(STEP, mesh=mesh)
-    shape = (config.batch, config.data.length)
-    ids, weights = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, np.float32)
-    batch = Batch(ids, ids, weights, ids, ids)
-    lowered = lower_step(config, TextTask(config), batch, make_mesh(mesh))
+    program = compile_step(dataclasses.replace(STEP, mesh=mesh)).as_text()
     arrays: collections.Counter = collections.Counter()
     sizes: collections.Counter = collections.Counter()
-    for c in read_collectives(lowered.compile().as_text(), mesh.resolve(8)):
+    for c in read_collectives(program, mesh.resolve(8)):
       if c.shape:  # scalars are sums of losses and norms
         arrays[c.kind, c.axes, c.depth] += 1
         sizes[c.kind, c.axes, c.depth] += c.bytes * (c.times or 1)
@@ -136,9 +137,8 @@ def memory_of_schedules() -> str:
     config = dataclasses.replace(STEP, model=model, mesh=mesh, accumulate=8, pipeline=pipeline)
     simulation = simulate(MAKERS[name](4, 8))
     held = max(simulation.peak_activations) * 4 / simulation.schedule.stages
-    task = TextTask(config)
-    step = lower_step(config, task, task.batch_types(), make_mesh(mesh)).compile()
-    rows.append([name, f"{held:g}", f"{step.memory_analysis().temp_size_in_bytes / 2**20:.1f}"])
+    size = compile_step(config).memory_analysis().temp_size_in_bytes
+    rows.append([name, f"{held:g}", f"{size / 2**20:.1f}"])
   columns = ["schedule", "activations of a rank, simulated", "MiB"]
   text = (
     "The step above with 8 layers and 8 micro-batches on data 2 x stage 4: temporary memory of "

@@ -90,8 +90,8 @@ def fit_law(
   check(delta > 0, "delta", delta, "must be positive")
   check(drop_largest >= 0, "drop_largest", drop_largest, "must not be negative")
   ordered = sorted(runs, key=lambda run: run.loss)
-  kept = max(len(ordered) - drop_largest, 0)
-  used, dropped = ordered[:kept], ordered[kept:]
+  used = ordered[: max(len(ordered) - drop_largest, 0)]
+  dropped = ordered[len(used) :]
   needed = len(NUMBERS[family])
   check(len(used) > needed, "runs", len(used), f"{family} has {needed} numbers to fit: give more")
   warnings = check_comparable(used)

@@ -122,16 +122,16 @@ def fit_envelope(curves: Sequence[Curve], budgets: Sequence[float]) -> tuple[flo
   reaches the budget. The schedule of each curve must end where it is read, or losses in the middle
   of a decay flatter the small models. Raises UserError where fewer than three budgets remain.
   """
-  found = []
+  optima = []
   for C in budgets:
     reached = [curve for curve in curves if curve.flops_X[0] <= C <= curve.flops_X[-1]]
     reached.sort(key=lambda curve: curve.N)
     losses = [np.interp(math.log(C), np.log(c.flops_X), c.loss_X) for c in reached]
     best = int(np.argmin(losses)) if losses else 0
     if 0 < best < len(losses) - 1:
-      found.append((math.log(C), math.log(reached[best].N)))
-  check(len(found) >= 3, "budgets", len(found), "three with a model between others are needed")
-  log_C, log_N = np.array(found).T
+      optima.append((math.log(C), math.log(reached[best].N)))
+  check(len(optima) >= 3, "budgets", len(optima), "three with a model between others are needed")
+  log_C, log_N = np.array(optima).T
   slope, intercept = np.polyfit(log_C, log_N, 1)
   return float(slope), math.exp(intercept)
 

@@ -1,4 +1,4 @@
-"""Tables of runs that others published: six come with this package, two must be brought along."""
+"""Tables of runs that others published: five come with this package, two must be brought along."""
 
 from __future__ import annotations
 
