@@ -104,6 +104,7 @@ def test_selection_is_the_definition():
     chex.assert_type(got.indices_BTKI, jnp.int32)
     assert np.array_equal(got.indices_BTKI[clear_BTK], lists[clear_BTK]), name
     blind = np.arange(T) < SIZES.length - 1
+    blind_BTN = np.broadcast_to(blind[None, :, None], (B, T, N))
     assert np.all(np.asarray(got.o_BTNU)[:, blind] == 0)
     assert np.array_equal(
       np.isneginf(got.lse_BTN), np.broadcast_to(blind[None, :, None], (B, T, N))
@@ -137,7 +138,7 @@ def test_equal_keys_tie(name):
   equal = jnp.broadcast_to(k_BSKH[:, :1], (B, 31, K, H))
   values = jnp.broadcast_to(v_BSKU[:, :1], (B, 31, K, U))
   got = select(q_BTNH, equal, values, sizes=SIZES, implementation=name)
-  # every compressed block is as likely, so that blocks inside share most, and the first of these win
+  # every compressed block is as likely: blocks inside share most, and the first of these win
   assert np.array_equal(got.indices_BTKI[:, 127], np.tile([0, 1, 6, 7], (B, K, 1)))
 
 
