@@ -106,9 +106,7 @@ def test_selection_is_the_definition():
     blind = np.arange(T) < SIZES.length - 1
     blind_BTN = np.broadcast_to(blind[None, :, None], (B, T, N))
     assert np.all(np.asarray(got.o_BTNU)[:, blind] == 0)
-    assert np.array_equal(
-      np.isneginf(got.lse_BTN), np.broadcast_to(blind[None, :, None], (B, T, N))
-    )
+    assert np.array_equal(np.isneginf(got.lse_BTN), blind_BTN)
 
 
 def test_weights_of_the_papers_sizes():
