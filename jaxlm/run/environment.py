@@ -7,10 +7,12 @@ others prints what differs.
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +64,21 @@ def environment() -> dict[str, Any]:
     "devices": jax.device_count(),
     "processes": jax.process_count(),
   }
+
+
+@functools.cache
+def hardware() -> str:
+  """Returns the accelerator if there is one, the processor and the number of its cores."""
+  processor = platform.machine()
+  if Path("/proc/cpuinfo").exists():
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    about = dict(re.findall(r"^(.*?)\s*:\s*(.*)$", first, re.MULTILINE))
+    numbers = f"family {about.get('cpu family')}, model {about.get('model')}"
+    processor = f"{about.get('model name', processor)} ({numbers})"
+  machine = f"{os.cpu_count()} cores of {processor}"
+  if jax.default_backend() != "cpu":
+    machine = f"{jax.devices()[0].device_kind}, {machine}"
+  return machine
 
 
 def _version(package: str) -> str | None:
