@@ -98,7 +98,7 @@ def _explain_abort() -> str:
   """Returns that process 0 is gone, or "" where it is not or is this one."""
   if jax.process_index() == 0:
     return ""
-  host, _, port = distributed.global_state.coordinator_address.rpartition(":")
+  host, _, port = (distributed.global_state.coordinator_address or ":0").rpartition(":")
   try:
     socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
   except OSError:
