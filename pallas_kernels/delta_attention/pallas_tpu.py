@@ -258,13 +258,11 @@ def forward_kernel(
   if start_AVK is not None:
     start_AVK[0, 0] = state_AVK[...].astype(start_AVK.dtype)
   tables, wipe_C1, exists_C1 = read_constants(constants, j, plan)
-  results = []
-  for head in range(plan.A):
-    gated = gate_tile(read_head(parts, head, plan), wipe_C1, exists_C1, options)
-    results.append(
-      tiles.attend_to_chunk(gated, state_AVK[head], tables, tables.sums[0].dtype)
-    )
-  for head, (o_CV, state_VK) in enumerate(results):
+  heads = range(plan.A)
+  gated = [gate_tile(read_head(parts, head, plan), wipe_C1, exists_C1, options) for head in heads]
+  states = [state_AVK[head] for head in heads]
+  outputs = tiles.attend_to_chunks(gated, states, tables, tables.sums[0].dtype)
+  for head, (o_CV, state_VK) in enumerate(zip(*outputs)):
     o[0, :, head * plan.V : (head + 1) * plan.V] = o_CV.astype(o.dtype)
     state_AVK[head] = state_VK
 
@@ -362,18 +360,19 @@ def backward_kernel(
       ref[...] = jnp.zeros_like(ref)
 
   tables, wipe_C1, exists_C1 = read_constants(constants, plan.J - 1 - j, plan)
-  results = []
-  for head in range(plan.A):
 
-    def attend(tile: Parts, state_VK: jax.Array) -> tuple[jax.Array, jax.Array]:
-      gated = gate_tile(tile, wipe_C1, exists_C1, options)
-      return tiles.attend_to_chunk(gated, state_VK, tables, tables.sums[0].dtype)
+  def attend(tiles_of_heads: list[Parts], states: list[jax.Array]):
+    gated = [gate_tile(tile, wipe_C1, exists_C1, options) for tile in tiles_of_heads]
+    return tiles.attend_to_chunks(gated, states, tables, tables.sums[0].dtype)
 
-    state_VK = start_AVK[0, 0, head].astype(jnp.float32)
-    _, pull = jax.vjp(attend, read_head(parts, head, plan), state_VK)
-    do_CV = do[0, :, head * plan.V : (head + 1) * plan.V].astype(jnp.float32)
-    results.append(pull((do_CV, dstate_AVK[head])))
-  for head, (dtile, dstate_VK) in enumerate(results):
+  heads = range(plan.A)
+  states = [start_AVK[0, 0, head].astype(jnp.float32) for head in heads]
+  _, pull = jax.vjp(attend, [read_head(parts, head, plan) for head in heads], states)
+  do_heads = [
+    do[0, :, head * plan.V : (head + 1) * plan.V].astype(jnp.float32) for head in heads
+  ]
+  gradients = pull((do_heads, [dstate_AVK[head] for head in heads]))
+  for head, (dtile, dstate_VK) in enumerate(zip(*gradients)):
     write_head(dparts, dtile, head, plan)
     dstate_AVK[head] = dstate_VK
 

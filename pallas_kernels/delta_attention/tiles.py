@@ -8,6 +8,7 @@ positions told apart by masks, the state transposed so that a decay scales its l
 from __future__ import annotations
 
 import functools
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -35,28 +36,86 @@ def make_tables(C: int, dtype: Any) -> Tables:
   return Tables(jnp.asarray(sums, dtype), jnp.asarray(level_CC))
 
 
-def attend_to_chunk(
-  gated: Gated, state_VK: jax.Array, tables: Tables, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the output [C, V] of a chunk of one head and the state after it, transposed.
+def attend_to_chunks(
+  heads: list[Gated], states_VK: list[jax.Array], tables: Tables, dtype: Any
+) -> tuple[list[jax.Array], list[jax.Array]]:
+  """Returns the outputs [C, V] of a chunk of several heads and the states after it, transposed.
 
-  Operands of products are `dtype`; all else is float32.
+  Operands of products are `dtype`; all else is float32. The heads' operations alternate, since a
+  compiler hides the latency of one product behind its neighbours in the program.
   """
+  steps = [_steps(*head, tables, dtype) for head in zip(heads, states_VK)]
+  results = _alternate(steps)
+  return [o_CV for o_CV, _ in results], [state_VK for _, state_VK in results]
+
+
+def _alternate(steps: list[Generator[None, None, Any]]) -> list[Any]:
+  """Runs generators in turn, up to the next `yield` of each; returns what they return."""
+  results: list[Any] = [None] * len(steps)
+  running = dict(enumerate(steps))
+  while running:
+    for i, step in list(running.items()):
+      try:
+        next(step)
+      except StopIteration as stop:
+        results[i] = stop.value
+        del running[i]
+  return results
+
+
+def _steps(
+  gated: Gated, state_VK: jax.Array, tables: Tables, dtype: Any
+) -> Generator[None, None, tuple[jax.Array, jax.Array]]:
+  """Returns one head's output and state; yields where another head may go on."""
   q_CK, k_CK, erased_CK, v_CV, decay_CK = gated
   decays: list[Any] = [1.0] * len(tables.sums)
   total_1K: Any = 1.0
   if decay_CK is not None:
-    decays = [jnp.exp(_sum_decays(table_CC, decay_CK, dtype)) for table_CC in tables.sums]
+    decays = []
+    for table_CC in tables.sums:
+      decays.append(jnp.exp(_sum_decays(table_CC, decay_CK, dtype)))
+      yield
     total_1K = jnp.exp(jnp.sum(decay_CK, axis=0, keepdims=True))
   *factors, from_start_CK, to_end_CK = decays
-  visible_CC, lower_CC = pair_products(q_CK, erased_CK, k_CK, factors, tables.level_CC, dtype)
-  o_CV = dot(q_CK * from_start_CK, state_VK, 1, 1, dtype)
+  level_CC = tables.level_CC
+  # P_ij = q_i . (decay_ij k_j) for j <= i, A_ij = (b k)_i . (decay_ij k_j) for j < i
+  diagonal_C1 = jnp.sum(q_CK * k_CK, axis=1, keepdims=True)
+  visible_CC = jnp.where(level_CC == len(factors), diagonal_C1, 0.0)
+  lower_CC = jnp.zeros_like(visible_CC)
+  for level, factor_CK in enumerate(factors):
+    here, decayed_CK = level_CC == level, k_CK * factor_CK
+    if erased_CK is not None:
+      product_CC = dot(erased_CK * factor_CK, decayed_CK, 1, 1, dtype)
+      lower_CC = jnp.where(here, product_CC, lower_CC)
+    product_CC = dot(q_CK * factor_CK, decayed_CK, 1, 1, dtype)
+    visible_CC = jnp.where(here, product_CC, visible_CC)
+    yield
   added_CV = v_CV
   if erased_CK is not None:
     read_CV = dot(erased_CK * from_start_CK, state_VK, 1, 1, dtype)
-    added_CV = solve_unit_lower(lower_CC, v_CV - read_CV, tables.level_CC, dtype)
+    inverse_CC = yield from _invert_unit_lower(lower_CC, level_CC, dtype)
+    added_CV = solve_unit_lower(lower_CC, v_CV - read_CV, inverse_CC, level_CC, dtype)
+    yield
+  o_CV = dot(q_CK * from_start_CK, state_VK, 1, 1, dtype)
   o_CV = o_CV + dot(visible_CC, added_CV, 1, 0, dtype)
+  yield
   return o_CV, total_1K * state_VK + dot(added_CV, k_CK * to_end_CK, 0, 0, dtype)
+
+
+def _invert_unit_lower(
+  lower_CC: jax.Array, level_CC: jax.Array, dtype: Any
+) -> Generator[None, None, jax.Array]:
+  """Returns (I + L)^-1 by joining the inverses of halves; not to be differentiated."""
+  lower_CC = jax.lax.stop_gradient(lower_CC)
+  levels = lower_CC.shape[0].bit_length() - 1
+  inverse_CC = jnp.where(level_CC == levels, 1.0, jnp.where(level_CC == 0, -lower_CC, 0.0))
+  for level in range(1, levels):
+    joined_CC = jnp.where(level_CC == level, lower_CC, 0.0)
+    product_CC = dot(inverse_CC, joined_CC, 1, 0, dtype)
+    yield
+    inverse_CC = inverse_CC - dot(product_CC, inverse_CC, 1, 0, dtype)
+    yield
+  return inverse_CC
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -108,43 +167,15 @@ def _sum_decays_backward(dtype: Any, table_CC, dsum_CK):
 _sum_decays.defvjp(_sum_decays_forward, _sum_decays_backward)
 
 
-def pair_products(q_CK, erased_CK, k_CK, factors: list[Any], level_CC: jax.Array, dtype: Any):
-  """Returns P_ij = q_i . (decay_ij k_j) for j <= i and A_ij = (b k)_i . (decay_ij k_j) for j < i.
-
-  `factors` [C, K] of a halving decay from its middle to the positions behind it, and from the
-  positions before it to the middle. What is not erased is None.
-  """
-  visible_CC = jnp.where(level_CC == len(factors), _diagonal(q_CK, k_CK), 0.0)
-  lower_CC = None if erased_CK is None else jnp.zeros_like(visible_CC)
-  for level, factor_CK in enumerate(factors):
-    here, decayed_CK = level_CC == level, k_CK * factor_CK
-    product_CC = dot(q_CK * factor_CK, decayed_CK, 1, 1, dtype)
-    visible_CC = jnp.where(here, product_CC, visible_CC)
-    if erased_CK is not None:
-      product_CC = dot(erased_CK * factor_CK, decayed_CK, 1, 1, dtype)
-      lower_CC = jnp.where(here, product_CC, lower_CC)
-  return visible_CC, lower_CC
-
-
-def _diagonal(q_CK: jax.Array, k_CK: jax.Array) -> jax.Array:
-  return jnp.sum(q_CK * k_CK, axis=1, keepdims=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def solve_unit_lower(
-  lower_CC: jax.Array, right_CV: jax.Array, level_CC: jax.Array, dtype: Any
+  lower_CC: jax.Array, right_CV: jax.Array, inverse_CC: jax.Array, level_CC: jax.Array, dtype: Any
 ) -> jax.Array:
-  """Returns (I + L)^-1 R for L below the diagonal, which is 0 elsewhere."""
-  return _solve_forward(lower_CC, right_CV, level_CC, dtype)[0]
+  """Returns (I + L)^-1 R for L below the diagonal, from the inverse; no gradient flows to that."""
+  return _solve_forward(lower_CC, right_CV, inverse_CC, level_CC, dtype)[0]
 
 
-def _solve_forward(lower_CC, right_CV, level_CC, dtype: Any):
-  levels = lower_CC.shape[0].bit_length() - 1
-  inverse_CC = jnp.where(level_CC == levels, 1.0, jnp.where(level_CC == 0, -lower_CC, 0.0))
-  for level in range(1, levels):
-    joined_CC = jnp.where(level_CC == level, lower_CC, 0.0)
-    product_CC = dot(inverse_CC, joined_CC, 1, 0, dtype)
-    inverse_CC = inverse_CC - dot(product_CC, inverse_CC, 1, 0, dtype)
+def _solve_forward(lower_CC, right_CV, inverse_CC, level_CC, dtype: Any):
   x_CV = dot(inverse_CC, right_CV, 1, 0, dtype)
   return x_CV, (inverse_CC, x_CV, level_CC)
 
@@ -154,7 +185,8 @@ def _solve_backward(dtype: Any, residuals, dx_CV: jax.Array):
   dright_CV = dot(inverse_CC, dx_CV, 0, 0, dtype)
   levels = inverse_CC.shape[0].bit_length() - 1
   below = (level_CC >= 0) & (level_CC < levels)
-  return jnp.where(below, -dot(dright_CV, x_CV, 1, 1, dtype), 0.0), dright_CV, None
+  dlower_CC = jnp.where(below, -dot(dright_CV, x_CV, 1, 1, dtype), 0.0)
+  return dlower_CC, dright_CV, jnp.zeros_like(inverse_CC), None
 
 
 solve_unit_lower.defvjp(_solve_forward, _solve_backward)
