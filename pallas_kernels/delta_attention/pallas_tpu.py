@@ -40,8 +40,10 @@ from pallas_kernels.delta_attention.terms import (
 
 CHUNK = 64
 LANES = 128
-HEADS = 4
+HEADS = 8
 """Heads of a step, at most."""
+TOGETHER = 2
+"""Heads whose decays are summed in one product."""
 VMEM_BYTES = 48 * 2**20
 """What every chip has for blocks, states and values that do not fit into registers."""
 
@@ -190,14 +192,13 @@ def part_blocks(parts: Parts, plan: Plan, chunk: Callable[[Any], Any]) -> Parts:
 
 def constant_blocks(constants: Constants, plan: Plan, chunk: Callable[[Any], Any]) -> Constants:
   """Returns the blocks of the constants."""
-  C, sums = plan.C, constants.tables.sums.shape
-  reset = pl.BlockSpec((1, C, 1), lambda b, n, j: (b, chunk(j), 0))
-  return Constants(
-    None if constants.reset is None else reset,
-    tiles.Tables(
-      pl.BlockSpec(sums, lambda b, n, j: (0, 0, 0)), pl.BlockSpec((C, C), lambda b, n, j: (0, 0))
-    ),
-  )
+
+  def whole(x: jax.Array) -> pl.BlockSpec:
+    return pl.BlockSpec(x.shape, lambda b, n, j: (0,) * x.ndim)
+
+  reset = pl.BlockSpec((1, plan.C, 1), lambda b, n, j: (b, chunk(j), 0))
+  tables = jax.tree.map(whole, constants.tables)
+  return Constants(None if constants.reset is None else reset, tables)
 
 
 # --------------------------------------------------------------------------------------- kernels
@@ -260,8 +261,8 @@ def forward_kernel(
   tables, wipe_C1, exists_C1 = read_constants(constants, j, plan)
   heads = range(plan.A)
   gated = [gate_tile(read_head(parts, head, plan), wipe_C1, exists_C1, options) for head in heads]
-  states = [state_AVK[head] for head in heads]
-  outputs = tiles.attend_to_chunks(gated, states, tables, tables.sums[0].dtype)
+  starts = [tiles.Head(x, state_AVK[head]) for head, x in enumerate(gated)]
+  outputs = tiles.attend_to_chunks(starts, tables, TOGETHER)
   for head, (o_CV, state_VK) in enumerate(zip(*outputs)):
     o[0, :, head * plan.V : (head + 1) * plan.V] = o_CV.astype(o.dtype)
     state_AVK[head] = state_VK
@@ -363,7 +364,8 @@ def backward_kernel(
 
   def attend(tiles_of_heads: list[Parts], states: list[jax.Array]):
     gated = [gate_tile(tile, wipe_C1, exists_C1, options) for tile in tiles_of_heads]
-    return tiles.attend_to_chunks(gated, states, tables, tables.sums[0].dtype)
+    starts = [tiles.Head(*start) for start in zip(gated, states)]
+    return tiles.attend_to_chunks(starts, tables, TOGETHER)
 
   heads = range(plan.A)
   states = [start_AVK[0, 0, head].astype(jnp.float32) for head in heads]
@@ -386,8 +388,13 @@ def backward_kernel(
 
 def read_constants(constants: Constants, chunk: Any, plan: Plan):
   """Returns tables, the log decay that clears where segments start, and which positions exist."""
-  sums, level_CC = constants.tables
-  tables = tiles.Tables([sums[i] for i in range(sums.shape[0])], level_CC[...])
+  sums, transposed, level_CC, level_8C = constants.tables
+  tables = tiles.Tables(
+    [sums[i] for i in range(sums.shape[0])],
+    [transposed[i] for i in range(sums.shape[0])],
+    level_CC[...],
+    level_8C[...],
+  )
   wipe_C1 = None if constants.reset is None else WIPE * constants.reset[0]
   exists_C1 = None
   if plan.length % plan.C:
