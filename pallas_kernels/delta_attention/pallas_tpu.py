@@ -30,8 +30,8 @@ from pallas_kernels.common.shards import varying_struct
 from pallas_kernels.delta_attention import tiles
 from pallas_kernels.delta_attention.terms import (
   WIPE,
-  GateParameters,
   Gated,
+  GateParameters,
   Options,
   Tokens,
   apply_gates,
@@ -318,12 +318,10 @@ def backward(
     interpret=options.interpret,
     name="delta_attention_backward",
   )(parts, constants, starts, _flatten(do_BTNV, V, plan), _pad_state(dstate_BNKV, plan))
-  dtokens = Tokens(
-    *(
-      None if x is None else _unflatten(dx, x, plan) for dx, x in zip(dparts[:6], tokens[:6])
-    ),
-    reset=None,
-  )
+  gradients: list[Any] = [
+    None if x is None else _unflatten(dx, x, plan) for dx, x in zip(dparts[:6], tokens[:6])
+  ]
+  dtokens = Tokens(*gradients, None)
   dgate = GateParameters(None, None)
   if gate.a_log_N is not None:
     drate_N = jnp.sum(dparts.rate.reshape(B, N, K), axis=(0, 2))
@@ -370,9 +368,7 @@ def backward_kernel(
   heads = range(plan.A)
   states = [start_AVK[0, 0, head].astype(jnp.float32) for head in heads]
   _, pull = jax.vjp(attend, [read_head(parts, head, plan) for head in heads], states)
-  do_heads = [
-    do[0, :, head * plan.V : (head + 1) * plan.V].astype(jnp.float32) for head in heads
-  ]
+  do_heads = [do[0, :, head * plan.V : (head + 1) * plan.V].astype(jnp.float32) for head in heads]
   gradients = pull((do_heads, [dstate_AVK[head] for head in heads]))
   for head, (dtile, dstate_VK) in enumerate(zip(*gradients)):
     write_head(dparts, dtile, head, plan)

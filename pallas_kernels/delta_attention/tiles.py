@@ -70,7 +70,8 @@ def attend_to_chunks(
   neighbours in the program.
   """
   groups = [heads[i : i + together] for i in range(0, len(heads), together)]
-  results = sum(_alternate([_steps(group, tables) for group in groups]), [])
+  of_groups = _alternate([_steps(group, tables) for group in groups])
+  results = [result for of_group in of_groups for result in of_group]
   return [o_CV for o_CV, _ in results], [state_VK for _, state_VK in results]
 
 
@@ -93,17 +94,19 @@ def _steps(
 ) -> Generator[None, None, list[tuple[jax.Array, jax.Array]]]:
   """Returns each head's output and state; yields where other heads may go on."""
   C, dtype = heads[0].gated.q.shape[0], tables.dtype
-  pairs = [_Pairs(head.gated, tables.level_CC) for head in heads]
-  decays = [head.gated.decay for head in heads]
   levels = len(tables.sums) - 2
-  for level in range(levels):
-    factors = _decay_factors(decays, tables, level)
-    yield
-    for pair, factor_CK in zip(pairs, factors):
-      pair.add_level(level, factor_CK, dtype)
-    yield
-  from_start, to_end = (_decay_factors(decays, tables, levels + i) for i in range(2))
+  decays = [head.gated.decay for head in heads]
+  pairs = [_Pairs(head.gated, tables.level_CC) for head in heads]
+  sums = _sum_decays(decays, tables, 0)
   yield
+  for level in range(levels):
+    factors = [_exp(x) for x in sums]
+    sums = _sum_decays(decays, tables, level + 1)  # a stage ahead of what needs them
+    for pair, factor_CK in zip(pairs, factors):
+      pair.multiply(level, factor_CK, dtype)
+    yield
+  from_start = [_exp(x) for x in sums]
+  to_end = _sum_decays(decays, tables, levels + 1)
   reads, results = [], []
   for (gated, state_VK), factor_CK in zip(heads, from_start):
     rows = [gated.q] if gated.erased_k is None else [gated.q, gated.erased_k]
@@ -122,7 +125,7 @@ def _steps(
     o_CV = reads[i][0] + dot(jnp.concatenate(pairs[i].visible), added[i], 1, 0, dtype)
     if gated.decay is not None:
       state_VK = jnp.exp(jnp.sum(gated.decay, axis=0, keepdims=True)) * state_VK
-    k_CK = _scaled(gated.k, to_end[i])
+    k_CK = _scaled(gated.k, _exp(to_end[i]))
     results.append((o_CV, state_VK + dot(added[i], k_CK, 0, 0, dtype)))
   return results
 
@@ -145,8 +148,8 @@ class _Pairs:
     ]
     self.lower = [jnp.zeros_like(x_8C) for x_8C in self.visible] if self.erased else []
 
-  def add_level(self, level: int, factor_CK: jax.Array | None, dtype: Any) -> None:
-    """Adds the pairs that a halving parts; `factor_CK` decays from or to the middle."""
+  def multiply(self, level: int, factor_CK: jax.Array | None, dtype: Any) -> None:
+    """Multiplies the pairs that a halving parts; `factor_CK` decays from or to the middle."""
     rows = _rows_behind(level, len(self.q))
     factors = [None] * len(self.q) if factor_CK is None else split_rows(factor_CK, 8)
     operands = [_scaled(x[i], factors[i]) for x in (self.q, self.erased) if x for i in rows]
@@ -166,12 +169,15 @@ def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
   return x if factor is None else x * factor
 
 
-def _decay_factors(decays: list[Any], tables: Tables, i: int) -> list[Any]:
-  """Returns the exponentials of the i-th sums of the heads' log decays."""
+def _exp(x: jax.Array | None) -> jax.Array | None:
+  return None if x is None else jnp.exp(x)
+
+
+def _sum_decays(decays: list[Any], tables: Tables, i: int) -> list[Any]:
+  """Returns the i-th sums of the heads' log decays."""
   if decays[0] is None:
     return decays
-  sums = _sum_decays(tables.sums[i], tables.sums_transposed[i], decays)
-  return [jnp.exp(sum_CK) for sum_CK in sums]
+  return _sum_lanes(tables.sums[i], tables.sums_transposed[i], decays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -215,7 +221,7 @@ dot.defvjp(_dot_forward, _dot_backward)
 
 
 @jax.custom_vjp
-def _sum_decays(
+def _sum_lanes(
   table: jax.Array, transposed_CC: jax.Array, decays: list[jax.Array]
 ) -> list[jax.Array]:
   """Returns sums of the heads' log decays [C, K], in one product.
@@ -235,19 +241,19 @@ def _split_lanes(x: jax.Array, parts: int) -> list[jax.Array]:
   return [x[:, i * width : (i + 1) * width] for i in range(parts)]
 
 
-def _sum_decays_backward(residuals, dsums: list[jax.Array]):
+def _sum_lanes_backward(residuals, dsums: list[jax.Array]):
   table, transposed_CC = residuals
   wide_CX = dot(transposed_CC, jnp.concatenate(dsums, axis=1), 1, 0, table.dtype)
   zeros = jnp.zeros_like(table), jnp.zeros_like(transposed_CC)
   return *zeros, _split_lanes(wide_CX, len(dsums))
 
 
-_sum_decays.defvjp(
+_sum_lanes.defvjp(
   lambda table, transposed_CC, decays: (
-    _sum_decays(table, transposed_CC, decays),
+    _sum_lanes(table, transposed_CC, decays),
     (table, transposed_CC),
   ),
-  _sum_decays_backward,
+  _sum_lanes_backward,
 )
 
 
