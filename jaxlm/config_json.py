@@ -1,7 +1,7 @@
 """Turns configurations into JSON and back, and says what is wrong with an edited config.json.
 
 A dataclass becomes an object of its fields, a tuple a list. Where a field may hold one of several
-dataclasses, the object says which by the key "kind".
+dataclasses, the object says which by the key "kind"; without it, it is the first.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _from_plain(hint: Any, value: Any, path: str) -> Any:
     check(isinstance(value, dict), path, value, "must be a group of fields")
     if len(kinds) == 1:
       return from_dict(next(iter(kinds.values())), value, f"{path}.")
-    name = value.get(KIND)
+    name = value.get(KIND, next(iter(kinds)))
     check(name in kinds, f"{path}.{KIND}", name, f"must be one of {', '.join(kinds)}")
     rest = {key: part for key, part in value.items() if key != KIND}
     return from_dict(kinds[name], rest, f"{path}.")

@@ -16,7 +16,7 @@ from jaxlm.interop.hub_config import (
   parse_config,
 )
 from jaxlm.interop.hub_rope import write_rope
-from pallas_kernels.common.errors import UserError
+from pallas_kernels.common.errors import UnsupportedError, UserError
 
 # Fields of the rotary embedding that each scaling reads, besides theta.
 _ROPE_FIELDS = {
@@ -33,6 +33,11 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
   Raises UserError, naming the fields that none of the families can express.
   """
+  for spec in config.layer_specs:
+    if not isinstance(spec.mixer, AttentionConfig) or spec.mixer.rope is None:
+      mixer = "attention without rope" if isinstance(spec.mixer, AttentionConfig) else spec.mixer
+      kind = mixer if isinstance(mixer, str) else f"a {type(mixer).__name__}"
+      raise UnsupportedError(f"model: a layer is {kind}: no {' or '.join(FAMILIES)} model has that")
   attempts = {name: _write(config, name, dtype) for name in FAMILIES}
   lost_fields = {name: _compare(config, values) for name, values in attempts.items()}
   nearest = min(lost_fields, key=lambda name: len(lost_fields[name]))

@@ -30,7 +30,7 @@ from sharding.rules import (
 )
 
 Roles = dict[str, Any]
-"""A tree with the structure of parameters: "embedding", "matrix", "head", "norm" or "bias"."""
+"""A tree like that of parameters: "embedding", "matrix", "head", "norm", "bias" or "taps"."""
 
 
 def sharded_normal(
