@@ -13,6 +13,7 @@ from jaxlm.config.mixers import AttentionConfig, ConvConfig, KdaConfig, MixerCon
 from jaxlm.config.model import LayerSpec, MlpConfig, ModelConfig
 from jaxlm.config.optimizer import OnNewSteps, OptimizerConfig
 from jaxlm.config.pipeline import PipelineConfig
+from jaxlm.config.quant import QuantRule, QuantSpec
 from jaxlm.config.rope import RopeConfig
 from jaxlm.config.train import TrainConfig
 from sharding.mesh import MeshConfig
@@ -32,6 +33,8 @@ __all__ = [
   "OnNewSteps",
   "OptimizerConfig",
   "PipelineConfig",
+  "QuantRule",
+  "QuantSpec",
   "RopeConfig",
   "TrainConfig",
   "check",

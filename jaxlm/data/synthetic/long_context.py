@@ -37,7 +37,7 @@ def needle(
 def variable_tracking(
   rng: np.random.Generator, rows: int, *, V: int, T: int, names: int = 16, hops: int = 2
 ) -> Batch:
-  """Returns rows that state name 0 = value, name 1 = name 0, ..., and ask for the last name's value.
+  """Returns rows that state name 0 = value, name 1 = name 0, ..., and ask for the last one's value.
 
   The `hops` + 1 facts (state, name, value or name before) stand in this order at random places of
   the noise. A second chain with other names and another value stands between them. Ids as in
@@ -91,7 +91,7 @@ def _check(V: int, T: int, names: int, facts: int, tail: int) -> None:
 def _hide(
   rng: np.random.Generator, facts: np.ndarray, question: np.ndarray, V: int, T: int, names: int
 ) -> Batch:
-  """Returns rows of noise with the facts [rows, facts, 3] in it, in order, and the question last."""
+  """Returns rows of noise that hold the facts [rows, facts, 3] in order and end in the question."""
   rows, count, _ = facts.shape
   body = T + 1 - question.shape[1]
   tokens_BS = rng.integers(FIRST_NAME + names, V, (rows, T + 1))

@@ -14,7 +14,7 @@ FILLER, PUSH, POP, FIRST_STACK = 0, 1, 2, 3
 
 
 def stack(rng: np.random.Generator, rows: int, *, V: int, T: int, stacks: int = 64) -> Batch:
-  """Returns rows of operations of three tokens: push, a stack, an element; or pop, a stack, its top.
+  """Returns rows of operations: push, a stack and an element, or pop, a stack and its top.
 
   Each operation takes a random stack and pops with probability one half where that is not empty.
   The loss is on the elements that pops return. Ids: 1 is push, 2 pop, then the stacks, then the

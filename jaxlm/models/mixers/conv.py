@@ -7,6 +7,8 @@ Multiplies a causal convolution over a few tokens by a gate, channel by channel.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -41,12 +43,14 @@ class Conv(nn.Module):
   def setup(self) -> None:
     """Makes the projections and the taps."""
     D, W = self.config.D, self.spec.taps
-    options: dict[str, Any] = {"compute": self.compute, "layers": self.layers}
+    linear: Callable[..., Linear] = functools.partial(
+      Linear, compute=self.compute, rules=self.config.quant, layers=self.layers
+    )
     inner, outer = ("batch", "length", "act_heads"), ("batch", "norm_length", None)
-    self.v = Linear((D, D), D**-0.5, ("embed", "heads"), inner, **options)
-    self.gate = Linear((D, D), D**-0.5, ("embed", "heads"), inner, **options)
+    self.v = linear((D, D), D**-0.5, ("embed", "heads"), inner)
+    self.gate = linear((D, D), D**-0.5, ("embed", "heads"), inner)
     out_std = (D * 2 * self.config.layers) ** -0.5
-    self.o = Linear((D, D), out_std, ("heads", "embed"), outer, **options)
+    self.o = linear((D, D), out_std, ("heads", "embed"), outer)
     self.taps = self.param("taps", sharded_normal, (W, D), W**-0.5, None, "heads")
 
   def declare(self) -> Roles:

@@ -12,7 +12,7 @@ attention: 2401.04658, with the same slopes in all layers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -63,32 +63,32 @@ class Kda(nn.Module):
     """Makes the projections, convolutions, gates and the norm."""
     c, D, rule = self.spec, self.config.D, self.spec.recurrence
     Z, V, R = c.K * c.H, c.N * c.value_width, c.bottleneck
-    for heads, axis in ((c.N, "heads"), (c.K, "kv_heads")):
-      spec((heads,), axis)  # refuses a mesh that would split a head
-    options: dict[str, Any] = {"compute": self.compute, "layers": self.layers}
-    heads = {"out": ("batch", "length", "act_heads"), **options}
-    whole = {"out": ("batch", "length", None), **options}
-    self.q = Linear((D, Z), D**-0.5, ("embed", "kv_heads"), **heads)
-    self.k = Linear((D, Z), D**-0.5, ("embed", "kv_heads"), **heads)
-    self.v = Linear((D, V), D**-0.5, ("embed", "heads"), **heads)
+    for count, axis in ((c.N, "heads"), (c.K, "kv_heads")):
+      spec((count,), axis)  # refuses a mesh that would split a head
+    linear: Callable[..., Linear] = functools.partial(
+      Linear, compute=self.compute, rules=self.config.quant, layers=self.layers
+    )
+    heads, own = ("batch", "length", "act_heads"), ("batch", "norm_length", None)
+    self.q = linear((D, Z), D**-0.5, ("embed", "kv_heads"), heads)
+    self.k = linear((D, Z), D**-0.5, ("embed", "kv_heads"), heads)
+    self.v = linear((D, V), D**-0.5, ("embed", "heads"), heads)
     out_std = (V * 2 * self.config.layers) ** -0.5
-    outer = {"out": ("batch", "norm_length", None), **options}
-    self.o = Linear((V, D), out_std, ("heads", "embed"), **outer)
+    self.o = linear((V, D), out_std, ("heads", "embed"), ("batch", "norm_length", None))
     self.o_norm = RMSNorm(c.value_width, self.config.norm_eps, self.config.norm_offset)
-    exact = {"out_dtype": "float32", **heads}
+    exact: Callable[..., Linear] = functools.partial(linear, out=heads, out_dtype="float32")
     if rule.erases:
-      self.beta = Linear((D, c.N), D**-0.5, ("embed", "heads"), **exact)
+      self.beta = exact((D, c.N), D**-0.5, ("embed", "heads"))
     if rule.decay == "channel":
-      self.decay_down = Linear((D, R), D**-0.5, ("embed", None), **whole)
-      self.decay_up = Linear((R, c.N * c.H), R**-0.5, (None, "heads"), **exact)
+      self.decay_down = linear((D, R), D**-0.5, ("embed", None), own)
+      self.decay_up = exact((R, c.N * c.H), R**-0.5, (None, "heads"))
     elif rule.decay == "head":
-      self.decay = Linear((D, c.N), D**-0.5, ("embed", "heads"), **exact)
+      self.decay = exact((D, c.N), D**-0.5, ("embed", "heads"))
     if self._is_gated:
       self.A_log = self.param("A_log", _draw_rates, c.N)
       self.dt_bias = self.param("dt_bias", _draw_steps, c.N * self._decays_per_head)
     if c.out_gate != "none":
-      self.gate_down = Linear((D, R), D**-0.5, ("embed", None), **whole)
-      self.gate_up = Linear((R, V), R**-0.5, (None, "heads"), **heads)
+      self.gate_down = linear((D, R), D**-0.5, ("embed", None), own)
+      self.gate_up = linear((R, V), R**-0.5, (None, "heads"), heads)
     if c.conv:
       for name, channels, axis in (("q", Z, "kv_heads"), ("k", Z, "kv_heads"), ("v", V, "heads")):
         draw = (sharded_normal, (c.conv, channels), c.conv**-0.5, None, axis)
@@ -97,6 +97,12 @@ class Kda(nn.Module):
   @property
   def _is_gated(self) -> bool:
     return self.spec.recurrence.decay in ("channel", "head")
+
+  @property
+  def _bottlenecks(self) -> list[str]:
+    names = {"decay_down": self.spec.recurrence.decay == "channel"}
+    names |= {"gate_down": self.spec.out_gate != "none"}
+    return [name for name, exists in names.items() if exists]
 
   @property
   def _decays_per_head(self) -> int:
@@ -135,6 +141,9 @@ class Kda(nn.Module):
     """Returns the layer's output [B, T, D], its updated cache or None, and no statistics."""
     c, rule = self.spec, self.spec.recurrence
     check_whole_rows(f"KdaConfig(rule={c.rule!r})", context.in_order, cache is not None)
+    # bottlenecks are whole on every device, which computes them for its own tokens
+    bottlenecks = {name: getattr(self, name)(x_BTD) for name in self._bottlenecks}
+    low_BTR = {n: all_gather(x, "batch", "length", None) for n, x in bottlenecks.items()}
     x_BTD = all_gather(x_BTD, "batch", "length", None)
     arrays: dict[str, Any] = {f"{name}_BTZ": getattr(self, name)(x_BTD) for name in "qkv"}
     if c.conv:
@@ -142,7 +151,7 @@ class Kda(nn.Module):
     if rule.erases:
       arrays["beta_BTN"] = self.beta(x_BTD)
     if rule.decay == "channel":
-      arrays["decay_BTZ"] = self.decay_up(self.decay_down(x_BTD))
+      arrays["decay_BTZ"] = self.decay_up(low_BTR["decay_down"])
     elif rule.decay == "head":
       arrays["decay_BTZ"] = self.decay(x_BTD)
     elif rule.decay == "fixed":
@@ -159,7 +168,7 @@ class Kda(nn.Module):
     o_BTZ = outs.pop("o_BTZ")
     o_BTNU = self.o_norm(split_heads(o_BTZ, c.value_width))
     if c.out_gate != "none":
-      gate_BTNU = split_heads(self.gate_up(self.gate_down(x_BTD)), c.value_width)
+      gate_BTNU = split_heads(self.gate_up(low_BTR["gate_down"]), c.value_width)
       gate_BTNU = _GATES[c.out_gate](gate_BTNU.astype(jnp.float32))
       o_BTNU = (o_BTNU.astype(jnp.float32) * gate_BTNU).astype(o_BTNU.dtype)
     y_BTD = self.o(o_BTNU.reshape(o_BTZ.shape))

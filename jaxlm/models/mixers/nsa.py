@@ -1,18 +1,18 @@
 """Computes native sparse attention (Yuan et al. 2025, arXiv 2502.11089).
 
-A query attends to compressed blocks, to the blocks that their probabilities select, and to a window
-(`pallas_kernels.sparse_attention`); a gate of each head weighs the three. Keys are compressed before
-they are rotated, and a compressed key turns with the position of its first token.
+A query attends to compressed blocks, to the blocks that their probabilities select, and to a
+window (`pallas_kernels.sparse_attention`); a gate of each head weighs the three. Keys are
+compressed before they are rotated, and a compressed key turns with the position of its first token.
 """
 
 # B batch, T query positions, S key positions, D model, N query heads, K key heads, H width of
-# queries and keys, U width of values, C compressed blocks, L tokens of a compressed block, W window,
-# X = L H, F hidden width of the compression, Z heads times width
+# queries and keys, U width of values, C compressed blocks, L tokens of a compressed block,
+# W window, X = L H, F hidden width of the compression, Z heads times width
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,6 +28,7 @@ from jaxlm.models.rope import apply_rope, rope_tables
 from pallas_kernels.attention import attention
 from pallas_kernels.sparse_attention import (
   BlockSizes,
+  KeysValues,
   block_starts,
   compress_linear,
   compress_mean,
@@ -69,20 +70,20 @@ class Nsa(nn.Module):
   def setup(self) -> None:
     """Makes the projections, the gate and the compression of keys and of values."""
     c, D, U = self.spec, self.config.D, self.spec.value_width
-    for heads, axis in ((c.N, "heads"), (c.K, "kv_heads")):
-      spec((heads,), axis)  # refuses a mesh that would split a head
-    options: dict[str, Any] = {"compute": self.compute, "layers": self.layers}
-    heads = {"out": ("batch", "length", "act_heads"), **options}
-    self.q = Linear((D, c.N * c.H), D**-0.5, ("embed", "heads"), **heads)
+    for count, axis in ((c.N, "heads"), (c.K, "kv_heads")):
+      spec((count,), axis)  # refuses a mesh that would split a head
+    linear: Callable[..., Linear] = functools.partial(
+      Linear, compute=self.compute, rules=self.config.quant, layers=self.layers
+    )
+    heads = ("batch", "length", "act_heads")
+    self.q = linear((D, c.N * c.H), D**-0.5, ("embed", "heads"), heads)
     for branch in self._branches:
       for name, width in (("k", c.H), ("v", U)):
-        linear = Linear((D, c.K * width), D**-0.5, ("embed", "kv_heads"), **heads)
-        setattr(self, f"{name}_{branch}", linear)
-    exact = {"out_dtype": "float32", **heads}
-    self.gate = Linear((D, 3 * c.N), D**-0.5, ("embed", "heads"), **exact)
+        project = linear((D, c.K * width), D**-0.5, ("embed", "kv_heads"), heads)
+        setattr(self, f"{name}_{branch}", project)
+    self.gate = linear((D, 3 * c.N), D**-0.5, ("embed", "heads"), heads, out_dtype="float32")
     out_std = (c.N * U * 2 * self.config.layers) ** -0.5
-    outer = {"out": ("batch", "norm_length", None), **options}
-    self.o = Linear((c.N * U, D), out_std, ("heads", "embed"), **outer)
+    self.o = linear((c.N * U, D), out_std, ("heads", "embed"), ("batch", "norm_length", None))
     for name, shape in c.compression_shapes.items():
       draw: tuple[Any, ...] = (sharded_normal, shape, shape[1] ** -0.5, *_MATRIX)
       if name.endswith("position"):
@@ -164,12 +165,12 @@ def _attend(
   )
   k_BCKH, v_BCKU = _compress(c, arrays, *branches["compressed"], starts_BC)
   turned = {
-    branch: (_rotate(c, k_BSKH, positions_BT), v_BSKU)
+    branch: KeysValues(_rotate(c, k_BSKH, positions_BT), v_BSKU)
     for branch, (k_BSKH, v_BSKU) in branches.items()
   }
   o_BTNU = nsa_attention(
     _rotate(c, q_BTNH, positions_BT),
-    (_rotate(c, k_BCKH, first_BC), v_BCKU),
+    KeysValues(_rotate(c, k_BCKH, first_BC), v_BCKU),
     turned["selected"],
     turned["window"],
     gates_BTNX,
@@ -196,7 +197,7 @@ def _attend_cached(
 
   raw = [join(arrays[f"{n}_raw_BL{x}"], y) for n, x, y in _named(branches["compressed"])]
   new |= {f"{n}_raw_BL{x}": last_inputs(y, steps) for n, x, y in _named(raw)}
-  index_BC, compressed = _compress_next(c, arrays, *raw, seen_B, steps.count_B)
+  index_BC, compressed = _compress_next(c, arrays, raw[0], raw[1], seen_B, steps.count_B)
   for n, x, y_BCKZ in _named(compressed):
     name = f"{n}_compressed_BC{x}"
     new[name] = _write(arrays[name], y_BCKZ, index_BC)
@@ -219,8 +220,7 @@ def _attend_cached(
 
   k_BTKH, v_BTKU = branches["window"]
   window = [
-    join(arrays[f"{n}_window_BW{x}"], y)
-    for n, x, y in _named((_rotate(c, k_BTKH, at_BT), v_BTKU))
+    join(arrays[f"{n}_window_BW{x}"], y) for n, x, y in _named((_rotate(c, k_BTKH, at_BT), v_BTKU))
   ]
   new |= {f"{n}_window_BW{x}": last_inputs(y, steps) for n, x, y in _named(window)}
   past_1W = jnp.arange(-arrays["k_window_BWKH"].shape[1], 0, dtype=jnp.int32)[None]
@@ -241,9 +241,7 @@ def _attend_cached(
 
 
 def _sizes(c: NsaConfig) -> BlockSizes:
-  return BlockSizes(
-    length=c.length, stride=c.stride, block=c.block, count=c.count, window=c.window
-  )
+  return BlockSizes(length=c.length, stride=c.stride, block=c.block, count=c.count, window=c.window)
 
 
 def _split(
