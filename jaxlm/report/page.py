@@ -30,7 +30,7 @@ def studies_page(pages: Sequence[StudyPage]) -> str:
   """Returns the page of all studies: a sortable table, then each study in full."""
   rows = []
   for page in pages:
-    for result in page.results or [None]:
+    for result in page.results or [{}]:
       link = f'<a href="#{_text(page.texts["name"])}">{_text(page.texts["title"])}</a>'
       rows.append(
         [
