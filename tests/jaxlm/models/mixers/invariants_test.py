@@ -55,9 +55,7 @@ MODELS = {
     AttentionConfig(N=2, K=1, H=8, window=5),
   ),
 }
-CASES = [
-  pytest.param(name, marks=[] if name == "hybrid" else pytest.mark.slow) for name in MODELS
-]
+CASES = [pytest.param(name, marks=[] if name == "hybrid" else pytest.mark.slow) for name in MODELS]
 IDS_BT = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
 ALL_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
 WHOLE_BT = np.ones((B, T), np.int32)
