@@ -20,7 +20,7 @@ from pallas_kernels.common.errors import UnsupportedError
 from sharding.rules import Names, all_gather_weight, is_sharded, shard, spec, weight_shape
 
 Roles = dict[str, Any]
-"""A tree with the structure of parameters: "embedding", "matrix", "head", "norm" or "bias"."""
+"""A tree like that of parameters: "embedding", "matrix", "head", "norm", "bias" or "taps"."""
 
 
 def sharded_normal(

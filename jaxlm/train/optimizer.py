@@ -17,7 +17,7 @@ from sharding.rules import is_sharded
 
 DECAYED = ("matrix", "head")
 """roles that weight decay acts on"""
-_OWN_AXES = {"embedding": 2, "matrix": 2, "head": 2, "norm": 1, "bias": 1}
+_OWN_AXES = {"embedding": 2, "matrix": 2, "head": 2, "norm": 1, "bias": 1, "taps": 2}
 """axes of one parameter of a role; axes before these stack layers or experts"""
 
 
