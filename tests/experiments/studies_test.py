@@ -194,3 +194,20 @@ def test_text_is_not_read_twice(monkeypatch):
   config = small_text.base("smoke")
   with pytest.raises(UserError, match="steps=13: reads 104 rows, the text has 100"):
     small_text.train(config, [{"steps": 12}, {"steps": 13}], Path("nowhere"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", TEXT)
+def test_a_committed_table_has_every_row_of_the_plan(study, monkeypatch):
+  module = importlib.import_module(f"experiments.{study}.run")
+  rows = {row["config"]: row for row in read_table(Path(module.__file__).parent / "table.csv")}
+  if not rows:
+    pytest.skip(f"{study} has not been run")
+
+  def find(config, points, table, **_):
+    digests = [GridRun.of(config, point).digest for point in points]
+    assert [digest for digest in digests if digest not in rows] == []
+    return [rows[digest] for digest in digests]
+
+  monkeypatch.setattr(module, "sweep" if study == "data_constrained" else "train", find)
+  module.STUDY.measure("cpu", Path("nowhere"), None)
