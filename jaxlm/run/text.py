@@ -172,6 +172,7 @@ class TextTask(Task):
       segment_ids=batch.segment_ids_BT,
       in_order=True,
       order=order,
+      key=key if self.config.model.quant else None,
       logits=False,
     )
     return self._loss(params, states_BTD, batch)

@@ -77,8 +77,9 @@ class Task(abc.ABC):
   def roles(self, params: Any) -> Any:
     """Returns a tree like `params` of role names, by which the optimizer treats each parameter.
 
-    Known roles are "embedding", "matrix", "head", "norm" and "bias" (`jaxlm.train.optimizer`). By
-    default every parameter is "other": adam's rule under muon, and no weight decay.
+    Known roles are "embedding", "matrix", "head", "norm", "bias", "scale" and "decayed_scale"
+    (`jaxlm.train.optimizer`). By default every parameter is "other": adam's rule under muon, and no
+    weight decay.
     """
     return jax.tree.map(lambda _: "other", params)
 

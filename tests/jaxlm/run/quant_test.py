@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm.cli import main
 from jaxlm.config import MeshConfig, QuantRule, QuantSpec
-from jaxlm.config.quant import UniformFormat
+from jaxlm.config.formats import UniformFormat
 from jaxlm.presets import micro
 from jaxlm.quant import uniform
 from jaxlm.run import train
