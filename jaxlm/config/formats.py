@@ -33,6 +33,8 @@ class UniformFormat:
   """the largest level is this times the largest magnitude (the whole range, if affine)"""
   clips_gradient: bool = False
   """no gradient where a value lies beyond the levels; otherwise all of it everywhere"""
+  scale_dtype: Literal["float32", "bfloat16"] = "float32"
+  """to which scales are rounded, in training too, and in which they are stored"""
   avoids_ties: bool = False
   """symmetric: divide the largest magnitude by half a step more, as qwix does"""
 

@@ -86,14 +86,23 @@ class QuantSpec:
   """of the input"""
   gradient: Format | None = None
   """of the output's gradient, before the two matmuls of the backward pass"""
+  hadamard: int = 0
+  """rotate both operands, in blocks of so many entries of the contracted axis, before they are
+  rounded, which changes no product: 2^k, or 12, 20, 28 or 40 times that; 0: no rotation"""
   product: Product | None = None
   """computes the matmul and both of its gradients"""
+  packed: bool = False
+  """the parameters are the weight's codes and scales in bytes, which do not train"""
 
   def __post_init__(self) -> None:
-    alone = self.product is None or not (self.weight or self.activation or self.gradient)
-    rule = "has formats of its own; weight, activation and gradient must be None beside it"
+    others = self.weight or self.activation or self.gradient or self.hadamard
+    alone = self.product is None or not others
+    rule = "has formats of its own; it stands without weight, activation, gradient and hadamard"
     check(alone, "quant.product", self.product, rule)
     _check_forward(self.weight, self.activation)
+    rule = "needs a format of the weight, and no other product"
+    can_pack = self.weight is not None and self.product is None
+    check(can_pack or not self.packed, "quant.packed", True, rule)
     for name in ("activation", "gradient"):
       format = getattr(self, name)
       rule = "is a format of weights alone"
@@ -113,7 +122,9 @@ class QuantSpec:
     """Returns the operands' formats in y, dx and dw, in words; plain ones are of `dtype`."""
     if self.product is not None:
       return self.product.operands(dtype)
-    w, x, dy = (str(f or dtype) for f in (self.weight, self.activation, self.gradient))
+    turned = f"Hadamard-{self.hadamard} " if self.hadamard else ""
+    w, x = (turned + str(format or dtype) for format in (self.weight, self.activation))
+    dy = str(self.gradient or dtype)
     return (x, w), (dy, w), (x, dy)
 
 

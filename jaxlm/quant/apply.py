@@ -15,6 +15,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
+from jaxlm.config.checks import check
 from jaxlm.config.formats import (
   BitnetFormat,
   BlockFormat,
@@ -29,6 +30,8 @@ from jaxlm.config.formats import (
 )
 from jaxlm.config.quant import QuantSpec
 from jaxlm.quant import bitnet, block_formats, lsq, matquant, pact, paretoq, quest, sparse, uniform
+from pallas_kernels.common.errors import UserError
+from pallas_kernels.hadamard import hadamard
 from sharding.rules import apply_undeferred
 
 FORMATS: dict[type, ModuleType] = {
@@ -87,6 +90,34 @@ def _quantize(
   else:
     x = module.quantize(x, format)
   return jnp.moveaxis(x, -1, axis)
+
+
+def turn(x: jax.Array, n: int, axis: int = -1) -> jax.Array:
+  """Returns x with blocks of n entries of an axis times H / sqrt(n); 0 leaves it as it is.
+
+  It is its own inverse. Raises UserError where n does not divide the axis, or has no such matrix.
+  """
+  if not n:
+    return x
+  D = x.shape[axis]
+  check(D % n == 0, "quant.hadamard", n, f"must divide the {D} entries of the contracted axis")
+  base = hadamard_base(n)
+
+  def run(x: jax.Array) -> jax.Array:
+    x = jnp.moveaxis(x, axis, -1)
+    turned = hadamard(x.reshape(*x.shape[:-1], D // n, n), base=base).reshape(x.shape)
+    return jnp.moveaxis(turned, -1, axis)
+
+  return apply_undeferred(run, x)
+
+
+def hadamard_base(n: int) -> int:
+  """Returns the part of n, of 1, 12, 20, 28 and 40, whose Hadamard matrix times 2^k has order n."""
+  for base in (1, 12, 20, 28, 40):
+    power, rest = divmod(n, base)
+    if rest == 0 and power & (power - 1) == 0:
+      return base
+  raise UserError(f"hadamard={n}: must be a power of two, or 12, 20, 28 or 40 times one")
 
 
 def learned_names(format: Format | None) -> tuple[str, ...]:

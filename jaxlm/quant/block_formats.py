@@ -28,7 +28,7 @@ class Element(NamedTuple):
 
 E2M1 = Element(1, 0, 6.0, 4)
 E4M3 = Element(3, -6, 448.0, 8)
-_ELEMENTS = {
+ELEMENTS = {
   "mxfp4": E2M1,
   "nvfp4": E2M1,
   "mxfp6_e2m3": Element(3, 0, 7.5, 6),
@@ -63,7 +63,7 @@ def encode(x_ZD: jax.Array, format: BlockFormat, key: jax.Array | None = None) -
       raise UserError(f"format={format}: {rule}: it is for gradients, and `apply` takes key=")
     v_split = v_split * _room(format)
     noise = jax.random.uniform(key, x_ZD.shape).reshape(v_split.shape)
-  bits_split = to_bits(v_split, _ELEMENTS[format.elements], noise)
+  bits_split = to_bits(v_split, ELEMENTS[format.elements], noise)
   return Encoded(bits_split.reshape(x_ZD.shape), scale, None, tensor_scale)
 
 
@@ -75,7 +75,7 @@ def decode(encoded: Encoded, format: BlockFormat) -> jax.Array:
     scale = scale * encoded.tensor_scale
   if format.stochastic:
     scale = scale / _room(format)
-  values = from_bits(bits_split, _ELEMENTS[format.elements]) * expand(scale, axes)
+  values = from_bits(bits_split, ELEMENTS[format.elements]) * expand(scale, axes)
   return values.reshape(encoded.codes.shape)
 
 
@@ -89,7 +89,7 @@ def _scales(largest: jax.Array, format: BlockFormat) -> tuple[jax.Array, jax.Arr
   mx: 2^(floor(log2 largest) - exponent of the largest element), or with `ceil_scale` the smallest
   power of two that clips nothing. nvfp4: e4m3 from 2^-6 to 448. Blocks of zeros have the least.
   """
-  element = _ELEMENTS[format.elements]
+  element = ELEMENTS[format.elements]
   if format.elements == "nvfp4":
     whole = jnp.max(largest)
     tensor = jnp.where(whole > 0, whole / (E4M3.largest * E2M1.largest), 1.0)

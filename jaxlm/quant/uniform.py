@@ -37,12 +37,12 @@ def encode(x_ZD: jax.Array, format: UniformFormat) -> Encoded:
   zero = None
   if format.grid == "affine":
     low, high = (format.ratio * f(x_split, axis=axes) for f in (jnp.min, jnp.max))
-    scale = safe((high - low) / (2**bits - 1))
+    scale = _rounded(safe((high - low) / (2**bits - 1)), format)
     zero = -low / scale
   else:
     bound = format.ratio * jnp.max(jnp.abs(x_split), axis=axes)
     steps = 2 ** (bits - 1) - 1 if format.grid == "symmetric" else (2**bits - 1) / 2
-    scale = bound / (steps + 0.5 * format.avoids_ties)
+    scale = _rounded(bound / (steps + 0.5 * format.avoids_ties), format)
   v_split = x_split / expand(safe(scale), axes)
   lowest, highest = code_range(format)
   if zero is not None:
@@ -70,6 +70,11 @@ def code_range(format: UniformFormat) -> tuple[int, int]:
   if format.grid == "affine":
     return 0, 2 * half - 1
   return (-half, half - 1) if format.grid == "symmetric" else (1 - half, half)
+
+
+def _rounded(scale: jax.Array, format: UniformFormat) -> jax.Array:
+  """Returns float32 scales that the format's type of scales can hold."""
+  return scale.astype(format.scale_dtype).astype(jnp.float32)
 
 
 def _is_inside(x_ZD: jax.Array, encoded: Encoded, format: UniformFormat) -> jax.Array:

@@ -76,7 +76,9 @@ def test_paretoq_scales_start_and_learn_as_the_paper_says(bits):
   else:
     edge, end = PARETOQ_ENDS[bits]
     n, shift = {"ternary": (1.5, 0), "2": (2, 0.5)}.get(bits, (1, 0))
-    level = np.sign(v) if bits == "1" else (np.round(np.clip(v, -edge, edge) * n - shift) + shift) / n
+    level = (
+      np.sign(v) if bits == "1" else (np.round(np.clip(v, -edge, edge) * n - shift) + shift) / n
+    )
     inside = np.abs(v) <= edge
     slope = np.where(inside & (bits != "1"), level - v, end * np.sign(v))
     factor = 1 / np.sqrt(w_ZD.size)
@@ -147,7 +149,7 @@ def test_elements_are_those_of_the_float_types():
   }
   values = np.concatenate([draw(4000) * 3, np.arange(-64, 64) / 8, [2.5, 3.5, 5, 0.25, 0.75]])
   for name, kind in kinds.items():
-    element = block_formats._ELEMENTS[name]
+    element = block_formats.ELEMENTS[name]
     clipped = np.clip(values, -element.largest, element.largest).astype(np.float32)
     bits = np.asarray(block_formats.to_bits(jnp.asarray(clipped), element))
     got = np.asarray(block_formats.from_bits(jnp.asarray(bits), element))
