@@ -26,6 +26,7 @@ FLOORS = [
   ["jaxlm.run"],
   ["jaxlm.scaling.sweep"],
   ["jaxlm.analysis"],
+  ["jaxlm.report"],
   ["jaxlm.cli", "jaxlm.__main__"],
 ]
 """Rooms of jaxlm, bottom to top; the longest name that fits a module is its room."""

@@ -15,6 +15,7 @@ from jaxlm.cli.planning import compile_step, plan
 from jaxlm.cli.presets import list_presets, nearest
 from jaxlm.cli.programs import keep_compiled_programs
 from jaxlm.cli.quantization import describe, quantize
+from jaxlm.cli.report import report
 from jaxlm.cli.tokenize import tokenize
 from jaxlm.cli.training import RESUMABLE, resume, train
 from jaxlm.cli.weights import convert, sample
@@ -43,6 +44,7 @@ usage: jaxlm COMMAND ...
   plan PRESET            memory, time and the best mesh on chips that need not be there (--topology)
   compile PRESET         compile the step for TPUs that are not here: memory, collectives, kernels
   fit TABLE              a scaling law of a table of runs: numbers, intervals, forecast, verdict
+  report                 pages of all studies and of all papers that the code implements
   kernels report         what the TPU compiler made of the kernels: cycles, MXU use, bytes
 
 presets, or your own function as module:function, or the config.json of a run to repeat it
@@ -63,6 +65,7 @@ BY_SIGNATURE: dict[str, Callable[..., int]] = {
   "fit": fit,
   "quantize": quantize,
   "describe": describe,
+  "report": report,
 }
 """Commands whose flags are the parameters of a function, and whose help is its docstring."""
 BY_ARGUMENTS: dict[str, Callable[[list[str]], int]] = {

@@ -87,7 +87,11 @@ def sweep(
   runs = [GridRun.of(config, values) for values in combinations(grid)]
   for run in runs:
     _check(run.config)
-  done = {row["config"]: row for row in (*read_table(Path(table)), *_rows_of_jobs(Path(table)))}
+  done = {row["config"]: row for row in read_table(Path(table))}
+  outlived = {row["config"]: row for row in _rows_of_jobs(Path(table))}
+  if not outlived.keys() <= done.keys():
+    done = outlived | done
+    _write_table(Path(table), list(done.values()))
   waiting = [run for run in runs if run.digest not in done]
   if executor is None:
     rows = _train_here(waiting, make_task or text_tasks(), together)
