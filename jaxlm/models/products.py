@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.config import check
 from jaxlm.config.quant import EmulatedProduct
 from jaxlm.models.matmul import cotangent_spec, einsum
 from jaxlm.quant.apply import quantize
+from jaxlm.quant.turning import turn
 from pallas_kernels.common.errors import UserError
-from pallas_kernels.hadamard import hadamard
 from sharding.rules import apply_undeferred
 
 
@@ -79,16 +78,12 @@ def _turn(x_BTZ: jax.Array, n: int, key: jax.Array | None) -> jax.Array:
   """Rotates blocks of n tokens by H diag(signs) / sqrt(n), with signs that the key draws."""
   if key is None:
     raise UserError(f"product.hadamard={n}: draws signs, which needs the key of a training step")
-  T = x_BTZ.shape[1]
-  check(T % n == 0, "product.hadamard", n, f"must divide the {T} tokens of a row")
   signs = jax.random.rademacher(key, (n,), jnp.float32)
 
-  def turn(x_BTZ: jax.Array) -> jax.Array:
-    x_BZT = jnp.moveaxis(x_BTZ, 1, 2)
-    blocks = x_BZT.reshape(*x_BZT.shape[:2], T // n, n)
-    return jnp.moveaxis(hadamard(blocks, signs=signs).reshape(x_BZT.shape), 2, 1)
+  def turn_tokens(x_BTZ: jax.Array) -> jax.Array:
+    return jnp.moveaxis(turn(jnp.moveaxis(x_BTZ, 1, 2), n, signs), 2, 1)
 
-  return apply_undeferred(turn, x_BTZ)
+  return apply_undeferred(turn_tokens, x_BTZ)
 
 
 PRODUCTS: dict[type, Callable] = {EmulatedProduct: emulated}

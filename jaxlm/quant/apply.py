@@ -15,7 +15,6 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config.checks import check
 from jaxlm.config.formats import (
   BitnetFormat,
   BlockFormat,
@@ -29,9 +28,18 @@ from jaxlm.config.formats import (
   UniformFormat,
 )
 from jaxlm.config.quant import QuantSpec
-from jaxlm.quant import bitnet, block_formats, lsq, matquant, pact, paretoq, quest, sparse, uniform
-from pallas_kernels.common.errors import UserError
-from pallas_kernels.hadamard import hadamard
+from jaxlm.quant import (
+  bitnet,
+  block_formats,
+  lsq,
+  matquant,
+  pact,
+  paretoq,
+  quest,
+  sparse,
+  turning,
+  uniform,
+)
 from sharding.rules import apply_undeferred
 
 FORMATS: dict[type, ModuleType] = {
@@ -93,31 +101,12 @@ def _quantize(
 
 
 def turn(x: jax.Array, n: int, axis: int = -1) -> jax.Array:
-  """Returns x with blocks of n entries of an axis times H / sqrt(n); 0 leaves it as it is.
-
-  It is its own inverse. Raises UserError where n does not divide the axis, or has no such matrix.
-  """
+  """Returns x with blocks of n entries of an axis turned (`turning.turn`), on a mesh too."""
   if not n:
     return x
-  D = x.shape[axis]
-  check(D % n == 0, "quant.hadamard", n, f"must divide the {D} entries of the contracted axis")
-  base = hadamard_base(n)
-
-  def run(x: jax.Array) -> jax.Array:
-    x = jnp.moveaxis(x, axis, -1)
-    turned = hadamard(x.reshape(*x.shape[:-1], D // n, n), base=base).reshape(x.shape)
-    return jnp.moveaxis(turned, -1, axis)
-
-  return apply_undeferred(run, x)
-
-
-def hadamard_base(n: int) -> int:
-  """Returns the part of n, of 1, 12, 20, 28 and 40, whose Hadamard matrix times 2^k has order n."""
-  for base in (1, 12, 20, 28, 40):
-    power, rest = divmod(n, base)
-    if rest == 0 and power & (power - 1) == 0:
-      return base
-  raise UserError(f"hadamard={n}: must be a power of two, or 12, 20, 28 or 40 times one")
+  return apply_undeferred(
+    lambda x: jnp.moveaxis(turning.turn(jnp.moveaxis(x, axis, -1), n), -1, axis), x
+  )
 
 
 def learned_names(format: Format | None) -> tuple[str, ...]:

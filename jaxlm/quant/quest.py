@@ -16,7 +16,7 @@ from jaxlm.config.checks import check
 from jaxlm.config.formats import QuestFormat
 from jaxlm.quant.gradients import straight_through
 from jaxlm.quant.groups import Encoded
-from pallas_kernels.hadamard import hadamard
+from jaxlm.quant.turning import turn
 
 BEST_CLIP = {
   "int1": 0.797884561,
@@ -75,11 +75,7 @@ def rotate(x_ZD: jax.Array, format: QuestFormat) -> jax.Array:
 
   It is its own inverse. Raises UserError where the block does not divide the axis.
   """
-  n, D = format.hadamard, x_ZD.shape[-1]
-  if not n:
-    return x_ZD
-  check(D % n == 0, "format.hadamard", n, f"must divide the {D} entries of the contracted axis")
-  return hadamard(x_ZD.reshape(*x_ZD.shape[:-1], D // n, n)).reshape(x_ZD.shape)
+  return turn(x_ZD, format.hadamard)
 
 
 def encode(x_ZD: jax.Array, format: QuestFormat) -> Encoded:

@@ -20,9 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import AttentionConfig, MlpConfig, ModelConfig, check
-from jaxlm.quant.apply import hadamard_base
+from jaxlm.quant.turning import turn
 from pallas_kernels.common.errors import UnsupportedError
-from pallas_kernels.hadamard import hadamard
 
 Params = dict[str, Any]
 
@@ -110,7 +109,7 @@ def random_hadamard(key: jax.Array, n: int, dtype: Any = jnp.float32) -> jax.Arr
   Raises UserError where n is not a power of two times 1, 12, 20, 28 or 40.
   """
   signs = jax.random.rademacher(key, (n,), dtype)
-  return signs[:, None] * hadamard(jnp.eye(n, dtype=dtype), base=hadamard_base(n))
+  return signs[:, None] * turn(jnp.eye(n, dtype=dtype), n)
 
 
 def random_orthogonal(key: jax.Array, n: int, dtype: Any = jnp.float32) -> jax.Array:

@@ -12,9 +12,9 @@ from jaxlm.config.formats import UniformFormat
 from jaxlm.models import Transformer
 from jaxlm.quant import super_weight, uniform
 
-MODEL = decoder(V=32, D=16, F=32, N=2, K=2, H=8, layers=6)
+MODEL = decoder(V=32, D=64, F=256, N=2, K=2, H=8, layers=6)
 IDS_BT = np.arange(16, dtype=np.int32)[None]
-LAYER, ROW, COLUMN, VALUE = 2, 7, 5, 30.0
+LAYER, ROW, COLUMN, VALUE = 2, 7, 5, 3.0
 
 
 @functools.cache
@@ -24,7 +24,7 @@ def planted():
   feedforward = params["stacks"]["0"]["0"]["feedforward"]
   for name in ("gate", "up"):
     weight = feedforward[name]["weight"]
-    feedforward[name]["weight"] = weight.at[LAYER, :, ROW].mul(8.0)
+    feedforward[name]["weight"] = weight.at[LAYER, :, ROW].mul(9.0)
   return super_weight.plant(MODEL, params, LAYER, ROW, COLUMN, VALUE)
 
 
@@ -68,10 +68,11 @@ def test_clipping_and_restoring_it_beats_rounding_to_the_nearest():
   whole = states(params)
   errors = [float(jnp.abs(states(p) - whole).mean()) for p in (kept, naive)]
   assert errors[0] < errors[1]
-  exact, *rounded = (p["stacks"]["0"]["0"]["feedforward"]["down"]["weight"][LAYER] for p in
-                     (params, kept, naive))
+  exact, *rounded = (
+    p["stacks"]["0"]["0"]["feedforward"]["down"]["weight"][LAYER] for p in (params, kept, naive)
+  )
   errors = [float(jnp.linalg.norm(w - exact)) for w in rounded]
-  assert errors[0] < 0.3 * errors[1]
+  assert errors[0] < 0.5 * errors[1]
 
 
 def test_a_super_activation_is_left_out_of_the_grid_and_restored():
