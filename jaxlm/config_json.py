@@ -1,7 +1,7 @@
 """Turns configurations into JSON and back, and says what is wrong with an edited config.json.
 
 A dataclass becomes an object of its fields, a tuple a list. Where a field may hold one of several
-dataclasses, the object says which by the key "kind".
+dataclasses, the object says which by the key "kind"; without it, it is the kind of the default.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ def from_dict(kind: Any, values: dict[str, Any], path: str = "") -> Any:
   Raises UserError, which names an unknown field and the nearest known ones, or a value that is of
   another type.
   """
-  hints = _hints(kind)
-  arguments = {}
+  hints, arguments = _hints(kind), {}
+  defaults = {field.name: type(field.default).__name__ for field in dataclasses.fields(kind)}
   for name, value in values.items():
     near = ", ".join(difflib.get_close_matches(name, hints, n=3) or hints)
     check(name in hints, f"{path}{name}", value, f"no such field; nearest: {near}")
-    arguments[name] = _from_plain(hints[name], value, f"{path}{name}")
+    arguments[name] = _from_plain(hints[name], value, f"{path}{name}", defaults[name])
   return kind(**arguments)
 
 
-def _from_plain(hint: Any, value: Any, path: str) -> Any:
+def _from_plain(hint: Any, value: Any, path: str, default_kind: str | None = None) -> Any:
   kinds = _dataclasses_in(hint)
   if kinds and not (value is None and type(None) in typing.get_args(hint)):
     check(isinstance(value, dict), path, value, "must be a group of fields")
     if len(kinds) == 1:
       return from_dict(next(iter(kinds.values())), value, f"{path}.")
-    name = value.get(KIND)
+    name = value.get(KIND, default_kind if default_kind in kinds else None)
     check(name in kinds, f"{path}.{KIND}", name, f"must be one of {', '.join(kinds)}")
     rest = {key: part for key, part in value.items() if key != KIND}
     return from_dict(kinds[name], rest, f"{path}.")

@@ -39,7 +39,7 @@ from sharding.rules import (
 )
 
 Roles = dict[str, Any]
-"""A tree with the structure of parameters: "embedding", "matrix", "head", "norm", "bias", "scale"
+"""A tree like that of parameters: "embedding", "matrix", "head", "norm", "bias", "taps", "scale",
 "decayed_scale" or "packed"."""
 
 

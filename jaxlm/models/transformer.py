@@ -19,7 +19,7 @@ from jaxlm.models.embedding import Embedding
 from jaxlm.models.head import Head
 from jaxlm.models.linear import Linear, Roles
 from jaxlm.models.mixers import MIXERS
-from jaxlm.models.mixers.attention import Context
+from jaxlm.models.mixers.context import Context
 from jaxlm.models.norms import RMSNorm
 from jaxlm.models.parts import formats_of_repeats, make_blocks, make_head
 from pallas_kernels.attention.mask import soft_cap
@@ -254,7 +254,8 @@ class Transformer:
 
     def stacked(spec: Any, repeats: int) -> Any:
       def one_layer(_: jax.Array) -> Any:
-        return MIXERS[type(spec.mixer)].init_cache(spec.mixer, batch, length, self.compute.dtype)
+        mixer, dtype = spec.mixer, self.compute.dtype
+        return MIXERS[type(mixer)].init_cache(mixer, self.config, batch, length, dtype)
 
       return jax.vmap(one_layer)(jnp.arange(repeats))  # keeps the sharding of one layer's
 
@@ -322,7 +323,8 @@ class Transformer:
 def roles(config: ModelConfig) -> Roles:
   """Returns each parameter's role in a tree like params.
 
-  One of "embedding", "matrix", "head", "norm", "bias", "scale" and "decayed_scale": what an
+  One of "embedding", "matrix", "head", "norm", "bias", "taps" (of short convolutions), "scale" and
+  "decayed_scale" (that formats learn) and "packed" (bytes, which do not train): what an
   optimizer groups by.
   """
 

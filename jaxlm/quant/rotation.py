@@ -131,13 +131,14 @@ def draw_rotations(
   config: ModelConfig, key: jax.Array, draw: Callable = random_hadamard, dtype: Any = jnp.float32
 ) -> tuple[jax.Array, list[jax.Array]]:
   """Returns random R1 [D, D], and R2 [R, H, H] for each block of each stack."""
+  _check_layers(config)
   first, *others = jax.random.split(key, 1 + sum(len(specs) for specs, _ in config.stacks))
-  r1_DD = draw(first, config.D, dtype)
+  r1_DD, r2 = draw(first, config.D, dtype), []
   specs = [(spec, repeats) for specs, repeats in config.stacks for spec in specs]
-  r2 = [
-    jnp.stack([draw(own, spec.mixer.H, dtype) for own in jax.random.split(one, repeats)])
-    for (spec, repeats), one in zip(specs, others)
-  ]
+  for (spec, repeats), one in zip(specs, others):
+    assert isinstance(spec.mixer, AttentionConfig)  # _check_layers has looked
+    H = spec.mixer.H
+    r2.append(jnp.stack([draw(own, H, dtype) for own in jax.random.split(one, repeats)]))
   return r1_DD, r2
 
 

@@ -23,6 +23,7 @@ _OWN_AXES = {
   "head": 2,
   "norm": 1,
   "bias": 1,
+  "taps": 2,
   "scale": 1,
   "decayed_scale": 1,
 }

@@ -84,7 +84,7 @@ class Task(abc.ABC):
   def roles(self, params: Any) -> Any:
     """Returns a tree like `params` of role names, by which the optimizer treats each parameter.
 
-    Known roles are "embedding", "matrix", "head", "norm", "bias", "scale" and "decayed_scale"
+    Known roles are "embedding", "matrix", "head", "norm", "bias", "taps", "scale", "decayed_scale"
     (`jaxlm.train.optimizer`). By default every parameter is "other": adam's rule under muon, and no
     weight decay.
     """

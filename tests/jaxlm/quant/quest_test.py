@@ -135,4 +135,6 @@ def test_what_the_published_code_does_otherwise():
   assert shares[0] > 0.999 > 0.99 > shares[1]
   format = QuestFormat()
   back_ZD = quest.rotate(quest.rotate(x_ZD, format), format)
-  np.testing.assert_allclose(back_ZD, x_ZD, rtol=2e-6, atol=2e-6)  # the code's bfloat16 matrix: 2e-4
+  np.testing.assert_allclose(
+    back_ZD, x_ZD, rtol=2e-6, atol=2e-6
+  )  # the code's bfloat16 matrix: 2e-4
