@@ -19,10 +19,10 @@ report: $(VENV)/core  ## build/report/index.html: all studies, and all papers in
 	$(BIN)/jaxlm report
 
 test: $(VENV)/dev  ## quick tests
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not tpu" $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not tpu" $(TESTS)
 
 test-slow: $(VENV)/dev  ## the tests marked slow
-	$(BIN)/python -m pytest -n 2 -m "slow and not gpu and not tpu and not slurm" $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu and not tpu and not slurm" $(TESTS)
 
 test-gpu: $(VENV)/dev  ## the tests that need a GPU (install jax's CUDA plugin first: extra cuda)
 	JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu $(TESTS)
@@ -52,7 +52,7 @@ newest:  ## quick tests against the newest release of every dependency, in a new
 	rm -rf .venv-newest
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/pip install -q --upgrade --upgrade-strategy eager -e '.[dev]'
-	.venv-newest/bin/python -m pytest -n 2 -m "not slow and not gpu and not tpu" $(TESTS)
+	.venv-newest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not tpu" $(TESTS)
 
 lock: $(VENV)-lock/tools  ## constraints/*.lock.txt: the known-good versions with hashes of files
 	for python in 3.11 3.12; do \

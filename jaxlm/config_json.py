@@ -20,7 +20,8 @@ KIND = "kind"
 
 def to_dict(config: Any) -> dict[str, Any]:
   """Returns a configuration as plain dicts, lists and scalars (what config.json holds)."""
-  hints = typing.get_type_hints(type(config))
+  kind: Any = type(config)
+  hints = _hints(kind)
   return {name: _to_plain(hint, getattr(config, name)) for name, hint in hints.items()}
 
 
@@ -83,7 +84,9 @@ def flatten(values: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 @functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
-  return typing.get_type_hints(kind)
+  """Returns the types of a dataclass's fields; what all of its instances share is none of them."""
+  hints = typing.get_type_hints(kind)
+  return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _dataclasses_in(hint: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def micro() -> TrainConfig:
 def tiny() -> TrainConfig:
   """Configures about 0.8M parameters on the sources of Python's standard library: the demo."""
   return TrainConfig(
-    steps=600,
+    steps=560,
     batch=8,
     model=decoder(D=128, F=352, N=2, K=1, H=64, layers=4),
     optimizer=OptimizerConfig(name="muon", learning_rate=6e-3, warmup=40),

@@ -14,6 +14,7 @@ from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.interop import huggingface
 from jaxlm.interop.hub_text import read_published
 from jaxlm.models.parts import list_matmuls
+from jaxlm.quant.scales import start_scales
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.train.stages import cut_layers, make_schedule
 from pallas_kernels.common.errors import UserError
@@ -47,12 +48,17 @@ def with_initial_model(config: TrainConfig) -> TrainConfig:
       data = dataclasses.replace(data, tokenizer=str(huggingface.find_tokenizer(folder)))
     except UserError as error:
       raise UserError(f"{error}; or name one by --data.tokenizer FILE") from None
+  model = dataclasses.replace(model, quant=config.model.quant)
   return dataclasses.replace(config, model=model, data=data)
 
 
 def load_initial_weights(config: TrainConfig) -> Any:
-  """Returns the weights of the checkpoint `config.init` in float32, on the current mesh."""
-  return huggingface.load(config.init, "float32", _ignored(config))[1]
+  """Returns the weights of the checkpoint `config.init` in float32, on the current mesh.
+
+  Scales that `model.quant` learns join them, at their first values.
+  """
+  params = huggingface.load(config.init, "float32", _ignored(config))[1]
+  return start_scales(config.model, params)
 
 
 def keep_published(config: TrainConfig, run: RunFolder) -> None:

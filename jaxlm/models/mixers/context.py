@@ -23,3 +23,5 @@ class Context:
   """the caller's promise that positions count up by one along each segment, in one piece"""
   order: Order = dataclasses.field(default="contiguous", metadata={"static": True})
   """which token of a row stands in which column on a mesh with context_ring"""
+  key: jax.Array | None = None
+  """of this step and layer, for formats that round gradients at random"""
