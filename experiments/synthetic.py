@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -27,6 +28,11 @@ from jaxlm.data.packing import Batch
 from jaxlm.models import Transformer, roles
 from jaxlm.objectives import Weighted, next_token_loss
 from jaxlm.train.task import Batches, IndexedBatches, Start, Task
+
+# jax 0.10.2 on CPU crashes in a fused sum of delta attention's gradient under vmap; it is read when
+# the first array is made
+_FLAGS = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 
 Draw = Callable[[np.random.Generator, int], Batch]
 """(generator, rows) -> rows of a task"""

@@ -109,6 +109,8 @@ def _is_of(row: Row, layers: str, D: int) -> bool:
 def conclude(rows: list[Row]) -> Finding:
   by_layers = recalls(rows)
   check(by_layers.keys() == LAYERS.keys(), "layers", list(by_layers), "all mixers are needed")
+  least = min(row["step"] for row in rows)
+  check(least >= 300, "steps", least, "recall is not learnt in fewer than 300")
   widest = {name: of_width[max(of_width)] for name, of_width in by_layers.items()}
   narrow = {name: of_width[min(of_width)] for name, of_width in by_layers.items()}
   whole, conv, linear = (widest[name] for name in ("conv + attention", "conv", "linear"))
