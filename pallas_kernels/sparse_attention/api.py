@@ -22,6 +22,7 @@ from pallas_kernels.common.platform import log_once, platform
 from pallas_kernels.common.shards import check_not_sharded, run_on_shards, sharded_axes
 from pallas_kernels.sparse_attention import (
   checks,
+  nonfinite,
   pallas_tpu,
   reference,
   selection,
@@ -282,6 +283,7 @@ def _select_locally(q_BTNH, k_BCKH, v_BCKU, positions_BT, segment_ids_BS, *, opt
   )
   if dense == "reference":
     return reference.compress_and_select(*arrays, starts_BC, places, S, options)
+  v_BCKU, bad_BCK = nonfinite.hide(v_BCKU)
   # a query sees a compressed block like a key at the block's last token
   segments: dict[str, Any] = {}
   if segment_ids_BS is not None:
@@ -289,7 +291,9 @@ def _select_locally(q_BTNH, k_BCKH, v_BCKU, positions_BT, segment_ids_BS, *, opt
     owners_BC = jnp.take_along_axis(segment_firsts(segment_ids_BS), at_BC, axis=1)
     segments = {"q_segment_ids_BT": places.firsts_BT, "k_segment_ids_BS": owners_BC}
   o_BTNU, lse_BTN = attention(
-    *arrays,
+    q_BTNH,
+    k_BCKH,
+    v_BCKU,
     q_positions_BT=places.positions_BT,
     k_positions_BS=starts_BC + (sizes.length - 1),
     scale=options.scale,
@@ -298,6 +302,14 @@ def _select_locally(q_BTNH, k_BCKH, v_BCKU, positions_BT, segment_ids_BS, *, opt
   )
   if 0 in (B, T):
     return o_BTNU, lse_BTN, jnp.zeros((B, T, K, sizes.count), jnp.int32)
+  # the blocks that a query sees are a range: they are in order
+  rows = max(starts_BC.shape[0], places.positions_BT.shape[0])
+  starts_BC = jnp.broadcast_to(starts_BC, (rows, starts_BC.shape[1]))
+  search = jax.vmap(lambda starts_C, at_T: jnp.searchsorted(starts_C, at_T))
+  seen_from_BT = search(starts_BC, jnp.broadcast_to(places.starts_BT(), (rows, T)))
+  after_BT = jnp.broadcast_to(places.positions_BT - (sizes.length - 2), (rows, T))
+  seen_to_BT = search(starts_BC, after_BT)
+  o_BTNU = nonfinite.mark(o_BTNU, bad_BCK, seen_from_BT, seen_to_BT)
   fixed = jax.lax.stop_gradient((q_BTNH, k_BCKH, lse_BTN))
   return o_BTNU, lse_BTN, selection.select(*fixed, starts_BC, places, S, options)
 

@@ -31,12 +31,13 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.common.padding import pad_axis, round_up
 from pallas_kernels.common.platform import device_kind
 from pallas_kernels.common.shards import varying_struct
-from pallas_kernels.sparse_attention import pairs, unions
+from pallas_kernels.sparse_attention import nonfinite, pairs, unions
 from pallas_kernels.sparse_attention.places import Options, Places
 
 LANES = 128
 ALIGN = 16  # rows of bfloat16 in a register: where a block of a packed row may be read from
 TILE_KEYS = 256
+PART = 256  # rows whose softmax is one piece of work
 COPIED = 2  # query blocks that the keys' kernel works on at a time
 LOG2E = math.log2(math.e)
 
@@ -66,6 +67,12 @@ class Plan(NamedTuple):
   def read(self) -> int:
     """Returns L: an unaligned block is read with what stands around it."""
     return self.block + ALIGN * self.packed
+
+  @property
+  def parts(self) -> tuple[slice, ...]:
+    """Returns parts of a query block's rows, which are worked on beside each other."""
+    width = PART if self.rows % PART == 0 else self.rows
+    return tuple(slice(at, at + width) for at in range(0, self.rows, width))
 
   @property
   def stacked(self) -> int:
@@ -99,10 +106,14 @@ def unsupported(
   return None
 
 
-def query_block(G: int, least_rows: int) -> int:
-  """Returns Q, so that Q * G is a multiple of the lanes and at least `least_rows`."""
+def query_block(G: int) -> int:
+  """Returns Q: at least PART rows in whole lanes, and twice as many if that is few queries.
+
+  More queries have larger unions, fewer rows leave the MXU waiting.
+  """
   Q = LANES // math.gcd(G, LANES)
-  return Q * max(1, -(-least_rows // (Q * G)))
+  Q *= max(1, -(-PART // (Q * G)))
+  return 2 * Q if Q <= 16 else Q
 
 
 def attend(
@@ -117,27 +128,47 @@ def attend(
   B, T, N, H = q_BTNH.shape
   S, K, U = v_BSKU.shape[1:]
   G, block, interpret = N // K, options.sizes.block, options.interpret
-  Q = 8 if interpret else query_block(G, 256)
-  plan = Plan(S, G, Q, block, places.firsts_BT is not None, options.scale, interpret)
+  Q = 8 if interpret else query_block(G)
+  plan = Plan(S, G, Q, block, places.firsts_BT is not None, abs(options.scale), interpret)
+  q_BTNH = -q_BTNH if options.scale < 0 else q_BTNH
   start_BTKI = pairs.selected_starts(indices_BTKI, places, S, block)
   lists = unions.make_unions(start_BTKI, places, S, block, Q)
   X = lists.start_AXU.shape[1]
   q_BTKGH = pad_axis(pad_axis(q_BTNH.reshape(B, T, K, G, H), X * Q, 1), lanes(H, plan), 4)
   q_ATH = q_BTKGH.swapaxes(1, 2).reshape(B * K, X * Q * G, -1)
-  positions_BT = pad_axis(places.positions_BT, X * Q, 1, -1)
-  positions_BX = jnp.repeat(positions_BT, G, axis=1).reshape(-1, X, Q * G)
-  positions_AX1R = jnp.repeat(jnp.broadcast_to(positions_BX, (B, X, Q * G)), K, axis=0)[:, :, None]
+
+  def of_rows(x_BTK: jax.Array, fill: float) -> jax.Array:
+    """Returns [A, X, 1, R]: what is known of a query, for each of its heads."""
+    x_BTK = pad_axis(jnp.broadcast_to(x_BTK, (B, T, K)), X * Q, 1, fill)
+    return jnp.repeat(x_BTK.swapaxes(1, 2).reshape(B * K, X, 1, Q), G, axis=3)
 
   def keys(x_BSKH: jax.Array) -> jax.Array:
     x_BSKH = pad_axis(x_BSKH, round_up(S, block) + ALIGN, 1)
     x_BKSH = pad_axis(x_BSKH, lanes(x_BSKH.shape[3], plan), 3).swapaxes(1, 2)
     return x_BKSH.reshape(B * K, *x_BKSH.shape[2:])
 
-  arrays = (q_ATH, keys(k_BSKH), keys(v_BSKU), positions_AX1R, lists)
-  o_ATU, lse_AX1R = _attend(*arrays, plan)
+  (k_BSKH, bad_k_BSK), (v_BSKU, bad_v_BSK) = nonfinite.hide(k_BSKH), nonfinite.hide(v_BSKU)
+  positions_BT1 = places.positions_BT[:, :, None]
+  end_BTKI = jnp.minimum(start_BTKI + block, positions_BT1[..., None] + 1)
+  end_BTKI = jnp.clip(end_BTKI, 0, S)
+  bad_BTK, bad_key_BTK = (
+    jnp.where(jnp.any(nonfinite.any_within(bad_BSK, start_BTKI, end_BTKI), axis=3), jnp.nan, 0)
+    for bad_BSK in (bad_k_BSK | bad_v_BSK, bad_k_BSK)
+  )
+  known = Known(of_rows(positions_BT1, -1), of_rows(bad_BTK, 0), of_rows(bad_key_BTK, 0), lists)
+  o_ATU, lse_AX1R = _attend(q_ATH, keys(k_BSKH), keys(v_BSKU), known, plan)
   o_BTNU = o_ATU.reshape(B, K, X * Q, G, -1).swapaxes(1, 2)[:, :T, ..., :U].reshape(B, T, N, U)
   lse_BTN = lse_AX1R.reshape(B, K, X * Q, G).swapaxes(1, 2)[:, :T].reshape(B, T, N)
   return o_BTNU, lse_BTN
+
+
+class Known(NamedTuple):
+  """Holds what is known of the rows of each query block before anything is multiplied."""
+
+  positions_AX1R: jax.Array
+  bad_AX1R: jax.Array  # NaN where a query sees a key or value that is not finite, else 0
+  bad_key_AX1R: jax.Array  # likewise for a key
+  lists: unions.Unions
 
 
 def lanes(width: int, plan: Plan) -> int:
@@ -145,35 +176,32 @@ def lanes(width: int, plan: Plan) -> int:
   return width if plan.interpret else round_up(width, LANES)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q_ATH, k_ASH, v_ASU, positions_AX1R, lists, plan):
-  return _forward(q_ATH, k_ASH, v_ASU, positions_AX1R, lists, plan)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q_ATH, k_ASH, v_ASU, known, plan):
+  return _forward(q_ATH, k_ASH, v_ASU, known, plan)[0]
 
 
-def _forward(q_ATH, k_ASH, v_ASU, positions_AX1R, lists, plan):
-  o_ATU, lse_AX1R = call_forward(q_ATH, k_ASH, v_ASU, positions_AX1R, lists.rows(), plan)
-  return (o_ATU, lse_AX1R), (q_ATH, k_ASH, v_ASU, positions_AX1R, lists, o_ATU, lse_AX1R)
+def _forward(q_ATH, k_ASH, v_ASU, known, plan):
+  rows = known.lists.rows()
+  o_ATU, lse_AX1R = call_forward(q_ATH, k_ASH, v_ASU, known.positions_AX1R, rows, plan)
+  o_ATU += known.bad_AX1R.reshape(*o_ATU.shape[:2], 1).astype(o_ATU.dtype)
+  lse_AX1R += known.bad_key_AX1R
+  return (o_ATU, lse_AX1R), (q_ATH, k_ASH, v_ASU, known, o_ATU, lse_AX1R)
 
 
 def _backward(plan, residuals, cotangents):
-  q_ATH, k_ASH, v_ASU, positions_AX1R, lists, o_ATU, lse_AX1R = residuals
+  q_ATH, k_ASH, v_ASU, known, o_ATU, lse_AX1R = residuals
   do_ATU, dlse_AX1R = cotangents
   mean_AT = jnp.sum(do_ATU.astype(jnp.float32) * o_ATU.astype(jnp.float32), axis=-1)
   blind_AX1R = jnp.isneginf(lse_AX1R)
   mean_AX1R = mean_AT.reshape(lse_AX1R.shape) - jnp.where(blind_AX1R, 0, dlse_AX1R)
   # in units of 2, and for a query that sees nothing so that exp2(logit - it) is 0
   lse_AX1R = jnp.where(blind_AX1R, jnp.inf, lse_AX1R * LOG2E)
-  arrays = (q_ATH, do_ATU, k_ASH, v_ASU, positions_AX1R, lse_AX1R, mean_AX1R)
-  dq_ATH = call_queries_gradient(*arrays, lists.rows(), plan)
-  inverse = unions.invert(lists, plan.S, plan.block)
-  dk_ASH, dv_ASU = call_keys_gradient(*arrays, inverse, plan)
-  return (
-    dq_ATH,
-    pad_axis(dk_ASH, k_ASH.shape[1], 1),
-    pad_axis(dv_ASU, v_ASU.shape[1], 1),
-    None,
-    None,
-  )
+  arrays = (q_ATH, do_ATU, k_ASH, v_ASU, known.positions_AX1R, lse_AX1R, mean_AX1R)
+  dq_ATH = call_queries_gradient(*arrays, known.lists.rows(), plan)
+  dk_ASH, dv_ASU = call_keys_gradient(*arrays, unions.invert(known.lists, plan.S, plan.block), plan)
+  dk_ASH, dv_ASU = pad_axis(dk_ASH, k_ASH.shape[1], 1), pad_axis(dv_ASU, v_ASU.shape[1], 1)
+  return dq_ATH, dk_ASH, dv_ASU, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -199,10 +227,11 @@ def entry_of(list_ref: Any, index: Any, U: int, plan: Plan) -> Entry:
   return Entry(start, tuple(words))
 
 
-def selected_rows(words: tuple[Any, ...], plan: Plan) -> jax.Array:
-  """Returns bool [1, R]: whether the row's query selected the entry."""
-  query_1R = jax.lax.broadcasted_iota(jnp.int32, (1, plan.rows), 1) // plan.G
-  hit_1R = jnp.zeros((1, plan.rows), jnp.int32)
+def selected_rows(words: tuple[Any, ...], part: slice, plan: Plan) -> jax.Array:
+  """Returns bool [1, C]: whether a row's query, for the rows of a part, selected the entry."""
+  row_1R = part.start + jax.lax.broadcasted_iota(jnp.int32, (1, part.stop - part.start), 1)
+  query_1R = row_1R // plan.G
+  hit_1R = jnp.zeros_like(query_1R)
   for w, word in enumerate(words):
     bit_1R = jnp.right_shift(jnp.full_like(query_1R, word), query_1R % 32) & 1
     hit_1R = bit_1R if len(words) == 1 else jnp.where(query_1R // 32 == w, bit_1R, hit_1R)
@@ -212,6 +241,11 @@ def selected_rows(words: tuple[Any, ...], plan: Plan) -> jax.Array:
 def read_block(ref: Any, start: Any, plan: Plan) -> jax.Array:
   """Returns L rows of the keys or values in VMEM, from the start or a little before."""
   return ref[0, pl.ds(read_from(start, plan), plan.read), :]
+
+
+def read_tile(ref: Any, entries: list[Entry], plan: Plan) -> jax.Array:
+  """Returns the rows of some entries, stacked to [Y, H or U]."""
+  return jnp.concatenate([read_block(ref, entry.start, plan) for entry in entries], axis=0)
 
 
 def read_from(start: Any, plan: Plan) -> Any:
@@ -277,7 +311,10 @@ def call_forward(q_ATH, k_ASH, v_ASU, positions_AX1R, rows, plan: Plan):
       varying_struct((A, X * R, U), q_ATH.dtype, q_ATH),
       varying_struct((A, X, 1, R), jnp.float32, q_ATH),
     ],
-    scratch_shapes=[pltpu.VMEM((U, R), jnp.float32)],
+    scratch_shapes=[
+      pltpu.VMEM((U, R), jnp.float32),
+      pltpu.VMEM((plan.stacked * plan.read, R), jnp.float32),
+    ],
     compiler_params=compiler_params(plan),
     interpret=plan.interpret,
     name="nsa_selected_forward",
@@ -290,44 +327,61 @@ def list_block(rows: jax.Array, X: int) -> pl.BlockSpec:
   return pl.BlockSpec(shape, lambda a, x: (a * X + x, 0, 0), memory_space=pltpu.SMEM)
 
 
-def forward_kernel(list_ref, q, k, v, positions, o, lse, sum_UR, *, plan: Plan):
+def forward_kernel(list_ref, q, k, v, positions, o, lse, sum_UR, a_YR, *, plan: Plan):
   """Attends with one query block to the blocks of its union."""
   U = (list_ref.shape[2] - 2) // (1 + plan.words)
+  factor = plan.scale * LOG2E
   sum_UR[...] = jnp.zeros_like(sum_UR)
 
-  def add_tile(tile, carry, *, masked):
-    max_1R, mass_1R = carry
-    entries = [entry_of(list_ref, tile * plan.stacked + i, U, plan) for i in range(plan.stacked)]
-    chosen = [selected_rows(entry.words, plan) for entry in entries]
-    k_YH = jnp.concatenate([read_block(k, entry.start, plan) for entry in entries], axis=0)
-    v_YU = jnp.concatenate([read_block(v, entry.start, plan) for entry in entries], axis=0)
-    a_YR = (plan.scale * LOG2E) * dot(k_YH, q[0], 1, 1)
-    parts, new_1R = [], max_1R
-    for i, (entry, chosen_1R) in enumerate(zip(entries, chosen)):
-      a_LR = a_YR[i * plan.read : (i + 1) * plan.read]
-      if masked:
-        a_LR = jnp.where(seen_tokens(entry.start, positions[0, 0], plan), a_LR, -jnp.inf)
-      top_1R = jnp.max(a_LR, axis=0, keepdims=True)
-      new_1R = jnp.maximum(new_1R, jnp.where(chosen_1R, top_1R, -jnp.inf))
-      parts.append(a_LR)
-    finite_1R = jnp.where(new_1R == -jnp.inf, 0.0, new_1R)
-    exponentials = [
-      jnp.exp2(a_LR - jnp.where(chosen_1R, finite_1R, jnp.inf))
-      for a_LR, chosen_1R in zip(parts, chosen)
-    ]
-    kept_1R = jnp.exp2(max_1R - finite_1R)
-    e_YR = jnp.concatenate(exponentials, axis=0)
-    mass_1R = mass_1R * kept_1R + jnp.sum(e_YR, axis=0, keepdims=True)
-    sum_UR[...] = sum_UR[...] * kept_1R + dot(v_YU, e_YR.astype(v_YU.dtype), 0, 0)
-    return new_1R, mass_1R
+  def entries_of(tile):
+    return [entry_of(list_ref, tile * plan.stacked + i, U, plan) for i in range(plan.stacked)]
 
-  row = (1, plan.rows)
-  start = (jnp.full(row, -jnp.inf, jnp.float32), jnp.zeros(row, jnp.float32))
-  max_1R, mass_1R = over_tiles(list_ref, plan, add_tile, start)
-  blind_1R = mass_1R == 0
-  mass_1R = jnp.where(blind_1R, 1.0, mass_1R)
-  o[0] = (sum_UR[...] / mass_1R).T.astype(o.dtype)
-  lse[0, 0] = jnp.where(blind_1R, -jnp.inf, (max_1R + jnp.log2(mass_1R)) / LOG2E)
+  def add_tile(tile, carry, *, masked):
+    entries, sums = entries_of(tile), []
+    v_YU = read_tile(v, entries, plan)
+    next_YH = read_tile(k, entries_of(tile + 1), plan)
+    for part, (max_1C, mass_1C) in zip(plan.parts, carry):
+      new_1C, chosen = max_1C, []
+      for i, entry in enumerate(entries):
+        at = pl.ds(i * plan.read, plan.read)
+        if masked:
+          seen_LC = seen_tokens(entry.start, positions[0, 0, :, part], plan)
+          a_YR[at, part] = jnp.where(seen_LC, a_YR[at, part], -jnp.inf)
+        chosen.append(selected_rows(entry.words, part, plan))
+        top_1C = factor * jnp.max(a_YR[at, part], axis=0, keepdims=True)
+        new_1C = jnp.maximum(new_1C, jnp.where(chosen[i], top_1C, -jnp.inf))
+      finite_1C = jnp.where(new_1C == -jnp.inf, 0.0, new_1C)
+      e_YC = jnp.concatenate(
+        [
+          jnp.exp2(
+            factor * a_YR[pl.ds(i * plan.read, plan.read), part]
+            - jnp.where(chosen_1C, finite_1C, jnp.inf)
+          )
+          for i, chosen_1C in enumerate(chosen)
+        ],
+        axis=0,
+      )
+      # the next tile's logits, which the MXU makes while this one's exponentials are made
+      a_YR[:, part] = dot(next_YH, q[0, part], 1, 1)
+      kept_1C = jnp.exp2(max_1C - finite_1C)
+      mass_1C = mass_1C * kept_1C + jnp.sum(e_YC, axis=0, keepdims=True)
+      sum_UR[:, part] = sum_UR[:, part] * kept_1C + dot(v_YU, e_YC.astype(v_YU.dtype), 0, 0)
+      sums.append((new_1C, mass_1C))
+    return tuple(sums)
+
+  first_YH = read_tile(k, entries_of(0), plan)
+  start = []
+  for part in plan.parts:
+    a_YR[:, part] = dot(first_YH, q[0, part], 1, 1)
+    zero_1C = jnp.zeros((1, part.stop - part.start), jnp.float32)
+    start.append((zero_1C - jnp.inf, zero_1C))
+  sums = over_tiles(list_ref, plan, add_tile, tuple(start))
+  for part, (max_1C, mass_1C) in zip(plan.parts, sums):
+    blind_1C = mass_1C == 0
+    mass_1C = jnp.where(blind_1C, 1.0, mass_1C)
+    o[0, part] = (sum_UR[:, part] / mass_1C).T.astype(o.dtype)
+    lse_1C = jnp.where(blind_1C, -jnp.inf, (max_1C + jnp.log2(mass_1C)) / LOG2E)
+    lse[0, 0, :, part] = lse_1C
 
 
 # ----------------------------------------------------------------------- gradient of the queries
@@ -354,34 +408,57 @@ def call_queries_gradient(q_ATH, do_ATU, k_ASH, v_ASU, positions, lse, mean, row
     ],
     out_specs=pl.BlockSpec((1, R, H), lambda a, x: (a, x, 0)),
     out_shape=varying_struct(q_ATH.shape, q_ATH.dtype, q_ATH),
-    scratch_shapes=[pltpu.VMEM((H, R), jnp.float32)],
+    scratch_shapes=[
+      pltpu.VMEM((H, R), jnp.float32),
+      pltpu.VMEM((plan.stacked * plan.read, R), jnp.float32),
+      pltpu.VMEM((plan.stacked * plan.read, R), jnp.float32),
+    ],
     compiler_params=compiler_params(plan),
     interpret=plan.interpret,
     name="nsa_selected_dq",
   )(rows, q_ATH, do_ATU, k_ASH, v_ASU, positions, lse, mean)
 
 
-def queries_gradient_kernel(list_ref, q, do, k, v, positions, lse, mean, dq, sum_HR, *, plan: Plan):
+def queries_gradient_kernel(
+  list_ref, q, do, k, v, positions, lse, mean, dq, sum_HR, a_YR, dp_YR, *, plan: Plan
+):
   """Sums the gradient of one query block over the blocks of its union."""
   U = (list_ref.shape[2] - 2) // (1 + plan.words)
+  factor = plan.scale * LOG2E
   sum_HR[...] = jnp.zeros_like(sum_HR)
 
+  def entries_of(tile):
+    return [entry_of(list_ref, tile * plan.stacked + i, U, plan) for i in range(plan.stacked)]
+
+  def read_both(tile):
+    return (read_tile(ref, entries_of(tile), plan) for ref in (k, v))
+
+  def multiply(k_YH, v_YU, part):
+    """Makes logits and the gradients of probabilities, for the rows of a part."""
+    a_YR[:, part] = dot(k_YH, q[0, part], 1, 1)
+    dp_YR[:, part] = dot(v_YU, do[0, part], 1, 1)
+
   def add_tile(tile, carry, *, masked):
-    entries = [entry_of(list_ref, tile * plan.stacked + i, U, plan) for i in range(plan.stacked)]
-    k_YH = jnp.concatenate([read_block(k, entry.start, plan) for entry in entries], axis=0)
-    v_YU = jnp.concatenate([read_block(v, entry.start, plan) for entry in entries], axis=0)
-    a_YR = (plan.scale * LOG2E) * dot(k_YH, q[0], 1, 1)
-    dp_YR = dot(v_YU, do[0], 1, 1) - mean[0, 0]
-    parts = []
-    for i, entry in enumerate(entries):
-      a_LR = a_YR[i * plan.read : (i + 1) * plan.read]
-      if masked:
-        a_LR = jnp.where(seen_tokens(entry.start, positions[0, 0], plan), a_LR, -jnp.inf)
-      parts.append(jnp.exp2(a_LR - jnp.where(selected_rows(entry.words, plan), lse[0, 0], jnp.inf)))
-    da_YR = jnp.concatenate(parts, axis=0) * dp_YR
-    sum_HR[...] += dot(k_YH, da_YR.astype(k_YH.dtype), 0, 0)
+    entries = entries_of(tile)
+    k_YH, (next_YH, next_YU) = read_tile(k, entries, plan), read_both(tile + 1)
+    for part in plan.parts:
+      gradients = []
+      for i, entry in enumerate(entries):
+        at = pl.ds(i * plan.read, plan.read)
+        a_LC = factor * a_YR[at, part]
+        if masked:
+          a_LC = jnp.where(seen_tokens(entry.start, positions[0, 0, :, part], plan), a_LC, -jnp.inf)
+        chosen_1C = selected_rows(entry.words, part, plan)
+        p_LC = jnp.exp2(a_LC - jnp.where(chosen_1C, lse[0, 0, :, part], jnp.inf))
+        gradients.append(p_LC * (dp_YR[at, part] - mean[0, 0, :, part]))
+      multiply(next_YH, next_YU, part)  # of the next tile, while this one's da is made
+      da_YC = jnp.concatenate(gradients, axis=0).astype(k_YH.dtype)
+      sum_HR[:, part] += dot(k_YH, da_YC, 0, 0)
     return carry
 
+  first_YH, first_YU = read_both(0)
+  for part in plan.parts:
+    multiply(first_YH, first_YU, part)
   over_tiles(list_ref, plan, add_tile, 0)
   dq[0] = (plan.scale * sum_HR[...]).T.astype(dq.dtype)
 
@@ -546,9 +623,10 @@ def add_query_block(q_RH, do_RU, of_rows, start, words, j, k, v, dk_LH, dv_LU, p
   seen_LR = token_LR.astype(jnp.float32) <= positions_1R
   if plan.packed:
     seen_LR = seen_LR & (token_LR >= start) & (token_LR < start + plan.block)
+  # a query that did not select the block may hold NaN, which must not reach the sums
+  seen_LR = seen_LR & selected_rows(words, slice(0, plan.rows), plan)
   a_LR = (plan.scale * LOG2E) * dot(k[0], q_RH, 1, 1)
-  p_LR = jnp.exp2(a_LR - jnp.where(selected_rows(words, plan), lse_1R, jnp.inf))
-  p_LR = jnp.where(seen_LR, p_LR, 0.0)
-  da_LR = p_LR * (dot(v[0], do_RU, 1, 1) - mean_1R)
+  p_LR = jnp.where(seen_LR, jnp.exp2(a_LR - lse_1R), 0.0)
+  da_LR = jnp.where(seen_LR, p_LR * (dot(v[0], do_RU, 1, 1) - mean_1R), 0.0)
   dv_LU[...] += dot(p_LR.astype(do_RU.dtype), do_RU, 1, 0)
   dk_LH[...] += dot(da_LR.astype(q_RH.dtype), q_RH, 1, 0)
