@@ -12,7 +12,7 @@ PINS := constraints/$(shell $(PYTHON) -c \
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/core  ## train, stop, resume, evaluate and sample a 1M model (about 3 minutes)
+demo: $(VENV)/core  ## train, stop, resume, evaluate and sample a 0.8M model (about 2 minutes)
 	$(BIN)/python experiments/demo.py
 
 test: $(VENV)/dev  ## quick tests

@@ -6,7 +6,6 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -44,20 +43,11 @@ def hardware() -> str:
 
 def environment(*libraries: str) -> str:
   """Returns one line: date, accelerator, processor, Python, and the version of each library."""
-  import jax
+  from jaxlm.run import environment as run_environment
 
-  processor = platform.machine()
-  if Path("/proc/cpuinfo").exists():
-    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    about = dict(re.findall(r"^(.*?)\s*:\s*(.*)$", first, re.MULTILINE))
-    numbers = f"family {about.get('cpu family')}, model {about.get('model')}"
-    processor = f"{about.get('model name', processor)} ({numbers})"
   versions = ", ".join(f"{name} {version(name)}" for name in libraries)
   date = datetime.date.today().isoformat()
-  machine = f"{os.cpu_count()} cores of {processor}"
-  if jax.default_backend() != "cpu":
-    machine = f"{jax.devices()[0].device_kind}, {machine}"
-  return f"{date}; {machine}, Python {platform.python_version()}, {versions}"
+  return f"{date}; {run_environment.hardware()}, Python {platform.python_version()}, {versions}"
 
 
 def version(library: str) -> str:

@@ -12,6 +12,7 @@ from jaxlm.config.layers import decoder, rearrange, revise
 from jaxlm.config.model import AttentionConfig, LayerSpec, MlpConfig, ModelConfig
 from jaxlm.config.optimizer import OnNewSteps, OptimizerConfig
 from jaxlm.config.pipeline import PipelineConfig
+from jaxlm.config.quant import QuantRule, QuantSpec
 from jaxlm.config.rope import RopeConfig
 from jaxlm.config.train import TrainConfig
 from sharding.mesh import MeshConfig
@@ -27,6 +28,8 @@ __all__ = [
   "OnNewSteps",
   "OptimizerConfig",
   "PipelineConfig",
+  "QuantRule",
+  "QuantSpec",
   "RopeConfig",
   "TrainConfig",
   "check",

@@ -11,6 +11,7 @@ import itertools
 from typing import Literal
 
 from jaxlm.config.checks import check, check_finite
+from jaxlm.config.quant import QuantRule
 from jaxlm.config.rope import RopeConfig
 
 
@@ -105,6 +106,8 @@ class ModelConfig:
   """norm the outputs of mixer and feed-forward too, before they join the residual stream"""
   logit_cap: float | None = None
   """soft cap c of the logits a, c tanh(a / c); None: not capped"""
+  quant: tuple[QuantRule, ...] = ()
+  """formats of the matmuls, by their names; the first rule that matches decides; none: plain"""
   max_length: int | None = None
   """longest context that published weights are meant for; kept for other tools, unused here"""
 

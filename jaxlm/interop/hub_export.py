@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from jaxlm.config import AttentionConfig, ModelConfig, RopeConfig
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import AttentionConfig, ModelConfig, RopeConfig, revise
 from jaxlm.interop.hub_config import (
   ACTIVATIONS,
   FAMILIES,
@@ -16,6 +19,7 @@ from jaxlm.interop.hub_config import (
   parse_config,
 )
 from jaxlm.interop.hub_rope import write_rope
+from jaxlm.interop.weight_names import list_weights
 from pallas_kernels.common.errors import UserError
 
 # Fields of the rotary embedding that each scaling reads, besides theta.
@@ -40,6 +44,32 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     rule = f"no {' or '.join(FAMILIES)} model can have this (the nearest is {nearest})"
     raise UserError(f"{', '.join(lost_fields[nearest])}: {rule}")
   return attempts[nearest]
+
+
+def with_own_tokenizer(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
+  """Returns the same model in a layout whose tokenizer.json transformers reads as it is.
+
+  In Qwen2's layout transformers 5 takes the vocabulary alone, and splits and normalises text by
+  its own `Qwen2Tokenizer`, whatever tokenizer_config.json names. In Llama's the output projections
+  have a bias too, which is zero here. A model that Llama's cannot express stays as it is.
+  """
+  biased = revise(config, out_bias=True)
+  if not is_qwen2(config) or _compare(biased, _write(biased, "llama", "float32")):
+    return config, params
+  (dtype,) = {leaf.dtype for leaf in jax.tree.leaves(params)}
+  params = jax.tree.map(lambda leaf: leaf, params)  # other dicts with the same arrays
+  for weight in list_weights(biased):
+    if weight.path[-3:] == ("mixer", "o", "bias"):
+      projection = params
+      for key in weight.path[:-1]:
+        projection = projection[key]
+      projection["bias"] = jnp.zeros((len(weight.names), *weight.shape), dtype)
+  return biased, params
+
+
+def is_qwen2(config: ModelConfig) -> bool:
+  """Returns whether the model is written in Qwen2's layout."""
+  return write_config(config, "float32")["model_type"] == "qwen2"
 
 
 def _compare(config: ModelConfig, values: dict[str, Any]) -> list[str]:

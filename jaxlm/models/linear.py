@@ -1,8 +1,4 @@
-"""Contracts with a weight; says how weights start, how they are sharded and how they are used.
-
-Products accumulate in float32 and are cast to the compute type. Where `tensor` splits the
-contracted axis, the devices' partial products are summed in the compute type.
-"""
+"""Contracts with a weight; says how weights start, how they are sharded and how they are used."""
 
 # B batch, T positions, D input width, F output width
 
@@ -14,20 +10,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 
-from jaxlm.config import ComputeConfig
-from sharding.rules import (
-  Names,
-  all_gather_weight,
-  axes_in,
-  is_sharded,
-  manual_axes,
-  shard,
-  spec,
-  weight_shape,
-)
+from jaxlm.config import ComputeConfig, QuantRule, QuantSpec
+from jaxlm.config.quant import find_spec
+from jaxlm.models.matmul import matmul
+from jaxlm.models.products import PRODUCTS
+from jaxlm.quant.apply import quantize, quantize_gradient
+from pallas_kernels.common.errors import UnsupportedError
+from sharding.rules import Names, all_gather_weight, is_sharded, shard, spec, weight_shape
 
 Roles = dict[str, Any]
 """A tree with the structure of parameters: "embedding", "matrix", "head", "norm" or "bias"."""
@@ -49,6 +39,8 @@ class Linear(nn.Module):
   """Multiplies by a weight [D, F] and adds a bias [F]: every contraction with a weight is one.
 
   `axes` are the logical axes of the weight as it is stored, `out` those of the result [B, T, F].
+  `rules` say which formats weight, input and gradient have, or what replaces the product; this is
+  the only place where they act.
   """
 
   shape: tuple[int, int]
@@ -56,6 +48,7 @@ class Linear(nn.Module):
   axes: Names
   out: Names
   compute: ComputeConfig
+  rules: tuple[QuantRule, ...]
   biased: bool = False
   role: str = "matrix"
   out_dtype: str | None = None
@@ -85,96 +78,35 @@ class Linear(nn.Module):
     path = ".".join(self.path)
     return tuple(f"layers.{layer}.{path}" for layer in self.layers) or (path or "head",)
 
+  @property
+  def quant(self) -> QuantSpec:
+    """Returns how this contraction is computed, which is the same in all layers of the module."""
+    first, *others = {find_spec(self.rules, name) for name in self.names}
+    if others:
+      raise UnsupportedError(f"model.quant: {' and '.join(self.names)} are computed by one scan")
+    return first
+
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     """Returns x w + bias [B, T, F] in `out_dtype`."""
-    dtype = self.out_dtype or self.compute.dtype
-    y_BTF = matmul(x_BTD, self.weight_in_use(), self.axes_in_use, self.out, dtype)
+    dtype, product = self.out_dtype or self.compute.dtype, self.quant.product
+    contract = None
+    if product is not None:
+      contract = functools.partial(PRODUCTS[type(product)], product)
+    x_BTD, w_DF = self.input_in_use(x_BTD), self.weight_in_use()
+    y_BTF = matmul(x_BTD, w_DF, self.axes_in_use, self.out, dtype, contract)
+    if self.quant.gradient is not None:
+      y_BTF = quantize_gradient(y_BTF, self.quant.gradient)
     return add_bias(y_BTF, self.bias, self.out)
+
+  def input_in_use(self, x_BTD: jax.Array) -> jax.Array:
+    """Returns the input [B, T, D] as it is multiplied."""
+    return quantize(x_BTD, self.quant.activation)
 
   def weight_in_use(self) -> jax.Array:
     """Returns the weight [D, F] as it is multiplied: in the compute type, gathered on a mesh."""
     dtype, reduce_dtype = self.compute.dtype, self.compute.reduce_dtype
-    return all_gather_weight(self.weight, self.axes_in_use, dtype, reduce_dtype)
-
-
-def matmul(
-  x_BTD: jax.Array, w_DF: jax.Array, axes: Names, out: Names, dtype: str | jnp.dtype
-) -> jax.Array:
-  """Contracts [B, T, D] with [D, F] in float32 and returns [B, T, F] in `dtype`.
-
-  `axes` are the logical axes of `w_DF`, `out` those of the result. Where D is split, the partial
-  products are summed on the way to `out` (reduce-scatter), whose T is then "norm_length".
-  """
-  B, T, D = x_BTD.shape
-  sharding = None
-  if is_sharded():
-    partial = spec((B, T, w_DF.shape[1]), "batch", "length", out[2])
-    sharding = P(*partial, unreduced=axes_in(spec((D,), axes[0])))
-  rounds = x_BTD.dtype == jnp.dtype(dtype) and x_BTD.dtype.itemsize < 4
-  contract = _contract_rounded if rounds else _contract
-  y_BTF = contract(x_BTD, w_DF, sharding).astype(dtype)
-  if summed := manual_axes(axes[0]):
-    y_BTF = jax.lax.psum_scatter(y_BTF, summed, scatter_dimension=1, tiled=True)
-  else:
-    y_BTF = shard(y_BTF, *out)
-  return checkpoint_name(y_BTF, "product")
-
-
-def _contract(x_BTD: jax.Array, w_DF: jax.Array, sharding: P | None) -> jax.Array:
-  """Contracts in float32, or in a wider type of the arguments.
-
-  On one device B and T are merged: a weight gradient that contracts two axes makes XLA on CPU write
-  transposed copies.
-  """
-  if sharding is not None:
-    return _einsum("btd,df->btf", x_BTD, w_DF, sharding)
-  B, T, D = x_BTD.shape
-  return _einsum("zd,df->zf", x_BTD.reshape(B * T, D), w_DF).reshape(B, T, w_DF.shape[1])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _contract_rounded(x_BTD: jax.Array, w_DF: jax.Array, sharding: P | None) -> jax.Array:
-  """Contracts in float32 and rounds to x's type, in which its backward pass multiplies too.
-
-  Automatic differentiation would multiply float32 cotangents, at half the speed or less, although
-  they hold numbers of x's type.
-  """
-  return _contract(x_BTD, w_DF, sharding).astype(x_BTD.dtype)
-
-
-def _contract_rounded_forward(
-  x_BTD: jax.Array, w_DF: jax.Array, sharding: P | None
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return _contract_rounded(x_BTD, w_DF, sharding), (x_BTD, w_DF)
-
-
-def _contract_rounded_backward(
-  sharding: P | None, residuals: tuple[jax.Array, jax.Array], dy_BTF: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  x_BTD, w_DF = residuals
-  if sharding is not None:
-    dx_BTD = _einsum("btf,df->btd", dy_BTF, w_DF, _cotangent_spec(x_BTD))
-    dw_DF = _einsum("btd,btf->df", x_BTD, dy_BTF, _cotangent_spec(w_DF))
-  else:
-    B, T, D = x_BTD.shape
-    x_ZD, dy_ZF = x_BTD.reshape(B * T, D), dy_BTF.reshape(B * T, -1)
-    dx_BTD = _einsum("zf,df->zd", dy_ZF, w_DF).reshape(B, T, D)
-    dw_DF = _einsum("zd,zf->df", x_ZD, dy_ZF)
-  return dx_BTD.astype(x_BTD.dtype), dw_DF.astype(w_DF.dtype)
-
-
-_contract_rounded.defvjp(_contract_rounded_forward, _contract_rounded_backward)
-
-
-def _einsum(letters: str, x: jax.Array, y: jax.Array, sharding: P | None = None) -> jax.Array:
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
-  return jnp.einsum(letters, x, y, preferred_element_type=dtype, out_sharding=sharding)
-
-
-def _cotangent_spec(x: jax.Array) -> P:
-  """Returns how the cotangent of `x` is spread: unsummed over the axes that x is `reduced` over."""
-  now = jax.typeof(x).sharding.spec
-  return P(*now.partitions, unreduced=now.reduced)
+    w_DF = quantize(self.weight, self.quant.weight, axis=0)
+    return all_gather_weight(w_DF, self.axes_in_use, dtype, reduce_dtype)
 
 
 def add_bias(x_BTF: jax.Array, bias_F: jax.Array | None, names: Names) -> jax.Array:

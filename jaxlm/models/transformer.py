@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ComputeConfig, ModelConfig
+from jaxlm.config.quant import find_spec
 from jaxlm.models.block import Block
 from jaxlm.models.embedding import Embedding
 from jaxlm.models.head import Head
@@ -20,6 +21,7 @@ from jaxlm.models.linear import Linear, Roles
 from jaxlm.models.mixers import MIXERS
 from jaxlm.models.mixers.attention import Context
 from jaxlm.models.norms import RMSNorm
+from jaxlm.models.parts import formats_of_repeats, make_blocks, make_head
 from pallas_kernels.attention.mask import soft_cap
 from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import platform
@@ -164,9 +166,37 @@ class Transformer:
     splits it, every device gathers all of them: training has `sharding.pipeline` instead. Returns
     x, the updated cache or None, and the layers' statistics, both stacked likewise.
     """
-    blocks = self.blocks(index)
     stack = gather_layers(stack)
     repeats = jax.tree.leaves(stack)[0].shape[0]
+    outs = []
+    for start, stop, part in self._runs(index, repeats, (stack, cache)):
+      blocks = self.blocks(index, start, stop)
+      x_BTD, out = self._run_repeats(blocks, part, x_BTD, context)
+      outs.append(out)
+    updated, statistics = _join(outs)
+    return x_BTD, None if cache is None else updated, statistics
+
+  def _runs(self, index: int, repeats: int, tree: Any) -> list[tuple[int, int, Any]]:
+    """Cuts a stack where the formats of its matmuls change.
+
+    Returns for each part its first repeat, the one after its last, and its arrays.
+    """
+    if not self.config.quant:
+      return [(0, repeats, tree)]
+    formats = formats_of_repeats(self.config, index)
+    cuts = [r for r in range(1, len(formats)) if formats[r] != formats[r - 1]]
+    if not cuts:
+      return [(0, repeats, tree)]
+    if repeats < len(formats):
+      rule = "tell layers apart, which stages of a pipeline, and other slices of a stack, cannot"
+      raise UnsupportedError(f"model.quant: rules {rule}")
+    return list(zip([0, *cuts], [*cuts, repeats], _cut(tree, cuts)))
+
+  def _run_repeats(
+    self, blocks: dict[str, Block], stack_and_cache: Any, x_BTD: jax.Array, context: Context
+  ) -> tuple[jax.Array, Any]:
+    """Runs repeats that are computed alike; returns x, and what they return, stacked."""
+    repeats = jax.tree.leaves(stack_and_cache)[0].shape[0]
     scanned = self._scans and repeats > 1
     runs = {name: self._with_remat(block, scanned) for name, block in blocks.items()}
 
@@ -179,25 +209,27 @@ class Transformer:
       return x_BTD, (updated, statistics)
 
     if scanned:
-      x_BTD, (updated, statistics) = jax.lax.scan(run_repeat, x_BTD, (stack, cache))
-    else:
-      outs = []
-      for one_repeat in _unstack((stack, cache), repeats):
-        x_BTD, out = run_repeat(x_BTD, one_repeat)
-        outs.append(out)
-      updated, statistics = jax.tree.map(lambda *layers: jnp.stack(layers), *outs)
-    return x_BTD, None if cache is None else updated, statistics
+      return jax.lax.scan(run_repeat, x_BTD, stack_and_cache)
+    outs = []
+    for one_repeat in _unstack(stack_and_cache, repeats):
+      x_BTD, out = run_repeat(x_BTD, one_repeat)
+      outs.append(out)
+    return x_BTD, jax.tree.map(lambda *layers: jnp.stack(layers), *outs)
 
   def finish(self, params: Params, x_BTD: jax.Array, *, logits: bool = True) -> jax.Array:
     """Norms the last states and returns float32 logits [B, T, V]; or the normed states alone."""
     x_BTD = _call(self._norm, params["norm"], x_BTD)
     x_BTD = all_gather(x_BTD, "batch", "length", None)
     if not logits:
-      return x_BTD
+      return _call(self._head, self._head_params(params), x_BTD, method="input_in_use")
     return soft_cap(_call(self._head, self._head_params(params), x_BTD), self.config.logit_cap)
 
   def head(self, params: Params) -> Head:
     """Returns what makes logits of the normed states, for losses that never hold all logits."""
+    spec = find_spec(self.config.quant, "head")
+    if spec.gradient or spec.product:
+      rule = "the loss never holds the logits' gradient: only weight and activation have formats"
+      raise UnsupportedError(f"model.quant: matmul 'head': {rule}")
     weights = {"params": self._head_params(params)}
     w_DV: Any = self._head.apply(weights, method="weight_in_use")
     if self.config.tied:
@@ -221,22 +253,12 @@ class Transformer:
       for index, (specs, repeats) in enumerate(self.config.stacks)
     }
 
-  def blocks(self, index: int) -> dict[str, Block]:
-    """Returns the blocks of one repeat of stack `index`, in order; each knows its layers."""
-    stacks = self.config.stacks
-    specs, repeats = stacks[index]
-    first = sum(len(specs) * repeats for specs, repeats in stacks[:index])
-    period = len(specs)
-    return {
-      str(place): Block(
-        spec,
-        self.config,
-        self.compute,
-        tuple(range(first + place, first + period * repeats, period)),
-        parent=None,
-      )
-      for place, spec in enumerate(specs)
-    }
+  def blocks(self, index: int, start: int = 0, stop: int | None = None) -> dict[str, Block]:
+    """Returns the blocks of one repeat of stack `index`, in order; each knows its layers.
+
+    These are those of the repeats from `start` to `stop`, by default to the last.
+    """
+    return make_blocks(self.config, self.compute, index, start, stop)
 
   @property
   def _embedding(self) -> Embedding:
@@ -252,11 +274,7 @@ class Transformer:
 
   @property
   def _head(self) -> Linear:
-    """Returns the head, which also multiplies by a tied embedding."""
-    c = self.config
-    out = ("batch", "length", "act_vocab")
-    options: dict[str, Any] = {"role": "head", "out_dtype": "float32", "compute": self.compute}
-    return Linear((c.D, c.V), c.D**-0.5, ("embed", "vocab"), out, parent=None, **options)
+    return make_head(self.config, self.compute)
 
   @property
   def _scans(self) -> bool:
@@ -308,8 +326,20 @@ def roles(config: ModelConfig) -> Roles:
   return Transformer(config)._map_modules(declared)
 
 
-def _call(module: nn.Module, params: Params, *arguments: Any) -> Any:
-  return module.apply({"params": params}, *arguments)
+def _call(module: nn.Module, params: Params, *arguments: Any, method: str = "__call__") -> Any:
+  return module.apply({"params": params}, *arguments, method=method)
+
+
+def _cut(tree: Any, cuts: list[int]) -> list[Any]:
+  """Cuts the leading axis of every leaf before these rows."""
+  leaves, structure = jax.tree.flatten(tree)
+  columns = [jnp.split(leaf, cuts) for leaf in leaves]
+  return [jax.tree.unflatten(structure, part) for part in zip(*columns)]
+
+
+def _join(trees: list[Any]) -> Any:
+  """Joins the leading axes of trees that are alike."""
+  return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *trees)
 
 
 def _unstack(tree: Any, R: int) -> list[Any]:

@@ -12,8 +12,8 @@ from jaxlm.run.environment import differences, starts
 from jaxlm.run.run_folder import RunFolder
 from pallas_kernels.common.errors import UserError
 
-FREE_OF_MODEL = ("max_length",)
-"""Fields of the model that change no weight."""
+FREE_OF_MODEL = ("max_length", "quant")
+"""Fields of the model that change no weight; the scales that `quant` learns are compared apart."""
 ROWS = ("length", "layout")
 """Fields of the data that decide how text is cut into rows; digests identify the text itself."""
 

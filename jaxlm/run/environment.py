@@ -7,10 +7,12 @@ others prints what differs.
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +66,21 @@ def environment() -> dict[str, Any]:
   }
 
 
+@functools.cache
+def hardware() -> str:
+  """Returns the accelerator if there is one, the processor and the number of its cores."""
+  processor = platform.machine()
+  if Path("/proc/cpuinfo").exists():
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    about = dict(re.findall(r"^(.*?)\s*:\s*(.*)$", first, re.MULTILINE))
+    numbers = f"family {about.get('cpu family')}, model {about.get('model')}"
+    processor = f"{about.get('model name', processor)} ({numbers})"
+  machine = f"{os.cpu_count()} cores of {processor}"
+  if jax.default_backend() != "cpu":
+    machine = f"{jax.devices()[0].device_kind}, {machine}"
+  return machine
+
+
 def _version(package: str) -> str | None:
   try:
     return importlib.metadata.version(package)
@@ -99,16 +116,21 @@ def starts(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def record_start(
-  folder: RunFolder, step: int, config: TrainConfig, data: Sequence[str] = ()
+  folder: RunFolder,
+  step: int,
+  config: TrainConfig,
+  data: Sequence[str] = (),
+  matmuls: Sequence[str] = (),
 ) -> list[str]:
   """Adds this start to environment.json; returns how it differs from the start before.
 
-  `data` is what `Task.report` says of the data, which is recorded and not compared.
+  `data` is what `Task.report` says of the data, `matmuls` what `Task.matmuls` says of formats; both
+  are recorded and not compared.
   """
   before = starts(folder)
   date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
   now = {**environment(), "config": json.loads(json.dumps(to_dict(config)))}
-  start = {"date": date, "step": step, **now, "data": list(data)}
+  start = {"date": date, "step": step, **now, "data": list(data), "matmuls": list(matmuls)}
   write_text(folder.environment, json.dumps([*before, start], indent=1) + "\n")
   return differences({name: before[-1].get(name) for name in now}, now) if before else []
 

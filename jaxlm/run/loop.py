@@ -185,6 +185,7 @@ class _Run:
     self.watch.set_activity("device")
     self.metrics = pending.read()
     if self.first_step_done is not None:
+      self.task.check_first_step(jax.device_get(pending.metrics))
       self.first_step_done()
       self.first_step_done = None
     flops = self.task.flops(pending.batch) * self.config.batch / len(self.rows)
@@ -225,7 +226,10 @@ class _Run:
     report = self.task.report()
     for line in report:
       print_status(f"data: {line}")
-    if is_main() and (changes := record_start(self.folder, start, self.config, report)):
+    matmuls = self.task.matmuls()
+    for line in matmuls:
+      print_status(f"matmuls: {line}")
+    if is_main() and (changes := record_start(self.folder, start, self.config, report, matmuls)):
       print_status(f"differs from the start before: {'; '.join(changes)}")
     if before is not None and (line := describe_change(before, self.config, start)):
       print_status(line)

@@ -13,6 +13,7 @@ from jaxlm.config import TrainConfig, check
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.interop import huggingface
 from jaxlm.interop.hub_text import read_published
+from jaxlm.models.parts import list_matmuls
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.train.stages import cut_layers, make_schedule
 from pallas_kernels.common.errors import UserError
@@ -76,8 +77,10 @@ def _ignored(config: TrainConfig) -> huggingface.Ignored:
 def check_mesh(config: TrainConfig, devices: int | None = None) -> None:
   """Raises UserError where the model does not divide over the mesh or cannot use an axis of it.
 
-  The mesh is one of `devices`, by default of those that are here.
+  Likewise for a rule of `model.quant` that decides no matmul. The mesh is one of `devices`, by
+  default of those that are here.
   """
+  list_matmuls(config.model)
   sizes = config.mesh.resolve(jax.device_count() if devices is None else devices)
   rule = "the model does not use this axis; it must be 1"
   check(sizes["expert"] == 1, "mesh.expert", sizes["expert"], rule)

@@ -10,6 +10,7 @@ grid has no minimum, and says so.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -78,9 +79,10 @@ def fit_isoflop(
   vertices = tuple(_vertex(C, log_N_K, loss_K, window) for C, log_N_K, loss_K in budgets)
   good = [vertex for vertex in vertices if vertex.verdict == MINIMUM]
   if len(good) < 3:
-    verdicts = "; ".join(f"{v.budget:.3g}: {v.verdict}" for v in vertices)
+    verdicts = collections.Counter(v.verdict for v in vertices)
+    counted = "; ".join(f"{verdict}: {count}" for verdict, count in verdicts.items())
     raise UserError(
-      f"runs: a line needs three budgets with a minimum, there are {len(good)}: {verdicts}"
+      f"runs: a line needs three budgets with a minimum, there are {len(good)} ({counted})"
     )
   exponent, intercept = _line(good)
   rng = np.random.default_rng(seed)

@@ -86,6 +86,16 @@ class Task(abc.ABC):
     """Returns how the task runs in pipeline stages, or None where it cannot."""
     return None
 
+  def probe(self, params: Any, grads: Any) -> dict[str, jax.Array]:
+    """Returns arrays that `check_first_step` looks at, of trained parameters and their gradients.
+
+    They join the metrics of every step; none may be a scalar.
+    """
+    return {}
+
+  def check_first_step(self, metrics: Mapping[str, Any]) -> None:  # noqa: B027  most have no probe
+    """Raises UserError where the first step of a start shows that training cannot work."""
+
   def after_update(
     self, params: Any, model_state: Any, metrics: Mapping[str, jax.Array]
   ) -> tuple[Any, Any]:
@@ -108,6 +118,10 @@ class Task(abc.ABC):
 
   def save(self, folder: Path) -> None:  # noqa: B027  most tasks have nothing to write
     """Writes what else is needed to use the weights into a new run's folder: a tokenizer, say."""
+
+  def matmuls(self) -> list[str]:
+    """Returns lines on the formats of the matmuls, for terminal, log and environment.json."""
+    return []
 
   def references(self) -> dict[str, float]:
     """Returns named values that the plot shows beside the loss, such as what chance reaches."""

@@ -59,7 +59,8 @@ class Attention(nn.Module):
     Q, Z = c.N * c.H, c.K * c.H
     for heads, axis in ((c.N, "heads"), (c.K, "kv_heads")):
       spec((heads,), axis)  # refuses a mesh that would split a head
-    options: dict[str, Any] = {"compute": self.compute, "layers": self.layers}
+    rules = self.config.quant
+    options: dict[str, Any] = {"compute": self.compute, "layers": self.layers, "rules": rules}
     inner = {"out": _HEADS, "biased": c.qkv_bias, **options}
     self.q = Linear((D, Q), D**-0.5, ("embed", "heads"), **inner)
     self.k = Linear((D, Z), D**-0.5, ("embed", "kv_heads"), **inner)

@@ -1,6 +1,7 @@
 """Sweeps: rows, restarts, divergence, and the same numbers as single runs."""
 
 import dataclasses
+import importlib.metadata
 import math
 
 import chex
@@ -14,6 +15,8 @@ import jaxlm.scaling.sweep as sweep_module
 from jaxlm import presets
 from jaxlm.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from jaxlm.run import fit, train
+from jaxlm.run.environment import hardware
+from jaxlm.scaling.grid import with_fields
 from jaxlm.scaling.sweep import read_table, sweep
 from jaxlm.train import IndexedBatches, Start, Task, Weighted
 from pallas_kernels.common.errors import UserError
@@ -88,7 +91,9 @@ def test_there_is_a_row_for_every_combination_in_the_order_of_the_grid(swept):
     "distance": rows[0]["distance"],
     "parameters": 2,
     "seconds": 0,
-    "device": "cpu",
+    "hardware": hardware(),
+    "commit": rows[0]["commit"],
+    "versions": f"jax {jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}",
     "config": rows[0]["config"],
   }
   assert [row["model.D"] for row in rows] == [2, 4] * 16
@@ -109,7 +114,7 @@ def test_one_after_another_gives_the_same_rows(swept, tmp_path):
 def test_a_row_is_what_fit_ends_with(swept, tmp_path):
   _, rows = swept
   row = rows[26]
-  config = sweep_module.with_fields(CONFIG, {name: row[name] for name in GRID})
+  config = with_fields(CONFIG, {name: row[name] for name in GRID})
   result = fit(dataclasses.replace(config, run=str(tmp_path / "run")), Curve(config))
   assert row["loss"] == pytest.approx(result.metrics["loss"], abs=1e-6)
   assert row["distance"] == pytest.approx(result.evaluation["distance"], abs=1e-6)

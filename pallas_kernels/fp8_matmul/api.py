@@ -1,0 +1,322 @@
+"""`fp8_matmul`: a differentiable product in 8-bit codes with a scale for each block of 128.
+
+Here: the public functions, what they refuse, the choice of implementation, and meshes. The
+arithmetic of codes is in `codes`, the gradient in `autodiff`, the products in `xla`, `pallas_*`.
+"""
+
+# Y[M, N] = X[M, K] W[K, N]; an X with more axes keeps them in place of M
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from types import ModuleType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.common import shards
+from pallas_kernels.common.checks import check, check_choice, check_dtype, check_shape
+from pallas_kernels.common.errors import UnsupportedError
+from pallas_kernels.common.platform import device_kind, log_once, platform
+from pallas_kernels.fp8_matmul import autodiff, reference
+from pallas_kernels.fp8_matmul.codes import (
+  FORMATS,
+  SCALE_MODES,
+  Contraction,
+  FormatName,
+  Quantized,
+  ScaleMode,
+  check_block,
+  check_format,
+  check_native,
+  check_scales,
+  multiplies,
+)
+
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
+PALLAS = ("pallas_tpu", "pallas_gpu")
+IMPLEMENTATIONS = ("reference", "xla", *PALLAS)
+
+
+def fp8_matmul(
+  x_MK: jax.Array,
+  w_KN: jax.Array,
+  *,
+  dtype: FormatName = "e4m3fn",
+  bwd_dtype: FormatName | None = None,
+  scale: ScaleMode = "f32",
+  block: int = 128,
+  save: Literal["bf16", "fp8"] = "bf16",
+  out_dtype: Any = None,
+  allow_emulation: bool = False,
+  implementation: Implementation | None = None,
+  interpret: Any = False,
+) -> jax.Array:
+  """Returns X W, computed and differentiated in 8-bit codes (DeepSeek-V3, section 3.3).
+
+  X and the gradient of Y have a scale for each tile of 128 numbers along the contracted axis, in
+  both passes: they are quantised once along rows and once along columns. W has one for each block
+  of 128 x 128, and the backward pass multiplies with the same codes of it. Each product over 128
+  contracted numbers is scaled and added in float32. Rounding has the gradient of the identity. A
+  block that holds NaN or infinity dequantises to NaN, in the products over that block alone.
+
+  Args:
+    x_MK: floating [..., K]. The tiles of the weight's gradient run along all axes but the last,
+      flattened; on a mesh along those of a device's shard.
+    w_KN: floating [K, N].
+    dtype: the codes of X and W: "e4m3fn", "e5m2" or "int8".
+    bwd_dtype: the codes of Y's gradient; None: as `dtype`. "int8" goes with itself alone.
+    scale: "f32", or "pow2" for scales rounded up to powers of two.
+    block: what a scale covers. 128 for the recipe; a TPU whose matrix unit is 256 deep is half
+      empty then, and filled with 256.
+    save: "bf16" keeps X for the backward pass as it came; "fp8" its codes, which "pow2" scales
+      alone can requantise along the other axis without a second error.
+    out_dtype: of Y; by default X's. X's gradient has X's dtype; W's is summed in float32 and has
+      W's dtype.
+    allow_emulation: multiplies codes for which the chip has no matrix unit as wider floats,
+      exactly but not faster, where they are otherwise refused.
+    implementation: None takes "pallas_tpu" on TPU where it can run the call, else "xla", and logs
+      its choice once; a named one runs or raises. "reference" multiplies dequantised matrices.
+    interpret: runs a named Pallas implementation on CPU. True, or the parameters of a simulator of
+      its chip.
+
+  Returns:
+    [..., N].
+
+  Raises:
+    UserError: shapes, dtypes, options.
+    UnsupportedError: codes that the chip only emulates, what a named implementation cannot do, and
+      mesh axes that cut a block of the contracted axis.
+  """
+  check_dtype("x_MK", x_MK, jnp.floating)
+  check_dtype("w_KN", w_KN, jnp.floating)
+  check_shape("w_KN", w_KN, (None, None))
+  check(x_MK.ndim >= 2, "x_MK.shape", x_MK.shape, "must have at least 2 axes")
+  check_shape("x_MK", x_MK, (*x_MK.shape[:-1], w_KN.shape[0]))
+  options = check_options(
+    dtype=dtype,
+    bwd_dtype=bwd_dtype,
+    scale=scale,
+    block=block,
+    save=save,
+    out_dtype=x_MK.dtype if out_dtype is None else out_dtype,
+    allow_emulation=allow_emulation,
+    implementation=implementation,
+    interpret=interpret,
+  )
+  return _on_shards(x_MK, w_KN, options)
+
+
+def _on_shards(x_MK: jax.Array, w_KN: jax.Array, options: autodiff.Options) -> jax.Array:
+  """Multiplies every device's shards, and sums over the devices that share the contracted axis."""
+  *free, summed = (shards.sharded_axes(x_MK, axis) for axis in range(x_MK.ndim))
+  w_summed, columns = (shards.sharded_axes(w_KN, axis) for axis in range(2))
+  if not any((*free, summed, w_summed, columns)):
+    return _local(x_MK, w_KN, options=options)
+  kind = jax.typeof(w_KN)
+  check(w_summed == summed, "w_KN", kind, f"its K must be spread like X's, over {summed}")
+  used = {axis for axes in (*free, summed) for axis in axes}
+  both = used & set(columns)
+  check(not both, "w_KN", kind, f"its N and an axis of X are both spread over {sorted(both)}")
+  for axis, axes in ((0, summed), (1, columns)):
+    devices = math.prod(kind.sharding.mesh.shape[name] for name in axes)
+    if devices > 1 and w_KN.shape[axis] // devices % options.block:
+      raise UnsupportedError(
+        f"w_KN={kind}: each of {devices} devices would have {w_KN.shape[axis] // devices} of its "
+        f"axis {axis}, which cuts blocks of {options.block}"
+      )
+  layouts = ((*free, summed), (summed, columns))
+  out_specs = P(*(axes or None for axes in (*free, columns)))
+  local = functools.partial(_local, options=options, summed=summed)
+  return shards.run_on_shards(local, (x_MK, w_KN), layouts, out_specs)
+
+
+def _local(
+  x_MK: jax.Array, w_KN: jax.Array, *, options: autodiff.Options, summed: shards.Axes = ()
+) -> jax.Array:
+  """Multiplies on one device; empty matrices have the product 0."""
+  *free, K = x_MK.shape
+  N = w_KN.shape[1]
+  if 0 in (*free, K, N):
+    return jnp.zeros((*free, N), options.out_dtype)
+  x_MK, w_KN = shards.vary_together(x_MK, w_KN)
+  y_MN = autodiff.product(x_MK.reshape(-1, K), w_KN, options).reshape(*free, N)
+  return jax.lax.psum(y_MN, summed) if summed else y_MN
+
+
+def check_options(
+  *,
+  dtype: str,
+  bwd_dtype: str | None,
+  scale: str,
+  block: int,
+  save: str,
+  out_dtype: Any,
+  allow_emulation: bool,
+  implementation: str | None,
+  interpret: Any,
+) -> autodiff.Options:
+  """Checks the options of a differentiable product and chooses its implementation."""
+  bwd_dtype = dtype if bwd_dtype is None else bwd_dtype
+  forms = check_format("dtype", dtype), check_format("bwd_dtype", bwd_dtype)
+  rule = f"goes only with itself, dtype={dtype!r}"
+  check((forms[0].dtype == jnp.int8) == (forms[1].dtype == jnp.int8), "bwd_dtype", bwd_dtype, rule)
+  check_choice("scale", scale, SCALE_MODES)
+  check_choice("save", save, ("bf16", "fp8"))
+  rule = 'needs scale="pow2": codes with float32 scales cannot be requantised without more error'
+  check(save == "bf16" or scale == "pow2", "save", save, rule)
+  check_block(block)
+  out_dtype = jnp.dtype(out_dtype)
+  check(jnp.issubdtype(out_dtype, jnp.floating), "out_dtype", str(out_dtype), "must be floating")
+  if not interpret:
+    check_native("dtype", dtype, dtype, allow_emulation)
+    check_native("bwd_dtype", bwd_dtype, dtype, allow_emulation)
+  native = bool(interpret) or (multiplies(dtype, dtype) and multiplies(bwd_dtype, dtype))
+  return autodiff.Options(
+    dtype=dtype,
+    bwd_dtype=bwd_dtype,
+    scale=scale,
+    block=block,
+    save=save,
+    out_dtype=out_dtype,
+    implementation=choose(implementation, block, interpret),
+    native=native,
+    interpret=interpret,
+  )
+
+
+def choose(implementation: str | None, block: int, interpret: Any) -> ModuleType:
+  """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
+  check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
+  rule = f"needs implementation= one of {list(PALLAS)}"
+  check(implementation in PALLAS or not interpret, "interpret", interpret, rule)
+  if implementation is None:
+    log_once("fp8_matmul", "xla", platform())
+    implementation = "xla"
+  return importlib.import_module(f"{__package__}.{implementation}")
+
+
+def quantize_tiles(
+  x_MK: jax.Array,
+  axis: int,
+  *,
+  block: int = 128,
+  dtype: FormatName = "e4m3fn",
+  scale: ScaleMode = "f32",
+) -> Quantized:
+  """Returns codes of X and a float32 scale for each tile of 128 numbers along one axis.
+
+  The scales are [M, ceil(K / 128)] for axis 1 (activations), [ceil(M / 128), K] for axis 0.
+  """
+  check_choice("axis", axis, (0, 1))
+  return _quantize("x_MK", x_MK, block, (1, block) if axis == 1 else (block, 1), dtype, scale)
+
+
+def quantize_blocks(
+  w_KN: jax.Array,
+  *,
+  block: int = 128,
+  dtype: FormatName = "e4m3fn",
+  scale: ScaleMode = "f32",
+) -> Quantized:
+  """Returns codes of W and scales [ceil(K / 128), ceil(N / 128)] of its blocks of 128 x 128."""
+  return _quantize("w_KN", w_KN, block, (block, block), dtype, scale)
+
+
+def _quantize(
+  name: str, x: jax.Array, block: int, shape: tuple[int, int], dtype: str, scale: str
+) -> Quantized:
+  check_block(block)
+  check_choice("scale", scale, SCALE_MODES)
+  check_shape(name, x, (None, None))
+  check_dtype(name, x, jnp.floating)
+  return reference.quantize(x, shape, check_format("dtype", dtype), scale)
+
+
+def dequantize(
+  codes: jax.Array, scales: jax.Array, block: tuple[int, int], dtype: Any = jnp.float32
+) -> jax.Array:
+  """Returns codes * scales; `block` is what a scale covers, as (1, 128), (128, 1), (128, 128)."""
+  quantized = Quantized(codes, scales)
+  check_shape("codes", codes, (None, None))
+  check_scales("dequantize", quantized, block)
+  return reference.dequantize(quantized, block, dtype)
+
+
+def scaled_matmul(
+  left: Quantized,
+  right: Quantized,
+  *,
+  axes: tuple[int, int] = (1, 0),
+  block: int = 128,
+  out_dtype: Any = jnp.float32,
+  allow_emulation: bool = False,
+  implementation: Implementation | None = None,
+  interpret: Any = False,
+) -> jax.Array:
+  """Contracts two quantised matrices over `axes`, a block of scales at a time; no gradient.
+
+  (1, 0) is the forward product X W, (1, 1) that of X's gradient dY W^T, (0, 0) that of W's
+  gradient X^T dY. The scales of either say whether they cover tiles of `block` numbers along the
+  contracted axis or blocks of `block` x `block`.
+  """
+  names = []
+  blocks = []
+  check_block(block)
+  for name, operand, axis in (("left", left, axes[0]), ("right", right, axes[1])):
+    check_choice("axes", axis, (0, 1))
+    check_shape(f"{name}.codes", operand.codes, (None, None))
+    formats = [key for key, form in FORMATS.items() if form.dtype == operand.codes.dtype]
+    check(bool(formats), f"{name}.codes.dtype", operand.codes.dtype, f"none of {list(FORMATS)}")
+    names += formats
+    free = operand.codes.shape[1 - axis]
+    tile = block if operand.scales.shape[1 - axis : 2 - axis] != (free,) else 1
+    blocks.append((block, tile) if axis == 0 else (tile, block))
+    check_scales(name, operand, blocks[-1])
+  sizes = left.codes.shape[axes[0]], right.codes.shape[axes[1]]
+  check(sizes[0] == sizes[1], "axes", axes, f"contract sizes {sizes[0]} and {sizes[1]}")
+  if not interpret:
+    check_native("left.codes", names[0], names[1], allow_emulation)
+  how = Contraction(
+    axes=axes,
+    blocks=(blocks[0], blocks[1]),
+    out_dtype=jnp.dtype(out_dtype),
+    native=bool(interpret) or multiplies(names[0], names[1]),
+    interpret=interpret,
+  )
+  return choose(implementation, block, interpret).contract(left, right, how)
+
+
+def describe(**options: Any) -> dict[str, str]:
+  """Returns in words what `fp8_matmul` does with these options here, for each of its products.
+
+  The keys are "forward", "input gradient" and "weight gradient". Raises what the call would.
+  """
+  defaults: dict[str, Any] = dict(
+    dtype="e4m3fn",
+    bwd_dtype=None,
+    scale="f32",
+    block=128,
+    save="bf16",
+    out_dtype=jnp.bfloat16,
+    allow_emulation=False,
+    implementation=None,
+    interpret=False,
+  )
+  chosen = check_options(**(defaults | options))
+  b, scale = chosen.block, chosen.scale
+  where = f"{chosen.implementation.__name__.rpartition('.')[2]} on {device_kind()}"
+  how = where if chosen.native else f"{where}, emulated"
+
+  def in_words(left: str, left_tile: str, right: str, right_tile: str) -> str:
+    return f"{left} {left_tile} x {right} {right_tile}, {scale} scales, {how}"
+
+  flat, tall, square = f"1x{b}", f"{b}x1", f"{b}x{b}"
+  return {
+    "forward": in_words(chosen.dtype, flat, chosen.dtype, square),
+    "input gradient": in_words(chosen.bwd_dtype, flat, chosen.dtype, square),
+    "weight gradient": in_words(chosen.dtype, tall, chosen.bwd_dtype, tall),
+  }
