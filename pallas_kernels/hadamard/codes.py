@@ -3,7 +3,6 @@
 # R rows, W width, G groups of a row
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax

@@ -28,7 +28,7 @@ from pallas_kernels.common.platform import device_kind
 from pallas_kernels.common.shards import varying_struct
 from pallas_kernels.hadamard import codes
 from pallas_kernels.hadamard.codes import Quantizer
-from pallas_kernels.hadamard.matrices import Rotation, base_matrix, conference_matrix, sylvester
+from pallas_kernels.hadamard.matrices import Rotation, conference_matrix, sylvester
 
 LANES = 128
 SUBLANES = 8
@@ -138,8 +138,10 @@ def make_plan(
   rows = min(rows, round_up(max(1, x_RW.shape[0]), LANES))
   chunk = LANES if rotation.n <= LANES else min(side, rotation.power)
   tile = side if rotation.width % side == 0 else LANES
-  floats = quantizer is not None and jnp.issubdtype(quantizer.form.dtype, jnp.floating)
-  native = floats and not interpret and info.is_matmul_supported(*(quantizer.form.dtype,) * 2)
+  native = False
+  if quantizer is not None and not interpret:
+    dtype = quantizer.form.dtype
+    native = jnp.issubdtype(dtype, jnp.floating) and info.is_matmul_supported(dtype, dtype)
   return Plan(rotation, rows, chunk, tile, int(0.9 * vmem), not interpret, native)
 
 
@@ -182,9 +184,7 @@ def make_operands(
 
 def compiler_params(plan: Plan) -> pltpu.CompilerParams:
   """Returns the kernels' parameters: blocks of rows on all cores."""
-  return pltpu.CompilerParams(
-    dimension_semantics=("parallel",), vmem_limit_bytes=plan.vmem_limit
-  )
+  return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=plan.vmem_limit)
 
 
 def rotate(
@@ -289,7 +289,8 @@ def rotate_quantize_kernel(
   power = 2 if quantizer.scale == "quest" else 1
   scales_GR = codes.scale_of_statistic(scratch.groups_GR[...] * plan.factor**power, quantizer)
   out.scales_GR[...] = scales_GR
-  scratch.groups_GR[...] = plan.factor / scales_GR
+  # 0 marks groups that hold NaN or infinity: their codes do not matter, but must not reach others'
+  scratch.groups_GR[...] = jnp.where(scales_GR - scales_GR == 0, plan.factor / scales_GR, 0.0)
   tile, rows = plan.tile, plan.tile if plan.rows % plan.tile == 0 else LANES
   for lane in range(0, plan.rotation.width, tile):
     for row in range(0, plan.rows, rows):
@@ -312,6 +313,7 @@ def encode_tile(
   for start in range(lane, lane + lanes, piece):
     inverse_1R = scratch.groups_GR[pl.ds(start // quantizer.group, 1), at_rows]
     ratio_IR = scratch.y_WR[pl.ds(start, piece), at_rows] * inverse_1R
+    ratio_IR = jnp.where(inverse_1R == 0, 0.0, ratio_IR)
     noise = operands.noise_WR
     noise_IR = None if noise is None else noise[pl.ds(start, piece), at_rows]
     if plan.multiplies_codes and noise is None:
@@ -328,7 +330,9 @@ def encode_tile(
   rounded_RS = product_with_transpose(identity.astype(rounded_SR.dtype), rounded_SR)
   out.codes_RW[at_rows, at_lanes] = codes.cast(rounded_RS, quantizer.form.dtype)
   if out.mask_RW is not None:
-    trusted_RS = product_with_transpose(identity.astype(jnp.bfloat16), jnp.concatenate(trusted, axis=0))
+    trusted_RS = product_with_transpose(
+      identity.astype(jnp.bfloat16), jnp.concatenate(trusted, axis=0)
+    )
     out.mask_RW[at_rows, at_lanes] = codes.cast(trusted_RS, jnp.int8)
 
 
@@ -433,13 +437,13 @@ def combine_base(values: list[jax.Array], base: int) -> list[jax.Array]:
   differences = [a - b for a, b in zip(values[::2], values[1::2])]
   results: list[jax.Array] = []
   for i, row in enumerate(conference_matrix(base // 2 - 1)):
-    first, second = differences[i], -sums[i]
+    even, odd = differences[i], -sums[i]
     for sign, total, difference in zip(row, sums, differences):
       if sign > 0:
-        first, second = first + total, second + difference
+        even, odd = even + total, odd + difference
       elif sign < 0:
-        first, second = first - total, second - difference
-    results += [first, second]
+        even, odd = even - total, odd - difference
+    results += [even, odd]
   return results
 
 
