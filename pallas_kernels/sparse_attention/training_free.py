@@ -73,13 +73,11 @@ def flex_prefill_mask(
   fewer than `least` lines.
   """
   check(0 < mass <= 1, "mass", mass, "must be above 0 and at most 1")
-  lines = _column_and_diagonal_mass(q_BTNH, k_BSKH, last, 0, 0)
-  forced = _forced(k_BSKH.shape[1], first), _forced(k_BSKH.shape[1], near)
-  chosen = (
-    _smallest(line_BNS, mass, least) | forced_S[None, None]
-    for line_BNS, forced_S in zip(lines, forced)
-  )
-  return _lines(*chosen, q_BTNH.shape[1], k_BSKH.shape[1])
+  T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+  columns_BNS, diagonals_BNS = _column_and_diagonal_mass(q_BTNH, k_BSKH, last, 0, 0)
+  columns_BNS = _smallest(columns_BNS, mass, least) | _forced(S, first)[None, None]
+  diagonals_BNS = _smallest(diagonals_BNS, mass, least) | _forced(S, near)[None, None]
+  return _lines(columns_BNS, diagonals_BNS, T, S)
 
 
 def block_sparse_mask(
