@@ -115,7 +115,8 @@ def conclude(rows: list[Row]) -> Finding:
   elif four[1] > 2 or sixteen[2] < 2:
     verdict, why = "refuted", "Four epochs cost over 2 %, or sixteen cost less."
   else:
-    verdict, why = "direction only", "The intervals at 4 or 16 epochs hold 2 %."
+    held = [str(epochs) for epochs in (4, 16) if excess[epochs][1] <= 2 <= excess[epochs][2]]
+    verdict, why = "direction only", f"The interval at {' and '.join(held)} epochs holds 2 %."
   values = worth(rows, losses)
   lines = [
     f"{epochs} epochs: {mean:+.2f} % of the loss of one ({low:+.2f} to {high:+.2f})"
@@ -127,9 +128,19 @@ def conclude(rows: list[Row]) -> Finding:
     for epochs, value in values.items()
   ]
   for epochs in sorted(losses.keys() - values.keys() - {1}):
-    lines.append(f"{epochs} epochs: a loss outside those of fresh text, which no D' describes")
+    better = losses[epochs].mean() < losses[1].mean()
+    lines.append(
+      f"{epochs} epochs: as good as fresh text"
+      if better
+      else f"{epochs} epochs: worse than an eighth of the steps on fresh text"
+    )
   if values:
-    lines.append(f"R_D of these: {fit_R(values):.3g}; the text of one epoch is one size only")
+    most = max(values, key=lambda epochs: values[epochs])
+    kept = {epochs: value for epochs, value in values.items() if epochs <= most}
+    lines.append(
+      f"R_D {fit_R(kept):.3g} from the epochs up to {most}"
+      + (", beyond which the worth falls, for which the law has no term" if kept != values else "")
+    )
   return Finding(
     ours=f"four epochs cost {four[0]:+.2f} %, sixteen {sixteen[0]:+.2f} %",
     interval=f"{four[1]:+.2f} to {four[2]:+.2f} and {sixteen[1]:+.2f} to {sixteen[2]:+.2f} %, "

@@ -88,7 +88,7 @@ def ladder(rows: list[Row]) -> dict[str, IsoflopFit | UserError]:
   lines: dict[str, IsoflopFit | UserError] = {}
   for name, (arm, counts) in steps.items():
     try:
-      lines[name] = fit_isoflop(runs_of(by_arm[arm]), counts=counts, window=WINDOW)
+      lines[name] = fit_isoflop(runs_of(by_arm[arm]), counts=counts, window=WINDOW, samples=400)
     except UserError as error:
       lines[name] = error
   return lines

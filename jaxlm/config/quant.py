@@ -1,4 +1,4 @@
-"""Configures low precision: number formats, and the rules that give them to matmuls by name.
+"""Configures low precision: the rules that give number formats to matmuls by name.
 
 A matmul with a weight is called by its path, as in "layers.3.mixer.q" or "head".
 `ModelConfig.quant` is a list of rules; the first whose expression matches the whole name says how
@@ -10,48 +10,30 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
-from jaxlm.config.checks import check, check_finite
+from jaxlm.config.checks import check
+from jaxlm.config.formats import (
+  BitnetFormat,
+  BlockFormat,
+  Format,
+  LsqFormat,
+  MatquantFormat,
+  PactFormat,
+  ParetoqFormat,
+  SparseFormat,
+)
 
-Shared = Literal["tensor", "row", "group", "block"]
-"""What shares one scale: the tensor; a row, along the contracted axis (an output channel of a
-weight, a token of activations); `size` neighbours along that axis; a square of `size` x `size`."""
+WEIGHTS_ONLY = BitnetFormat | MatquantFormat | ParetoqFormat | SparseFormat
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class UniformFormat:
-  """Configures equally spaced levels (`jaxlm.quant.uniform`)."""
-
-  bits: int = 4
-  """of a code, from 1 (midrise), 2 (others) to 8"""
-  grid: Literal["symmetric", "affine", "midrise"] = "symmetric"
-  """symmetric: with a level at 0 and one more below than above it; affine: from the smallest value
-  to the largest; midrise: no level at 0, as many below as above"""
-  shared: Shared = "row"
-  """what shares one scale: tensor, row, group or block"""
-  size: int = 128
-  """entries along the contracted axis of a group, or along both of a block"""
-  ratio: float = 1.0
-  """the largest level is this times the largest magnitude (the whole range, if affine)"""
-  clips_gradient: bool = False
-  """no gradient where a value lies beyond the levels; otherwise all of it everywhere"""
-
-  def __post_init__(self) -> None:
-    check_finite(self, "format.")
-    least = 1 if self.grid == "midrise" else 2
-    check(least <= self.bits <= 8, "format.bits", self.bits, f"must lie from {least} to 8")
-    check(self.size >= 1, "format.size", self.size, "must be at least 1")
-    check(0 < self.ratio <= 1, "format.ratio", self.ratio, "must lie in (0, 1]")
-
-  def __str__(self) -> str:
-    return f"int{self.bits} {self.grid} {_describe_sharing(self.shared, self.size)}"
-
-
-Format = UniformFormat
-"""A number format, with the gradient of its paper."""
 Operands = tuple[tuple[str, str], tuple[str, str], tuple[str, str]]
 """Formats of the two operands of y = x w, dx = dy w^T and dw = x^T dy, in words."""
+
+
+def _check_forward(weight: Format | None, activation: Format | None) -> None:
+  """Raises UserError for formats that would round a forward pass at random."""
+  for name, format in (("weight", weight), ("activation", activation)):
+    random = isinstance(format, BlockFormat) and format.stochastic
+    check(not random, f"quant.{name}", format, "only a gradient may be rounded at random")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,10 +51,22 @@ class EmulatedProduct:
   gradient: Format | None = None
   """of dy, in dx and in dw"""
 
+  hadamard: int = 0
+  """rotate blocks of so many tokens of x and dy in dw, by a Hadamard matrix with signs that are
+  drawn anew; 0: no rotation"""
+
+  def __post_init__(self) -> None:
+    n = self.hadamard
+    check(
+      n == 0 or (n > 1 and n & (n - 1) == 0), "product.hadamard", n, "must be 0 or 2, 4, 8, ..."
+    )
+    _check_forward(self.weight, self.activation)
+
   def operands(self, dtype: str) -> Operands:
     """Returns the operands' formats in y, dx and dw, in words; plain ones are of `dtype`."""
     w, x, dy = (str(f or dtype) for f in (self.weight, self.activation, self.gradient))
-    return (x, w), (dy, w), (x, dy)
+    rotation = f" Hadamard-{self.hadamard}" if self.hadamard else ""
+    return (x, w), (dy, w), (x + rotation, dy + rotation)
 
 
 Product = EmulatedProduct
@@ -92,13 +86,32 @@ class QuantSpec:
   """of the input"""
   gradient: Format | None = None
   """of the output's gradient, before the two matmuls of the backward pass"""
+  hadamard: int = 0
+  """rotate both operands, in blocks of so many entries of the contracted axis, before they are
+  rounded, which changes no product: 2^k, or 12, 20, 28 or 40 times that; 0: no rotation"""
   product: Product | None = None
   """computes the matmul and both of its gradients"""
+  packed: bool = False
+  """the parameters are the weight's codes and scales in bytes, which do not train"""
 
   def __post_init__(self) -> None:
-    alone = self.product is None or not (self.weight or self.activation or self.gradient)
-    rule = "has formats of its own; weight, activation and gradient must be None beside it"
+    others = self.weight or self.activation or self.gradient or self.hadamard
+    alone = self.product is None or not others
+    rule = "has formats of its own; it stands without weight, activation, gradient and hadamard"
     check(alone, "quant.product", self.product, rule)
+    _check_forward(self.weight, self.activation)
+    rule = "needs a format of the weight, and no other product"
+    can_pack = self.weight is not None and self.product is None
+    check(can_pack or not self.packed, "quant.packed", True, rule)
+    for name in ("activation", "gradient"):
+      format = getattr(self, name)
+      rule = "is a format of weights alone"
+      check(not isinstance(format, WEIGHTS_ONLY), f"quant.{name}", format, rule)
+    learns = isinstance(self.gradient, LsqFormat | PactFormat)
+    check(not learns, "quant.gradient", self.gradient, "a gradient cannot learn its scale")
+    per_row = isinstance(self.activation, LsqFormat) and self.activation.shared == "row"
+    rule = "an input can learn one step for the tensor, not one per row"
+    check(not per_row, "quant.activation", self.activation, rule)
 
   @property
   def is_plain(self) -> bool:
@@ -109,7 +122,9 @@ class QuantSpec:
     """Returns the operands' formats in y, dx and dw, in words; plain ones are of `dtype`."""
     if self.product is not None:
       return self.product.operands(dtype)
-    w, x, dy = (str(f or dtype) for f in (self.weight, self.activation, self.gradient))
+    turned = f"Hadamard-{self.hadamard} " if self.hadamard else ""
+    w, x = (turned + str(format or dtype) for format in (self.weight, self.activation))
+    dy = str(self.gradient or dtype)
     return (x, w), (dy, w), (x, dy)
 
 
@@ -145,7 +160,3 @@ def check_rules(rules: Sequence[QuantRule], names: Iterable[str]) -> None:
     reason = f"matches none of the matmuls that earlier rules leave: {', '.join(left) or 'none'}"
     check(len(others) < len(left), f"model.quant.{index}.match", rule.match, reason)
     left = others
-
-
-def _describe_sharing(shared: Shared, size: int) -> str:
-  return {"group": f"per 1x{size}", "block": f"per {size}x{size}"}.get(shared, f"per {shared}")

@@ -12,15 +12,35 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ComputeConfig, QuantRule, QuantSpec
+from jaxlm.config.formats import Format
 from jaxlm.config.quant import find_spec
 from jaxlm.models.matmul import matmul
 from jaxlm.models.products import PRODUCTS
-from jaxlm.quant.apply import quantize, quantize_gradient
+from jaxlm.quant.apply import (
+  init_scales,
+  learned_names,
+  quantize,
+  quantize_gradient,
+  scale_role,
+  shares_rotation,
+  turn,
+  unit_normal,
+)
+from jaxlm.quant.packing import Packed, packed_shapes, unpack_operand
 from pallas_kernels.common.errors import UnsupportedError
-from sharding.rules import Names, all_gather_weight, is_sharded, shard, spec, weight_shape
+from sharding.rules import (
+  Names,
+  all_gather_weight,
+  apply_undeferred,
+  is_sharded,
+  shard,
+  spec,
+  weight_shape,
+)
 
 Roles = dict[str, Any]
-"""A tree with the structure of parameters: "embedding", "matrix", "head", "norm" or "bias"."""
+"""A tree like that of parameters: "embedding", "matrix", "head", "norm", "bias", "taps", "scale",
+"decayed_scale" or "packed"."""
 
 
 def sharded_normal(
@@ -57,15 +77,70 @@ class Linear(nn.Module):
   """the layers that this module computes (a scan computes several by one module); none: the head"""
 
   def setup(self) -> None:
-    """Declares the weight and the bias."""
-    self.weight = self.param("weight", sharded_normal, self.shape, self.std, *self.axes)
+    """Declares the weight, the bias, and the scales that formats learn."""
+    self.packed = self._declare_packed()
+    if not self.packed:
+      self.weight = self.param("weight", sharded_normal, self.shape, self.std, *self.axes)
     self.bias = None
     if self.biased:
       self.bias = self.param("bias", sharded_zeros, self.shape[1:], self.axes_in_use[1])
+    self.scales = {
+      operand: {
+        name: self.param(f"{operand}_{name}", self._init_scale, format, operand, name)
+        for name in learned_names(format)
+      }
+      for operand, format in self._learned_formats().items()
+    }
 
   def declare(self) -> Roles:
     """Creates the parameters and returns their roles."""
-    return {"weight": self.role} | ({"bias": "bias"} if self.biased else {})
+    weight = {f"packed_{name}": "packed" for name in self.packed} or {"weight": self.role}
+    roles: Roles = weight | ({"bias": "bias"} if self.biased else {})
+    for operand, format in self._learned_formats().items():
+      roles |= {f"{operand}_{name}": scale_role(format) for name in learned_names(format)}
+    return roles
+
+  def _declare_packed(self) -> Packed:
+    """Returns the weight in bytes, where it comes so; raises where only some layers of it do."""
+    specs = {find_spec(self.rules, name) for name in self.names}
+    if not any(spec.packed for spec in specs):
+      return {}
+    if len({spec.weight for spec in specs if spec.packed}) > 1 or len(specs) > 1:
+      rule = f"{self.names[0]} and other layers of its stack are packed differently"
+      raise UnsupportedError(f"model.quant: {rule}: put these layers in model.prefix")
+    (spec,) = specs
+    assert spec.weight is not None
+    shapes = packed_shapes(spec.weight, self.shape)
+    return {
+      name: self.param(f"packed_{name}", lambda key, like=like: jnp.zeros(like.shape, like.dtype))
+      for name, like in shapes.items()
+    }
+
+  def _init_scale(self, key: jax.Array, format: Format, operand: str, name: str) -> jax.Array:
+    """Returns a scale's first value: for the weight as drawn, or for normal inputs."""
+    if operand == "activation":
+      return init_scales(unit_normal(), format)[name]
+    n = max(find_spec(self.rules, name).hadamard for name in self.names)
+    turned_DF = turn(self.weight, n, axis=0)
+    scale = apply_undeferred(lambda w_DF: init_scales(w_DF.T, format)[name], turned_DF)
+    return scale if scale.shape == (1,) else shard(scale, self.axes_in_use[1])
+
+  def _learned_formats(self) -> dict[str, Format]:
+    """Returns the formats of weight and input that learn scales; they are stacked over layers.
+
+    Raises UnsupportedError where the layers of this module would need different ones.
+    """
+    formats: dict[str, Format] = {}
+    for operand in ("activation",) if self.packed else ("weight", "activation"):
+      several = {getattr(find_spec(self.rules, name), operand) for name in self.names}
+      several = {format for format in several if learned_names(format)}
+      if len(several) > 1:
+        words = " and ".join(sorted(map(str, several)))
+        rule = f"{self.names[0]} and other layers of its stack would learn scales of {words}"
+        raise UnsupportedError(f"model.quant: {rule}: put these layers in model.prefix")
+      if several:
+        formats[operand] = several.pop()
+    return formats
 
   @property
   def axes_in_use(self) -> Names:
@@ -89,23 +164,35 @@ class Linear(nn.Module):
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     """Returns x w + bias [B, T, F] in `out_dtype`."""
     dtype, product = self.out_dtype or self.compute.dtype, self.quant.product
+    key = self.make_rng("rounding") if self.has_rng("rounding") else None
     contract = None
     if product is not None:
-      contract = functools.partial(PRODUCTS[type(product)], product)
+      contract = functools.partial(PRODUCTS[type(product)], product, key)
     x_BTD, w_DF = self.input_in_use(x_BTD), self.weight_in_use()
     y_BTF = matmul(x_BTD, w_DF, self.axes_in_use, self.out, dtype, contract)
     if self.quant.gradient is not None:
-      y_BTF = quantize_gradient(y_BTF, self.quant.gradient)
+      y_BTF = quantize_gradient(y_BTF, self.quant.gradient, key)
     return add_bias(y_BTF, self.bias, self.out)
 
   def input_in_use(self, x_BTD: jax.Array) -> jax.Array:
     """Returns the input [B, T, D] as it is multiplied."""
-    return quantize(x_BTD, self.quant.activation)
+    x_BTD = turn(x_BTD, self.quant.hadamard)
+    scales, rotated = self.scales.get("activation"), shares_rotation(self.quant)
+    return quantize(x_BTD, self.quant.activation, scales=scales, N=self.shape[0], rotated=rotated)
 
   def weight_in_use(self) -> jax.Array:
     """Returns the weight [D, F] as it is multiplied: in the compute type, gathered on a mesh."""
     dtype, reduce_dtype = self.compute.dtype, self.compute.reduce_dtype
-    w_DF = quantize(self.weight, self.quant.weight, axis=0)
+    if self.packed:
+      return unpack_operand(self.packed, self.quant, self.shape[0]).T.astype(dtype)
+    w_DF = quantize(
+      turn(self.weight, self.quant.hadamard, axis=0),
+      self.quant.weight,
+      axis=0,
+      scales=self.scales.get("weight"),
+      N=self.shape[0] * self.shape[1],
+      rotated=shares_rotation(self.quant),
+    )
     return all_gather_weight(w_DF, self.axes_in_use, dtype, reduce_dtype)
 
 

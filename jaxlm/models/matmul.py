@@ -39,13 +39,14 @@ def matmul(
   B, T, D = x_BTD.shape
   sharding = None
   if is_sharded():
-    partial = spec((B, T, w_DF.shape[1]), "batch", "length", out[2])
-    sharding = P(*partial, unreduced=axes_in(spec((D,), axes[0])))
+    summed = axes_in(spec((D,), axes[0]))
+    partial = spec((B, T, w_DF.shape[1]), "batch", "length" if summed else out[1], out[2])
+    sharding = P(*partial, unreduced=summed)
   rounds = x_BTD.dtype == jnp.dtype(dtype) and x_BTD.dtype.itemsize < 4
   contract = contract or (_contract_rounded if rounds else _contract)
   y_BTF = contract(x_BTD, w_DF, sharding).astype(dtype)
-  if summed := manual_axes(axes[0]):
-    y_BTF = jax.lax.psum_scatter(y_BTF, summed, scatter_dimension=1, tiled=True)
+  if summed_here := manual_axes(axes[0]):
+    y_BTF = jax.lax.psum_scatter(y_BTF, summed_here, scatter_dimension=1, tiled=True)
   else:
     y_BTF = shard(y_BTF, *out)
   return checkpoint_name(y_BTF, "product")

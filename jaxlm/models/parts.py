@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from jaxlm.config import ComputeConfig, ModelConfig, QuantSpec
+from jaxlm.config import ComputeConfig, ModelConfig, QuantSpec, check
 from jaxlm.config.quant import check_rules, find_spec
 from jaxlm.models.block import Block
 from jaxlm.models.linear import Linear
+from jaxlm.quant.apply import learned_names
 
 
 def make_blocks(
@@ -81,6 +82,9 @@ def list_matmuls(config: ModelConfig) -> tuple[Matmul, ...]:
     for name, block in make_blocks(config, ComputeConfig(), index).items():
       declared(block, ("stacks", str(index), name))
   declared(make_head(config, ComputeConfig()), ("embed",) if config.tied else ("head",))
+  learns = learned_names(find_spec(config.quant, "head").weight)
+  rule = "the head is the embedding, which is looked up too: its format can learn no scales"
+  check(not (config.tied and learns), "model.tied", True, rule)
   check_rules(config.quant, [name for matmul in found for name in matmul.names])
   return tuple(found)
 

@@ -19,7 +19,7 @@ from jaxlm.models.embedding import Embedding
 from jaxlm.models.head import Head
 from jaxlm.models.linear import Linear, Roles
 from jaxlm.models.mixers import MIXERS
-from jaxlm.models.mixers.attention import Context
+from jaxlm.models.mixers.context import Context
 from jaxlm.models.norms import RMSNorm
 from jaxlm.models.parts import formats_of_repeats, make_blocks, make_head
 from pallas_kernels.attention.mask import soft_cap
@@ -75,6 +75,7 @@ class Transformer:
     in_order: bool = False,
     order: Order = "contiguous",
     cache: Any = None,
+    key: jax.Array | None = None,
     logits: bool = True,
   ) -> Any:
     """Returns logits [B, T, V] in float32 of ids [B, T] int32; with a `cache`, also its update.
@@ -91,6 +92,7 @@ class Transformer:
     cache: from `init_cache`; the T positions are written into it and see what is there. Here
       positions may be -1: padding, which is written nowhere and which nothing sees. The logits of
       a position that the cache has no room for are NaN.
+    key: of a training step, for formats that round gradients at random (`jaxlm.config.quant`).
     logits: False gives, in place of logits, the states [B, T, D] that `head` multiplies.
     """
     x_BTD, cache = self.run_layers(
@@ -101,6 +103,7 @@ class Transformer:
       in_order=in_order,
       order=order,
       cache=cache,
+      key=key,
     )
     out = self.finish(params, x_BTD, logits=logits)
     return out if cache is None else (out, cache)
@@ -115,6 +118,7 @@ class Transformer:
     in_order: bool = False,
     order: Order = "contiguous",
     cache: Any = None,
+    key: jax.Array | None = None,
   ) -> tuple[jax.Array, Any]:
     """Embeds and runs all stacks; arguments as in `apply`.
 
@@ -124,6 +128,7 @@ class Transformer:
       raise UnsupportedError("segment_ids: rows of several segments have no decode cache")
     B, T = ids_BT.shape
     context = self.context(T, positions, segment_ids, in_order, order)
+    context = dataclasses.replace(context, key=key)
     if cache is not None:
       positions_BT = jnp.broadcast_to(context.positions_BT, (B, T))
       context = dataclasses.replace(context, positions_BT=shard(positions_BT, "batch", "length"))
@@ -171,7 +176,8 @@ class Transformer:
     outs = []
     for start, stop, part in self._runs(index, repeats, (stack, cache)):
       blocks = self.blocks(index, start, stop)
-      x_BTD, out = self._run_repeats(blocks, part, x_BTD, context)
+      own = dataclasses.replace(context, key=_fold_in(context.key, index, start))
+      x_BTD, out = self._run_repeats(blocks, part, x_BTD, own)
       outs.append(out)
     updated, statistics = _join(outs)
     return x_BTD, None if cache is None else updated, statistics
@@ -200,18 +206,22 @@ class Transformer:
     scanned = self._scans and repeats > 1
     runs = {name: self._with_remat(block, scanned) for name, block in blocks.items()}
 
+    keys = None if context.key is None else jax.random.split(context.key, repeats)
+
     def run_repeat(x_BTD: jax.Array, one_repeat: Any) -> tuple[jax.Array, Any]:
-      params, caches = one_repeat
+      (params, caches), key = one_repeat
       updated, statistics = {}, {}
       for name, run in runs.items():
         before = None if caches is None else caches[name]
-        x_BTD, updated[name], statistics[name] = run(params[name], x_BTD, context, before)
+        own = dataclasses.replace(context, key=_fold_in(key, int(name)))
+        x_BTD, updated[name], statistics[name] = run(params[name], x_BTD, own, before)
       return x_BTD, (updated, statistics)
 
     if scanned:
-      return jax.lax.scan(run_repeat, x_BTD, stack_and_cache)
+      return jax.lax.scan(run_repeat, x_BTD, (stack_and_cache, keys))
     outs = []
-    for one_repeat in _unstack(stack_and_cache, repeats):
+    rows = [None] * repeats if keys is None else list(keys)
+    for one_repeat in zip(_unstack(stack_and_cache, repeats), rows):
       x_BTD, out = run_repeat(x_BTD, one_repeat)
       outs.append(out)
     return x_BTD, jax.tree.map(lambda *layers: jnp.stack(layers), *outs)
@@ -244,7 +254,8 @@ class Transformer:
 
     def stacked(spec: Any, repeats: int) -> Any:
       def one_layer(_: jax.Array) -> Any:
-        return MIXERS[type(spec.mixer)].init_cache(spec.mixer, batch, length, self.compute.dtype)
+        mixer, dtype = spec.mixer, self.compute.dtype
+        return MIXERS[type(mixer)].init_cache(mixer, self.config, batch, length, dtype)
 
       return jax.vmap(one_layer)(jnp.arange(repeats))  # keeps the sharding of one layer's
 
@@ -284,7 +295,8 @@ class Transformer:
 
   def _with_remat(self, block: Block, scanned: bool) -> Callable:
     def run(params: Params, x_BTD: jax.Array, context: Context, cache: Any) -> Any:
-      return _call(block, params, x_BTD, context, cache)
+      rngs = {} if context.key is None else {"rounding": context.key}
+      return block.apply({"params": params}, x_BTD, context, cache, rngs=rngs)
 
     remat = self.compute.remat
     if remat == "none":
@@ -311,7 +323,9 @@ class Transformer:
 def roles(config: ModelConfig) -> Roles:
   """Returns each parameter's role in a tree like params.
 
-  One of "embedding", "matrix", "head", "norm" and "bias": what an optimizer groups by.
+  One of "embedding", "matrix", "head", "norm", "bias", "taps" (of short convolutions), "scale" and
+  "decayed_scale" (that formats learn) and "packed" (bytes, which do not train): what an
+  optimizer groups by.
   """
 
   def declared(module: nn.Module, repeats: int | None, number: int) -> Roles:
@@ -328,6 +342,15 @@ def roles(config: ModelConfig) -> Roles:
 
 def _call(module: nn.Module, params: Params, *arguments: Any, method: str = "__call__") -> Any:
   return module.apply({"params": params}, *arguments, method=method)
+
+
+def _fold_in(key: jax.Array | None, *data: int) -> jax.Array | None:
+  """Returns a key of its own for these numbers, or None for None."""
+  if key is None:
+    return None
+  for number in data:
+    key = jax.random.fold_in(key, number)
+  return key
 
 
 def _cut(tree: Any, cuts: list[int]) -> list[Any]:

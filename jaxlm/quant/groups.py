@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config.checks import check
-from jaxlm.config.quant import Shared
+from jaxlm.config.formats import Shared
 
 
 class Encoded(NamedTuple):
@@ -22,6 +22,8 @@ class Encoded(NamedTuple):
   """float32: [] per tensor, [Z] per row, [Z, D / size] per group, [.., Z / size, D / size]"""
   zero: jax.Array | None = None
   """float32, like `scale`: the code of the value 0, in affine formats"""
+  tensor_scale: jax.Array | None = None
+  """float32 []: a factor on all scales, in nvfp4"""
 
 
 def split(x_ZD: jax.Array, shared: Shared, size: int) -> tuple[jax.Array, tuple[int, ...]]:
@@ -44,11 +46,9 @@ def split(x_ZD: jax.Array, shared: Shared, size: int) -> tuple[jax.Array, tuple[
   return x_ZD.reshape(*lead, Z // size, size, D // size, size), (n + 1, n + 3)
 
 
-def expand(scale: jax.Array, x_split: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+def expand(scale: jax.Array, axes: tuple[int, ...]) -> jax.Array:
   """Returns scales, as `Encoded` holds them, in the shape that broadcasts with a split array."""
-  return (
-    jnp.expand_dims(scale, axes) if len(axes) < x_split.ndim else scale.reshape((1,) * x_split.ndim)
-  )
+  return jnp.expand_dims(scale, axes)
 
 
 def has_zero_group(x_ZD: jax.Array, shared: Shared, size: int) -> jax.Array:
@@ -60,3 +60,9 @@ def has_zero_group(x_ZD: jax.Array, shared: Shared, size: int) -> jax.Array:
 def safe(scale: jax.Array) -> jax.Array:
   """Returns scales that can be divided by: a zero one, of values that are all zero, becomes 1."""
   return jnp.where(scale > 0, scale, jnp.ones_like(scale))
+
+
+def learned(scale: jax.Array, x_ZD: jax.Array, least: float) -> jax.Array:
+  """Returns a learned scale, [1] or [Z], at least `least`, in the shape that broadcasts with x."""
+  scale = jnp.maximum(jax.lax.stop_gradient(scale), least)
+  return scale.reshape((1,) * x_ZD.ndim) if scale.shape == (1,) else scale[:, None]

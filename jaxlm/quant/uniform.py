@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config.quant import UniformFormat
+from jaxlm.config.formats import UniformFormat
 from jaxlm.quant.gradients import straight_through
 from jaxlm.quant.groups import Encoded, expand, safe, split
 
@@ -37,15 +37,16 @@ def encode(x_ZD: jax.Array, format: UniformFormat) -> Encoded:
   zero = None
   if format.grid == "affine":
     low, high = (format.ratio * f(x_split, axis=axes) for f in (jnp.min, jnp.max))
-    scale = safe((high - low) / (2**bits - 1))
+    scale = _rounded(safe((high - low) / (2**bits - 1)), format)
     zero = -low / scale
   else:
     bound = format.ratio * jnp.max(jnp.abs(x_split), axis=axes)
-    scale = bound / (2 ** (bits - 1) - 1 if format.grid == "symmetric" else (2**bits - 1) / 2)
-  v_split = x_split / expand(safe(scale), x_split, axes)
+    steps = 2 ** (bits - 1) - 1 if format.grid == "symmetric" else (2**bits - 1) / 2
+    scale = _rounded(bound / (steps + 0.5 * format.avoids_ties), format)
+  v_split = x_split / expand(safe(scale), axes)
   lowest, highest = code_range(format)
   if zero is not None:
-    v_split = v_split + expand(zero, x_split, axes)
+    v_split = v_split + expand(zero, axes)
   elif format.grid == "midrise":
     v_split = v_split + 0.5
   codes = jnp.clip(jnp.round(v_split), lowest, highest).astype(jnp.int32)
@@ -57,10 +58,10 @@ def decode(encoded: Encoded, format: UniformFormat) -> jax.Array:
   codes_split, axes = split(encoded.codes, format.shared, format.size)
   v_split = codes_split.astype(jnp.float32)
   if encoded.zero is not None:
-    v_split = v_split - expand(encoded.zero, codes_split, axes)
+    v_split = v_split - expand(encoded.zero, axes)
   elif format.grid == "midrise":
     v_split = v_split - 0.5
-  return (v_split * expand(encoded.scale, codes_split, axes)).reshape(encoded.codes.shape)
+  return (v_split * expand(encoded.scale, axes)).reshape(encoded.codes.shape)
 
 
 def code_range(format: UniformFormat) -> tuple[int, int]:
@@ -69,6 +70,11 @@ def code_range(format: UniformFormat) -> tuple[int, int]:
   if format.grid == "affine":
     return 0, 2 * half - 1
   return (-half, half - 1) if format.grid == "symmetric" else (1 - half, half)
+
+
+def _rounded(scale: jax.Array, format: UniformFormat) -> jax.Array:
+  """Returns float32 scales that the format's type of scales can hold."""
+  return scale.astype(format.scale_dtype).astype(jnp.float32)
 
 
 def _is_inside(x_ZD: jax.Array, encoded: Encoded, format: UniformFormat) -> jax.Array:

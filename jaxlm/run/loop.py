@@ -89,10 +89,21 @@ def restore_or_init(
   if checkpoint is None:
     start = task.pretrained()
     initialize = jax.jit(lambda start: init_state(config, task, start), donate_argnums=0)
-    return initialize(start), batches
+    return _calibrated(config, task, initialize(start), batches), batches
   state, position = restore(checkpoint, jax.eval_shape(lambda: init_state(config, task)))
   batches.set_state(position)
   return state._replace(hyper=jax.jit(lambda: Hyper.of(config))()), batches
+
+
+def _calibrated(config: TrainConfig, task: Task, state: TrainState, batches: Batches) -> TrainState:
+  """Returns the state with what the task makes of its first batch, which is still the next one."""
+  if not task.calibrates:
+    return state
+  position = batches.get_state()
+  batch = globalize(next(batches), config.batch)
+  batches.set_state(position)
+  params = task.calibrate(state.params, batch)
+  return state._replace(params=params, ema=None if state.ema is None else params)
 
 
 @dataclasses.dataclass(frozen=True)

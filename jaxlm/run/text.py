@@ -20,6 +20,7 @@ from jaxlm.models import Transformer, roles
 from jaxlm.objectives import Weighted, next_token_loss
 from jaxlm.quant.describe import describe
 from jaxlm.quant.first_step import check_probes, probe
+from jaxlm.quant.scales import learned_scales, start_scales
 from jaxlm.run.lock import only_writer
 from jaxlm.run.loop import TrainResult
 from jaxlm.run.metrics import print_status
@@ -172,6 +173,7 @@ class TextTask(Task):
       segment_ids=batch.segment_ids_BT,
       in_order=True,
       order=order,
+      key=key if self.config.model.quant else None,
       logits=False,
     )
     return self._loss(params, states_BTD, batch)
@@ -214,6 +216,16 @@ class TextTask(Task):
   def roles(self, params: Any) -> Any:
     """Returns each parameter's role, as the model declares it."""
     return roles(self.config.model)
+
+  @property
+  def calibrates(self) -> bool:  # type: ignore[override]
+    """Returns whether the rules learn scales."""
+    return bool(learned_scales(self.config.model))
+
+  def calibrate(self, params: Any, batch: Batch) -> Any:
+    """Returns the parameters with learned scales that fit the inputs of the first batch."""
+    ids_BT = batch.inputs_BT
+    return start_scales(self.config.model, params, ids_BT, self.config.compute)
 
   def probe(self, params: Any, grads: Any) -> dict[str, jax.Array]:
     """Returns which quantised matmuls have a scale of zero, or no gradient."""

@@ -74,7 +74,7 @@ def fit_isoflop(
   variance. Raises UserError where fewer than three budgets have a minimum.
   """
   check(window > 0, "window", window, "must be positive, in ln N")
-  warnings = check_comparable(runs)
+  warnings = check_comparable(runs, counts)
   budgets = _budgets(runs, counts)
   vertices = tuple(_vertex(C, log_N_K, loss_K, window) for C, log_N_K, loss_K in budgets)
   good = [vertex for vertex in vertices if vertex.verdict == MINIMUM]

@@ -74,11 +74,19 @@ class Task(abc.ABC):
     """Returns weights to start from in place of `init`'s, or None. Not traced."""
     return None
 
+  calibrates: bool = False
+  """whether `calibrate` has anything to do"""
+
+  def calibrate(self, params: Any, batch: Any) -> Any:
+    """Returns the initial parameters with what follows from the first batch. Not traced."""
+    return params
+
   def roles(self, params: Any) -> Any:
     """Returns a tree like `params` of role names, by which the optimizer treats each parameter.
 
-    Known roles are "embedding", "matrix", "head", "norm" and "bias" (`jaxlm.train.optimizer`). By
-    default every parameter is "other": adam's rule under muon, and no weight decay.
+    Known roles are "embedding", "matrix", "head", "norm", "bias", "taps", "scale", "decayed_scale"
+    (`jaxlm.train.optimizer`). By default every parameter is "other": adam's rule under muon, and no
+    weight decay.
     """
     return jax.tree.map(lambda _: "other", params)
 

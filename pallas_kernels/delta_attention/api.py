@@ -197,16 +197,17 @@ def _on_shards(
   for dimension in (2, 3):
     check_not_sharded("initial_state_BNKV", state_BNKV, dimension)
   batch, heads = sharded_axes(tokens.v, 0), sharded_axes(tokens.v, 2)
-  if not batch and not heads:
-    return local(tokens, parameters, state_BNKV)
-  mesh_shape = jax.typeof(tokens.v).sharding.mesh.shape
-  shards, H = math.prod(mesh_shape[axis] for axis in heads), tokens.q.shape[2]
-  rule = f"its H={H} heads cannot be split over the {shards} devices of {heads}"
-  check(H % shards == 0, "q_BTHK", str(jax.typeof(tokens.q)), rule)
 
   def run(*arrays: Any) -> tuple[jax.Array, jax.Array]:
     arrays = vary_together(*arrays)
     return local(Tokens(*arrays[:7]), GateParameters(*arrays[7:9]), arrays[9])
+
+  if not batch and not heads:  # off a mesh, or inside somebody's shard_map
+    return run(*tokens, *parameters, state_BNKV)
+  mesh_shape = jax.typeof(tokens.v).sharding.mesh.shape
+  shards, H = math.prod(mesh_shape[axis] for axis in heads), tokens.q.shape[2]
+  rule = f"its H={H} heads cannot be split over the {shards} devices of {heads}"
+  check(H % shards == 0, "q_BTHK", str(jax.typeof(tokens.q)), rule)
 
   token, rows, head = (batch, (), heads, ()), (batch, ()), (heads,)
   layouts = (*(token,) * 6, rows, head, (heads, ()), (batch, heads, (), ()))

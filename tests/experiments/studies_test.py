@@ -3,14 +3,18 @@
 import functools
 import importlib
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from experiments import small_text
 from jaxlm.scaling.flops import parameter_count, train_flops_per_token
 from jaxlm.scaling.grid import GridRun
+from jaxlm.scaling.sweep import read_table
+from pallas_kernels.common.errors import UserError
 
-STUDIES = sorted(path.parent.name for path in Path("experiments").glob("*/run.py"))
 TEXT = ["data_constrained", "isoflop", "kaplan_vs_chinchilla", "lr_horizon", "step_law"]
 TEXT.append("wsd_vs_cosine")
 
@@ -18,8 +22,11 @@ TEXT.append("wsd_vs_cosine")
 def rows_of(config, points):
   """Returns the rows that a sweep would write for these points, but for their losses."""
   rows = []
+  runs = {}
   for point in points:
-    run = GridRun.of(config, point)
+    free = ("seed", "optimizer.learning_rate")  # neither shape nor cost depends on them
+    same = tuple((name, value) for name, value in point.items() if name not in free)
+    run = runs[same] = runs.get(same) or GridRun.of(config, dict(same))
     model, steps = run.config.model, run.config.steps
     parts = parameter_count(model)
     tokens = steps * run.config.batch * run.config.data.length
@@ -169,3 +176,38 @@ def test_what_a_gpu_trains_fits_its_time(study):
   rows = planned(study, "gpu")
   assert sum(row["flops"] for row in rows) < 1e17
   assert max(row["tokens"] for row in rows) < 1.2e8 and min(row["step"] for row in rows) >= 46
+
+
+@pytest.mark.slow
+def test_a_study_runs_from_its_command(tmp_path):
+  command = [sys.executable, "-m", "experiments.lr_horizon.run", "--smoke", "--out", str(tmp_path)]
+  printed = subprocess.run(command, capture_output=True, text=True, timeout=300)
+  assert printed.returncode == 0, printed.stdout + printed.stderr
+  rows = read_table(tmp_path / "table_smoke.csv")
+  assert len(rows) == 18 and {row["status"] for row in rows} == {"finished"}
+  assert all(row["flops"] > 0 and row["heldout_loss"] < 5.6 and row["commit"] for row in rows)
+  assert "lr_horizon, smoke:" in printed.stdout and (tmp_path / "README.md").is_file()
+
+
+def test_text_is_not_read_twice(monkeypatch):
+  monkeypatch.setattr(small_text, "count_rows", lambda data: 100)
+  config = small_text.base("smoke")
+  with pytest.raises(UserError, match="steps=13: reads 104 rows, the text has 100"):
+    small_text.train(config, [{"steps": 12}, {"steps": 13}], Path("nowhere"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", TEXT)
+def test_a_committed_table_has_every_row_of_the_plan(study, monkeypatch):
+  module = importlib.import_module(f"experiments.{study}.run")
+  rows = {row["config"]: row for row in read_table(Path(module.__file__).parent / "table.csv")}
+  if not rows:
+    pytest.skip(f"{study} has not been run")
+
+  def find(config, points, table, **_):
+    digests = [GridRun.of(config, point).digest for point in points]
+    assert [digest for digest in digests if digest not in rows] == []
+    return [rows[digest] for digest in digests]
+
+  monkeypatch.setattr(module, "sweep" if study == "data_constrained" else "train", find)
+  module.STUDY.measure("cpu", Path("nowhere"), None)

@@ -92,6 +92,7 @@ def test_a_single_document_is_split_at_a_line_break(tmp_path):
     ("One. Two, three? " * 99, ". "),
     ("一二三。四五六七、" * 99, "。"),
     ("alpha beta " * 99, " "),
+    (("word " * 100 + "\n") * 8, " "),  # the nearest line ends 2.5 % of the text away
     ("é" * 999, "é"),
   ],
 )

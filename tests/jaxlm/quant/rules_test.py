@@ -18,7 +18,8 @@ from jaxlm.config import (
   TrainConfig,
   decoder,
 )
-from jaxlm.config.quant import EmulatedProduct, UniformFormat, find_spec
+from jaxlm.config.formats import UniformFormat
+from jaxlm.config.quant import EmulatedProduct, find_spec
 from jaxlm.config_json import from_dict, to_dict
 from jaxlm.data.packing import Batch
 from jaxlm.models import Transformer

@@ -8,10 +8,10 @@ import pytest
 
 from jaxlm.cli import main
 from jaxlm.config import MeshConfig, QuantRule, QuantSpec
-from jaxlm.config.quant import UniformFormat
+from jaxlm.config.formats import LsqFormat, UniformFormat
 from jaxlm.presets import micro
-from jaxlm.quant import uniform
-from jaxlm.run import train
+from jaxlm.quant import apply, uniform
+from jaxlm.run import SavedRun, train
 from jaxlm.run.run_folder import RunFolder
 from pallas_kernels.common.errors import UserError
 
@@ -72,3 +72,41 @@ def test_a_rule_that_decides_nothing_ends_a_run_before_it_starts(tmp_path, corpu
   with pytest.raises(UserError, match="matches none of the matmuls"):
     train(config_of(tmp_path / "run", corpus, rules))
   assert not (tmp_path / "run").exists()
+
+
+def test_learned_scales_start_from_the_first_batch_and_are_packed_and_sampled(
+  tmp_path, corpus, capsys
+):
+  """From training through bytes to text, by the commands."""
+  flags = "--steps 1 --batch 2 --eval_every 0 --eval_batches 1 --mesh.data 1 --optimizer.warmup 0"
+  flags += f" --data.length 16 --data.source {corpus} --run {tmp_path / 'run'}"
+  flags += " --quantize lsq:4:8 --optimizer.learning_rate 1e-9"
+  assert main(["train", "micro", *flags.split()]) == 0
+  saved = SavedRun.open(tmp_path / "run")
+  steps = saved.params["stacks"]["0"]["0"]["feedforward"]["down"]["activation_step"]
+  assert steps.shape == (2, 1) and (0 < steps).all()
+  normal = apply.init_scales(apply.unit_normal(), LsqFormat(bits=8))["step"]
+  assert (steps < 0.5 * float(normal[0])).all()  # these inputs are small, and were looked at
+  capsys.readouterr()
+  assert main(["quantize", str(tmp_path / "run"), str(tmp_path / "small")]) == 0
+  printed = capsys.readouterr().out
+  assert "LSQ int8 symmetric per tensor * LSQ int4 symmetric per tensor" in printed
+  assert "packed weights: 18,432 in 9,272 bytes" in printed  # 14 steps of 4 bytes
+  losses = []
+  for name in ("run", "small"):
+    assert main(["eval", str(tmp_path / name), "--batches", "1"]) == 0
+    losses.append(capsys.readouterr().out.partition("held-out loss ")[2][:6])
+  assert losses[0] == losses[1]
+  assert main(["sample", str(tmp_path / "small"), "--max_new", "2"]) == 0
+  assert main(["describe", str(tmp_path / "run"), "--recipe", "int4:16"]) == 0
+  printed = capsys.readouterr().out
+  assert "5.000 bits each" in printed and "whole model:" in printed
+  assert "layers.1" in printed and "normal values have 3" in printed
+
+
+def test_a_recipe_that_does_not_exist_is_named(capsys):
+  assert main(["describe", "micro", "--recipe", "qest:4"]) == 2
+  assert "nearest: quest" in capsys.readouterr().err
+  assert main(["describe", "micro", "--recipe", "int4:a"]) == 2
+  assert main(["describe", "micro", "--recipe", "int8"]) == 0
+  assert "int8 symmetric per row" in capsys.readouterr().out

