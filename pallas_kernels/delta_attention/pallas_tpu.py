@@ -321,7 +321,7 @@ def backward(
   gradients: list[Any] = [
     None if x is None else _unflatten(dx, x, plan) for dx, x in zip(dparts[:6], tokens[:6])
   ]
-  dtokens = Tokens(*gradients, None)
+  dtokens = Tokens(*gradients, reset=None)  # type: ignore[misc]
   dgate = GateParameters(None, None)
   if gate.a_log_N is not None:
     drate_N = jnp.sum(dparts.rate.reshape(B, N, K), axis=(0, 2))
