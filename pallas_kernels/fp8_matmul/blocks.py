@@ -26,7 +26,7 @@ class Core(NamedTuple):
 
 
 def core(interpret: Any) -> Core:
-  """Returns the core that is compiled for; in an interpreter small tiles, so that there are many."""
+  """Returns the core that is compiled for; in an interpreter one for which tiles are small."""
   if interpret:
     return Core(LANES, 64 * 2**20, interpret)
   info = pltpu.get_tpu_info()
@@ -50,14 +50,16 @@ def product_tile(P: int, Q: int, C: int, block: int, blockwise: bool, chip: Core
   once for all parts.
   """
   if chip.interpret:
-    side, depth, part = 2 * LANES, 2 * block, (LANES, LANES)
+    side, steps, part = 2 * LANES, 2, (LANES, LANES)
   elif chip.mxu_side == LANES:
-    side, depth, part = 512, 1024, (256, 256) if blockwise else (512, 512)
+    side, steps, part = 512, 8, (256, 256) if blockwise else (512, 512)
   else:
-    side, depth, part = 1024, 1024, (256, 256) if blockwise else (256, 128)
+    side, steps, part = 1024, 8, (256, 256) if blockwise else (256, 128)
   P, Q = (min(side, round_up(size, LANES)) for size in (P, Q))
-  depth = min(depth, round_up(C, block))
-  return Tile(P, Q, depth, _part(P, part[0]), _part(Q, part[1]))
+  blocks_of_c = -(-C // block)
+  divisors = [n for n in range(1, steps + 1) if blocks_of_c % n == 0]
+  steps = divisors[-1] if 2 * divisors[-1] > steps else min(steps, blocks_of_c)
+  return Tile(P, Q, steps * block, _part(P, part[0]), _part(Q, part[1]))
 
 
 def _part(size: int, most: int) -> int:

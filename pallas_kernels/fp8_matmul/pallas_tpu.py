@@ -2,9 +2,10 @@
 
 One kernel serves all three products. It computes sums [P, Q] whose left operand is contracted over
 its last axis and whose right one over its first, as the matrix unit reads them. What has a scale
-for each 128 of its rows stands left, so that the scale of a result varies along the lanes alone: two
-vector operations a result (three for integers, which are converted). The quantisers write codes in
-the orientation in which they are multiplied; transposes that stand here between the two cancel.
+for each 128 of its rows stands left, so that the scale of a result varies along the lanes alone:
+two vector operations a result (three for integers, which are converted), one more where both sides
+have tiles. The quantisers write codes in the orientation in which they are multiplied; transposes
+that stand here between the two cancel.
 
 Values are tested in Pallas's interpreter and in the simulator of a TPU (races, poisoned memory,
 shuffled grid order, one and two cores); compiled ahead of time for v5e, v5p, v6e and tpu7x. No TPU

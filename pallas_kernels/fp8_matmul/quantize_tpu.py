@@ -10,7 +10,7 @@ orientations in which `pallas_tpu` multiplies them. A zero may lose its sign on 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ def quantize(
   tiles = pl.cdiv(M, rows), pl.cdiv(N, columns)
   x_MN = pad_axis(pad_axis(x_MN, tiles[0] * rows, 0), tiles[1] * columns, 1)
   transposed = transposed or block[0] == 1
+  how = Recipe(size, form, mode, transposed, by_xla=bool(interpret))
   body: Any
   if block[0] == 1:
     body, scales = _along_rows, (tiles[1], columns // size, tiles[0] * rows)
@@ -67,7 +68,7 @@ def quantize(
     codes_block = pl.BlockSpec((columns, rows), lambda m, n: (n, m))
   eye_dtype = x_MN.dtype if block[0] == 1 else form.dtype
   codes, scales_out = pl.pallas_call(
-    functools.partial(body, size=size, form=form, mode=mode, transposed=transposed),
+    functools.partial(body, how=how),
     grid=tiles,
     in_specs=[
       pl.BlockSpec((rows, columns), lambda m, n: (m, n)),
@@ -81,7 +82,6 @@ def quantize(
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel"),
       vmem_limit_bytes=int(0.9 * chip.vmem),
-      flags=chip.flags,
     ),
     interpret=interpret,
     name="quantize",
@@ -96,68 +96,74 @@ def quantize(
   return Quantized(codes[:M, :N], scales_out[: pl.cdiv(M, block[0]), : pl.cdiv(N, block[1])])
 
 
-def _along_rows(
-  x: Any, eye: Any, codes: Any, scales: Any, *, size: int, form: Format, mode: str, transposed: bool
-) -> None:
+class Recipe(NamedTuple):
+  """Holds what a quantiser's body needs to know."""
+
+  size: int
+  form: Format
+  mode: str
+  transposed: bool
+  by_xla: bool
+
+  def scale(self, amax: jax.Array) -> jax.Array:
+    """Returns the scales of blocks."""
+    return scale_of_block(amax, self.form.largest, self.mode)
+
+  def encode(self, tile: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns the codes of a tile."""
+    return encode(tile, scale, self.form, self.by_xla)
+
+
+def _along_rows(x: Any, eye: Any, codes: Any, scales: Any, *, how: Recipe) -> None:
   """Quantises tiles of `size` numbers of a row."""
-  rows, columns = x.shape
+  (rows, columns), size = x.shape, how.size
   for n in range(0, columns, size):
     for m in range(0, rows, STRIP):
       strip = slice(m, min(m + STRIP, rows))
       parts = [transpose(eye, x[strip, at : at + LANES]) for at in range(n, n + size, LANES)]
       tile = jnp.concatenate(parts, axis=0)
-      scale = scale_of_block(largest_magnitude(tile, 0, keepdims=True), form.largest, mode)
+      scale = how.scale(largest_magnitude(tile, 0, keepdims=True))
       scales[n // size : n // size + 1, strip] = scale
-      codes[n : n + size, strip] = encode(tile, scale, form)
+      codes[n : n + size, strip] = how.encode(tile, scale)
 
 
-def _along_columns(
-  x: Any, eye: Any, codes: Any, scales: Any, *, size: int, form: Format, mode: str, transposed: bool
-) -> None:
+def _along_columns(x: Any, eye: Any, codes: Any, scales: Any, *, how: Recipe) -> None:
   """Quantises tiles of `size` numbers of a column."""
-  rows, columns = x.shape
+  (rows, columns), size = x.shape, how.size
   for m in range(0, rows, size):
     for n in range(0, columns, LANES):
       strip = slice(n, n + LANES)
       tile = x[m : m + size, strip].astype(jnp.float32)
-      scale = scale_of_block(largest_magnitude(tile, 0, keepdims=True), form.largest, mode)
+      scale = how.scale(largest_magnitude(tile, 0, keepdims=True))
       scales[m // size : m // size + 1, strip] = scale
-      write_codes(codes, eye, tile, scale, (m, n), form, transposed)
+      write_codes(codes, eye, tile, scale, (m, n), how)
 
 
-def _in_squares(
-  x: Any, eye: Any, codes: Any, scales: Any, *, size: int, form: Format, mode: str, transposed: bool
-) -> None:
+def _in_squares(x: Any, eye: Any, codes: Any, scales: Any, *, how: Recipe) -> None:
   """Quantises squares of `size` x `size` numbers."""
-  rows, columns = x.shape
+  (rows, columns), size = x.shape, how.size
   for m in range(0, rows, size):
     for n in range(0, columns, size):
       tile = x[m : m + size, n : n + size].astype(jnp.float32)
       amax = largest_magnitude(largest_magnitude(tile, 0, keepdims=True), 1, keepdims=True)
-      scale = scale_of_block(amax, form.largest, mode)
+      scale = how.scale(amax)
       scales[m // size : m // size + 1, n // size : n // size + 1] = scale
       for at in range(0, size, LANES):
         part = tile[:, at : at + LANES]
-        write_codes(codes, eye, part, scale, (m, n + at), form, transposed)
+        write_codes(codes, eye, part, scale, (m, n + at), how)
 
 
 def write_codes(
-  codes: Any,
-  eye: Any,
-  tile: jax.Array,
-  scale: jax.Array,
-  at: tuple[int, int],
-  form: Format,
-  transposed: bool,
+  codes: Any, eye: Any, tile: jax.Array, scale: jax.Array, at: tuple[int, int], how: Recipe
 ) -> None:
   """Writes the codes of a tile of 128 columns as they are or transposed."""
   (m, n), rows = at, tile.shape[0]
-  if not transposed:
-    codes[m : m + rows, n : n + LANES] = encode(tile, scale, form)
+  if not how.transposed:
+    codes[m : m + rows, n : n + LANES] = how.encode(tile, scale)
     return
   # The scale says where numbers are not finite: NaN times 0 would reach other columns' codes.
-  coded = encode(jnp.where(scale < jnp.inf, tile, 0.0), scale, form)
-  codes[n : n + LANES, m : m + rows] = transpose(eye, coded).astype(form.dtype)
+  coded = how.encode(jnp.where(scale < jnp.inf, tile, 0.0), scale)
+  codes[n : n + LANES, m : m + rows] = transpose(eye, coded).astype(how.form.dtype)
 
 
 def transpose(eye: Any, tile: jax.Array) -> jax.Array:
