@@ -6,20 +6,23 @@ BIN := $(VENV)/bin
 PINS := constraints/$(shell $(PYTHON) -c \
   'import sys; print("py312" if sys.version_info >= (3, 12) else "py311")').txt
 
-.PHONY: help demo test test-slow test-gpu test-slurm peers lint typecheck format newest lock
+.PHONY: help demo report test test-slow test-gpu test-slurm peers browser lint typecheck format newest lock
 .PHONY: install-locked audit clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/core  ## train, stop, resume, evaluate and sample a 1M model (about 3 minutes)
+demo: $(VENV)/core  ## train, stop, resume, evaluate and sample a 0.8M model (about 2 minutes)
 	$(BIN)/python experiments/demo.py
 
+report: $(VENV)/core  ## build/report/index.html: all studies, and all papers in the code
+	$(BIN)/jaxlm report
+
 test: $(VENV)/dev  ## quick tests
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not tpu" $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not tpu" $(TESTS)
 
 test-slow: $(VENV)/dev  ## the tests marked slow
-	$(BIN)/python -m pytest -n 2 -m "slow and not gpu and not tpu and not slurm" $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu and not tpu and not slurm" $(TESTS)
 
 test-gpu: $(VENV)/dev  ## the tests that need a GPU (install jax's CUDA plugin first: extra cuda)
 	JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu $(TESTS)
@@ -29,6 +32,10 @@ test-slurm: $(VENV)/dev  ## the job file on a Slurm of two nodes, started here f
 
 peers: $(VENV)/dev  ## add transformers and torch: more slow tests and benchmarks compare with them
 	$(BIN)/pip install -q -c $(PINS) -e '.[dev,hf,bench]'
+
+browser: $(VENV)/dev  ## add Playwright, and Debian's Chromium as root: slow tests look at the report
+	$(BIN)/pip install -q -c $(PINS) -e '.[dev,browser]'
+	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium)
 
 lint: $(VENV)/dev  ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -45,7 +52,7 @@ newest:  ## quick tests against the newest release of every dependency, in a new
 	rm -rf .venv-newest
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/pip install -q --upgrade --upgrade-strategy eager -e '.[dev]'
-	.venv-newest/bin/python -m pytest -n 2 -m "not slow and not gpu and not tpu" $(TESTS)
+	.venv-newest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not tpu" $(TESTS)
 
 lock: $(VENV)-lock/tools  ## constraints/*.lock.txt: the known-good versions with hashes of files
 	for python in 3.11 3.12; do \

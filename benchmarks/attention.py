@@ -69,7 +69,7 @@ GPU = (
   Shape("long", 1, 32768, 8, 2, 128, checked=False),
 )
 CPU = (
-  Shape("tiny", 16, 256, 4, 4, 32),
+  Shape("1M", 16, 256, 4, 4, 32),
   Shape("small", 8, 512, 5, 5, 64),
   Shape("small", 8, 512, 5, 5, 64, window=128, cap=30.0, packed=True),
 )

@@ -36,20 +36,14 @@ def run_config(name: str):
 
 def measure(name: str) -> float:
   """Returns the wall seconds of compiling in this process; process time would count both cores."""
-  import jax
-  import numpy as np
-
-  from jaxlm.data.loader import Batch
   from jaxlm.run.text import TextTask
-  from jaxlm.train import init_state, make_train_step
+  from jaxlm.train.lowering import lower_step
+  from sharding import make_mesh
 
   config = run_config(name)
-  task = TextTask(config)
-  shape = (config.batch, config.data.length)
-  batch = Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.ones(shape, np.float32))
-  state = jax.eval_shape(lambda: init_state(config, task))
+  task, mesh = TextTask(config), make_mesh(config.mesh)
   start = time.perf_counter()
-  jax.jit(make_train_step(config, task), donate_argnums=0).lower(state, batch).compile()
+  lower_step(config, task, task.batch_types(), mesh).compile()
   return time.perf_counter() - start
 
 

@@ -22,6 +22,8 @@ import numpy as np
 from benchmarks.table import publish, report, spread, table
 
 SIZES = {"1M": "tiny", "10M": "small"}
+HEADS = {"1M": {"N": 4, "K": 4, "H": 32}}
+"""Attention of the 1M model, which has a million parameters with it."""
 BATCHES = {"1M": (16, 256), "10M": (8, 256)}
 ARMS = ("jaxlm", "torch eager", "torch.compile")
 COLUMNS = (
@@ -38,13 +40,14 @@ def run_config(size: str):
   import dataclasses
 
   from jaxlm import presets
-  from jaxlm.config import OptimizerConfig
+  from jaxlm.config import OptimizerConfig, revise
 
   config = getattr(presets, SIZES[size])()
+  model = revise(config.model, **HEADS.get(size, {}))
   batch, length = BATCHES[size]
   optimizer = OptimizerConfig(name="adamw", schedule="constant", warmup=0)
   data = dataclasses.replace(config.data, length=length)
-  return dataclasses.replace(config, batch=batch, data=data, optimizer=optimizer)
+  return dataclasses.replace(config, model=model, batch=batch, data=data, optimizer=optimizer)
 
 
 def tokens_of(config) -> np.ndarray:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +20,14 @@ from jaxlm.config import (
   MeshConfig,
   OptimizerConfig,
   TrainConfig,
+  check,
   decoder,
 )
+from jaxlm.data.loader import load_text
 from jaxlm.scaling.flops import train_flops_per_token
 from jaxlm.scaling.grid import with_fields
 from jaxlm.scaling.runs import Run
-from jaxlm.scaling.sweep import Row
+from jaxlm.scaling.sweep import Executor, Row, sweep
 
 EVALUATED = 65536
 """held-out tokens, the same ones for every run"""
@@ -36,20 +41,51 @@ SETTING = (
 def base(scale: Scale, **optimizer: Any) -> TrainConfig:
   """Returns the run that all runs of a study differ from: warm-up, then 80 % constant, 20 % decay.
 
-  Rows of 128 bytes in batches of 8, or on a GPU of 512 bytes in batches of 64 in bfloat16.
+  Rows of 128 bytes in batches of 8. On a GPU of 512 bytes in batches of 64, in bfloat16, of the
+  Python packages that are installed: the standard library is too small for those runs.
   """
   on_gpu = scale == "gpu"
   batch, length = (64, 512) if on_gpu else (8, 128)
-  given = {"schedule": "wsd", "final": 0.0, "warmup": 20, "b2": 0.98} | optimizer
+  given = {
+    "schedule": "wsd",
+    "final": 0.0,
+    "warmup": 5 if scale == "smoke" else 20,
+    "b2": 0.98,
+  } | optimizer
   return TrainConfig(
     batch=batch,
     eval_batches=(4 if scale == "smoke" else EVALUATED // (batch * length)),
     mesh=MeshConfig(data=1),
     model=decoder(D=8, F=24, N=1, K=1, H=8, layers=1),
     compute=ComputeConfig(dtype="bfloat16" if on_gpu else "float32"),
-    data=DataConfig(length=length, holdout=0.06),
+    data=DataConfig(
+      source=sysconfig.get_path("purelib") if on_gpu else "stdlib", length=length, holdout=0.06
+    ),
     optimizer=OptimizerConfig(**given),
   )
+
+
+def train(
+  config: TrainConfig,
+  points: Sequence[Mapping[str, Any]],
+  table: Path,
+  *,
+  executor: Executor | None = None,
+) -> list[Row]:
+  """Trains runs of text by `sweep`; raises UserError where one would read text more than once."""
+  rows_of_text = count_rows(config.data)
+  for point in points:
+    run = with_fields(config, point)
+    read = run.steps * run.batch
+    rule = f"reads {read} rows, the text has {rows_of_text}: repeated text is another study"
+    check(read <= rows_of_text, "steps", run.steps, rule)
+  return sweep(config, points, table, executor=executor)
+
+
+@functools.cache
+def count_rows(data: DataConfig) -> int:
+  """Returns how many rows of training text there are."""
+  return len(load_text(data).train)
 
 
 def shape(D: int, layers: int) -> dict[str, int]:

@@ -124,6 +124,7 @@ def result(study: Study, folder: Path, scale: Scale) -> dict[str, Any]:
       figsize=(9, 4), layout="constrained"
     )
     study.draw([row for row in rows if row["status"] == "finished"], figure)
+    label_logarithms(figure)
     figure.savefig(figure_path, dpi=120, metadata={"Software": None})
   except UserError as error:
     finding = Finding(ours="", interval="", verdict="undecided", why=f"Too few runs: {error}.")
@@ -138,6 +139,17 @@ def result(study: Study, folder: Path, scale: Scale) -> dict[str, Any]:
     "minutes": round(sum(row["seconds"] for row in rows) / 60, 1),
     **{name: _distinct(rows, name) for name in ("commit", "hardware", "versions")},
   }
+
+
+def label_logarithms(figure: Any) -> None:
+  """Labels logarithmic axes at 1 and 3 of each decade, since most span hardly more than one."""
+  ticker = import_extra("matplotlib.ticker", "plot", "a study's figure")
+  for axes in figure.axes:
+    for axis in (axes.xaxis, axes.yaxis):
+      if axis.get_scale() == "log":
+        axis.set_major_locator(ticker.LogLocator(subs=(1.0, 3.0)))
+        axis.set_major_formatter(lambda value, _: f"{value:.0e}" if value >= 1e4 else f"{value:g}")
+        axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _distinct(rows: Sequence[Row], name: str) -> str:

@@ -1,7 +1,7 @@
 """Turns configurations into JSON and back, and says what is wrong with an edited config.json.
 
 A dataclass becomes an object of its fields, a tuple a list. Where a field may hold one of several
-dataclasses, the object says which by the key "kind".
+dataclasses, the object says which by the key "kind"; without it, it is the kind of the default.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ KIND = "kind"
 
 def to_dict(config: Any) -> dict[str, Any]:
   """Returns a configuration as plain dicts, lists and scalars (what config.json holds)."""
-  hints = typing.get_type_hints(type(config))
+  kind: Any = type(config)
+  hints = _hints(kind)
   return {name: _to_plain(hint, getattr(config, name)) for name, hint in hints.items()}
 
 
@@ -40,22 +41,22 @@ def from_dict(kind: Any, values: dict[str, Any], path: str = "") -> Any:
   Raises UserError, which names an unknown field and the nearest known ones, or a value that is of
   another type.
   """
-  hints = _hints(kind)
-  arguments = {}
+  hints, arguments = _hints(kind), {}
+  defaults = {field.name: type(field.default).__name__ for field in dataclasses.fields(kind)}
   for name, value in values.items():
     near = ", ".join(difflib.get_close_matches(name, hints, n=3) or hints)
     check(name in hints, f"{path}{name}", value, f"no such field; nearest: {near}")
-    arguments[name] = _from_plain(hints[name], value, f"{path}{name}")
+    arguments[name] = _from_plain(hints[name], value, f"{path}{name}", defaults[name])
   return kind(**arguments)
 
 
-def _from_plain(hint: Any, value: Any, path: str) -> Any:
+def _from_plain(hint: Any, value: Any, path: str, default_kind: str | None = None) -> Any:
   kinds = _dataclasses_in(hint)
   if kinds and not (value is None and type(None) in typing.get_args(hint)):
     check(isinstance(value, dict), path, value, "must be a group of fields")
     if len(kinds) == 1:
       return from_dict(next(iter(kinds.values())), value, f"{path}.")
-    name = value.get(KIND)
+    name = value.get(KIND, default_kind if default_kind in kinds else None)
     check(name in kinds, f"{path}.{KIND}", name, f"must be one of {', '.join(kinds)}")
     rest = {key: part for key, part in value.items() if key != KIND}
     return from_dict(kinds[name], rest, f"{path}.")
@@ -83,7 +84,9 @@ def flatten(values: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 @functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
-  return typing.get_type_hints(kind)
+  """Returns the types of a dataclass's fields; what all of its instances share is none of them."""
+  hints = typing.get_type_hints(kind)
+  return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _dataclasses_in(hint: Any) -> dict[str, Any]:

@@ -3,9 +3,14 @@
 import dataclasses
 
 from jaxlm.config import (
+  AttentionConfig,
   ComputeConfig,
   DataConfig,
+  KdaConfig,
+  LayerSpec,
+  MlpConfig,
   ModelConfig,
+  NsaConfig,
   OptimizerConfig,
   RopeConfig,
   TrainConfig,
@@ -29,13 +34,32 @@ def micro() -> TrainConfig:
 
 
 def tiny() -> TrainConfig:
-  """Configures about 1M parameters on the sources of Python's standard library: the demo."""
+  """Configures about 0.8M parameters on the sources of Python's standard library: the demo."""
   return TrainConfig(
-    steps=600,
+    steps=560,
     batch=8,
-    model=decoder(D=128, F=352, N=4, K=4, H=32, layers=4),
+    model=decoder(D=128, F=352, N=2, K=1, H=64, layers=4),
     optimizer=OptimizerConfig(name="muon", learning_rate=6e-3, warmup=40),
   )
+
+
+def kda_hybrid() -> TrainConfig:
+  """Configures about 1M parameters: three layers of Kimi delta attention, one of full attention.
+
+  The proportion and the attention without positions are Kimi Linear's (arXiv 2510.26692).
+  """
+  feedforward = MlpConfig(F=352)
+  delta = LayerSpec(mixer=KdaConfig(N=2, K=2, H=64), feedforward=feedforward)
+  full = LayerSpec(mixer=AttentionConfig(N=2, K=2, H=64, rope=None), feedforward=feedforward)
+  model = ModelConfig(D=128, layers=4, pattern=(delta, delta, delta, full))
+  return dataclasses.replace(tiny(), model=model)
+
+
+def nsa_tiny() -> TrainConfig:
+  """Configures about 1M parameters with native sparse attention everywhere (arXiv 2502.11089)."""
+  mixer = NsaConfig(N=4, K=1, H=32, length=16, stride=8, block=16, count=4, window=32)
+  spec = LayerSpec(mixer=mixer, feedforward=MlpConfig(F=352))
+  return dataclasses.replace(tiny(), model=ModelConfig(D=128, layers=4, pattern=(spec,)))
 
 
 def small() -> TrainConfig:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -32,9 +34,11 @@ def end_together() -> Iterator[None]:
   """Ends this process, with a message, within about `GRACE` seconds after any process fails.
 
   A process that is killed cannot tell. Those fail that miss it in a collective, or the main process
-  tells after `SILENCE` seconds; if it is the main process itself, jax ends the others at once.
+  tells after `SILENCE` seconds. If it is the main process itself, jax aborts the others as soon as
+  their connection to it breaks, or after it has missed heartbeats, and they say why.
   """
   ended = threading.Event()
+  aborts = ExplainedAborts(_explain_abort)
   watcher = threading.Thread(target=_Watcher(ended).run, daemon=True, name="failure")
   watcher.start()
   try:
@@ -49,6 +53,7 @@ def end_together() -> Iterator[None]:
     raise  # the watcher goes on: an orderly shutdown of jax would wait for all processes
   ended.set()
   watcher.join()
+  aborts.remove()
 
 
 def _tell(message: str) -> None:
@@ -56,6 +61,50 @@ def _tell(message: str) -> None:
   client: Any = distributed.global_state.client
   with contextlib.suppress(Exception):  # told already, or the coordinator is gone
     client.key_value_set(_FAILURE, message)
+
+
+class ExplainedAborts:
+  """Ends this process with a message of our own where jax aborts it.
+
+  jax aborts a process that has lost the coordinator, or has waited for it in vain, by SIGABRT in a
+  thread of its own in C++, which no exception and no handler of Python's `signal` module reaches.
+  """
+
+  def __init__(self, explain: Callable[[], str]):
+    """Handles aborts from now on; one that `explain` returns no message for is left as it is."""
+
+    def end(number: int) -> None:
+      if message := explain():
+        os.write(2, f"jaxlm: {message}\n".encode())
+        os._exit(1)
+      self.remove()  # and the abort goes on
+
+    self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    self._before = _set_handler(ctypes.cast(self._handler, ctypes.c_void_p))
+
+  def remove(self) -> None:
+    """Leaves aborts to the handler that was there before."""
+    _set_handler(self._before)
+
+
+def _set_handler(handler: Any) -> Any:
+  """Sets what C does at SIGABRT, and returns what it did before."""
+  c_signal = ctypes.CDLL(None).signal
+  c_signal.argtypes, c_signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+  return c_signal(signal.SIGABRT, handler)
+
+
+def _explain_abort() -> str:
+  """Returns that process 0 is gone, or "" where it is not or is this one."""
+  if jax.process_index() == 0:
+    return ""
+  host, _, port = (distributed.global_state.coordinator_address or ":0").rpartition(":")
+  try:
+    socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+  except OSError:
+    who = f"process 0 of {jax.process_count()}, which coordinates the others,"
+    return f"{who} is gone; this process ends with it"
+  return ""
 
 
 class _Watcher:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from pallas_kernels.common.errors import UserError
 
+PATIENCE = "JAXLM_JOIN_SECONDS"
 HOW_ALONE = "JAXLM_JOIN=0 makes each process a run of its own"
 # Launcher: the variables that hold the number of processes and the index of this one. mpirun inside
 # a Slurm job starts its processes through srun, so Open MPI goes first.
@@ -90,6 +91,17 @@ def read_launch(environment: Mapping[str, str], *, on_tpu_vm: bool = False) -> L
   if pods or on_tpu_vm:
     return Launch(by=pods[0] if pods else "the TPU pod", certain=bool(pods))
   return None
+
+
+def read_patience(environment: Mapping[str, str]) -> int:
+  """Returns for how many seconds a process waits for the others to join, by default 120.
+
+  Raises UserError for a value of JAXLM_JOIN_SECONDS that is no whole number of at least 1.
+  """
+  value = environment.get(PATIENCE, "120")
+  if not (value.isdecimal() and int(value) >= 1):
+    raise UserError(f"{PATIENCE}={value!r}: must be a whole number of seconds, at least 1")
+  return int(value)
 
 
 def _read_launcher(environment: Mapping[str, str]) -> tuple[str, int | None, int | None]:

@@ -15,8 +15,8 @@ from jax._src import distributed  # the only place where jax keeps the coordinat
 from jax.experimental import multihost_utils
 
 from pallas_kernels.common.errors import UserError
-from sharding.failure import end_together
-from sharding.launch import HOW_ALONE, Launch, read_launch
+from sharding.failure import ExplainedAborts, end_together
+from sharding.launch import HOW_ALONE, PATIENCE, Launch, read_launch, read_patience
 
 
 @contextlib.contextmanager
@@ -26,8 +26,9 @@ def joined_processes() -> Iterator[None]:
   Has to be entered before jax is first used. srun, Open MPI, TPU pods and Kubernetes Jobs are known
   to jax; elsewhere JAX_COORDINATOR_ADDRESS is host:port of process 0, and JAX_NUM_PROCESSES and
   JAX_PROCESS_ID count the processes. The main process prints who joined. JAXLM_JOIN=0 switches it
-  off. Raises UserError where processes were started together but cannot join, because each would
-  take itself for the whole run.
+  off. A process that waits for another one longer than JAXLM_JOIN_SECONDS (120) ends with a message
+  and status 1. Raises UserError where processes were started together but cannot join, because each
+  would take itself for the whole run.
   """
   # jax sets the variable where it has seen that there are no TPUs
   on_tpu_vm = "TPU_SKIP_MDS_QUERY" not in os.environ and importlib.util.find_spec("libtpu")
@@ -44,17 +45,20 @@ def joined_processes() -> Iterator[None]:
 
 def _join(launch: Launch) -> None:
   """Joins this process to the others; prints who they are in the main one."""
-  # jax itself says nothing while it waits, and then ends the process without an exception
-  message = f"waiting for the other processes that {launch.by} has started, for 300 s at most"
-  patience = threading.Timer(30, print, (message,), {"flush": True})
-  patience.start()
+  # jax itself says nothing while it waits, and then aborts the process without an exception
+  seconds = read_patience(os.environ)
+  others = f"the other processes that {launch.by} has started"
+  message = f"waiting for {others}, for {PATIENCE}={seconds} s at most"
+  reminder = threading.Timer(min(20, seconds / 2), print, (message,), {"flush": True})
+  reminder.start()
+  aborts = ExplainedAborts(lambda: f"{others} did not all join within {PATIENCE}={seconds} s")
   try:
     jax.distributed.initialize(
       launch.address,
       launch.processes,
       launch.index,
       local_device_ids=[] if launch.all_devices else None,  # [] restricts nothing
-      initialization_timeout=300,
+      initialization_timeout=seconds,
     )
   except (ValueError, OSError) as error:  # OSError: of a TPU VM's metadata
     if not launch.certain:
@@ -63,7 +67,8 @@ def _join(launch: Launch) -> None:
     message = f"{launch.by} started this process among others, but jax cannot join them ({error})"
     raise UserError(f"{message}: {rule}") from error
   finally:
-    patience.cancel()
+    aborts.remove()
+    reminder.cancel()
   if is_main() and (count := jax.process_count()) > 1:
     joined = f"joined {count} processes with {jax.device_count()} devices, started by {launch.by}"
     print(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -204,6 +204,19 @@ def defer_reduction(params: Any) -> Any:
     return jax.reshard(w, P(*partitions, reduced=active - axes_in(partitions)))
 
   return jax.tree.map(defer, params)
+
+
+def apply_undeferred(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+  """Returns function(*arrays) for arrays that `defer_reduction` or `all_gather` typed `reduced`.
+
+  The function may be any, with a result of the first array's shape, which is spread and typed like
+  that array. The price is that gradients are summed over devices here, once per call.
+  """
+  if not is_sharded():
+    return function(*arrays)
+  specs = [jax.typeof(x).sharding.spec for x in arrays]
+  whole = [jax.reshard(x, P(*now.partitions)) for x, now in zip(arrays, specs)]
+  return jax.reshard(function(*whole), P(*specs[0].partitions, reduced=specs[0].reduced))
 
 
 def all_gather(x: jax.Array, *names: str | None) -> jax.Array:

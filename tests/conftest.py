@@ -1,7 +1,8 @@
 """Every test sees 8 virtual CPU devices and strict broadcasting.
 
 Slow tests run the programs that users run. Quick ones switch most of XLA's optimisations off:
-that halves compile time, which is most of what they take.
+that halves compile time, which is most of what they take. A program that several tests need, such
+as the training step of the smallest preset, is compiled once per process.
 """
 
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import hypothesis
 import jax
 import pytest
+from jax._src import cache_key, compiler
 
 from benchmarks.reliability.processes import write_corpus
 
@@ -22,6 +24,30 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # programs of several CPU devices that come from the cache hang (see sharding.make_mesh)
 jax.config.update("jax_enable_compilation_cache", False)
+
+
+compile_anew = compiler.compile_or_get_cached
+compiled_programs = {}
+
+
+def compile_once(backend, program, devices, options, host_callbacks, *others):
+  """Returns what this process compiled before for the same program, options and devices.
+
+  jax keeps a compiled program with the function that was traced: a test that builds the same
+  step from its configuration again compiles it again.
+  """
+  if host_callbacks or backend.platform != "cpu":
+    return compile_anew(backend, program, devices, options, host_callbacks, *others)
+  key = cache_key.get(program, devices, options, backend)
+  if key not in compiled_programs:
+    compiled_programs[key] = compile_anew(
+      backend, program, devices, options, host_callbacks, *others
+    )
+  return compiled_programs[key]
+
+
+compiler.compile_or_get_cached = compile_once
+
 # no deadline: the first example compiles, and machines are busy
 hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")

@@ -10,10 +10,13 @@ HOUSE = ["pallas_kernels", "sharding", "jaxlm", "benchmarks", "experiments"]
 """Top-level packages, bottom to top."""
 FLOORS = [
   ["jaxlm.config", "jaxlm.config_json", "jaxlm.paths"],
-  ["jaxlm.presets"],
+  ["jaxlm.presets", "jaxlm.recipes"],
   ["jaxlm.data"],
-  ["jaxlm.models"],
   ["jaxlm.quant"],
+  ["jaxlm.models"],
+  ["jaxlm.quant.describe", "jaxlm.quant.first_step", "jaxlm.quant.pack_model"],
+  ["jaxlm.quant.capture", "jaxlm.quant.kurtosis", "jaxlm.quant.scales"],
+  ["jaxlm.quant.rotation", "jaxlm.quant.learned_rotation", "jaxlm.quant.super_weight"],
   ["jaxlm.objectives"],
   ["jaxlm.decode"],
   ["jaxlm.scaling"],
@@ -23,6 +26,7 @@ FLOORS = [
   ["jaxlm.run"],
   ["jaxlm.scaling.sweep"],
   ["jaxlm.analysis"],
+  ["jaxlm.report"],
   ["jaxlm.cli", "jaxlm.__main__"],
 ]
 """Rooms of jaxlm, bottom to top; the longest name that fits a module is its room."""

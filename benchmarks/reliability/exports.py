@@ -34,6 +34,7 @@ class Case:
   """What became of one run."""
 
   tensors: int
+  """of the run"""
   changed: int
   """tensors that are not what they were, bit for bit"""
   exported: int
@@ -69,7 +70,8 @@ def _case(folder: Path, text: Path, tokenizer: str, changes: dict[str, Any]) -> 
   tuning = tuning_config(folder / "export", folder / "again")
   convert(folder / "export", folder / "again", config=replace(tuning, compute=config.compute))
   run, exported, again = (SavedRun.open(folder / name) for name in ("run", "export", "again"))
-  pairs = list(zip(jax.tree.leaves(run.params), jax.tree.leaves(again.params), strict=True))
+  written = dict(jax.tree_util.tree_leaves_with_path(again.params))
+  pairs = [(w, written[path]) for path, w in jax.tree_util.tree_leaves_with_path(run.params)]
   texts = _texts(run)
   elsewhere = None
   if importlib.util.find_spec("transformers"):

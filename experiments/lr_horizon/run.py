@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.small_text import SETTING, base, interval, minimum, select, shape
+from experiments.small_text import SETTING, base, interval, minimum, select, shape, train
 from experiments.study import Finding, Scale, Study, main
 from jaxlm.config import check
-from jaxlm.scaling.sweep import Executor, Row, sweep
+from jaxlm.scaling.sweep import Executor, Row
 
 PLANS: dict[Scale, tuple[dict, list[int], list[float], int]] = {
   "smoke": (shape(8, 1), [16, 48, 144], [0.004, 0.016, 0.064], 2),
   "cpu": (shape(24, 1), [76, 304, 1216, 4864], [0.002, 0.004, 0.008, 0.016, 0.032, 0.064], 3),
-  "gpu": (shape(128, 8), [500, 2000, 8000], [0.001, 0.002, 0.004, 0.008, 0.016, 0.032], 3),
+  "gpu": (shape(128, 8), [125, 500, 2000], [0.001, 0.002, 0.004, 0.008, 0.016, 0.032], 3),
 }
 """model, steps, learning rates, seeds"""
 
@@ -28,7 +28,7 @@ def measure(scale: Scale, table: Path, executor: Executor | None) -> None:
     for rate in rates
     for seed in range(seeds)
   ]
-  sweep(base(scale, warmup=10), points, table, executor=executor)
+  train(base(scale, warmup=10), points, table, executor=executor)
 
 
 def best_rates(rows: list[Row]) -> dict[int, list[float]]:

@@ -14,9 +14,12 @@ from jaxlm.cli.inspection import checkpoint, evaluate, kernels, plot, replay
 from jaxlm.cli.planning import compile_step, plan
 from jaxlm.cli.presets import list_presets, nearest
 from jaxlm.cli.programs import keep_compiled_programs
+from jaxlm.cli.quantization import describe, quantize
+from jaxlm.cli.report import report
 from jaxlm.cli.tokenize import tokenize
 from jaxlm.cli.training import RESUMABLE, resume, train
 from jaxlm.cli.weights import convert, sample
+from jaxlm.recipes import list_recipes
 from jaxlm.run.output import leave_at_once, standard_streams
 from pallas_kernels.common.errors import UserError
 
@@ -33,16 +36,22 @@ usage: jaxlm COMMAND ...
   plot RUN [RUN...]      draw the curves of runs side by side into a picture
   replay RUN --step N    run a step again and name the first module whose numbers are not finite
   convert FROM TO        a run to a Hugging Face checkpoint, or a checkpoint to a run to be tuned
+  quantize FROM TO       weights in few bits and bytes, for sample and eval (--recipe int4)
+  describe PRESET        every matmul with its formats, bits and bytes; of a run also the tails
   checkpoint verify DIR  whether the files of a run's checkpoints are as they were written; show
                          lists what they hold
   tokenize SOURCE STORE  text of any size into a token store, for --data.source STORE
   plan PRESET            memory, time and the best mesh on chips that need not be there (--topology)
   compile PRESET         compile the step for TPUs that are not here: memory, collectives, kernels
   fit TABLE              a scaling law of a table of runs: numbers, intervals, forecast, verdict
+  report                 pages of all studies and of all papers that the code implements
   kernels report         what the TPU compiler made of the kernels: cycles, MXU use, bytes
 
 presets, or your own function as module:function, or the config.json of a run to repeat it
 {presets}
+
+recipes, for quantize, describe and train --quantize, or a JSON file of rules
+{recipes}
 
 `jaxlm COMMAND --help` says more. First try: jaxlm train micro --run runs/first
 """
@@ -54,6 +63,9 @@ BY_SIGNATURE: dict[str, Callable[..., int]] = {
   "checkpoint": checkpoint,
   "tokenize": tokenize,
   "fit": fit,
+  "quantize": quantize,
+  "describe": describe,
+  "report": report,
 }
 """Commands whose flags are the parameters of a function, and whose help is its docstring."""
 BY_ARGUMENTS: dict[str, Callable[[list[str]], int]] = {
@@ -67,7 +79,7 @@ BY_ARGUMENTS: dict[str, Callable[[list[str]], int]] = {
 }
 """Commands that parse their arguments themselves."""
 COMMANDS = (*BY_ARGUMENTS, *BY_SIGNATURE)
-COMPILING = ("train", "resume", "sample", "eval", "replay")
+COMPILING = ("train", "resume", "sample", "eval", "replay", "quantize", "describe")
 """Commands that run what they compile."""
 
 
@@ -81,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
   """
   arguments = sys.argv[1:] if arguments is None else arguments
   if not arguments or arguments[0] in ("-h", "--help"):
-    print(USAGE.format(presets=list_presets()), end="")
+    print(USAGE.format(presets=list_presets(), recipes=list_recipes()), end="")
     return 0 if arguments else 2
   command, flags = arguments[0], arguments[1:]
   if command in COMPILING:

@@ -7,10 +7,12 @@ from typing import Literal
 
 import tyro
 
+from jaxlm.config import check
+
 
 def fit(
   table: tyro.conf.Positional[Path],
-  law: Literal["chinchilla", "tied", "kaplan", "coupled", "isoflop"] = "chinchilla",
+  law: Literal["chinchilla", "tied", "kaplan", "coupled", "isoflop", "all"] = "chinchilla",
   counts: Literal["body", "body+head", "total", "effective"] = "total",
   loss: str = "loss",
   tokens: str = "tokens",
@@ -29,7 +31,8 @@ def fit(
   Args:
     table: CSV file; the table of a sweep, or any other
     law: chinchilla is E + A/N^alpha + B/D^beta; tied has alpha = beta; kaplan no E; coupled
-      E + (A/N^alpha + B/D^beta)^k; isoflop fits a parabola per budget
+      E + (A/N^alpha + B/D^beta)^k; isoflop fits a parabola per budget; all lists the exponent of
+      N_opt by approaches 1, 2 and 3 and the joint forms, without a picture
     counts: what the parameters count: layers (body), layers and output matrix, everything, or
       FLOPs per token / 6 (effective, from the column of flops)
     loss: column of the losses, in nats per token
@@ -44,7 +47,7 @@ def fit(
     budget: training FLOPs to forecast the best size and loss for
     out: picture to write (extra plot)
   """
-  from jaxlm.scaling import figures, verdict
+  from jaxlm.scaling import approaches, figures, verdict
   from jaxlm.scaling.bootstrap import bootstrap
   from jaxlm.scaling.fit import fit_law
   from jaxlm.scaling.isoflop import fit_isoflop
@@ -56,6 +59,11 @@ def fit(
   columns |= {name: given for name, given in (("flops", flops), ("group", group)) if given}
   head = {"head": 0.0} if counts == "body+head" else {}
   runs = read_runs(table, columns, **head)
+  if law == "all":
+    check(out is None, "out", out, "--law all draws no picture")
+    found = approaches.compare(runs, counts=counts, window=window, delta=delta, samples=samples)
+    print("\n".join(approaches.summary(found)))
+    return 0
   if law == "isoflop":
     line = fit_isoflop(runs, counts=counts, window=window, samples=samples)
     print("\n".join(verdict.isoflop_summary(line, budget)))

@@ -11,6 +11,7 @@ from jaxlm.cli.presets import list_presets, load_preset
 from jaxlm.config import OnNewSteps, TrainConfig, check
 from jaxlm.config.pipeline import PipelineSchedule
 from jaxlm.paths import local_path
+from jaxlm.recipes import load_rules
 from jaxlm.run.output import leave_at_once
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class TrainFlags(TrainConfig):
 
   schedule: PipelineSchedule | None = None
   """short for --pipeline.schedule"""
+  quantize: str = ""
+  """rules for model.quant: a recipe, as in quest:4:4, or a JSON file; `jaxlm --help` lists them"""
 
 
 _Flags = TypeVar("_Flags", bound=TrainFlags)
@@ -63,6 +66,9 @@ def parse_config(command: str, preset: str, flags: list[str], kind: type[_Flags]
   options = (tyro.conf.AvoidSubcommands,)
   prog = f"jaxlm {command} {preset}"
   given = tyro.cli(kind, default=kind(**_fields(default)), args=flags, prog=prog, config=options)
+  if given.quantize:
+    model = dataclasses.replace(given.model, quant=load_rules(given.quantize))
+    given = dataclasses.replace(given, model=model)
   if given.schedule is None:
     return given
   pipeline = dataclasses.replace(given.pipeline, schedule=given.schedule)
@@ -100,7 +106,9 @@ def resume(arguments: list[str]) -> int:
   with working_copy(run) as path:
     config = dataclasses.replace(RunFolder(path).read_config(), run=run)
   default = _ResumeConfig(**_fields(config))
-  flags = tyro.cli(_ResumeConfig, default=default, args=arguments[1:], prog=f"jaxlm resume {run}")
+  options = (tyro.conf.AvoidSubcommands,)
+  prog = f"jaxlm resume {run}"
+  flags = tyro.cli(_ResumeConfig, default=default, args=arguments[1:], prog=prog, config=options)
   values = _fields(flags)
   other_text, schedule = values.pop("other_text"), values.pop("schedule")
   check(flags.run == run, "run", flags.run, f"a resumed run stays in its folder {run}")

@@ -42,7 +42,7 @@ def sample(
 
   Args:
     run: folder of the run or checkpoint, or hf:owner/name on the Hub (extra hf)
-    prompt: text to continue
+    prompt: text to continue; the name of a special token in it, as <|im_start|>, is text too
     max_new: most tokens to add
     temperature: divides the logits; 0 always takes the likeliest token
     top_k: keep only the k likeliest tokens; 0 keeps all

@@ -9,9 +9,11 @@ from jaxlm.config.checks import check, check_finite, check_seed
 from jaxlm.config.compute import ComputeConfig
 from jaxlm.config.data import DataConfig
 from jaxlm.config.layers import decoder, rearrange, revise
-from jaxlm.config.model import AttentionConfig, LayerSpec, MlpConfig, ModelConfig
+from jaxlm.config.mixers import AttentionConfig, ConvConfig, KdaConfig, MixerConfig, NsaConfig
+from jaxlm.config.model import LayerSpec, MlpConfig, ModelConfig
 from jaxlm.config.optimizer import OnNewSteps, OptimizerConfig
 from jaxlm.config.pipeline import PipelineConfig
+from jaxlm.config.quant import QuantRule, QuantSpec
 from jaxlm.config.rope import RopeConfig
 from jaxlm.config.train import TrainConfig
 from sharding.mesh import MeshConfig
@@ -19,14 +21,20 @@ from sharding.mesh import MeshConfig
 __all__ = [
   "AttentionConfig",
   "ComputeConfig",
+  "ConvConfig",
   "DataConfig",
+  "KdaConfig",
   "LayerSpec",
   "MeshConfig",
+  "MixerConfig",
   "MlpConfig",
   "ModelConfig",
+  "NsaConfig",
   "OnNewSteps",
   "OptimizerConfig",
   "PipelineConfig",
+  "QuantRule",
+  "QuantSpec",
   "RopeConfig",
   "TrainConfig",
   "check",

@@ -24,7 +24,8 @@ class DataConfig:
   positions kept apart."""
   holdout: float = 0.03
   """Fraction of the bytes kept for evaluation, up to one half: whole documents, chosen by a hash of
-  their names, and the ends of some where documents are few."""
+  their names, and the ends of some where documents are few, cut behind a line, a sentence or a word
+  if one ends within a tenth of the part that is held out."""
   heldout: str = ""
   """The text to evaluate on: a file, folder or hf:owner/dataset:split. Empty: files and folders
   named val, valid, validation, dev or test, where there are any, else `holdout` of the bytes. none:

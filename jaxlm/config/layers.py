@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from jaxlm.config.mixers import AttentionConfig
 from jaxlm.config.model import LayerSpec, ModelConfig
 
 _LONGEST_PATTERN = 64
@@ -20,10 +21,7 @@ def decoder(
   Takes the fields of ModelConfig, AttentionConfig and MlpConfig by their plain names, as in
   `decoder(D=128, F=352, N=4, K=4, H=32, layers=4)`.
   """
-  plain = LayerSpec()
-  pattern = tuple(
-    LayerSpec(mixer=dataclasses.replace(plain.mixer, window=window)) for window in windows
-  )
+  pattern = tuple(LayerSpec(mixer=AttentionConfig(window=window)) for window in windows)
   return revise(ModelConfig(pattern=pattern, layers=layers), **fields)
 
 

@@ -11,43 +11,8 @@ import itertools
 from typing import Literal
 
 from jaxlm.config.checks import check, check_finite
-from jaxlm.config.rope import RopeConfig
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-  """Configures causal grouped-query self-attention (`jaxlm.models.mixers.attention`)."""
-
-  N: int = 4
-  """query heads"""
-  K: int = 4
-  """key and value heads; N / K query heads share one"""
-  H: int = 32
-  """width of one head (N * H may differ from D); even, for rotary embedding"""
-  window: int | None = None
-  """keys that a query sees, itself included; None: all up to itself"""
-  rope: RopeConfig = RopeConfig()
-  qk_norm: bool = False
-  """norm queries and keys over H, with weights that all heads share, before the rotation"""
-  qkv_bias: bool = False
-  """biases on queries, keys and values"""
-  out_bias: bool = False
-  """bias on the output of attention"""
-  query_width: float | None = None
-  """attention divides q.k by the root of this; by default of H"""
-  cap: float | None = None
-  """soft cap c of attention's logits a before the mask, c tanh(a / c); None: not capped"""
-
-  def __post_init__(self) -> None:
-    check_finite(self, "mixer.")
-    for name in ("N", "K", "H"):
-      check(getattr(self, name) >= 1, f"mixer.{name}", getattr(self, name), "must be at least 1")
-    rule = f"query heads must be a multiple of K={self.K} key heads"
-    check(self.N % self.K == 0, "mixer.N", self.N, rule)
-    check(self.H % 2 == 0, "mixer.H", self.H, "rotary embedding needs an even head width")
-    for name in ("window", "query_width", "cap"):
-      value = getattr(self, name)
-      check(value is None or value > 0, f"mixer.{name}", value, "must be above 0, or None")
+from jaxlm.config.mixers import AttentionConfig, MixerConfig
+from jaxlm.config.quant import QuantRule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +34,7 @@ class MlpConfig:
 class LayerSpec:
   """Pairs a mixer, which exchanges between positions, with a feed-forward, which does not."""
 
-  mixer: AttentionConfig = AttentionConfig()
+  mixer: MixerConfig = AttentionConfig()
   feedforward: MlpConfig = MlpConfig()
 
 
@@ -105,6 +70,8 @@ class ModelConfig:
   """norm the outputs of mixer and feed-forward too, before they join the residual stream"""
   logit_cap: float | None = None
   """soft cap c of the logits a, c tanh(a / c); None: not capped"""
+  quant: tuple[QuantRule, ...] = ()
+  """formats of the matmuls, by their names; the first rule that matches decides; none: plain"""
   max_length: int | None = None
   """longest context that published weights are meant for; kept for other tools, unused here"""
 

@@ -160,7 +160,8 @@ def save(
   """
   folder = local_path(path, "checkpoint")
   check_new(folder)
-  leaves = {weight: _checked_leaf(params, weight) for weight in list_weights(config)}
+  weights = list(list_weights(config))  # refuses the model before its parameters
+  leaves = {weight: _checked_leaf(params, weight) for weight in weights}
   dtypes = {np.dtype(leaf.dtype) for leaf in leaves.values()}
   if len(dtypes) > 1 or not dtypes <= set(safetensors.DTYPES.values()):
     listed = ", ".join(sorted(map(str, dtypes)))

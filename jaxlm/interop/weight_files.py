@@ -20,15 +20,14 @@ def find_tensors(folder: Path) -> dict[str, Entry]:
   """Returns all tensors of the folder by name; reads headers only, never pickle.
 
   Raises UserError, naming file, tensor and rule, for a folder without weights, a damaged header,
-  and an index that does not say exactly what the files hold.
+  and an index that does not say exactly what the files hold. Beside model.safetensors the index may
+  name no other file.
   """
   single, index = folder / SINGLE, folder / INDEX
-  if single.is_file() and index.is_file():
-    raise UserError(f"{folder}: holds both {SINGLE} and {INDEX}; which one counts is not defined")
-  if single.is_file():
-    return read_header(single)
   if index.is_file():
     return _find_indexed(folder, index)
+  if single.is_file():
+    return read_header(single)
   pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
   hint = ""
   if pickles:
@@ -44,6 +43,9 @@ def _find_indexed(folder: Path, index: Path) -> dict[str, Entry]:
     if not _is_plain_name(file_name):
       rule = "must be the plain name of a .safetensors file of the folder"
       raise UserError(f"{index}: file {str(file_name)[:200]!r} {rule}")
+  if (folder / SINGLE).is_file() and (others := {*weight_map.values()} - {SINGLE}):
+    rule = f"names {min(others)}, but {SINGLE} is there too, which transformers reads; remove one"
+    raise UserError(f"{index}: {rule}")
   tensors: dict[str, Entry] = {}
   for file_name in sorted(set(weight_map.values())):
     path = folder / file_name

@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jaxlm.config import LayerSpec, ModelConfig
+from jaxlm.config import AttentionConfig, LayerSpec, ModelConfig
+from pallas_kernels.common.errors import UnsupportedError
 
 Path = tuple[str, ...]
 # Rotary tables and causal masks, which older programs store; they are computed here.
@@ -81,6 +82,9 @@ def count_tensors(c: ModelConfig) -> int:
 def _block(c: ModelConfig, spec: LayerSpec) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
   """Maps (module, parameter) of a layer to its name below the layer on the Hub, and its shape."""
   mixer, F, feedforward_bias = spec.mixer, spec.feedforward.F, spec.feedforward.bias
+  if not isinstance(mixer, AttentionConfig):
+    kind = type(mixer).__name__
+    raise UnsupportedError(f"model: a layer is a {kind}, for which the Hub's names are not known")
   Q, Z = mixer.N * mixer.H, mixer.K * mixer.H
   linears = {
     ("mixer/q", "self_attn.q_proj"): ((c.D, Q), mixer.qkv_bias),

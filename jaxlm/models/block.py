@@ -14,7 +14,7 @@ from jaxlm.config import ComputeConfig, LayerSpec, ModelConfig
 from jaxlm.models.feedforward import FEEDFORWARDS
 from jaxlm.models.linear import Roles, declare_parts
 from jaxlm.models.mixers import MIXERS
-from jaxlm.models.mixers.attention import Context
+from jaxlm.models.mixers.context import Context
 from jaxlm.models.norms import RMSNorm
 
 

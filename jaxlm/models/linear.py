@@ -1,8 +1,4 @@
-"""Contracts with a weight; says how weights start, how they are sharded and how they are used.
-
-Products accumulate in float32 and are cast to the compute type. Where `tensor` splits the
-contracted axis, the devices' partial products are summed in the compute type.
-"""
+"""Contracts with a weight; says how weights start, how they are sharded and how they are used."""
 
 # B batch, T positions, D input width, F output width
 
@@ -14,23 +10,37 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 
-from jaxlm.config import ComputeConfig
+from jaxlm.config import ComputeConfig, QuantRule, QuantSpec
+from jaxlm.config.formats import Format
+from jaxlm.config.quant import find_spec
+from jaxlm.models.matmul import matmul
+from jaxlm.models.products import PRODUCTS
+from jaxlm.quant.apply import (
+  init_scales,
+  learned_names,
+  quantize,
+  quantize_gradient,
+  scale_role,
+  shares_rotation,
+  turn,
+  unit_normal,
+)
+from jaxlm.quant.packing import Packed, packed_shapes, unpack_operand
+from pallas_kernels.common.errors import UnsupportedError
 from sharding.rules import (
   Names,
   all_gather_weight,
-  axes_in,
+  apply_undeferred,
   is_sharded,
-  manual_axes,
   shard,
   spec,
   weight_shape,
 )
 
 Roles = dict[str, Any]
-"""A tree with the structure of parameters: "embedding", "matrix", "head", "norm" or "bias"."""
+"""A tree like that of parameters: "embedding", "matrix", "head", "norm", "bias", "taps", "scale",
+"decayed_scale" or "packed"."""
 
 
 def sharded_normal(
@@ -49,6 +59,8 @@ class Linear(nn.Module):
   """Multiplies by a weight [D, F] and adds a bias [F]: every contraction with a weight is one.
 
   `axes` are the logical axes of the weight as it is stored, `out` those of the result [B, T, F].
+  `rules` say which formats weight, input and gradient have, or what replaces the product; this is
+  the only place where they act.
   """
 
   shape: tuple[int, int]
@@ -56,6 +68,7 @@ class Linear(nn.Module):
   axes: Names
   out: Names
   compute: ComputeConfig
+  rules: tuple[QuantRule, ...]
   biased: bool = False
   role: str = "matrix"
   out_dtype: str | None = None
@@ -64,15 +77,70 @@ class Linear(nn.Module):
   """the layers that this module computes (a scan computes several by one module); none: the head"""
 
   def setup(self) -> None:
-    """Declares the weight and the bias."""
-    self.weight = self.param("weight", sharded_normal, self.shape, self.std, *self.axes)
+    """Declares the weight, the bias, and the scales that formats learn."""
+    self.packed = self._declare_packed()
+    if not self.packed:
+      self.weight = self.param("weight", sharded_normal, self.shape, self.std, *self.axes)
     self.bias = None
     if self.biased:
       self.bias = self.param("bias", sharded_zeros, self.shape[1:], self.axes_in_use[1])
+    self.scales = {
+      operand: {
+        name: self.param(f"{operand}_{name}", self._init_scale, format, operand, name)
+        for name in learned_names(format)
+      }
+      for operand, format in self._learned_formats().items()
+    }
 
   def declare(self) -> Roles:
     """Creates the parameters and returns their roles."""
-    return {"weight": self.role} | ({"bias": "bias"} if self.biased else {})
+    weight = {f"packed_{name}": "packed" for name in self.packed} or {"weight": self.role}
+    roles: Roles = weight | ({"bias": "bias"} if self.biased else {})
+    for operand, format in self._learned_formats().items():
+      roles |= {f"{operand}_{name}": scale_role(format) for name in learned_names(format)}
+    return roles
+
+  def _declare_packed(self) -> Packed:
+    """Returns the weight in bytes, where it comes so; raises where only some layers of it do."""
+    specs = {find_spec(self.rules, name) for name in self.names}
+    if not any(spec.packed for spec in specs):
+      return {}
+    if len({spec.weight for spec in specs if spec.packed}) > 1 or len(specs) > 1:
+      rule = f"{self.names[0]} and other layers of its stack are packed differently"
+      raise UnsupportedError(f"model.quant: {rule}: put these layers in model.prefix")
+    (spec,) = specs
+    assert spec.weight is not None
+    shapes = packed_shapes(spec.weight, self.shape)
+    return {
+      name: self.param(f"packed_{name}", lambda key, like=like: jnp.zeros(like.shape, like.dtype))
+      for name, like in shapes.items()
+    }
+
+  def _init_scale(self, key: jax.Array, format: Format, operand: str, name: str) -> jax.Array:
+    """Returns a scale's first value: for the weight as drawn, or for normal inputs."""
+    if operand == "activation":
+      return init_scales(unit_normal(), format)[name]
+    n = max(find_spec(self.rules, name).hadamard for name in self.names)
+    turned_DF = turn(self.weight, n, axis=0)
+    scale = apply_undeferred(lambda w_DF: init_scales(w_DF.T, format)[name], turned_DF)
+    return scale if scale.shape == (1,) else shard(scale, self.axes_in_use[1])
+
+  def _learned_formats(self) -> dict[str, Format]:
+    """Returns the formats of weight and input that learn scales; they are stacked over layers.
+
+    Raises UnsupportedError where the layers of this module would need different ones.
+    """
+    formats: dict[str, Format] = {}
+    for operand in ("activation",) if self.packed else ("weight", "activation"):
+      several = {getattr(find_spec(self.rules, name), operand) for name in self.names}
+      several = {format for format in several if learned_names(format)}
+      if len(several) > 1:
+        words = " and ".join(sorted(map(str, several)))
+        rule = f"{self.names[0]} and other layers of its stack would learn scales of {words}"
+        raise UnsupportedError(f"model.quant: {rule}: put these layers in model.prefix")
+      if several:
+        formats[operand] = several.pop()
+    return formats
 
   @property
   def axes_in_use(self) -> Names:
@@ -85,96 +153,47 @@ class Linear(nn.Module):
     path = ".".join(self.path)
     return tuple(f"layers.{layer}.{path}" for layer in self.layers) or (path or "head",)
 
+  @property
+  def quant(self) -> QuantSpec:
+    """Returns how this contraction is computed, which is the same in all layers of the module."""
+    first, *others = {find_spec(self.rules, name) for name in self.names}
+    if others:
+      raise UnsupportedError(f"model.quant: {' and '.join(self.names)} are computed by one scan")
+    return first
+
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     """Returns x w + bias [B, T, F] in `out_dtype`."""
-    dtype = self.out_dtype or self.compute.dtype
-    y_BTF = matmul(x_BTD, self.weight_in_use(), self.axes_in_use, self.out, dtype)
+    dtype, product = self.out_dtype or self.compute.dtype, self.quant.product
+    key = self.make_rng("rounding") if self.has_rng("rounding") else None
+    contract = None
+    if product is not None:
+      contract = functools.partial(PRODUCTS[type(product)], product, key)
+    x_BTD, w_DF = self.input_in_use(x_BTD), self.weight_in_use()
+    y_BTF = matmul(x_BTD, w_DF, self.axes_in_use, self.out, dtype, contract)
+    if self.quant.gradient is not None:
+      y_BTF = quantize_gradient(y_BTF, self.quant.gradient, key)
     return add_bias(y_BTF, self.bias, self.out)
+
+  def input_in_use(self, x_BTD: jax.Array) -> jax.Array:
+    """Returns the input [B, T, D] as it is multiplied."""
+    x_BTD = turn(x_BTD, self.quant.hadamard)
+    scales, rotated = self.scales.get("activation"), shares_rotation(self.quant)
+    return quantize(x_BTD, self.quant.activation, scales=scales, N=self.shape[0], rotated=rotated)
 
   def weight_in_use(self) -> jax.Array:
     """Returns the weight [D, F] as it is multiplied: in the compute type, gathered on a mesh."""
     dtype, reduce_dtype = self.compute.dtype, self.compute.reduce_dtype
-    return all_gather_weight(self.weight, self.axes_in_use, dtype, reduce_dtype)
-
-
-def matmul(
-  x_BTD: jax.Array, w_DF: jax.Array, axes: Names, out: Names, dtype: str | jnp.dtype
-) -> jax.Array:
-  """Contracts [B, T, D] with [D, F] in float32 and returns [B, T, F] in `dtype`.
-
-  `axes` are the logical axes of `w_DF`, `out` those of the result. Where D is split, the partial
-  products are summed on the way to `out` (reduce-scatter), whose T is then "norm_length".
-  """
-  B, T, D = x_BTD.shape
-  sharding = None
-  if is_sharded():
-    partial = spec((B, T, w_DF.shape[1]), "batch", "length", out[2])
-    sharding = P(*partial, unreduced=axes_in(spec((D,), axes[0])))
-  rounds = x_BTD.dtype == jnp.dtype(dtype) and x_BTD.dtype.itemsize < 4
-  contract = _contract_rounded if rounds else _contract
-  y_BTF = contract(x_BTD, w_DF, sharding).astype(dtype)
-  if summed := manual_axes(axes[0]):
-    y_BTF = jax.lax.psum_scatter(y_BTF, summed, scatter_dimension=1, tiled=True)
-  else:
-    y_BTF = shard(y_BTF, *out)
-  return checkpoint_name(y_BTF, "product")
-
-
-def _contract(x_BTD: jax.Array, w_DF: jax.Array, sharding: P | None) -> jax.Array:
-  """Contracts in float32, or in a wider type of the arguments.
-
-  On one device B and T are merged: a weight gradient that contracts two axes makes XLA on CPU write
-  transposed copies.
-  """
-  if sharding is not None:
-    return _einsum("btd,df->btf", x_BTD, w_DF, sharding)
-  B, T, D = x_BTD.shape
-  return _einsum("zd,df->zf", x_BTD.reshape(B * T, D), w_DF).reshape(B, T, w_DF.shape[1])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _contract_rounded(x_BTD: jax.Array, w_DF: jax.Array, sharding: P | None) -> jax.Array:
-  """Contracts in float32 and rounds to x's type, in which its backward pass multiplies too.
-
-  Automatic differentiation would multiply float32 cotangents, at half the speed or less, although
-  they hold numbers of x's type.
-  """
-  return _contract(x_BTD, w_DF, sharding).astype(x_BTD.dtype)
-
-
-def _contract_rounded_forward(
-  x_BTD: jax.Array, w_DF: jax.Array, sharding: P | None
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return _contract_rounded(x_BTD, w_DF, sharding), (x_BTD, w_DF)
-
-
-def _contract_rounded_backward(
-  sharding: P | None, residuals: tuple[jax.Array, jax.Array], dy_BTF: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  x_BTD, w_DF = residuals
-  if sharding is not None:
-    dx_BTD = _einsum("btf,df->btd", dy_BTF, w_DF, _cotangent_spec(x_BTD))
-    dw_DF = _einsum("btd,btf->df", x_BTD, dy_BTF, _cotangent_spec(w_DF))
-  else:
-    B, T, D = x_BTD.shape
-    x_ZD, dy_ZF = x_BTD.reshape(B * T, D), dy_BTF.reshape(B * T, -1)
-    dx_BTD = _einsum("zf,df->zd", dy_ZF, w_DF).reshape(B, T, D)
-    dw_DF = _einsum("zd,zf->df", x_ZD, dy_ZF)
-  return dx_BTD.astype(x_BTD.dtype), dw_DF.astype(w_DF.dtype)
-
-
-_contract_rounded.defvjp(_contract_rounded_forward, _contract_rounded_backward)
-
-
-def _einsum(letters: str, x: jax.Array, y: jax.Array, sharding: P | None = None) -> jax.Array:
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
-  return jnp.einsum(letters, x, y, preferred_element_type=dtype, out_sharding=sharding)
-
-
-def _cotangent_spec(x: jax.Array) -> P:
-  """Returns how the cotangent of `x` is spread: unsummed over the axes that x is `reduced` over."""
-  now = jax.typeof(x).sharding.spec
-  return P(*now.partitions, unreduced=now.reduced)
+    if self.packed:
+      return unpack_operand(self.packed, self.quant, self.shape[0]).T.astype(dtype)
+    w_DF = quantize(
+      turn(self.weight, self.quant.hadamard, axis=0),
+      self.quant.weight,
+      axis=0,
+      scales=self.scales.get("weight"),
+      N=self.shape[0] * self.shape[1],
+      rotated=shares_rotation(self.quant),
+    )
+    return all_gather_weight(w_DF, self.axes_in_use, dtype, reduce_dtype)
 
 
 def add_bias(x_BTF: jax.Array, bias_F: jax.Array | None, names: Names) -> jax.Array:

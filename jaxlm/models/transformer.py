@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ComputeConfig, ModelConfig
+from jaxlm.config.quant import find_spec
 from jaxlm.models.block import Block
 from jaxlm.models.embedding import Embedding
 from jaxlm.models.head import Head
 from jaxlm.models.linear import Linear, Roles
 from jaxlm.models.mixers import MIXERS
-from jaxlm.models.mixers.attention import Context
+from jaxlm.models.mixers.context import Context
 from jaxlm.models.norms import RMSNorm
+from jaxlm.models.parts import formats_of_repeats, make_blocks, make_head
 from pallas_kernels.attention.mask import soft_cap
 from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import platform
@@ -73,6 +75,7 @@ class Transformer:
     in_order: bool = False,
     order: Order = "contiguous",
     cache: Any = None,
+    key: jax.Array | None = None,
     logits: bool = True,
   ) -> Any:
     """Returns logits [B, T, V] in float32 of ids [B, T] int32; with a `cache`, also its update.
@@ -89,6 +92,7 @@ class Transformer:
     cache: from `init_cache`; the T positions are written into it and see what is there. Here
       positions may be -1: padding, which is written nowhere and which nothing sees. The logits of
       a position that the cache has no room for are NaN.
+    key: of a training step, for formats that round gradients at random (`jaxlm.config.quant`).
     logits: False gives, in place of logits, the states [B, T, D] that `head` multiplies.
     """
     x_BTD, cache = self.run_layers(
@@ -99,6 +103,7 @@ class Transformer:
       in_order=in_order,
       order=order,
       cache=cache,
+      key=key,
     )
     out = self.finish(params, x_BTD, logits=logits)
     return out if cache is None else (out, cache)
@@ -113,6 +118,7 @@ class Transformer:
     in_order: bool = False,
     order: Order = "contiguous",
     cache: Any = None,
+    key: jax.Array | None = None,
   ) -> tuple[jax.Array, Any]:
     """Embeds and runs all stacks; arguments as in `apply`.
 
@@ -122,6 +128,7 @@ class Transformer:
       raise UnsupportedError("segment_ids: rows of several segments have no decode cache")
     B, T = ids_BT.shape
     context = self.context(T, positions, segment_ids, in_order, order)
+    context = dataclasses.replace(context, key=key)
     if cache is not None:
       positions_BT = jnp.broadcast_to(context.positions_BT, (B, T))
       context = dataclasses.replace(context, positions_BT=shard(positions_BT, "batch", "length"))
@@ -164,40 +171,75 @@ class Transformer:
     splits it, every device gathers all of them: training has `sharding.pipeline` instead. Returns
     x, the updated cache or None, and the layers' statistics, both stacked likewise.
     """
-    blocks = self.blocks(index)
     stack = gather_layers(stack)
     repeats = jax.tree.leaves(stack)[0].shape[0]
+    outs = []
+    for start, stop, part in self._runs(index, repeats, (stack, cache)):
+      blocks = self.blocks(index, start, stop)
+      own = dataclasses.replace(context, key=_fold_in(context.key, index, start))
+      x_BTD, out = self._run_repeats(blocks, part, x_BTD, own)
+      outs.append(out)
+    updated, statistics = _join(outs)
+    return x_BTD, None if cache is None else updated, statistics
+
+  def _runs(self, index: int, repeats: int, tree: Any) -> list[tuple[int, int, Any]]:
+    """Cuts a stack where the formats of its matmuls change.
+
+    Returns for each part its first repeat, the one after its last, and its arrays.
+    """
+    if not self.config.quant:
+      return [(0, repeats, tree)]
+    formats = formats_of_repeats(self.config, index)
+    cuts = [r for r in range(1, len(formats)) if formats[r] != formats[r - 1]]
+    if not cuts:
+      return [(0, repeats, tree)]
+    if repeats < len(formats):
+      rule = "tell layers apart, which stages of a pipeline, and other slices of a stack, cannot"
+      raise UnsupportedError(f"model.quant: rules {rule}")
+    return list(zip([0, *cuts], [*cuts, repeats], _cut(tree, cuts)))
+
+  def _run_repeats(
+    self, blocks: dict[str, Block], stack_and_cache: Any, x_BTD: jax.Array, context: Context
+  ) -> tuple[jax.Array, Any]:
+    """Runs repeats that are computed alike; returns x, and what they return, stacked."""
+    repeats = jax.tree.leaves(stack_and_cache)[0].shape[0]
     scanned = self._scans and repeats > 1
     runs = {name: self._with_remat(block, scanned) for name, block in blocks.items()}
 
+    keys = None if context.key is None else jax.random.split(context.key, repeats)
+
     def run_repeat(x_BTD: jax.Array, one_repeat: Any) -> tuple[jax.Array, Any]:
-      params, caches = one_repeat
+      (params, caches), key = one_repeat
       updated, statistics = {}, {}
       for name, run in runs.items():
         before = None if caches is None else caches[name]
-        x_BTD, updated[name], statistics[name] = run(params[name], x_BTD, context, before)
+        own = dataclasses.replace(context, key=_fold_in(key, int(name)))
+        x_BTD, updated[name], statistics[name] = run(params[name], x_BTD, own, before)
       return x_BTD, (updated, statistics)
 
     if scanned:
-      x_BTD, (updated, statistics) = jax.lax.scan(run_repeat, x_BTD, (stack, cache))
-    else:
-      outs = []
-      for one_repeat in _unstack((stack, cache), repeats):
-        x_BTD, out = run_repeat(x_BTD, one_repeat)
-        outs.append(out)
-      updated, statistics = jax.tree.map(lambda *layers: jnp.stack(layers), *outs)
-    return x_BTD, None if cache is None else updated, statistics
+      return jax.lax.scan(run_repeat, x_BTD, (stack_and_cache, keys))
+    outs = []
+    rows = [None] * repeats if keys is None else list(keys)
+    for one_repeat in zip(_unstack(stack_and_cache, repeats), rows):
+      x_BTD, out = run_repeat(x_BTD, one_repeat)
+      outs.append(out)
+    return x_BTD, jax.tree.map(lambda *layers: jnp.stack(layers), *outs)
 
   def finish(self, params: Params, x_BTD: jax.Array, *, logits: bool = True) -> jax.Array:
     """Norms the last states and returns float32 logits [B, T, V]; or the normed states alone."""
     x_BTD = _call(self._norm, params["norm"], x_BTD)
     x_BTD = all_gather(x_BTD, "batch", "length", None)
     if not logits:
-      return x_BTD
+      return _call(self._head, self._head_params(params), x_BTD, method="input_in_use")
     return soft_cap(_call(self._head, self._head_params(params), x_BTD), self.config.logit_cap)
 
   def head(self, params: Params) -> Head:
     """Returns what makes logits of the normed states, for losses that never hold all logits."""
+    spec = find_spec(self.config.quant, "head")
+    if spec.gradient or spec.product:
+      rule = "the loss never holds the logits' gradient: only weight and activation have formats"
+      raise UnsupportedError(f"model.quant: matmul 'head': {rule}")
     weights = {"params": self._head_params(params)}
     w_DV: Any = self._head.apply(weights, method="weight_in_use")
     if self.config.tied:
@@ -212,7 +254,8 @@ class Transformer:
 
     def stacked(spec: Any, repeats: int) -> Any:
       def one_layer(_: jax.Array) -> Any:
-        return MIXERS[type(spec.mixer)].init_cache(spec.mixer, batch, length, self.compute.dtype)
+        mixer, dtype = spec.mixer, self.compute.dtype
+        return MIXERS[type(mixer)].init_cache(mixer, self.config, batch, length, dtype)
 
       return jax.vmap(one_layer)(jnp.arange(repeats))  # keeps the sharding of one layer's
 
@@ -221,22 +264,12 @@ class Transformer:
       for index, (specs, repeats) in enumerate(self.config.stacks)
     }
 
-  def blocks(self, index: int) -> dict[str, Block]:
-    """Returns the blocks of one repeat of stack `index`, in order; each knows its layers."""
-    stacks = self.config.stacks
-    specs, repeats = stacks[index]
-    first = sum(len(specs) * repeats for specs, repeats in stacks[:index])
-    period = len(specs)
-    return {
-      str(place): Block(
-        spec,
-        self.config,
-        self.compute,
-        tuple(range(first + place, first + period * repeats, period)),
-        parent=None,
-      )
-      for place, spec in enumerate(specs)
-    }
+  def blocks(self, index: int, start: int = 0, stop: int | None = None) -> dict[str, Block]:
+    """Returns the blocks of one repeat of stack `index`, in order; each knows its layers.
+
+    These are those of the repeats from `start` to `stop`, by default to the last.
+    """
+    return make_blocks(self.config, self.compute, index, start, stop)
 
   @property
   def _embedding(self) -> Embedding:
@@ -252,11 +285,7 @@ class Transformer:
 
   @property
   def _head(self) -> Linear:
-    """Returns the head, which also multiplies by a tied embedding."""
-    c = self.config
-    out = ("batch", "length", "act_vocab")
-    options: dict[str, Any] = {"role": "head", "out_dtype": "float32", "compute": self.compute}
-    return Linear((c.D, c.V), c.D**-0.5, ("embed", "vocab"), out, parent=None, **options)
+    return make_head(self.config, self.compute)
 
   @property
   def _scans(self) -> bool:
@@ -266,7 +295,8 @@ class Transformer:
 
   def _with_remat(self, block: Block, scanned: bool) -> Callable:
     def run(params: Params, x_BTD: jax.Array, context: Context, cache: Any) -> Any:
-      return _call(block, params, x_BTD, context, cache)
+      rngs = {} if context.key is None else {"rounding": context.key}
+      return block.apply({"params": params}, x_BTD, context, cache, rngs=rngs)
 
     remat = self.compute.remat
     if remat == "none":
@@ -293,7 +323,9 @@ class Transformer:
 def roles(config: ModelConfig) -> Roles:
   """Returns each parameter's role in a tree like params.
 
-  One of "embedding", "matrix", "head", "norm" and "bias": what an optimizer groups by.
+  One of "embedding", "matrix", "head", "norm", "bias", "taps" (of short convolutions), "scale" and
+  "decayed_scale" (that formats learn) and "packed" (bytes, which do not train): what an
+  optimizer groups by.
   """
 
   def declared(module: nn.Module, repeats: int | None, number: int) -> Roles:
@@ -308,8 +340,29 @@ def roles(config: ModelConfig) -> Roles:
   return Transformer(config)._map_modules(declared)
 
 
-def _call(module: nn.Module, params: Params, *arguments: Any) -> Any:
-  return module.apply({"params": params}, *arguments)
+def _call(module: nn.Module, params: Params, *arguments: Any, method: str = "__call__") -> Any:
+  return module.apply({"params": params}, *arguments, method=method)
+
+
+def _fold_in(key: jax.Array | None, *data: int) -> jax.Array | None:
+  """Returns a key of its own for these numbers, or None for None."""
+  if key is None:
+    return None
+  for number in data:
+    key = jax.random.fold_in(key, number)
+  return key
+
+
+def _cut(tree: Any, cuts: list[int]) -> list[Any]:
+  """Cuts the leading axis of every leaf before these rows."""
+  leaves, structure = jax.tree.flatten(tree)
+  columns = [jnp.split(leaf, cuts) for leaf in leaves]
+  return [jax.tree.unflatten(structure, part) for part in zip(*columns)]
+
+
+def _join(trees: list[Any]) -> Any:
+  """Joins the leading axes of trees that are alike."""
+  return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *trees)
 
 
 def _unstack(tree: Any, R: int) -> list[Any]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.config import TrainConfig
-from jaxlm.config_json import to_dict
+from jaxlm.config import ModelConfig, TrainConfig
+from jaxlm.config_json import from_dict, to_dict
+from jaxlm.quant.scales import learned_scales
 from jaxlm.run.environment import differences, starts
 from jaxlm.run.run_folder import RunFolder
 from pallas_kernels.common.errors import UserError
 
-FREE_OF_MODEL = ("max_length",)
-"""Fields of the model that change no weight."""
+FREE_OF_MODEL = ("max_length", "quant")
+"""Fields of the model that change no weight; the scales that `quant` learns are compared apart."""
 ROWS = ("length", "layout")
 """Fields of the data that decide how text is cut into rows; digests identify the text itself."""
 
@@ -36,12 +38,24 @@ def check_compatible(
   """
   started = [start["config"] for start in starts(folder) if isinstance(start.get("config"), dict)]
   before = started[-1] if started else json.loads(folder.config.read_text())
+  _check_scales(folder, before, config)
   saved = _fixed_fields(before, step, other_data, counts_rows)
   now = _fixed_fields(json.loads(json.dumps(to_dict(config))), step, other_data, counts_rows)
   wrong = differences(saved, {name: value for name, value in now.items() if name in saved})
   if wrong:
     rule = "contradicts the checkpoints, which were written with other values (saved -> now)"
     raise UserError(f"{folder.config}: {rule}: {'; '.join(wrong)}")
+
+
+def _check_scales(folder: RunFolder, before: Mapping[str, Any], config: TrainConfig) -> None:
+  """Raises UserError where the rules learn other scales than those that the checkpoints hold."""
+  quant = before.get("model", {}).get("quant", [])
+  rules = from_dict(ModelConfig, {"quant": quant}).quant
+  saved = learned_scales(dataclasses.replace(config.model, quant=rules))
+  if saved != (now := learned_scales(config.model)):
+    names = sorted(saved.keys() ^ now.keys()) or sorted(now)
+    rule = "learn scales that the checkpoints do not hold; export the run and start from that by"
+    raise UserError(f"{folder.config}: model.quant: rules {rule} --init: {', '.join(names[:4])}")
 
 
 def _fixed_fields(

@@ -20,6 +20,7 @@ from jaxlm.data.corpus import absolute_paths
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.data.tokenizer import BPETokenizer
 from jaxlm.interop import huggingface
+from jaxlm.interop.hub_export import is_qwen2, with_own_tokenizer
 from jaxlm.interop.hub_text import keep_text_files, make_text_files
 from jaxlm.paths import local_path
 from jaxlm.run.environment import differences
@@ -50,8 +51,8 @@ def convert(
   `source` is the folder of a run or of a checkpoint, or `hf:owner/name`. A written checkpoint has
   weights of type `dtype`, by default float32, in which runs keep theirs. A written run has
   `config`, by default `tuning_config`; `dtype` must be None or float32 there. The tokenizer and
-  what belongs to it go along: a text starts and ends with the same tokens. Returns a line that says
-  what was written. Raises UserError as `huggingface.load` and `save` do.
+  what belongs to it go along: a text starts and ends with the same tokens. Returns what was
+  written, in words. Raises UserError as `huggingface.load` and `save` do.
   """
   weight_dtype = huggingface.resolve_dtype("float32" if dtype is None else dtype)
   if huggingface.is_checkpoint(source):
@@ -98,10 +99,15 @@ def write_checkpoint(run: SavedRun, published: Path, target: Path, dtype: np.dty
     text_files = keep_text_files(published, run.tokenizer.eos, model.V)
   else:
     text_files = make_text_files(run.tokenizer, model.V, model.max_length or 0)
+    model, params = with_own_tokenizer(model, params)
   with new_files_removed_if_failed(target):
     huggingface.save(target, model, params, text_files=text_files)
   names = ", ".join(["config.json", *text_files.files])
-  return f"{target}: weights of step {run.step} in {dtype}, {names}"
+  line = f"{target}: weights of step {run.step} in {dtype}, {names}"
+  if not (published / TOKENIZER_FILE).is_file() and is_qwen2(model):
+    line += "\nAutoTokenizer of transformers 5 gives other ids than this tokenizer.json in Qwen2's "
+    line += f"layout; PreTrainedTokenizerFast.from_pretrained({str(target)!r}) reads it as it is"
+  return line
 
 
 def _write_run(config: TrainConfig, given: TrainConfig) -> str:

@@ -116,16 +116,21 @@ def starts(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def record_start(
-  folder: RunFolder, step: int, config: TrainConfig, data: Sequence[str] = ()
+  folder: RunFolder,
+  step: int,
+  config: TrainConfig,
+  data: Sequence[str] = (),
+  matmuls: Sequence[str] = (),
 ) -> list[str]:
   """Adds this start to environment.json; returns how it differs from the start before.
 
-  `data` is what `Task.report` says of the data, which is recorded and not compared.
+  `data` is what `Task.report` says of the data, `matmuls` what `Task.matmuls` says of formats; both
+  are recorded and not compared.
   """
   before = starts(folder)
   date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
   now = {**environment(), "config": json.loads(json.dumps(to_dict(config)))}
-  start = {"date": date, "step": step, **now, "data": list(data)}
+  start = {"date": date, "step": step, **now, "data": list(data), "matmuls": list(matmuls)}
   write_text(folder.environment, json.dumps([*before, start], indent=1) + "\n")
   return differences({name: before[-1].get(name) for name in now}, now) if before else []
 

@@ -89,10 +89,21 @@ def restore_or_init(
   if checkpoint is None:
     start = task.pretrained()
     initialize = jax.jit(lambda start: init_state(config, task, start), donate_argnums=0)
-    return initialize(start), batches
+    return _calibrated(config, task, initialize(start), batches), batches
   state, position = restore(checkpoint, jax.eval_shape(lambda: init_state(config, task)))
   batches.set_state(position)
   return state._replace(hyper=jax.jit(lambda: Hyper.of(config))()), batches
+
+
+def _calibrated(config: TrainConfig, task: Task, state: TrainState, batches: Batches) -> TrainState:
+  """Returns the state with what the task makes of its first batch, which is still the next one."""
+  if not task.calibrates:
+    return state
+  position = batches.get_state()
+  batch = globalize(next(batches), config.batch)
+  batches.set_state(position)
+  params = task.calibrate(state.params, batch)
+  return state._replace(params=params, ema=None if state.ema is None else params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +196,7 @@ class _Run:
     self.watch.set_activity("device")
     self.metrics = pending.read()
     if self.first_step_done is not None:
+      self.task.check_first_step(jax.device_get(pending.metrics))
       self.first_step_done()
       self.first_step_done = None
     flops = self.task.flops(pending.batch) * self.config.batch / len(self.rows)
@@ -225,7 +237,10 @@ class _Run:
     report = self.task.report()
     for line in report:
       print_status(f"data: {line}")
-    if is_main() and (changes := record_start(self.folder, start, self.config, report)):
+    matmuls = self.task.matmuls()
+    for line in matmuls:
+      print_status(f"matmuls: {line}")
+    if is_main() and (changes := record_start(self.folder, start, self.config, report, matmuls)):
       print_status(f"differs from the start before: {'; '.join(changes)}")
     if before is not None and (line := describe_change(before, self.config, start)):
       print_status(line)

@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 
-from jaxlm.config import TrainConfig, check
+from jaxlm.config import AttentionConfig, ConvConfig, MixerConfig, TrainConfig, check
 from jaxlm.data.tokenizer import FILE as TOKENIZER_FILE
 from jaxlm.interop import huggingface
 from jaxlm.interop.hub_text import read_published
+from jaxlm.models.parts import list_matmuls
+from jaxlm.quant.scales import start_scales
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.train.stages import cut_layers, make_schedule
 from pallas_kernels.common.errors import UserError
@@ -46,12 +48,17 @@ def with_initial_model(config: TrainConfig) -> TrainConfig:
       data = dataclasses.replace(data, tokenizer=str(huggingface.find_tokenizer(folder)))
     except UserError as error:
       raise UserError(f"{error}; or name one by --data.tokenizer FILE") from None
+  model = dataclasses.replace(model, quant=config.model.quant)
   return dataclasses.replace(config, model=model, data=data)
 
 
 def load_initial_weights(config: TrainConfig) -> Any:
-  """Returns the weights of the checkpoint `config.init` in float32, on the current mesh."""
-  return huggingface.load(config.init, "float32", _ignored(config))[1]
+  """Returns the weights of the checkpoint `config.init` in float32, on the current mesh.
+
+  Scales that `model.quant` learns join them, at their first values.
+  """
+  params = huggingface.load(config.init, "float32", _ignored(config))[1]
+  return start_scales(config.model, params)
 
 
 def keep_published(config: TrainConfig, run: RunFolder) -> None:
@@ -76,13 +83,15 @@ def _ignored(config: TrainConfig) -> huggingface.Ignored:
 def check_mesh(config: TrainConfig, devices: int | None = None) -> None:
   """Raises UserError where the model does not divide over the mesh or cannot use an axis of it.
 
-  The mesh is one of `devices`, by default of those that are here.
+  Likewise for a rule of `model.quant` that decides no matmul. The mesh is one of `devices`, by
+  default of those that are here.
   """
+  list_matmuls(config.model)
   sizes = config.mesh.resolve(jax.device_count() if devices is None else devices)
   rule = "the model does not use this axis; it must be 1"
   check(sizes["expert"] == 1, "mesh.expert", sizes["expert"], rule)
   _check_stages(config, sizes)
-  model, length, tensor = config.model, config.data.length, sizes["tensor"]
+  model, length = config.model, config.data.length
   ring, ulysses = sizes["context_ring"], sizes["context_ulysses"]
   _check_divides("model.D", model.D, sizes, "fsdp", "context_ring", "context_ulysses")
   _check_divides("model.V", model.V, sizes, "tensor")
@@ -94,13 +103,28 @@ def check_mesh(config: TrainConfig, devices: int | None = None) -> None:
   for group in ("prefix", "pattern", "remainder"):
     for position, spec in enumerate(getattr(model, group)):
       path = f"model.{group}.{position}"
-      N, K = spec.mixer.N, spec.mixer.K
-      _check_divides(f"{path}.mixer.K", K, sizes, "tensor")
-      _check_divides(f"{path}.mixer.N", N, sizes, "tensor", "context_ulysses")
-      rule = f"its K / mesh.tensor={K // tensor} key heads of a device must be a multiple or a "
-      rule += f"divisor of mesh.context_ulysses={ulysses}"
-      check(K // tensor % ulysses == 0 or ulysses % (K // tensor) == 0, f"{path}.mixer.K", K, rule)
+      _check_mixer(f"{path}.mixer", spec.mixer, model.D, sizes)
       _check_divides(f"{path}.feedforward.F", spec.feedforward.F, sizes, "tensor")
+
+
+def _check_mixer(path: str, mixer: MixerConfig, D: int, sizes: dict[str, int]) -> None:
+  """Raises UserError where a mixer's heads do not divide, or the mesh splits rows and it cannot."""
+  tensor, ulysses = sizes["tensor"], sizes["context_ulysses"]
+  if isinstance(mixer, ConvConfig):
+    _check_divides("model.D", D, sizes, "tensor")
+  else:
+    _check_divides(f"{path}.K", mixer.K, sizes, "tensor")
+    split = ("tensor", "context_ulysses") if isinstance(mixer, AttentionConfig) else ("tensor",)
+    _check_divides(f"{path}.N", mixer.N, sizes, *split)
+  if isinstance(mixer, AttentionConfig):
+    heads = mixer.K // tensor
+    rule = f"its K / mesh.tensor={heads} key heads of a device must be a multiple or a divisor of "
+    rule += f"mesh.context_ulysses={ulysses}"
+    check(heads % ulysses == 0 or ulysses % heads == 0, f"{path}.K", mixer.K, rule)
+    return
+  for axis in ("context_ring", "context_ulysses"):
+    rule = f"{path} is a {type(mixer).__name__}, which goes through whole rows; it must be 1"
+    check(sizes[axis] == 1, f"mesh.{axis}", sizes[axis], rule)
 
 
 def _check_stages(config: TrainConfig, sizes: dict[str, int]) -> None:

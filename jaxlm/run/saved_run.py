@@ -20,6 +20,7 @@ from jaxlm.data.tokenizer import BPETokenizer, Tokenizer, check_vocabulary, load
 from jaxlm.decode import NoDistribution, Sampler, generate
 from jaxlm.interop import huggingface
 from jaxlm.interop.hub_text import read_end_ids
+from jaxlm.run import packed
 from jaxlm.run.remote import working_copy
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.text import TextTask
@@ -56,7 +57,7 @@ class SavedRun:
     dtype: str | None = None,
     ignored: huggingface.Ignored = huggingface.NOTHING,
   ) -> SavedRun:
-    """Opens the folder of a run, or a checkpoint folder or `hf:owner/name` with its tokenizer.json.
+    """Opens a run, a quantised model, or a checkpoint folder or `hf:owner/name` with its tokenizer.
 
     The weights of a checkpoint get `dtype`, by default that of its files, and `ignored` names what
     is not read of it. Raises UserError for a folder that does not exist or is neither,
@@ -68,7 +69,7 @@ class SavedRun:
     check(dtype is None, "dtype", dtype, rule)
     check(ignored == huggingface.NOTHING, "ignored", tuple(ignored), rule)
     with working_copy(run) as path:
-      return cls._open_run(RunFolder(path))
+      return cls(*packed.load(path)) if packed.is_packed(path) else cls._open_run(RunFolder(path))
 
   @classmethod
   def _open_run(cls, folder: RunFolder) -> SavedRun:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,9 @@ from jaxlm.data.ring import in_ring_order
 from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.models import Transformer, roles
 from jaxlm.objectives import Weighted, next_token_loss
+from jaxlm.quant.describe import describe
+from jaxlm.quant.first_step import check_probes, probe
+from jaxlm.quant.scales import learned_scales, start_scales
 from jaxlm.run.lock import only_writer
 from jaxlm.run.loop import TrainResult
 from jaxlm.run.metrics import print_status
@@ -170,6 +173,7 @@ class TextTask(Task):
       segment_ids=batch.segment_ids_BT,
       in_order=True,
       order=order,
+      key=key if self.config.model.quant else None,
       logits=False,
     )
     return self._loss(params, states_BTD, batch)
@@ -212,6 +216,29 @@ class TextTask(Task):
   def roles(self, params: Any) -> Any:
     """Returns each parameter's role, as the model declares it."""
     return roles(self.config.model)
+
+  @property
+  def calibrates(self) -> bool:  # type: ignore[override]
+    """Returns whether the rules learn scales."""
+    return bool(learned_scales(self.config.model))
+
+  def calibrate(self, params: Any, batch: Batch) -> Any:
+    """Returns the parameters with learned scales that fit the inputs of the first batch."""
+    ids_BT = batch.inputs_BT
+    return start_scales(self.config.model, params, ids_BT, self.config.compute)
+
+  def probe(self, params: Any, grads: Any) -> dict[str, jax.Array]:
+    """Returns which quantised matmuls have a scale of zero, or no gradient."""
+    return probe(self.config.model, params, grads)
+
+  def check_first_step(self, metrics: Mapping[str, Any]) -> None:
+    """Raises UserError, naming the matmuls, for what `probe` found."""
+    check_probes(self.config.model, metrics)
+
+  def matmuls(self) -> list[str]:
+    """Returns the table of matmuls and their formats, where there are rules."""
+    model = self.config.model
+    return describe(model, self.config.compute.dtype) if model.quant else []
 
   def flops(self, batch: Batch) -> float:
     """Returns the matmul FLOPs of forward and backward on these rows."""

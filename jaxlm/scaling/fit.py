@@ -94,7 +94,7 @@ def fit_law(
   dropped = ordered[len(used) :]
   needed = len(NUMBERS[family])
   check(len(used) > needed, "runs", len(used), f"{family} has {needed} numbers to fit: give more")
-  warnings = check_comparable(used)
+  warnings = check_comparable(used, counts)
   data, starts_SP = shared_data(used, counts, family), starting_points(used, family)
   weights_SX = np.ones((len(starts_SP), len(used)))
   ends = minimize(RESIDUALS[family], starts_SP, data, weights_SX, delta=delta)

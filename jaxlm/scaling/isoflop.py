@@ -10,6 +10,7 @@ grid has no minimum, and says so.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -73,14 +74,15 @@ def fit_isoflop(
   variance. Raises UserError where fewer than three budgets have a minimum.
   """
   check(window > 0, "window", window, "must be positive, in ln N")
-  warnings = check_comparable(runs)
+  warnings = check_comparable(runs, counts)
   budgets = _budgets(runs, counts)
   vertices = tuple(_vertex(C, log_N_K, loss_K, window) for C, log_N_K, loss_K in budgets)
   good = [vertex for vertex in vertices if vertex.verdict == MINIMUM]
   if len(good) < 3:
-    verdicts = "; ".join(f"{v.budget:.3g}: {v.verdict}" for v in vertices)
+    verdicts = collections.Counter(v.verdict for v in vertices)
+    counted = "; ".join(f"{verdict}: {count}" for verdict, count in verdicts.items())
     raise UserError(
-      f"runs: a line needs three budgets with a minimum, there are {len(good)}: {verdicts}"
+      f"runs: a line needs three budgets with a minimum, there are {len(good)} ({counted})"
     )
   exponent, intercept = _line(good)
   rng = np.random.default_rng(seed)

@@ -111,7 +111,11 @@ def kaplan(alpha_N: float, alpha_D: float, N_c: float, D_c: float, source: str) 
 
 
 KAPLAN = kaplan(
-  0.076, 0.103, 6.4e13, 1.8e13, "arXiv:2001.08361, table 2; as quoted, not checked in the paper"
+  0.076,
+  0.103,
+  6.4e13,
+  1.8e13,
+  "arXiv:2001.08361, table 2, as five independent summaries quote it alike; not read in the paper",
 )
 HOFFMANN = SumLaw(
   E=1.6934,

@@ -170,7 +170,7 @@ def column(runs: Iterable[Run], name: str) -> np.ndarray:
   return np.array(values, np.float64)
 
 
-def check_comparable(runs: Sequence[Run]) -> list[str]:
+def check_comparable(runs: Sequence[Run], counts: Counts) -> list[str]:
   """Returns warnings about a table; raises UserError for runs whose losses do not compare."""
   for name in ("tokenizer", "split", "precision"):
     values = sorted({getattr(run, name) for run in runs})
@@ -188,4 +188,16 @@ def check_comparable(runs: Sequence[Run]) -> list[str]:
     )
   if repeated:
     warnings.append(f"{len(repeated)} runs repeat their text; the law knows no repetition")
+  sizes_X = [run.parameters(counts) for run in runs]
+  apart = max(sizes_X) / max(min(sizes_X), 1)
+  if len({run.learning_rate for run in runs}) == 1 and runs[0].learning_rate and apart > 4:
+    warnings.append(
+      f"one learning rate for sizes {apart:.0f} times apart: those that it does not suit lose, "
+      "which moves a"
+    )
+  left_out = [run.head / (run.body + run.head) for run in runs if run.head and run.body]
+  if counts == "body" and max(left_out, default=0) > 0.1:
+    warnings.append(
+      f"N leaves out the head, up to {max(left_out):.0%} of what costs FLOPs: a comes out too high"
+    )
   return warnings

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-from jaxlm.config import AttentionConfig, LayerSpec, MlpConfig, ModelConfig, TrainConfig
+from jaxlm.config import AttentionConfig, LayerSpec, ModelConfig, TrainConfig
 from jaxlm.scaling.flops import matrix_entries, parameter_count, vector_entries
 from pallas_kernels.common.errors import UnsupportedError
 from sharding.plan import LayerShapes, ModelShapes, Step
@@ -22,9 +22,8 @@ def model_shapes(config: ModelConfig, name: str) -> ModelShapes:
 
 def _layer_shapes(config: ModelConfig, spec: LayerSpec) -> LayerShapes:
   mixer, feedforward = spec.mixer, spec.feedforward
-  for part, known in ((mixer, AttentionConfig), (feedforward, MlpConfig)):
-    if not isinstance(part, known):
-      raise UnsupportedError(f"model: a plan knows no {type(part).__name__}, only {known.__name__}")
+  if not isinstance(mixer, AttentionConfig):
+    raise UnsupportedError(f"model: a plan knows no {type(mixer).__name__}, only AttentionConfig")
   mlp = 3 * config.D * feedforward.F
   return LayerShapes(
     attention_weights=matrix_entries(config, spec) - mlp,

@@ -35,6 +35,8 @@ from sharding import make_mesh
 
 _log = logging.getLogger("jaxlm")
 Row = dict[str, Any]
+_NAMES = ("config", "commit", "versions")
+"""columns that are text even where all of it are digits, as in the digest 73125e0446910023"""
 MakeTask = Callable[..., tuple[TrainConfig, Task]]
 """Returns of a configuration (and values by name) what the data decides filled in, and the task."""
 
@@ -87,7 +89,11 @@ def sweep(
   runs = [GridRun.of(config, values) for values in combinations(grid)]
   for run in runs:
     _check(run.config)
-  done = {row["config"]: row for row in (*read_table(Path(table)), *_rows_of_jobs(Path(table)))}
+  done = {row["config"]: row for row in read_table(Path(table))}
+  outlived = {row["config"]: row for row in _rows_of_jobs(Path(table))}
+  if not outlived.keys() <= done.keys():
+    done = outlived | done
+    _write_table(Path(table), list(done.values()))
   waiting = [run for run in runs if run.digest not in done]
   if executor is None:
     rows = _train_here(waiting, make_task or text_tasks(), together)
@@ -174,7 +180,10 @@ def read_table(table: Path) -> list[Row]:
   if not table.is_file():
     return []
   with table.open(newline="") as file:
-    return [{name: _parse(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    return [
+      {name: text if name in _NAMES else _parse(text) for name, text in row.items()}
+      for row in csv.DictReader(file)
+    ]
 
 
 def _check(config: TrainConfig) -> None:

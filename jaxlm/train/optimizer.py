@@ -15,9 +15,18 @@ from jaxlm.config import OptimizerConfig, check
 from jaxlm.train.muon import scale_by_muon
 from sharding.rules import is_sharded
 
-DECAYED = ("matrix", "head")
+DECAYED = ("matrix", "head", "decayed_scale")
 """roles that weight decay acts on"""
-_OWN_AXES = {"embedding": 2, "matrix": 2, "head": 2, "norm": 1, "bias": 1}
+_OWN_AXES = {
+  "embedding": 2,
+  "matrix": 2,
+  "head": 2,
+  "norm": 1,
+  "bias": 1,
+  "taps": 2,
+  "scale": 1,
+  "decayed_scale": 1,
+}
 """axes of one parameter of a role; axes before these stack layers or experts"""
 
 

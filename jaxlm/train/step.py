@@ -32,8 +32,9 @@ def make_train_step(config: TrainConfig, task: Task) -> Callable[..., tuple[Trai
 
   metrics: the mean of each term of the objective, the denominator of "loss" under the name
   `task.unit`, `grad_norm` before clipping, `learning_rate`, and `skipped`: 1 where the update was
-  left out because loss or gradient are not finite or the loss is above `limit`. What is left out
-  leaves parameters, model state, average and moments as they were; counters count on.
+  left out because loss or gradient are not finite or the loss is above `limit`. Besides, arrays of
+  `task.probe`. What is left out leaves parameters, model state, average and moments as they were;
+  counters count on.
   """
   check_schedule(config.optimizer, config.steps)
 
@@ -53,6 +54,7 @@ def make_train_step(config: TrainConfig, task: Task) -> Callable[..., tuple[Trai
     else:
       grads, terms = accumulated_gradients(objective, state.params, batch, key, config.accumulate)
     _check_names(terms, task)
+    probes = task.probe(state.params, grads)
     grad_norm = optax.tree.norm(grads)
     if config.optimizer.clip:
       scale = config.optimizer.clip / jnp.maximum(grad_norm, config.optimizer.clip)
@@ -76,7 +78,7 @@ def make_train_step(config: TrainConfig, task: Task) -> Callable[..., tuple[Trai
     new = jax.tree_util.tree_map_with_path(functools.partial(_choose, taken), new, state)
     skipped = 1 - taken.astype(jnp.float32)
     metrics = means | {task.unit: terms["loss"].den, "grad_norm": grad_norm}
-    metrics |= {"learning_rate": rate, "skipped": skipped}
+    metrics |= {"learning_rate": rate, "skipped": skipped} | probes
     return new._replace(step=state.step + 1), metrics
 
   return train_step

@@ -74,17 +74,35 @@ class Task(abc.ABC):
     """Returns weights to start from in place of `init`'s, or None. Not traced."""
     return None
 
+  calibrates: bool = False
+  """whether `calibrate` has anything to do"""
+
+  def calibrate(self, params: Any, batch: Any) -> Any:
+    """Returns the initial parameters with what follows from the first batch. Not traced."""
+    return params
+
   def roles(self, params: Any) -> Any:
     """Returns a tree like `params` of role names, by which the optimizer treats each parameter.
 
-    Known roles are "embedding", "matrix", "head", "norm" and "bias" (`jaxlm.train.optimizer`). By
-    default every parameter is "other": adam's rule under muon, and no weight decay.
+    Known roles are "embedding", "matrix", "head", "norm", "bias", "taps", "scale", "decayed_scale"
+    (`jaxlm.train.optimizer`). By default every parameter is "other": adam's rule under muon, and no
+    weight decay.
     """
     return jax.tree.map(lambda _: "other", params)
 
   def stages(self) -> Stages | None:
     """Returns how the task runs in pipeline stages, or None where it cannot."""
     return None
+
+  def probe(self, params: Any, grads: Any) -> dict[str, jax.Array]:
+    """Returns arrays that `check_first_step` looks at, of trained parameters and their gradients.
+
+    They join the metrics of every step; none may be a scalar.
+    """
+    return {}
+
+  def check_first_step(self, metrics: Mapping[str, Any]) -> None:  # noqa: B027  most have no probe
+    """Raises UserError where the first step of a start shows that training cannot work."""
 
   def after_update(
     self, params: Any, model_state: Any, metrics: Mapping[str, jax.Array]
@@ -108,6 +126,10 @@ class Task(abc.ABC):
 
   def save(self, folder: Path) -> None:  # noqa: B027  most tasks have nothing to write
     """Writes what else is needed to use the weights into a new run's folder: a tokenizer, say."""
+
+  def matmuls(self) -> list[str]:
+    """Returns lines on the formats of the matmuls, for terminal, log and environment.json."""
+    return []
 
   def references(self) -> dict[str, float]:
     """Returns named values that the plot shows beside the loss, such as what chance reaches."""

@@ -39,12 +39,15 @@ class Case:
 
 def cases() -> Iterator[Case]:
   """Yields this project's kernels, JAX's own and, where installed, tokamax's at the same shapes."""
+  from pallas_kernels.schedule.quantized_cases import quantized_cases  # made of this file's parts
+
   yield from linear_cross_entropy_cases(
     "linear_cross_entropy",
     linear_cross_entropy_loss,
     classifier=(VOCABULARY, WIDTH),
     kernel="backward",
   )
+  yield from quantized_cases()
   yield matmul_case()
   yield splash_case()
   yield megablox_case()

@@ -3,7 +3,6 @@
 # B batch, T positions, N query heads, K key heads, H width of queries and keys, U width of values
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.attention import attention
 from pallas_kernels.attention.api import FUSED, FUSED_ON, Implementation
 from pallas_kernels.attention.checks import check_arrays, check_spread_alike, check_tokens
 from pallas_kernels.attention.mask import Tokens
@@ -19,12 +17,11 @@ from pallas_kernels.common.checks import check, check_choice, check_shape
 from pallas_kernels.common.platform import platform
 from pallas_kernels.common.shards import Axes, check_not_sharded, run_on_shards, sharded_axes
 from sharding.context.hybrid import hybrid_attention_shard
-from sharding.context.order import ORDERS, Order
+from sharding.context.order import ORDERS, RING, ULYSSES, Order
+from sharding.context.parts import Rows, Variant, attend_to_rows
 from sharding.context.ring import ring_attention_shard
 from sharding.context.ulysses import ulysses_attention_shard
 from sharding.rules import manual_axes
-
-RING, ULYSSES = "context_ring", "context_ulysses"
 
 
 def hybrid_attention(
@@ -73,22 +70,26 @@ def hybrid_attention(
   check_shape("k_BTKH", k_BTKH, (B, T, None, None))
   check_arrays(q_BTNH, k_BTKH, v_BTKU)
   check_choice("order", order, ORDERS)
-  options: dict[str, Any] = {"causal": causal, "window": window, "cap": cap, "scale": scale}
-  options["implementation"] = implementation
+  variant = Variant(
+    causal=causal,
+    window=window,
+    cap=cap,
+    scale=scale,
+    order=order,
+    implementation=implementation,
+  )
+  rows = Rows(positions_BT, segment_ids_BT)
   if length := manual_axes("length"):
-    local = _form_of_shards(length, order, options)
-    return local(q_BTNH, k_BTKH, v_BTKU, positions_BT, segment_ids_BT)
+    return _FORMS[length](q_BTNH, k_BTKH, v_BTKU, rows, variant)
   tokens = Tokens(q_positions_BT=positions_BT, q_segment_ids_BT=segment_ids_BT)
   tokens = check_tokens(jax.tree.map(jnp.asarray, tokens), B, T, T, causal)
   batch, length, heads = _spread(q_BTNH, k_BTKH, v_BTKU)
   if not length:
-    rows: dict[str, Any] = {
-      "q_positions_BT": positions_BT,
-      "k_positions_BS": positions_BT,
-      "q_segment_ids_BT": segment_ids_BT,
-    }
-    return attention(q_BTNH, k_BTKH, v_BTKU, **rows, **options)
-  local = _form_of_shards(length, order, options)
+    return attend_to_rows(q_BTNH, k_BTKH, v_BTKU, rows, variant)
+
+  def local(q_BTNH, k_BTKH, v_BTKU, *rows):
+    return _FORMS[length](q_BTNH, k_BTKH, v_BTKU, Rows(*rows), variant)
+
   whole = (tokens.q_positions_BT, tokens.q_segment_ids_BT)
   whole_rows = [batch if array is not None and array.shape[0] > 1 else () for array in whole]
   layouts = (*((batch, length, heads, ()),) * 3, *((axes, ()) for axes in whole_rows))
@@ -97,20 +98,6 @@ def hybrid_attention(
   # the library's kernels do not say over which mesh axes their outputs vary
   arrays = (q_BTNH, k_BTKH, v_BTKU, *whole)
   return run_on_shards(local, arrays, layouts, out_specs, check_vma=not fused)
-
-
-def _form_of_shards(
-  length: Axes, order: Order, options: dict[str, Any]
-) -> Callable[..., jax.Array]:
-  """Returns f(q, k, v, positions, segment ids) of a device's shards and of whole rows."""
-  more = {"order": order} if RING in length else {}
-  form = functools.partial(_FORMS[length], **options, **more)
-
-  def local(q_BTNH, k_BTKH, v_BTKU, positions_BS, segment_ids_BS):
-    rows = {"positions_BS": positions_BS, "segment_ids_BS": segment_ids_BS}
-    return form(q_BTNH, k_BTKH, v_BTKU, **rows)
-
-  return local
 
 
 _FORMS: dict[Axes, Callable[..., jax.Array]] = {

@@ -4,10 +4,9 @@
 # H width of queries and keys, U width of values
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 
+from sharding.context.parts import Rows, Variant
 from sharding.context.ring import ring_attention_shard
 from sharding.context.ulysses import swap_to_heads, swap_to_length
 
@@ -16,28 +15,14 @@ def hybrid_attention_shard(
   q_BTNH: jax.Array,
   k_BTKH: jax.Array,
   v_BTKU: jax.Array,
-  *,
-  positions_BS: jax.Array | None = None,
-  segment_ids_BS: jax.Array | None = None,
-  ring_axis: str = "context_ring",
-  ulysses_axis: str = "context_ulysses",
-  **options: Any,
+  rows: Rows,
+  variant: Variant,
 ) -> jax.Array:
   """Returns attention of this device's shards, inside shard_map over both axes.
 
   Device (r, i) holds the i-th part of what rank r of the ring holds in the order of the ring. The
   all-to-alls within a rank bring its part of the row together, and the rings of all i run side by
-  side, each with its own heads. With an axis of size 1 this is the other form alone; `options` are
-  those of `ring_attention_shard`.
+  side, each with its own heads. With an axis of size 1 this is the other form alone.
   """
-  q_BTNH, k_BTKH, v_BTKU = swap_to_heads(q_BTNH, k_BTKH, v_BTKU, ulysses_axis)
-  o_BTNU = ring_attention_shard(
-    q_BTNH,
-    k_BTKH,
-    v_BTKU,
-    positions_BS=positions_BS,
-    segment_ids_BS=segment_ids_BS,
-    ring_axis=ring_axis,
-    **options,
-  )
-  return swap_to_length(o_BTNU, ulysses_axis)
+  shards = swap_to_heads(q_BTNH, k_BTKH, v_BTKU)
+  return swap_to_length(ring_attention_shard(*shards, rows, variant))

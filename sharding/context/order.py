@@ -19,6 +19,7 @@ import numpy as np
 
 from pallas_kernels.common.checks import check, check_choice
 
+RING, ULYSSES = "context_ring", "context_ulysses"
 Order = Literal["contiguous", "zigzag", "stripe"]
 ORDERS = ("contiguous", "zigzag", "stripe")
 
@@ -40,7 +41,7 @@ def permutation(order: Order, T: int, ring: int) -> np.ndarray:
 
 def ring_size() -> int:
   """Returns the number of ranks of `context_ring` on the current mesh."""
-  return jax.sharding.get_abstract_mesh().shape.get("context_ring", 1)
+  return jax.sharding.get_abstract_mesh().shape.get(RING, 1)
 
 
 def check_length(order: Order, T: int, ring: int) -> None:

@@ -1,6 +1,7 @@
-"""Says what of another rank's shard is visible in a ring, so that nothing else is multiplied."""
+"""Records what a call attends to, and what of another rank's shard is visible in a ring."""
 
-# T positions of a shard, S positions of the whole row, C positions of a part
+# B batch, T positions of a shard, S positions of the whole row, C positions of a part,
+# N query heads, K key heads, H width of queries and keys, U width of values
 from __future__ import annotations
 
 import dataclasses
@@ -9,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention import attention
+from pallas_kernels.attention.api import Implementation
 from pallas_kernels.attention.mask import Options, Tokens
 from sharding.context.order import Order, tokens_of_rank
 
@@ -18,8 +21,39 @@ _ALL = slice(None)
 class Rows(NamedTuple):
   """Holds what is known of whole rows, in the order in which the ring holds them."""
 
-  positions_BS: jax.Array | None
-  segment_ids_BS: jax.Array | None
+  positions_BS: jax.Array | None = None
+  segment_ids_BS: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+  """Holds the arguments of `hybrid_attention` that are no arrays."""
+
+  causal: bool = True
+  window: int | None = None
+  cap: float | None = None
+  scale: float | None = None
+  order: Order = "zigzag"
+  implementation: Implementation | None = None
+
+
+def attend_to_rows(
+  q_BSNH: jax.Array, k_BSKH: jax.Array, v_BSKU: jax.Array, rows: Rows, variant: Variant
+) -> jax.Array:
+  """Returns attention [B, S, N, U] of whole rows in their own order."""
+  return attention(
+    q_BSNH,
+    k_BSKH,
+    v_BSKU,
+    q_positions_BT=rows.positions_BS,
+    k_positions_BS=rows.positions_BS,
+    q_segment_ids_BT=rows.segment_ids_BS,
+    causal=variant.causal,
+    window=variant.window,
+    cap=variant.cap,
+    scale=variant.scale,
+    implementation=variant.implementation,
+  )
 
 
 class Part(NamedTuple):

@@ -18,18 +18,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import attention, xla
-from pallas_kernels.attention.api import IMPLEMENTATIONS, Implementation
+from pallas_kernels.attention import xla
+from pallas_kernels.attention.api import IMPLEMENTATIONS
 from pallas_kernels.attention.checks import check_arrays, check_options
 from pallas_kernels.common.checks import check, check_choice
 from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import log_once, platform
 from pallas_kernels.common.shards import zeros_varying_like
-from sharding.context.order import Order, check_length
+from sharding.context.order import RING, check_length
 from sharding.context.parts import (
   Part,
   Plan,
   Rows,
+  Variant,
+  attend_to_rows,
   choose_part,
   own_part,
   tokens_of_part,
@@ -50,45 +52,27 @@ def ring_attention_shard(
   q_BTNH: jax.Array,
   k_BTKH: jax.Array,
   v_BTKU: jax.Array,
-  *,
-  positions_BS: jax.Array | None = None,
-  segment_ids_BS: jax.Array | None = None,
-  causal: bool = True,
-  window: int | None = None,
-  cap: float | None = None,
-  scale: float | None = None,
-  order: Order = "zigzag",
-  ring_axis: str = "context_ring",
-  implementation: Implementation | None = None,
+  rows: Rows,
+  variant: Variant,
 ) -> jax.Array:
-  """Returns attention of this device's shards, inside shard_map over `ring_axis`.
+  """Returns attention of this device's shards, inside shard_map over `context_ring`.
 
-  Rank r holds the tokens that `order` gives it; segment ids and positions are those of whole rows
-  in that order. Without positions all tokens stand where `order` says. With them they alone decide
-  what is visible, in any order, and no hop is cut short. A ring of one rank is plain attention.
+  Rank r holds the tokens that the order gives it; segment ids and positions are those of whole rows
+  in that order. Without positions all tokens stand where the order says. With them they alone
+  decide what is visible, in any order, and no hop is cut short. A ring of one rank is plain
+  attention.
 
   c - 1 hops of k and v on c ranks, and in the backward pass the same with c hops of dk and dv.
   Raises UnsupportedError for a named implementation other than "xla" on more than one rank.
   """
-  ring, (B, T, N, H) = jax.lax.axis_size(ring_axis), q_BTNH.shape
+  ring, (B, T, N, H) = jax.lax.axis_size(RING), q_BTNH.shape
   check_arrays(q_BTNH, k_BTKH, v_BTKU)
-  check_length(order, T * ring, ring)
+  check_length(variant.order, T * ring, ring)
   rule = "positions only decide what is causal: leave them out with causal=False"
-  check(causal or positions_BS is None, "causal", causal, rule)
+  check(variant.causal or rows.positions_BS is None, "causal", variant.causal, rule)
   if ring == 1:
-    return attention(
-      q_BTNH,
-      k_BTKH,
-      v_BTKU,
-      q_positions_BT=positions_BS,
-      k_positions_BS=positions_BS,
-      q_segment_ids_BT=segment_ids_BS,
-      implementation=implementation,
-      causal=causal,
-      window=window,
-      cap=cap,
-      scale=scale,
-    )
+    return attend_to_rows(q_BTNH, k_BTKH, v_BTKU, rows, variant)
+  implementation = variant.implementation
   check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
   if implementation not in (None, "xla"):
     reason = f"a ring of context_ring={ring} merges parts of softmax, which only 'xla' makes"
@@ -96,8 +80,10 @@ def ring_attention_shard(
   log_once("ring attention", "xla", platform())
   K = k_BTKH.shape[2]
   q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-  plan = Plan(check_options(causal, window, cap, scale, H, False), order, ring_axis)
-  rows = Rows(positions_BS, segment_ids_BS)
+  options = check_options(
+    variant.causal, variant.window, variant.cap, variant.scale, H, interpret=False
+  )
+  plan = Plan(options, variant.order, RING)
   o_BKGTU = _attend(q_BKGTH, k_BTKH.swapaxes(1, 2), v_BTKU.swapaxes(1, 2), rows, plan)
   return o_BKGTU.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
 

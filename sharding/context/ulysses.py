@@ -8,41 +8,28 @@ in Arctic Long Sequence Training, arXiv 2506.13996.
 # H width of queries and keys, U width of values, Z any width
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import attention
 from pallas_kernels.common.checks import check
+from sharding.context.order import ULYSSES
+from sharding.context.parts import Rows, Variant, attend_to_rows
 
 
 def ulysses_attention_shard(
   q_BTNH: jax.Array,
   k_BTKH: jax.Array,
   v_BTKU: jax.Array,
-  *,
-  positions_BS: jax.Array | None = None,
-  segment_ids_BS: jax.Array | None = None,
-  ulysses_axis: str = "context_ulysses",
-  **options: Any,
+  rows: Rows,
+  variant: Variant,
 ) -> jax.Array:
-  """Returns attention of this device's shards, inside shard_map over `ulysses_axis`.
+  """Returns attention of this device's shards, inside shard_map over `context_ulysses`.
 
-  Device i holds the i-th part of each row; positions and segment ids are those of whole rows.
-  Four all-to-alls, and four in the backward pass. `options` are those of `attention`.
+  Device i holds the i-th part of each row, in the row's own order whatever `variant.order` is.
+  Four all-to-alls, and four in the backward pass.
   """
-  q_BSNH, k_BSKH, v_BSKU = swap_to_heads(q_BTNH, k_BTKH, v_BTKU, ulysses_axis)
-  o_BSNU = attention(
-    q_BSNH,
-    k_BSKH,
-    v_BSKU,
-    q_positions_BT=positions_BS,
-    k_positions_BS=positions_BS,
-    q_segment_ids_BT=segment_ids_BS,
-    **options,
-  )
-  return swap_to_length(o_BSNU, ulysses_axis)
+  shards = swap_to_heads(q_BTNH, k_BTKH, v_BTKU)
+  return swap_to_length(attend_to_rows(*shards, rows, variant))
 
 
 def check_heads(N: int, K: int, ulysses: int) -> None:
@@ -54,14 +41,14 @@ def check_heads(N: int, K: int, ulysses: int) -> None:
 
 
 def swap_to_heads(
-  q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKU: jax.Array, axis: str
+  q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKU: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns rows that this device has all of, with its part of the heads: three all-to-alls.
 
   Where the axis has more devices than there are key heads, a key head is sent to all devices whose
   queries need it. Raises UserError for heads that cannot be split.
   """
-  ulysses, K = jax.lax.axis_size(axis), k_BTKH.shape[2]
+  ulysses, K = jax.lax.axis_size(ULYSSES), k_BTKH.shape[2]
   check_heads(q_BTNH.shape[2], K, ulysses)
   if ulysses == 1:
     return q_BTNH, k_BTKH, v_BTKU
@@ -70,13 +57,13 @@ def swap_to_heads(
     v_BTKU = jnp.repeat(v_BTKU, ulysses // K, axis=2)
 
   def swap(x_BTNZ: jax.Array) -> jax.Array:
-    return jax.lax.all_to_all(x_BTNZ, axis, split_axis=2, concat_axis=1, tiled=True)
+    return jax.lax.all_to_all(x_BTNZ, ULYSSES, split_axis=2, concat_axis=1, tiled=True)
 
   return swap(q_BTNH), swap(k_BTKH), swap(v_BTKU)
 
 
-def swap_to_length(o_BSNU: jax.Array, axis: str) -> jax.Array:
+def swap_to_length(o_BSNU: jax.Array) -> jax.Array:
   """Returns this device's part of the rows, with all heads: one all-to-all."""
-  if jax.lax.axis_size(axis) == 1:
+  if jax.lax.axis_size(ULYSSES) == 1:
     return o_BSNU
-  return jax.lax.all_to_all(o_BSNU, axis, split_axis=1, concat_axis=2, tiled=True)
+  return jax.lax.all_to_all(o_BSNU, ULYSSES, split_axis=1, concat_axis=2, tiled=True)

@@ -4,7 +4,6 @@ import json
 import re
 import signal
 import sys
-import time
 
 import pytest
 
@@ -20,19 +19,14 @@ SMALLER = (
 ).split()
 
 
-def test_help_does_not_import_jax_and_takes_less_than_a_second(tmp_path):
-  script = "import sys, jaxlm.cli; jaxlm.cli.main(['--help']); jaxlm.cli.main(['train']); "
-  script += "sys.exit('jax' in sys.modules)"
-  seconds = []
-  for _ in range(3):  # the best of three: other tests run beside this one
-    before = time.perf_counter()
-    process = start_python(tmp_path, "-c", script)
-    status, printed = finish(tmp_path, process)
-    seconds.append(time.perf_counter() - before)
-    assert status == 0, printed
+def test_help_does_not_import_jax_and_takes_less_than_a_second_of_the_processor(tmp_path):
+  script = "import sys, time, jaxlm.cli; jaxlm.cli.main(['--help']); jaxlm.cli.main(['train']); "
+  script += "print(time.process_time()); sys.exit('jax' in sys.modules)"
+  status, printed = finish(tmp_path, start_python(tmp_path, "-c", script))
+  assert status == 0, printed
   for word in ("train PRESET", "resume DIR", "sample DIR", "eval DIR", "micro", "tiny", "small"):
     assert word in printed
-  assert min(seconds) < 1
+  assert float(printed.splitlines()[-1]) < 1
 
 
 def test_help_of_a_command_explains_its_flags_without_jax(tmp_path):

@@ -196,6 +196,7 @@ def test_one_of_several_dataclasses_carries_its_kind():
   assert values["first"] == {"kind": "Square", "side": 2} and values["frame"] == {"side": 5}
   assert from_dict(Drawing, values) == drawing
   assert from_dict(Drawing, to_dict(Drawing())) == Drawing()
+  assert from_dict(Drawing, {"first": {"radius": 2.0}}) == Drawing(first=Circle(2.0))
   with pytest.raises(UserError, match="shapes.0.kind=None: must be one of Circle, Square"):
     from_dict(Drawing, {"shapes": [{"radius": 1.0}]})
   with pytest.raises(UserError, match="first.radius=1.0: no such field; nearest: side"):

@@ -10,7 +10,14 @@ from jaxlm.train.schedule import check_schedule
 
 
 @pytest.mark.parametrize(
-  "preset, millions", [(presets.micro, 0.03), (presets.tiny, 1), (presets.small, 10)]
+  "preset, millions",
+  [
+    (presets.micro, 0.03),
+    (presets.tiny, 1),
+    (presets.kda_hybrid, 1),
+    (presets.nsa_tiny, 1),
+    (presets.small, 10),
+  ],
 )
 def test_presets_have_the_size_they_say_and_can_run_on_one_device_or_eight(preset, millions):
   config = preset()

@@ -1,5 +1,10 @@
 """A failure in one process is told to the others, which then end instead of waiting for it."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -98,6 +103,42 @@ def test_without_a_failure_nothing_is_told_and_nobody_watches_afterwards(store, 
     time.sleep(0.1)
   assert store.values == {f"{failure._ALIVE}/0": "done"} and exited[1] == []
   assert not any(thread.name == "failure" for thread in threading.enumerate())
+
+
+ABORTS = """
+import os
+from sharding.failure import ExplainedAborts
+other = ExplainedAborts(lambda: "wrong")
+other.remove()
+aborts = ExplainedAborts(lambda: {message!r})
+os.abort()
+"""
+
+
+@pytest.mark.parametrize(
+  ("message", "status"), [("process 0 of 2 is gone", 1), ("", -signal.SIGABRT)]
+)
+def test_an_abort_ends_the_process_with_its_explanation_if_there_is_one(message, status):
+  script = ABORTS.format(message=message)
+  ended = subprocess.run(
+    [sys.executable, "-c", script],
+    env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    capture_output=True,
+    text=True,
+  )
+  assert ended.returncode == status
+  assert ended.stderr == (f"jaxlm: {message}\n" if message else "")
+
+
+def test_an_abort_is_explained_where_the_coordinator_does_not_answer(monkeypatch):
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  with socket.create_server(("localhost", 0)) as server:
+    address = f"localhost:{server.getsockname()[1]}"
+    monkeypatch.setattr(distributed.global_state, "coordinator_address", address)
+    assert failure._explain_abort() == ""
+  assert "process 0 of 1, which coordinates the others, is gone" in failure._explain_abort()
+  monkeypatch.setattr(jax, "process_index", lambda: 0)
+  assert failure._explain_abort() == ""
 
 
 def test_an_attempt_that_another_process_gives_up_fails_at_once(store):

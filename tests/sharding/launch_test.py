@@ -3,7 +3,7 @@
 import pytest
 
 from pallas_kernels.common.errors import UserError
-from sharding.launch import Launch, read_launch
+from sharding.launch import Launch, read_launch, read_patience
 
 SLURM = {
   "SLURM_JOB_NUM_NODES": "2",
@@ -57,6 +57,14 @@ def test_joining_can_be_switched_off():
     assert read_launch(environment | {"JAXLM_JOIN": "0"}) is None
   with pytest.raises(UserError, match="JAXLM_JOIN='no': must be 0 or 1"):
     read_launch({"JAXLM_JOIN": "no"})
+
+
+def test_how_long_to_wait_for_the_others():
+  assert read_patience({}) == 120
+  assert read_patience({"JAXLM_JOIN_SECONDS": "7"}) == 7
+  for value in ("0", "-1", "soon", "1.5"):
+    with pytest.raises(UserError, match=f"JAXLM_JOIN_SECONDS='{value}': must be a whole number"):
+      read_patience({"JAXLM_JOIN_SECONDS": value})
 
 
 @pytest.mark.parametrize(

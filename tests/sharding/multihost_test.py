@@ -33,7 +33,7 @@ def test_a_launcher_gives_number_and_index_and_all_devices(initialized, monkeypa
   monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "1")
   with joined_processes():
     pass
-  options = {"local_device_ids": [], "initialization_timeout": 300}
+  options = {"local_device_ids": [], "initialization_timeout": 120}
   assert initialized == [((None, 2, 0), options)]
 
 

@@ -61,7 +61,7 @@ class Mlp(nn.Module):
     """Makes the projections."""
     D, F = self.config.D, self.spec.F
     options: dict[str, Any] = {"compute": self.compute, "layers": self.layers}
-    options["biased"] = self.spec.bias
+    options |= {"rules": self.config.quant, "biased": self.spec.bias}
     inner, outer = ("batch", "length", "act_mlp"), ("batch", "norm_length", None)
     self.gate = Linear((D, F), D**-0.5, ("embed", "mlp"), inner, **options)
     self.up = Linear((D, F), D**-0.5, ("embed", "mlp"), inner, **options)

@@ -6,7 +6,15 @@ None, statistics), declares its parameters and makes its own empty decode cache 
 
 from typing import Any
 
-from jaxlm.config import AttentionConfig
+from jaxlm.config import AttentionConfig, ConvConfig, KdaConfig, NsaConfig
 from jaxlm.models.mixers.attention import Attention
+from jaxlm.models.mixers.conv import Conv
+from jaxlm.models.mixers.kda import Kda
+from jaxlm.models.mixers.nsa import Nsa
 
-MIXERS: dict[type, Any] = {AttentionConfig: Attention}
+MIXERS: dict[type, Any] = {
+  AttentionConfig: Attention,
+  ConvConfig: Conv,
+  KdaConfig: Kda,
+  NsaConfig: Nsa,
+}

@@ -2,7 +2,6 @@
 
 # B batch, T query positions, S key positions, D model, N query heads, K key heads, H head width
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,12 +11,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import AttentionConfig, ComputeConfig, ModelConfig
 from jaxlm.models.linear import Linear, Roles, declare_parts
+from jaxlm.models.mixers.context import Context
 from jaxlm.models.norms import RMSNorm
 from jaxlm.models.rope import apply_rope, rope_tables, sequence_lengths
 from pallas_kernels.attention import attention
 from pallas_kernels.common.shards import check_not_sharded
 from sharding.context import hybrid_attention
-from sharding.context.order import Order
 from sharding.rules import all_gather, is_manual, is_sharded, own_part, shard, spec
 
 
@@ -29,20 +28,6 @@ class KVCache(NamedTuple):
 
   k_BSKH: jax.Array
   v_BSKH: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-  """Holds what every layer of one forward pass shares."""
-
-  positions_BT: jax.Array
-  """int32; [1, T] if all rows count alike; -1: padding, with a cache"""
-  segment_ids_BT: jax.Array | None = None
-  in_order: bool = dataclasses.field(default=False, metadata={"static": True})
-  """the caller's promise that positions count up by one along each segment, in one piece"""
-  order: Order = dataclasses.field(default="contiguous", metadata={"static": True})
-  """which token of a row stands in which column on a mesh with context_ring"""
 
 
 class Attention(nn.Module):
@@ -59,7 +44,8 @@ class Attention(nn.Module):
     Q, Z = c.N * c.H, c.K * c.H
     for heads, axis in ((c.N, "heads"), (c.K, "kv_heads")):
       spec((heads,), axis)  # refuses a mesh that would split a head
-    options: dict[str, Any] = {"compute": self.compute, "layers": self.layers}
+    rules = self.config.quant
+    options: dict[str, Any] = {"compute": self.compute, "layers": self.layers, "rules": rules}
     inner = {"out": _HEADS, "biased": c.qkv_bias, **options}
     self.q = Linear((D, Q), D**-0.5, ("embed", "heads"), **inner)
     self.k = Linear((D, Z), D**-0.5, ("embed", "kv_heads"), **inner)
@@ -77,7 +63,9 @@ class Attention(nn.Module):
     return declare_parts(self, "q", "k", "v", "o", *norms)
 
   @staticmethod
-  def init_cache(spec: AttentionConfig, batch: int, length: int, dtype: str) -> KVCache:
+  def init_cache(
+    spec: AttentionConfig, config: ModelConfig, batch: int, length: int, dtype: str
+  ) -> KVCache:
     """Returns an empty cache of one layer; a windowed layer keeps all `length` positions too."""
     zeros = jnp.zeros((batch, length, spec.K, spec.H), dtype)
     zeros = shard(zeros, "batch", None, "act_heads", None)
@@ -90,22 +78,26 @@ class Attention(nn.Module):
     c = self.spec
     x_BTD = all_gather(x_BTD, "batch", "length", None)
     B, T, _ = x_BTD.shape
-    q_BTNH = _split_heads(self.q(x_BTD), c.H)
-    k_BTKH = _split_heads(self.k(x_BTD), c.H)
-    v_BTKH = _split_heads(self.v(x_BTD), c.H)
+    q_BTNH = split_heads(self.q(x_BTD), c.H)
+    k_BTKH = split_heads(self.k(x_BTD), c.H)
+    v_BTKH = split_heads(self.v(x_BTD), c.H)
     if c.qk_norm:
       q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+    dynamic = c.rope is not None and c.rope.scaling == "dynamic"
     lengths_BT = None
-    if c.rope.scaling == "dynamic":
+    if dynamic:
       lengths_BT = sequence_lengths(context.positions_BT, context.segment_ids_BT)
       lengths_BT = _shard_rows(lengths_BT)
-    tables = rope_tables(c.rope, _shard_rows(context.positions_BT), c.H, lengths_BT)
-    q_BTNH = apply_rope(q_BTNH, *tables)
+    if c.rope is not None:
+      tables = rope_tables(c.rope, _shard_rows(context.positions_BT), c.H, lengths_BT)
+      q_BTNH = apply_rope(q_BTNH, *tables)
+      if cache is None or not dynamic:  # dynamic frequencies change, so cached keys turn when read
+        k_BTKH = apply_rope(k_BTKH, *tables)
     if cache is None:
       name = self.compute.attention_implementation
       o_BTNH = hybrid_attention(
         q_BTNH,
-        apply_rope(k_BTKH, *tables),
+        k_BTKH,
         v_BTKH,
         positions_BT=None if context.in_order else context.positions_BT,
         segment_ids_BT=context.segment_ids_BT,
@@ -137,7 +129,7 @@ def _shard_rows(x_BT: jax.Array) -> jax.Array:
   return shard(x_BT, "batch" if x_BT.shape[0] > 1 else None, "length")
 
 
-def _split_heads(x_BTZ: jax.Array, H: int) -> jax.Array:
+def split_heads(x_BTZ: jax.Array, H: int) -> jax.Array:
   """Reshapes [B, T, heads * H] to [B, T, heads, H]; `tensor` splits whole heads."""
   B, T, Z = x_BTZ.shape
   if not is_sharded():
@@ -162,17 +154,13 @@ def _attend_cached(
   whose position the cache has no room for gets NaN.
   """
   check_not_sharded("q_BTNH", q_BTNH, 1)
-  # dynamic frequencies change with the length, so these keys are rotated when they are read
-  rotate_on_read = c.rope.scaling == "dynamic"
-  if not rotate_on_read:
-    k_BTKH = apply_rope(k_BTKH, *rope_tables(c.rope, positions_BT, c.H))
   cache = KVCache(
     _write_positions(cache.k_BSKH, k_BTKH, positions_BT),
     _write_positions(cache.v_BSKH, v_BTKH, positions_BT),
   )
   k_BSKH = cache.k_BSKH
   s_1S = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None]
-  if rotate_on_read:
+  if c.rope is not None and c.rope.scaling == "dynamic":
     k_BSKH = apply_rope(k_BSKH, *rope_tables(c.rope, s_1S, c.H, lengths_B1))
   o_BTNH = attention(
     q_BTNH,

@@ -54,7 +54,7 @@ def test_what_does_not_fit_is_planned_and_said(capsys):
     ("plan tiny --topology v9:2x2", "topology='v9:2x2': there is no chip 'v9'"),
     ("plan tiny --topology v5e:2x2 --axes rows", "axes='rows': must be of data, stage"),
     ("plan tiny --topology v5e:2x2 --mesh.fsdp 3", "4 devices cannot be split into groups of 3"),
-    ("plan tiny --topology v5e:4x4 --mesh.data 1 --mesh.tensor 16", "mesh tensor 16: N=4: must be"),
+    ("plan tiny --topology v5e:4x4 --mesh.data 1 --mesh.tensor 16", "mesh tensor 16: N=2: must be"),
     ("compile tiny", "topology='': must be given"),
     ("compile tiny --topology h100-sxm:8", "only TPU programs compile without the device"),
     ("compile nothing --topology v5e:2x2", "preset 'nothing' does not exist"),

@@ -207,7 +207,16 @@ def test_folders_without_one_definite_set_of_weights(tmp_path):
     find_tensors(tmp_path)
   index_folder(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
   write_raw(tmp_path / "model.safetensors", GOOD)
-  with pytest.raises(ValueError, match="holds both"):
+  with pytest.raises(ValueError, match="names one.safetensors, but model.safetensors is there too"):
+    find_tensors(tmp_path)
+
+
+def test_an_index_of_the_single_file_is_as_good_as_none(tmp_path):
+  index_folder(tmp_path, dict.fromkeys("ab", "model.safetensors"), ())
+  write_raw(tmp_path / "model.safetensors", GOOD)
+  assert set(find_tensors(tmp_path)) == {"a", "b"}
+  index_folder(tmp_path, {"b": "model.safetensors"}, ())
+  with pytest.raises(ValueError, match="tensor 'a' is not where"):
     find_tensors(tmp_path)
 
 

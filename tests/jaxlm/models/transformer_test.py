@@ -10,7 +10,7 @@ import pytest
 from jaxlm.config import ComputeConfig, ModelConfig, RopeConfig, decoder, revise
 from jaxlm.data.packing import join, pack
 from jaxlm.models import Transformer, roles
-from jaxlm.models.mixers.attention import Context
+from jaxlm.models.mixers.context import Context
 from jaxlm.objectives import token_logprobs
 from sharding import MeshConfig, make_mesh
 from sharding.rules import shard

@@ -5,14 +5,16 @@ import json
 import shutil
 from pathlib import Path
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 
 from jaxlm import presets
 from jaxlm.cli import main
-from jaxlm.config import MeshConfig
+from jaxlm.config import MeshConfig, decoder, revise
 from jaxlm.data.tokenizer import (
   BPETokenizer,
   ByteTokenizer,
@@ -21,6 +23,7 @@ from jaxlm.data.tokenizer import (
   train_bpe,
 )
 from jaxlm.decode import Sampler
+from jaxlm.interop import huggingface
 from jaxlm.models import Transformer
 from jaxlm.run.convert import convert, tuning_config, write_checkpoint
 from jaxlm.run.run_folder import RunFolder
@@ -71,6 +74,28 @@ def untrained(tokenizer: Tokenizer, V: int = 400) -> SavedRun:
 
 def continue_all(run: SavedRun) -> list[str]:
   return [run.sample(prompt, sampler=GREEDY, max_new=12) for prompt in PROMPTS]
+
+
+def test_biases_are_written_in_the_layout_that_keeps_the_tokenizer(tmp_path):
+  """In Llama's, with one bias more, of zeros; where that lacks windows, convert says what to do."""
+  config = presets.micro()
+  model = revise(decoder(D=32, F=32, N=2, K=2, H=16, V=256, layers=1), qkv_bias=True)
+  params = jax.eval_shape(Transformer(model).init, jax.random.key(0))
+  random = np.random.default_rng(0)
+  params = jax.tree.map(lambda w: random.normal(size=w.shape).astype(np.float32), params)
+  lines = {}
+  for name, window in (("llama", None), ("qwen2", 8)):
+    config = dataclasses.replace(config, model=revise(model, window=window))
+    run = SavedRun(config, ByteTokenizer(), params, 0, (0,), (0,))
+    lines[name] = write_checkpoint(run, tmp_path / "none", tmp_path / name, np.dtype("float32"))
+    assert json.loads((tmp_path / name / "config.json").read_text())["model_type"] == name
+  assert "AutoTokenizer" in lines["qwen2"] and "AutoTokenizer" not in lines["llama"]
+  again, weights = huggingface.load(tmp_path / "llama")
+  logits = [
+    jax.jit(Transformer(config).apply)(params, jnp.arange(24)[None])
+    for config, params in ((model, params), (again, weights))
+  ]
+  chex.assert_trees_all_close(*logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "llama", pytest.param("bpe", marks=pytest.mark.slow)])
@@ -188,16 +213,17 @@ def trained(tmp_path_factory) -> Path:
   (folder / "short.jsonl").write_text("\n".join(lines))
   llama_tokenizer().save(folder)
   tokens = {"bytes": "bytes", "bpe": "bpe:280", "llama": str(folder / "tokenizer.json")}
-  for kind, tokenizer in tokens.items():
+  for kind, tokenizer in (tokens | {"biases": tokens["llama"]}).items():
     flags = ["--data.source", str(folder / "short.jsonl"), "--data.tokenizer", tokenizer]
     flags += ["--steps", "150", "--eval_every", "0", "--model.V", "340"]
+    flags += ["--model.pattern.0.mixer.qkv_bias"] if kind == "biases" else []
     assert main(["train", "micro", "--run", str(folder / kind), *flags]) == 0
     assert main(["convert", str(folder / kind), str(folder / f"{kind}_out")]) == 0
   return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("kind", [*TOKENIZERS, "biases"])
 def test_transformers_writes_the_texts_of_the_run_and_ends_where_it_does(kind, trained):
   transformers = pytest.importorskip("transformers")
   out = str(trained / f"{kind}_out")

@@ -141,6 +141,37 @@ def test_kill_of_one_process_ends_the_other_and_the_run_goes_on_bit_for_bit(runs
   assert same_end(RunFolder(folder / "killed"), two)
 
 
+@pytest.mark.slow
+def test_kill_of_the_first_process_ends_the_other_with_a_message(folder):
+  train = ["train", "micro", "--data.source", "text", *FLAGS, "--run", "headless"]
+  setup = DIES.replace('"1"', '"0"')
+  main, other = (
+    start(
+      folder, *train, setup=setup, printed=f"headless{index}.txt", JAX_NUM_CPU_DEVICES="4", **shared
+    )
+    for index, shared in enumerate(cluster(2))
+  )
+  assert finish(folder, main, "headless0.txt")[0] == -signal.SIGKILL
+  died = time.monotonic()
+  status, printed = finish(folder, other, "headless1.txt")
+  assert status == 1 and time.monotonic() - died < 30, printed
+  assert printed.endswith(
+    "jaxlm: process 0 of 2, which coordinates the others, is gone; this process ends with it\n"
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_stays_alone_says_for_whom_it_has_waited(index, folder):
+  shared = cluster(2)[index] | {"JAXLM_JOIN_SECONDS": "3"}
+  alone = start(folder, "train", "micro", "--run", "alone", printed="alone.txt", **shared)
+  status, printed = finish(folder, alone, "alone.txt", seconds=60)
+  others = "the other processes that JAX_COORDINATOR_ADDRESS has started"
+  assert status == 1, printed
+  assert f"waiting for {others}, for JAXLM_JOIN_SECONDS=3 s at most" in printed
+  assert printed.endswith(f"jaxlm: {others} did not all join within JAXLM_JOIN_SECONDS=3 s\n")
+
+
 DISK_FULL_IN_ONE = """
 import os, resource, subprocess, sys
 if os.environ["JAX_PROCESS_ID"] == "1":

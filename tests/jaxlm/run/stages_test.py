@@ -1,4 +1,7 @@
-"""A run trains in pipeline stages by two flags, and goes on with another number of them."""
+"""A run trains in pipeline stages by two flags, and goes on with another number of them.
+
+Muon, whose matrices the stages split, is the rule that can go wrong there.
+"""
 
 import pytest
 
@@ -8,7 +11,7 @@ from jaxlm.run.run_folder import RunFolder, read_records
 
 FLAGS = [*SMALL, "--eval_every", "0", "--save_every", "0", "--ema", "0", "--batch", "8"]
 FLAGS += ["--accumulate", "4", "--model.layers", "4", "--data.layout", "packed"]
-FLAGS += ["--optimizer.schedule", "constant"]
+FLAGS += ["--optimizer.schedule", "constant", "--optimizer.name", "muon"]
 ONE = ["--mesh.data", "1"]
 TWO = ["--mesh.data", "2", "--mesh.stage", "2", "--schedule", "zb_h1"]
 FOUR = ["--mesh.data", "1", "--mesh.stage", "4", "--pipeline.schedule", "1f1b"]

@@ -1,11 +1,13 @@
 """Records of runs: what they count, what they refuse, and how tables of others are read."""
 
+import dataclasses
+
 import pytest
 
 from jaxlm import presets
 from jaxlm.scaling.flops import parameter_count
 from jaxlm.scaling.published import chinchilla, datablations, gemstones, quest
-from jaxlm.scaling.runs import Run, column, read_runs, run_of
+from jaxlm.scaling.runs import Run, check_comparable, column, read_runs, run_of
 
 
 def test_counts_of_a_run_of_ours():
@@ -77,3 +79,14 @@ def test_a_table_without_a_licence_is_checked_by_its_digest(tmp_path):
   other.write_text("loss\n")
   with pytest.raises(ValueError, match="has SHA-256 .*, not 193478df4e90"):
     chinchilla(other)
+
+
+def test_faults_of_a_table_are_named():
+  runs = [Run(loss=3.0, tokens=1e9, body=N, head=1e6, learning_rate=1e-3) for N in (1e6, 9e6)]
+  rate, head = check_comparable(runs, "body")
+  assert rate.startswith("one learning rate for sizes 9 times apart")
+  assert head.startswith("N leaves out the head, up to 50% of what costs FLOPs")
+  (rate,) = check_comparable(runs, "body+head")
+  assert "5 times" in rate
+  tuned = [dataclasses.replace(run, learning_rate=1 / run.body) for run in runs]
+  assert check_comparable(tuned, "body+head") == []

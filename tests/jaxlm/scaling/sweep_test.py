@@ -166,6 +166,14 @@ def test_finished_rows_are_not_run_again(swept, tmp_path, monkeypatch):
   assert sum(sizes) == 3
 
 
+def test_a_digest_that_reads_as_a_number_is_found_again(swept, tmp_path):
+  table, rows = swept
+  digest = "73125e0446910023"
+  text = table.read_text().replace(rows[0]["config"], digest)
+  (tmp_path / "t.csv").write_text(text)
+  assert read_table(tmp_path / "t.csv")[0]["config"] == digest
+
+
 def test_another_configuration_is_another_row(swept, tmp_path):
   table, rows = swept
   (tmp_path / "t.csv").write_text(table.read_text())

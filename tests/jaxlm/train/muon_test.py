@@ -14,17 +14,19 @@ from jaxlm.train.muon import scale_by_muon
 from sharding import MeshConfig, make_mesh
 from sharding.collectives import read_collectives
 
-# two meshes do not divide the stacks of 3 and 2; one array has no stack
-SHAPES = {"wide": (3, 8, 16), "tall": (2, 3, 16, 8), "single": (8, 8)}
+# two meshes do not divide the stacks of 3 and 2; one array has no stack, and stages split another's
+SHAPES = {"wide": (3, 8, 16), "tall": (2, 3, 16, 8), "single": (8, 8), "staged": (4, 8, 16)}
 SPECS = {
   "wide": P(None, "fsdp", "tensor"),
   "tall": P(None, None, "tensor", ("fsdp", "context_ring")),
   "single": P("fsdp", "tensor"),
+  "staged": P("stage", "fsdp", "tensor"),
 }
 MESHES = {
   "fsdp 8": MeshConfig(data=1, fsdp=8),
   "data 2, fsdp 4": MeshConfig(data=2, fsdp=4),
   "fsdp 2, context 2, tensor 2": MeshConfig(data=1, fsdp=2, context_ring=2, tensor=2),
+  "stage 2, fsdp 2, tensor 2": MeshConfig(data=1, stage=2, fsdp=2, tensor=2),
 }
 
 
@@ -83,4 +85,4 @@ def test_whole_matrices_come_and_go_by_all_to_alls_and_nothing_else_is_sent():
   counts = collections.Counter()
   for c in sent:  # XLA on CPU writes an all-to-all as one array for each device
     counts[c.axes] += 1 / c.group
-  assert counts == {("fsdp",): 4, ("fsdp", "context_ring"): 2, ("tensor",): 6}
+  assert counts == {("fsdp",): 6, ("fsdp", "context_ring"): 2, ("tensor",): 8}

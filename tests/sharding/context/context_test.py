@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.common.errors import UnsupportedError, UserError
 from sharding import MeshConfig, make_mesh
 from sharding.context import (
+  Rows,
+  Variant,
   hybrid_attention,
   hybrid_attention_shard,
   ring_attention,
@@ -92,7 +94,8 @@ def test_the_form_for_one_shard_stands_inside_shard_map():
     spread = jax.reshard(x_BTNH, P(None, ("context_ring", "context_ulysses")))
 
     def local(x_BTNH):
-      own = hybrid_attention_shard(x_BTNH, x_BTNH, x_BTNH, segment_ids_BS=jnp.asarray(ids_BS))
+      rows = Rows(segment_ids_BS=jnp.asarray(ids_BS))
+      own = hybrid_attention_shard(x_BTNH, x_BTNH, x_BTNH, rows, Variant())
       return own, hybrid_attention(x_BTNH, x_BTNH, x_BTNH, segment_ids_BT=jnp.asarray(ids_BS))
 
     spec = jax.typeof(spread).sharding.spec

@@ -1,0 +1,200 @@
+"""Computes one chunk of one head with products, from the state at its start: plain JAX.
+
+All decays inside of a chunk are exponentials of sums of log decays, never of differences: those
+between positions i > j are split where a block of 2, 4, .. C positions that holds both is halved,
+into the sum from the middle to i and the sum from j to the middle. So no exponent is above 0, none
+is the difference of large numbers, and any log decay from 0 to minus infinity is exact.
+"""
+
+# C positions of a chunk, K width of keys, V width of values, L positions of a block, M blocks,
+# H halvings, R kinds of rows; X is K or 1
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.delta_attention.terms import Gated
+
+SMALL_BLOCK = 16
+"""Blocks that are halved together, by masks."""
+
+
+class Decays(NamedTuple):
+  """Holds sums of log decays inside of M blocks of L positions."""
+
+  to_here: jax.Array  # [M, L, X], from the block's start up to and with each position
+  to_end: jax.Array  # [M, L, X], after each position up to the block's end
+  total: jax.Array  # [M, 1, X]
+
+
+def attend_to_chunk(gated: Gated, state_KV: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the output [C, V] of a chunk of one head and the state after it.
+
+  With A_ij = (b k)_i . (decay_ij k_j) for j < i and P_ij = q_i . (decay_ij k_j) for j <= i, what
+  the tokens add to the state is R = (I + A)^-1 (w v - (decay b k) S), the output is
+  (decay q) S + P R, the next state decay S + (decay k)^T R.
+
+  Source: arXiv 2510.26692, equations 6 to 9, with separate erase and write gates.
+  """
+  q_CK, k_CK, erased_CK, v_CV, decay = gated
+  pairs, decays = _pair_products(q_CK, k_CK, erased_CK, decay)
+  added_CV = v_CV
+  from_start_CX = None if decays is None else jnp.exp(decays.to_here[0])
+  if erased_CK is not None:
+    read_CV = _dot("ck,kv->cv", _scaled(erased_CK, from_start_CX), state_KV)
+    added_CV = solve_unit_lower(pairs[1], v_CV - read_CV)
+  o_CV = _dot("ck,kv->cv", _scaled(q_CK, from_start_CX), state_KV)
+  o_CV = o_CV + _dot("cd,dv->cv", pairs[0], added_CV)
+  if decays is not None:
+    k_CK = k_CK * jnp.exp(decays.to_end[0])
+    state_KV = jnp.exp(decays.total[0]).T * state_KV
+  return o_CV, state_KV + _dot("ck,cv->kv", k_CK, added_CV)
+
+
+def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
+  return x if factor is None else x * factor
+
+
+def _pair_products(
+  q_CK: jax.Array, k_CK: jax.Array, erased_CK: jax.Array | None, decay_CX: jax.Array | None
+) -> tuple[list[jax.Array], Decays | None]:
+  """Returns P [C, C] and, where there is erasing, A [C, C], and the chunk's decays."""
+  rows = [q_CK] if erased_CK is None else [q_CK, erased_CK]
+  C = k_CK.shape[0]
+  if decay_CX is None or decay_CX.shape[1] == 1:
+    products = [_dot("ck,dk->cd", x_CK, k_CK) for x_CK in rows]
+    if decay_CX is None:
+      return [jnp.tril(x, -i) for i, x in enumerate(products)], None
+    one_C1 = jnp.ones_like(decay_CX)
+    (decay_CC,), decays = _lower_blocks([one_C1], one_C1, decay_CX)
+    decay_CC = decay_CC + jnp.eye(C, dtype=decay_CC.dtype)
+    return [jnp.tril(x, -i) * decay_CC for i, x in enumerate(products)], decays
+  pairs, decays = _lower_blocks(rows, k_CK, decay_CX)
+  diagonal_C = jnp.sum(q_CK * k_CK, axis=-1)
+  pairs[0] = pairs[0] + jnp.diag(diagonal_C)
+  return pairs, decays
+
+
+def _lower_blocks(
+  rows: list[jax.Array], k_CK: jax.Array, decay_CX: jax.Array
+) -> tuple[list[jax.Array], Decays]:
+  """Returns x_i . (decay_ij k_j) for j < i, else 0, [C, C] for each x of `rows`, and the decays."""
+  C, L = k_CK.shape[0], min(SMALL_BLOCK, k_CK.shape[0])
+  rows_RCK = jnp.stack(rows)
+  products_RMLL, decays = _small_blocks(rows_RCK, k_CK, decay_CX, L)
+  while L < C:
+    halves: Decays = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), decays)
+    first, second = (jax.tree.map(lambda x, i=i: x[:, i], halves) for i in range(2))
+    k_MLK = k_CK.reshape(-1, 2, L, k_CK.shape[1])[:, 0] * jnp.exp(first.to_end)
+    rows_RMLK = rows_RCK.reshape(len(rows), -1, 2, L, rows_RCK.shape[2])[:, :, 1]
+    lower_RMLL = _dot_rows(rows_RMLK * jnp.exp(second.to_here)[None], k_MLK)
+    products = products_RMLL.reshape(len(rows), -1, 2, L, L)
+    upper_RMLL = jnp.zeros_like(lower_RMLL)
+    products_RMLL = jnp.block([[products[:, :, 0], upper_RMLL], [lower_RMLL, products[:, :, 1]]])
+    decays = Decays(
+      to_here=jnp.concatenate([first.to_here, first.total + second.to_here], axis=1),
+      to_end=jnp.concatenate([first.to_end + second.total, second.to_end], axis=1),
+      total=first.total + second.total,
+    )
+    L = 2 * L
+  return [products_CC[0] for products_CC in products_RMLL], decays
+
+
+def _small_blocks(
+  rows_RCK: jax.Array, k_CK: jax.Array, decay_CX: jax.Array, L: int
+) -> tuple[jax.Array, Decays]:
+  """Returns the products inside of blocks of L positions, [R, M, L, L], and the blocks' decays."""
+  sums, masks_HLL = _tables(L)
+  g_MLX = decay_CX.reshape(-1, L, decay_CX.shape[1])
+  sums_HMLX = _dot("hij,mjx->hmix", jnp.asarray(sums, g_MLX.dtype), g_MLX)
+  factor_HMLX = jnp.exp(sums_HMLX[:-2])
+  rows_RHMLK = rows_RCK.reshape(len(rows_RCK), 1, -1, L, rows_RCK.shape[2]) * factor_HMLX[None]
+  k_HMLK = k_CK.reshape(1, -1, L, k_CK.shape[1]) * factor_HMLX
+  products_RHMLL = _dot_rows(rows_RHMLK, k_HMLK)
+  masks = jnp.asarray(masks_HLL)[None, :, None]
+  products_RMLL = jnp.sum(jnp.where(masks, products_RHMLL, 0), axis=1)
+  to_here, to_end = sums_HMLX[-2:]
+  return products_RMLL, Decays(to_here, to_end, to_here[:, -1:])
+
+
+def _dot_rows(rows: jax.Array, k: jax.Array) -> jax.Array:
+  """Returns [R, ..., L, L] of rows [R, ..., L, K] and k [..., L, K], with R L rows in a product."""
+  R, L, K = rows.shape[0], *rows.shape[-2:]
+  stacked = jnp.moveaxis(rows, 0, -3).reshape(*k.shape[:-2], R * L, K)
+  products = _dot("...ik,...jk->...ij", stacked, k)
+  return jnp.moveaxis(products.reshape(*k.shape[:-2], R, L, L), -3, 0)
+
+
+@functools.cache
+def _tables(L: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns what sums log decays in a block of L positions, and which pairs a sum is for.
+
+  Halving 0, 1, .. of H cuts blocks of 2, 4, .. L positions in the middle. Its sums, [L, L] of 0
+  and 1, are from the middle to each position behind it, and from each position before it to the
+  middle; its pairs, bool [L, L], are of one block, on two sides of the middle. Two more sums lead
+  from the start to each position, and from there to the end.
+  """
+  i, j = np.arange(L)[:, None], np.arange(L)[None]
+  sums, masks = [], []
+  for half in (2**h for h in range(L.bit_length() - 1)):
+    middle, same = i // (2 * half) * 2 * half + half, i // (2 * half) == j // (2 * half)
+    behind = i >= middle
+    sums.append(np.where(behind, (middle <= j) & (j <= i), (i < j) & (j < middle)))
+    masks.append(same & behind & (j < middle))
+  masks_HLL = np.array(masks, bool).reshape(-1, L, L)
+  return np.array([*sums, j <= i, j > i], np.float32), masks_HLL
+
+
+@jax.custom_vjp
+def solve_unit_lower(lower_CC: jax.Array, right_CV: jax.Array) -> jax.Array:
+  """Returns (I + L)^-1 R for L below the diagonal, which is 0 elsewhere."""
+  return _dot("cd,dv->cv", invert_unit_lower(lower_CC), right_CV)
+
+
+def _solve_forward(lower_CC: jax.Array, right_CV: jax.Array):
+  inverse_CC = invert_unit_lower(lower_CC)
+  x_CV = _dot("cd,dv->cv", inverse_CC, right_CV)
+  return x_CV, (inverse_CC, x_CV)
+
+
+def _solve_backward(residuals, dx_CV: jax.Array):
+  inverse_CC, x_CV = residuals
+  dright_CV = _dot("cd,cv->dv", inverse_CC, dx_CV)
+  return jnp.tril(-_dot("cv,dv->cd", dright_CV, x_CV), -1), dright_CV
+
+
+solve_unit_lower.defvjp(_solve_forward, _solve_backward)
+
+
+def invert_unit_lower(lower_CC: jax.Array) -> jax.Array:
+  """Returns (I + L)^-1 by joining the inverses of two halves: below them is - X_1 L_10 X_0.
+
+  Powers of L, which may overflow, are not needed.
+  """
+  C = lower_CC.shape[0]
+  L = min(SMALL_BLOCK, C)
+  blocks = lower_CC.reshape(C // L, L, C // L, L)
+  lower_MLL = jnp.stack([blocks[m, :, m] for m in range(C // L)])
+  inverse_MLL = jnp.broadcast_to(jnp.eye(L, dtype=lower_CC.dtype), lower_MLL.shape)
+  for mask_LL in _tables(L)[1]:
+    joined_MLL = jnp.where(jnp.asarray(mask_LL)[None], lower_MLL, 0)
+    product_MLL = _dot("mij,mjk->mik", inverse_MLL, joined_MLL)
+    inverse_MLL = inverse_MLL - _dot("mij,mjk->mik", product_MLL, inverse_MLL)
+  while L < C:
+    first_MLL, second_MLL = inverse_MLL[::2], inverse_MLL[1::2]
+    blocks = lower_CC.reshape(C // L, L, C // L, L)
+    joined_MLL = jnp.stack([blocks[m + 1, :, m] for m in range(0, C // L, 2)])
+    product_MLL = _dot("mij,mjk->mik", second_MLL, joined_MLL)
+    below_MLL = -_dot("mij,mjk->mik", product_MLL, first_MLL)
+    above_MLL = jnp.zeros_like(below_MLL)
+    inverse_MLL = jnp.block([[first_MLL, above_MLL], [below_MLL, second_MLL]])
+    L = 2 * L
+  return inverse_MLL[0]
+
+
+def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  return jnp.einsum(spec, x, y, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,103 @@
+"""Holds the records of delta attention, and what is done to single tokens: norm, gates, resets."""
+
+# B batch, T positions, H heads of queries and keys, N heads of values, K width of queries and keys,
+# V width of values; X is K, V or 1
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+WIPE = -1e30
+"""Log decay that leaves nothing; finite, since 0 times it must be 0."""
+NORM_EPSILON = 1e-6
+
+
+class Tokens(NamedTuple):
+  """Holds what belongs to positions; the leading axes are [B, T] and heads, or others in chunks."""
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  decay: jax.Array | None  # float32 [..., N, K or 1]; what the gate is made of, if there is one
+  erase: jax.Array | None  # [..., N, K or 1]
+  write: jax.Array | None  # [..., N, V or 1]
+  reset: jax.Array | None  # bool [B, T], true where a segment starts
+
+
+class GateParameters(NamedTuple):
+  """Holds the parameters of the decay's gate, or None without one."""
+
+  a_log_N: jax.Array | None
+  bias_NX: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """Holds the arguments of `delta_attention` that are no arrays, checked."""
+
+  scale: float
+  l2norm: bool = False
+  gate: str | None = None
+  lower_bound: float = -5.0
+  interpret: Any = False
+
+
+class Gated(NamedTuple):
+  """Holds tokens after norm and gates, in the dtype of sums; erase and write are multiplied in."""
+
+  q: jax.Array  # scaled
+  k: jax.Array
+  erased_k: jax.Array | None  # b k; None where nothing is erased
+  v: jax.Array  # w v
+  decay: jax.Array | None  # log decay g, at most 0
+
+
+def sum_dtype(dtype: Any) -> jnp.dtype:
+  """Returns the dtype of products, sums and states: float32, or float64 for float64 inputs."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def apply_gates(tokens: Tokens, gate: GateParameters, options: Options) -> Gated:
+  """Normalises queries and keys and turns gates into factors; `reset` is not looked at.
+
+  Arrays are [..., heads, width]; `gate` broadcasts against the decay.
+  """
+  dtype = sum_dtype(tokens.q.dtype)
+  q, k, v = (x.astype(dtype) for x in (tokens.q, tokens.k, tokens.v))
+  if options.l2norm:
+    q, k = normalise(q), normalise(k)
+  group = v.shape[-2] // q.shape[-2]
+  q, k = (x if group == 1 else jnp.repeat(x, group, axis=-2) for x in (q, k))
+  erased_k = None if tokens.erase is None else tokens.erase.astype(dtype) * k
+  v = v if tokens.write is None else tokens.write.astype(dtype) * v
+  decay = None
+  if tokens.decay is not None:
+    decay = log_decay(tokens.decay.astype(dtype), gate, options)
+  return Gated(options.scale * q, k, erased_k, v, decay)
+
+
+def normalise(x: jax.Array) -> jax.Array:
+  """Returns x / sqrt(sum x^2 + 1e-6) over the last axis."""
+  return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
+
+
+def log_decay(x: jax.Array, gate: GateParameters, options: Options) -> jax.Array:
+  """Returns the log decay g, at least `WIPE`, of x [..., N, X].
+
+  "softplus": g = -exp(a_log) softplus(x + bias); "lower_bound": g = lower_bound
+  sigmoid(exp(a_log) (x + bias)); None: g = x.
+  """
+  if options.gate is not None:
+    assert gate.a_log_N is not None
+    leading = (1,) * (x.ndim - 2)
+    rate = jnp.exp(gate.a_log_N.astype(x.dtype)).reshape(*leading, -1, 1)
+    if gate.bias_NX is not None:
+      x = x + gate.bias_NX.astype(x.dtype).reshape(*leading, *gate.bias_NX.shape)
+    if options.gate == "softplus":
+      x = -rate * jax.nn.softplus(x)
+    else:
+      x = options.lower_bound * jax.nn.sigmoid(rate * x)
+  return jnp.maximum(x, WIPE)

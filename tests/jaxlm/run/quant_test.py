@@ -1,0 +1,112 @@
+"""Runs with rules: the table at the start, what the first step refuses, and rules for the rest."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from jaxlm.cli import main
+from jaxlm.config import MeshConfig, QuantRule, QuantSpec
+from jaxlm.config.formats import LsqFormat, UniformFormat
+from jaxlm.presets import micro
+from jaxlm.quant import apply, uniform
+from jaxlm.run import SavedRun, train
+from jaxlm.run.run_folder import RunFolder
+from pallas_kernels.common.errors import UserError
+
+RULES = (QuantRule(match="layers.*", spec=QuantSpec(weight=UniformFormat(bits=8))),)
+
+
+def config_of(path, corpus, rules, steps=1):
+  config = micro()
+  return dataclasses.replace(
+    config,
+    steps=steps,
+    batch=2,
+    mesh=MeshConfig(data=1),
+    eval_every=0,
+    eval_batches=1,
+    run=str(path),
+    model=dataclasses.replace(config.model, quant=rules, D=16, V=257),
+    data=dataclasses.replace(config.data, source=str(corpus), length=16),
+    optimizer=dataclasses.replace(config.optimizer, warmup=0),
+  )
+
+
+def test_a_run_says_its_formats_and_goes_on_under_other_rules(tmp_path, corpus, capsys):
+  path = tmp_path / "run"
+  train(config_of(path, corpus, RULES))
+  printed = capsys.readouterr().out
+  assert "matmuls: layers.0-1.mixer.q" in printed and "float32 * int8 symmetric per row" in printed
+  folder = RunFolder(path)
+  lines = json.loads(folder.environment.read_text())[-1]["matmuls"]
+  assert lines[1].startswith("layers.0-1.mixer.q") and lines[-1].startswith("head")
+  values = json.loads(folder.config.read_text())
+  values["model"]["quant"][0]["spec"]["weight"]["bits"] = 4
+  folder.config.write_text(json.dumps(values))
+  assert main(["resume", str(path), "--steps", "2"]) == 0
+  printed = capsys.readouterr().out
+  assert "float32 * int4 symmetric per row" in printed
+  assert "differs from the start before" in printed and "bits: 8 -> 4" in printed
+
+
+def test_a_gradient_that_is_all_zero_ends_the_first_step(tmp_path, corpus, monkeypatch):
+  plain = uniform.quantize
+
+  def underflows(x, format):
+    return jnp.zeros_like(x) if format.bits == 5 else plain(x, format)
+
+  monkeypatch.setattr(uniform, "quantize", underflows)
+  spec = QuantSpec(gradient=UniformFormat(bits=5))
+  path = tmp_path / "run"
+  with pytest.raises(
+    UserError, match=r"layers.0.mixer.k, layers.1.mixer.k: the gradient of its weight is all zero"
+  ):
+    train(config_of(path, corpus, (QuantRule(match=".*mixer[.]k", spec=spec),)))
+  assert not path.exists()
+
+
+def test_a_rule_that_decides_nothing_ends_a_run_before_it_starts(tmp_path, corpus):
+  rules = (QuantRule(match="layers[.]9.*"),)
+  with pytest.raises(UserError, match="matches none of the matmuls"):
+    train(config_of(tmp_path / "run", corpus, rules))
+  assert not (tmp_path / "run").exists()
+
+
+def test_learned_scales_start_from_the_first_batch_and_are_packed_and_sampled(
+  tmp_path, corpus, capsys
+):
+  """From training through bytes to text, by the commands."""
+  flags = "--steps 1 --batch 2 --eval_every 0 --eval_batches 1 --mesh.data 1 --optimizer.warmup 0"
+  flags += f" --data.length 16 --data.source {corpus} --run {tmp_path / 'run'}"
+  flags += " --quantize lsq:4:8 --optimizer.learning_rate 1e-9"
+  assert main(["train", "micro", *flags.split()]) == 0
+  saved = SavedRun.open(tmp_path / "run")
+  steps = saved.params["stacks"]["0"]["0"]["feedforward"]["down"]["activation_step"]
+  assert steps.shape == (2, 1) and (0 < steps).all()
+  normal = apply.init_scales(apply.unit_normal(), LsqFormat(bits=8))["step"]
+  assert (steps < 0.5 * float(normal[0])).all()  # these inputs are small, and were looked at
+  capsys.readouterr()
+  assert main(["quantize", str(tmp_path / "run"), str(tmp_path / "small")]) == 0
+  printed = capsys.readouterr().out
+  assert "LSQ int8 symmetric per tensor * LSQ int4 symmetric per tensor" in printed
+  assert "packed weights: 18,432 in 9,272 bytes" in printed  # 14 steps of 4 bytes
+  losses = []
+  for name in ("run", "small"):
+    assert main(["eval", str(tmp_path / name), "--batches", "1"]) == 0
+    losses.append(capsys.readouterr().out.partition("held-out loss ")[2][:6])
+  assert losses[0] == losses[1]
+  assert main(["sample", str(tmp_path / "small"), "--max_new", "2"]) == 0
+  assert main(["describe", str(tmp_path / "run"), "--recipe", "int4:16"]) == 0
+  printed = capsys.readouterr().out
+  assert "5.000 bits each" in printed and "whole model:" in printed
+  assert "layers.1" in printed and "normal values have 3" in printed
+
+
+def test_a_recipe_that_does_not_exist_is_named(capsys):
+  assert main(["describe", "micro", "--recipe", "qest:4"]) == 2
+  assert "nearest: quest" in capsys.readouterr().err
+  assert main(["describe", "micro", "--recipe", "int4:a"]) == 2
+  assert main(["describe", "micro", "--recipe", "int8"]) == 0
+  assert "int8 symmetric per row" in capsys.readouterr().out
