@@ -52,6 +52,7 @@ def quantize(
   transposed = transposed or block[0] == 1
   how = Recipe(size, form, mode, transposed, by_xla=bool(interpret))
   body: Any
+  scales: tuple[int, ...]
   if block[0] == 1:
     body, scales = _along_rows, (tiles[1], columns // size, tiles[0] * rows)
     scales_block = pl.BlockSpec((None, columns // size, rows), lambda m, n: (n, 0, m))
