@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from pallas_kernels.common.checks import check_choice
+from pallas_kernels.common.checks import check, check_choice
 from pallas_kernels.common.chips import CHIPS, CORES, Chip
 from pallas_kernels.schedule.compiler import chip_mesh, compile_with_listings, dump_folder
 from pallas_kernels.schedule.listing import DumpError, KernelSchedule, Total
@@ -64,7 +64,13 @@ class Finding:
 
 
 def analyse(
-  fn: Callable[..., Any], args: Any, chip: str, *, flops: float | None = None, kernel: str = ""
+  fn: Callable[..., Any],
+  args: Any,
+  chip: str,
+  *,
+  flops: float | None = None,
+  kernel: str = "",
+  trips: Sequence[float] = (),
 ) -> list[Finding]:
   """Compiles `fn(*args)` for one device of `chip` and reads the schedule of its Pallas kernels.
 
@@ -73,6 +79,8 @@ def analyse(
     chip: "v5e", "v5p", "v6e" or "tpu7x".
     flops: useful ones of each kernel, all its calls; by default what its MXU instructions do.
     kernel: only kernels whose name contains this.
+    trips: of a kernel's loops with a dynamic bound, in the order of its listing, outer ones first;
+      by default each counts once.
 
   Raises:
     UserError: unknown chip.
@@ -94,7 +102,7 @@ def analyse(
     r"%([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", compiled.as_text()
   )
   return [
-    summarise(call, name, listings.get(name, {}), CHIPS[chip], flops)
+    summarise(call, name, listings.get(name, {}), CHIPS[chip], flops, trips)
     for call, name in match(calls, instructions)
     if kernel in name
   ]
@@ -117,13 +125,18 @@ def match(calls: list[Call], kernels: list[str]) -> list[tuple[Call, str]]:
 
 
 def summarise(
-  call: Call, kernel: str, listings: dict[str, str], chip: Chip, flops: float | None
+  call: Call,
+  kernel: str,
+  listings: dict[str, str],
+  chip: Chip,
+  flops: float | None,
+  trips: Sequence[float] = (),
 ) -> Finding:
   """Returns the finding for one call from the listings of its kernel."""
   if not {"bundles", "use", "original"} <= set(listings):
     raise DumpError(f"{kernel}: of the listings only {sorted(listings)} were written")
   core = CORES[chip.name]
-  schedule = KernelSchedule(listings["bundles"], listings["use"], core)
+  schedule = KernelSchedule(listings["bundles"], listings["use"], core, trips)
   step, cycles = count_cycles(schedule, call)
   sizes = re.findall(r"space=vmem, size = (0x[0-9a-f]+)", listings["original"])
   counted = sum(2 * n * k.rows * core.mxu_side**2 for k, n in step.matmuls.items())
@@ -138,9 +151,12 @@ def summarise(
   copy_us = call.calls * COPY_US * call.copy_steps / core.count
   us = max(core_us, hbm_us, copy_us)
   roofline_us = max(useful / peak, call.calls * call.needed / chip.hbm_bytes_per_s) * 1e6
-  dynamic_loops = sum(loop.trips is None for loop in schedule.loops()) - (call.steps > 1)
+  dynamic_loops = len(schedule.dynamic) - (call.steps > 1)
   notes = list(call.notes)
-  if dynamic_loops > 0:
+  if trips:
+    check(dynamic_loops == len(trips), "trips", trips, f"{kernel} has {dynamic_loops} such loops")
+    notes.append(f"loops with a dynamic bound count {', '.join(f'{n:g}' for n in trips)} times")
+  elif dynamic_loops > 0:
     notes.append(f"{dynamic_loops} loops with a dynamic bound count once")
   return Finding(
     kernel=call.name or re.sub(r"\.\d+$", "", kernel),

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -88,9 +88,13 @@ class Total:
 
 
 class KernelSchedule:
-  """Holds one compiled kernel. Raises DumpError where its listings are not as known here."""
+  """Holds one compiled kernel. Raises DumpError where its listings are not as known here.
 
-  def __init__(self, bundles: str, use: str, core: TensorCore):
+  `trips` are those of the loops with a dynamic bound, in the order of the listing, outer ones
+  first; the grid's own loop is not among them. Without, such a loop counts once.
+  """
+
+  def __init__(self, bundles: str, use: str, core: TensorCore, trips: Sequence[float] = ()):
     self.core = core
     text = re.sub(r"/\*.*?\*/", "", bundles, flags=re.S)
     marks = list(BUNDLE.finditer(text))
@@ -105,6 +109,8 @@ class KernelSchedule:
       [matmul_kind(REGISTERS.sub("", m)) for m in MATMUL.findall(b)] for b in self.bundles
     ]
     self.root = self._tree(text)
+    self.dynamic = [loop for loop in self.loops() if loop.trips is None]
+    self.assumed = dict(zip(map(id, self.dynamic[len(self.dynamic) - len(trips) :]), trips))
 
   def _tree(self, text: str) -> Span:
     size, spans = len(self.bundles), []
@@ -134,7 +140,7 @@ class KernelSchedule:
     for child in span.children:
       out.add(self._straight(at, child.start), 1)
       if child.loop:
-        weight = float(child.trips or 1)
+        weight = float(child.trips or self.assumed.get(id(child), 1))
       elif not self.multiplies(self.root) or self.multiplies(child):
         weight = 1.0
       else:

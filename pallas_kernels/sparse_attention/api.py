@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,19 +17,31 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.attention import attention
 from pallas_kernels.attention.checks import check_spread_alike
 from pallas_kernels.common.checks import check, check_choice, check_dtype, check_shape
+from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import log_once, platform
 from pallas_kernels.common.shards import check_not_sharded, run_on_shards, sharded_axes
-from pallas_kernels.sparse_attention import checks, reference, selection, window, xla
+from pallas_kernels.sparse_attention import (
+  checks,
+  nonfinite,
+  pallas_tpu,
+  reference,
+  selection,
+  window,
+  xla,
+)
 from pallas_kernels.sparse_attention.compression import block_starts
 from pallas_kernels.sparse_attention.places import (
   PAPER_SIZES,
   BlockSizes,
+  Options,
   make_places,
   segment_firsts,
 )
 
-Implementation = Literal["reference", "xla"]
-IMPLEMENTATIONS = ("reference", "xla")
+Implementation = Literal["reference", "xla", "pallas_tpu"]
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
+KERNELS: dict[str, ModuleType] = {"pallas_tpu": pallas_tpu}
+KERNEL_ON = {"tpu": "pallas_tpu"}
 
 
 class Selection(NamedTuple):
@@ -221,7 +234,7 @@ def nsa_selected_attention(
   """
   check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
   rule = "only a named kernel can be interpreted"
-  check(not interpret, "interpret", interpret, rule)
+  check(not interpret or implementation in KERNELS, "interpret", interpret, rule)
   q_BTNH, k_BSKH, v_BSKU = jnp.asarray(q_BTNH), jnp.asarray(k_BSKH), jnp.asarray(v_BSKU)
   indices_BTKI = jnp.asarray(indices_BTKI)
   checks.check_keys(("k_BSKH", "v_BSKU"), q_BTNH, k_BSKH, v_BSKU)
@@ -232,13 +245,32 @@ def nsa_selected_attention(
   checks.check_places(B, T, S, positions_BT, segment_ids_BS)
   sizes = BlockSizes(length=block, stride=block, block=block)
   options = checks.make_options(sizes, scale, H, interpret)
-  name = "xla" if implementation is None else implementation
-  if implementation is None:
-    log_once("nsa_selected_attention", name, platform())
+  name = choose(implementation, q_BTNH, k_BSKH, v_BSKU, options)
   local = functools.partial(_attend_locally, name=name, options=options)
   arrays, rows = (q_BTNH, k_BSKH, v_BSKU), (positions_BT, segment_ids_BS)
-  o_BTNU, lse_BTN = _on_shards(local, arrays, (indices_BTKI,), rows, outputs=2)
+  o_BTNU, lse_BTN = _on_shards(local, arrays, (indices_BTKI,), rows, 2, fused=name in KERNELS)
   return o_BTNU, lse_BTN
+
+
+def choose(
+  implementation: Implementation | None,
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKU: jax.Array,
+  options: Options,
+) -> str:
+  """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
+  name = KERNEL_ON.get(platform(), "xla") if implementation is None else implementation
+  reason = None
+  if name in KERNELS:
+    reason = KERNELS[name].unsupported(q_BTNH, k_BSKH, v_BSKU, options)
+  if implementation is None:
+    chosen = name if reason is None else f"xla ({name}: {reason})"
+    log_once("nsa_selected_attention", chosen, platform())
+    return name if reason is None else "xla"
+  if reason is not None:
+    raise UnsupportedError(f"implementation={implementation!r}: {reason}")
+  return name
 
 
 def _select_locally(q_BTNH, k_BCKH, v_BCKU, positions_BT, segment_ids_BS, *, options, S, dense):
@@ -251,6 +283,7 @@ def _select_locally(q_BTNH, k_BCKH, v_BCKU, positions_BT, segment_ids_BS, *, opt
   )
   if dense == "reference":
     return reference.compress_and_select(*arrays, starts_BC, places, S, options)
+  v_BCKU, bad_BCK = nonfinite.hide(v_BCKU)
   # a query sees a compressed block like a key at the block's last token
   segments: dict[str, Any] = {}
   if segment_ids_BS is not None:
@@ -258,7 +291,9 @@ def _select_locally(q_BTNH, k_BCKH, v_BCKU, positions_BT, segment_ids_BS, *, opt
     owners_BC = jnp.take_along_axis(segment_firsts(segment_ids_BS), at_BC, axis=1)
     segments = {"q_segment_ids_BT": places.firsts_BT, "k_segment_ids_BS": owners_BC}
   o_BTNU, lse_BTN = attention(
-    *arrays,
+    q_BTNH,
+    k_BCKH,
+    v_BCKU,
     q_positions_BT=places.positions_BT,
     k_positions_BS=starts_BC + (sizes.length - 1),
     scale=options.scale,
@@ -267,6 +302,14 @@ def _select_locally(q_BTNH, k_BCKH, v_BCKU, positions_BT, segment_ids_BS, *, opt
   )
   if 0 in (B, T):
     return o_BTNU, lse_BTN, jnp.zeros((B, T, K, sizes.count), jnp.int32)
+  # the blocks that a query sees are a range: they are in order
+  rows = max(starts_BC.shape[0], places.positions_BT.shape[0])
+  starts_BC = jnp.broadcast_to(starts_BC, (rows, starts_BC.shape[1]))
+  search = jax.vmap(lambda starts_C, at_T: jnp.searchsorted(starts_C, at_T))
+  seen_from_BT = search(starts_BC, jnp.broadcast_to(places.starts_BT(), (rows, T)))
+  after_BT = jnp.broadcast_to(places.positions_BT - (sizes.length - 2), (rows, T))
+  seen_to_BT = search(starts_BC, after_BT)
+  o_BTNU = nonfinite.mark(o_BTNU, bad_BCK, seen_from_BT, seen_to_BT)
   fixed = jax.lax.stop_gradient((q_BTNH, k_BCKH, lse_BTN))
   return o_BTNU, lse_BTN, selection.select(*fixed, starts_BC, places, S, options)
 
@@ -280,8 +323,8 @@ def _attend_locally(
     dtype = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     return jnp.zeros((B, T, N, U), q_BTNH.dtype), jnp.full((B, T, N), -jnp.inf, dtype)
   places = make_places(T, S, positions_BT, segment_ids_BS)
-  attend = reference.attend if name == "reference" else xla.attend
-  return attend(q_BTNH, k_BSKH, v_BSKU, indices_BTKI, places, options)
+  implementations = {"reference": reference, "xla": xla, **KERNELS}
+  return implementations[name].attend(q_BTNH, k_BSKH, v_BSKU, indices_BTKI, places, options)
 
 
 def _window(q_BTNH, k_BSKH, v_BSKU, positions_BT, segment_ids_BS, sizes, scale, dense):

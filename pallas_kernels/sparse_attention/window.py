@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from pallas_kernels.attention import api as dense
 from pallas_kernels.attention import attention, mask, xla
 from pallas_kernels.common.padding import pad_axis, round_up
-from pallas_kernels.sparse_attention.places import Options, segment_firsts
+from pallas_kernels.sparse_attention import nonfinite
+from pallas_kernels.sparse_attention.places import Options, make_places, segment_firsts
 
 
 def attend(
@@ -26,6 +27,17 @@ def attend(
   implementation: dense.Implementation | None,
 ) -> tuple[jax.Array]:
   """Returns the output [B, T, N, U] over the last `window` keys of each query's segment."""
+  v_BSKU, bad_BSK = nonfinite.hide(v_BSKU)
+  arrays = (q_BTNH, k_BSKH, v_BSKU, positions_BT, segment_ids_BS)
+  o_BTNU = _attend(*arrays, options, implementation)
+  T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+  places = make_places(T, S, positions_BT, segment_ids_BS)
+  end_BT = jnp.clip(places.positions_BT + 1, 0, S)
+  first_BT = jnp.maximum(places.starts_BT(), end_BT - options.sizes.window)
+  return (nonfinite.mark(o_BTNU, bad_BSK, first_BT, end_BT),)
+
+
+def _attend(q_BTNH, k_BSKH, v_BSKU, positions_BT, segment_ids_BS, options, implementation):
   T, S, window = q_BTNH.shape[1], k_BSKH.shape[1], options.sizes.window
   names: dict[str, Any] = {
     "window": window,
@@ -35,11 +47,11 @@ def attend(
   tokens = mask.Tokens(q_segment_ids_BT=segment_ids_BS, k_segment_ids_BS=segment_ids_BS)
   shown = mask.Options(causal=True, window=window, cap=None, scale=options.scale)
   if positions_BT is not None or T != S:
-    return (_attend_anywhere(q_BTNH, k_BSKH, v_BSKU, positions_BT, segment_ids_BS, names),)
+    return _attend_anywhere(q_BTNH, k_BSKH, v_BSKU, positions_BT, segment_ids_BS, names)
   chosen = dense.choose(implementation, q_BTNH, k_BSKH, v_BSKU, tokens, shown, False)
   if chosen != "xla" or T <= 2 * window:
-    return (attention(q_BTNH, k_BSKH, v_BSKU, q_segment_ids_BT=segment_ids_BS, **names),)
-  return (_attend_by_blocks(q_BTNH, k_BSKH, v_BSKU, segment_ids_BS, shown),)
+    return attention(q_BTNH, k_BSKH, v_BSKU, q_segment_ids_BT=segment_ids_BS, **names)
+  return _attend_by_blocks(q_BTNH, k_BSKH, v_BSKU, segment_ids_BS, shown)
 
 
 def _attend_anywhere(q_BTNH, k_BSKH, v_BSKU, positions_BT, segment_ids_BS, names):

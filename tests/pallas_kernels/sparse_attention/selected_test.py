@@ -2,6 +2,8 @@
 
 # B batch, T query positions, S key positions, N query heads, K key heads,
 # H width of queries and keys, U width of values, I selected blocks of a query
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -146,9 +148,9 @@ def test_few_queries_of_a_cache_give_what_all_of_them_give(case, run):
   want = run(BASE, "xla")
   positions_BT = np.array([[3, 40, -1], [69, 17, 31]], np.int32)
   pick = (np.arange(2)[:, None], positions_BT)
-  o_BTNU, lse_BTN = nsa_selected_attention(
-    q_BTNH[pick], k_BSKH, v_BSKU, made.lists()[pick], block=16, positions_BT=positions_BT
-  )
+  attend = jax.jit(functools.partial(nsa_selected_attention, block=16))
+  lists_BTKI = made.lists()[pick]
+  o_BTNU, lse_BTN = attend(q_BTNH[pick], k_BSKH, v_BSKU, lists_BTKI, positions_BT=positions_BT)
   seen = positions_BT >= 0
   chex.assert_trees_all_close(o_BTNU[seen], want["o"][pick][seen], atol=1e-6)
   chex.assert_trees_all_close(lse_BTN[seen], want["lse"][pick][seen], atol=1e-5)
@@ -166,6 +168,7 @@ def test_nothing_to_attend_gives_zeros(name, shape):
   assert np.all(np.asarray(o) == 0) and np.all(np.isneginf(lse))
 
 
+@pytest.mark.slow
 def test_vmap_is_one_call_after_another(case):
   made = case(T=20)
   lists_BTKI = made.lists()

@@ -147,7 +147,7 @@ def test_gradients_reach_compressed_blocks_only_through_the_output():
     lists = nsa_select(q_BTNH, kc, vc, sizes=SIZES).indices_BTKI
     return jnp.sum(lists.astype(jnp.float32))
 
-  grads = jax.grad(choice, (0, 1))(*compressed(k_BSKH, v_BSKU))
+  grads = jax.jit(jax.grad(choice, (0, 1)))(*compressed(k_BSKH, v_BSKU))
   chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, grads))
 
 
@@ -172,11 +172,11 @@ def test_whole_attention_with_segments_and_gradients():
     assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
 
 
-@pytest.mark.parametrize("name", ["reference", "xla"])
+@pytest.mark.parametrize("name", [pytest.param("reference", marks=pytest.mark.slow), "xla"])
 def test_a_packed_row_gives_what_its_segments_give_alone(name):
   """Segments shorter than a compressed block, and boundaries that no block falls on."""
-  lengths = (37, 3, 16, 50, 24)
-  ids_BS = np.repeat(np.arange(5, dtype=np.int32), lengths)[None].repeat(B, axis=0)
+  lengths = (37, 3, 90)
+  ids_BS = np.repeat(np.arange(3, dtype=np.int32), lengths)[None].repeat(B, axis=0)
   packed, lists = run(*arrays(), ids_BS, implementation=name)
   first = 0
   for length in lengths:

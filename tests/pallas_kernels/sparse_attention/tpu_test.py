@@ -1,0 +1,140 @@
+"""The TPU kernels: values and gradients interpreted, in the simulator, and compiled for four chips.
+
+The simulator fills what was not written with NaN, raises on reads out of bounds, and records two
+accesses to one place that nothing orders.
+"""
+
+# B batch, T query positions, N query heads, K key heads, H width of queries and keys,
+# U width of values, I selected blocks of a query
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.common.chips import CORES
+from pallas_kernels.schedule.compiler import compile_for
+from pallas_kernels.sparse_attention import nsa_selected_attention, pairs, unions
+from pallas_kernels.sparse_attention.places import make_places
+
+CASES = {
+  "several query blocks": dict(T=70),
+  "packed": dict(T=40, packed=True),
+  "12 heads a group": dict(T=40, N=12, K=1),
+  "one head a group, every block": dict(T=40, N=2, K=2, I=5),
+  "larger blocks": dict(T=70, block=32, packed=True),
+  "one tile of keys is not enough": dict(T=400, B=1, N=2, K=1, I=20),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_all_cases_interpreted(name, run, expected, assert_close):
+  assert_close(run(CASES[name], "pallas_tpu", interpret=True), expected(CASES[name]), 1e-5)
+
+
+@pytest.mark.slow
+def test_bfloat16_and_negative_scale(case, run, expected, assert_close):
+  call = dict(T=40, H=64, U=64)
+  arrays = case(**call).arrays(jnp.bfloat16)
+  got = run(call, "pallas_tpu", arrays, interpret=True)
+  assert_close(got, expected(call, arrays), 4e-3, 6e-3)
+  options = dict(scale=-0.3)
+  got = run(call, "pallas_tpu", interpret=True, **options)
+  assert_close(got, run(call, "reference", **options), 1e-5)
+
+
+@pytest.mark.slow
+def test_nan_reaches_the_queries_that_see_it_and_no_others(case, run):
+  q_BTNH, k_BSKH, v_BSKU, *rest = case(T=70).arrays()
+  k_BSKH[0, 20, 0, 1] = np.nan
+  v_BSKU[1, 50, 1, 2] = np.nan
+  lists_BTKI = np.broadcast_to(np.array([0, 1, 3], np.int32), (2, 70, 2, 3))
+  arrays = (q_BTNH, k_BSKH, v_BSKU, *rest)
+  want, got = (
+    run(dict(T=70), name, arrays, lists_BTKI, **options)
+    for name, options in (("xla", {}), ("pallas_tpu", {"interpret": True}))
+  )
+  for key in want:
+    there, wanted = (np.isnan(array[key]).any(axis=-1) for array in (got, want))
+    assert np.array_equal(there, wanted) and wanted.any(), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_simulator(cores, seed, run, expected, assert_close):
+  """Both kinds of blocks, aligned (seed 0) and anywhere; grid order shuffled by the seed."""
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # where races are recorded
+
+  simulator = pltpu.InterpretParams(
+    detect_races=True,
+    uninitialized_memory="nan",
+    random_seed=seed,
+    num_cores_or_threads=cores,
+    dma_execution_mode="on_wait" if seed else "eager",
+  )
+  case = dict(T=20, B=1, packed=bool(seed))
+  try:
+    got = jax.block_until_ready(run(case, "pallas_tpu", interpret=simulator))
+    assert not interpret_pallas_call.races.races_found
+  except Exception:
+    pltpu.reset_tpu_interpret_mode_state()
+    raise
+  assert_close(got, expected(case), 1e-5)
+
+
+def test_unions_and_their_inverse_are_the_lists(case):
+  made = case(T=70, packed=True)
+  places = make_places(70, 70, None, made.segment_ids())
+  start_BTKI = pairs.selected_starts(jnp.asarray(made.lists()), places, 70, 16)
+  lists = unions.make_unions(start_BTKI, places, 70, 16, 40)  # two words of bits
+  inverse = unions.invert(lists, 70, 16)
+  start_AXU, bits_AXUW = np.asarray(lists.start_AXU), np.asarray(lists.bits_AXUW).astype(np.uint32)
+  (A, X, _), E = start_AXU.shape, unions.entries_of_row(2)
+  rows = np.asarray(inverse.rows).reshape(A, -1, unions.ROW)[..., : E * 4].reshape(A, -1, 4)
+  for a in range(A):
+    b, k = divmod(a, 2)
+    wanted = {(t, s) for t in range(70) for s in np.asarray(start_BTKI)[b, t, k].tolist() if s < 70}
+    got, touching = set(), {j: set() for j in range(5)}
+    for x in range(X):
+      for u in range(int(lists.count_AX[a, x])):
+        start = int(start_AXU[a, x, u])
+        members = [q for q in range(40) if bits_AXUW[a, x, u, q // 32] >> (q % 32) & 1]
+        got |= {(40 * x + q, start) for q in members}
+        for j in {start // 16, min((start + 15) // 16, 4)}:
+          touching[j].add((x, start))
+    assert got == wanted
+    for j in range(5):
+      entries = rows[a, int(inverse.first_AJ[a, j]) : int(inverse.last_AJ[a, j])]
+      assert touching[j] <= {(int(x), int(start)) for x, start, *_ in entries}
+
+
+def compiled(chip, N, K, H, U, dtype, packed=False):
+  """Compiles forward and backward of the paper's blocks for one chip."""
+  T = 2048
+  shapes = [((1, T, heads, width), dtype) for heads, width in ((N, H), (K, H), (K, U))]
+  ints = [((1, T, K, 16), jnp.int32), ((1, T), jnp.int32)]
+  args = [jax.ShapeDtypeStruct(*array) for array in (*shapes, *ints)]
+
+  def loss(q, k, v, lists, ids):
+    o, lse = nsa_selected_attention(
+      q, k, v, lists, segment_ids_BS=ids if packed else None, implementation="pallas_tpu"
+    )
+    return jnp.sum(o.astype(jnp.float32) ** 2) + jnp.sum(lse)
+
+  return compile_for(jax.grad(loss, (0, 1, 2)), args, chip)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CORES)
+def test_it_compiles_for(chip):
+  pytest.importorskip("libtpu")
+  text = compiled(chip, 16, 1, 128, 128, jnp.bfloat16).as_text()
+  assert all(name in text for name in ("nsa_selected_forward", "selected_dq", "selected_dkv"))
+
+
+@pytest.mark.slow
+def test_odd_sizes_compile():
+  pytest.importorskip("libtpu")
+  compiled("v5e", 12, 1, 192, 100, jnp.float32, packed=True)
