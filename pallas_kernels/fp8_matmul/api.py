@@ -1,7 +1,7 @@
 """`fp8_matmul`: a differentiable product in 8-bit codes with a scale for each block of 128.
 
 Here: the public functions, what they refuse, the choice of implementation, and meshes. The
-arithmetic of codes is in `codes`, the gradient in `autodiff`, the products in `xla`, `pallas_*`.
+arithmetic of codes is in `codes`, the gradient in `autodiff`, the products in `xla` and `pallas_tpu`.
 """
 
 # Y[M, N] = X[M, K] W[K, N]; an X with more axes keeps them in place of M
@@ -36,8 +36,8 @@ from pallas_kernels.fp8_matmul.codes import (
   multiplies,
 )
 
-Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
-PALLAS = ("pallas_tpu", "pallas_gpu")
+Implementation = Literal["reference", "xla", "pallas_tpu"]
+PALLAS = ("pallas_tpu",)
 IMPLEMENTATIONS = ("reference", "xla", *PALLAS)
 
 
