@@ -83,7 +83,7 @@ def conclude(rows: list[Row]) -> Finding:
     f"constant minus cooldown: {decay:.4f} nats per byte ({decay_low:.4f} to {decay_high:.4f})",
   ]
   return Finding(
-    ours=f"cooldown {excess:+.2f} % above the better cosine",
+    ours=f"cooldown {excess:+.2f} % against the better cosine",
     interval=f"{low:+.2f} to {high:+.2f} %, 95 % over {len(cooldown)} paired seeds",
     verdict=verdict,
     why=why,

@@ -8,10 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import DataConfig, TrainConfig, decoder
+from jaxlm.config import (
+  ConvConfig,
+  DataConfig,
+  KdaConfig,
+  LayerSpec,
+  MlpConfig,
+  ModelConfig,
+  NsaConfig,
+  TrainConfig,
+  decoder,
+)
 from jaxlm.data.loader import load_text, train_loader
+from jaxlm.models import Transformer
 from jaxlm.run.text import TextTask
 from jaxlm.scaling.flops import parameter_count, train_flops_of_rows, train_flops_per_token
+from jaxlm.scaling.mixers import mixing_flops, visible_keys
 
 SMALL = decoder(D=16, F=48, N=4, K=2, H=12, V=40, layers=2, windows=(5, None))
 
@@ -155,3 +167,55 @@ def test_the_text_task_counts_a_packed_batch(corpus):
   flops = TextTask(config, text).flops(batch)
   assert flops == train_flops_of_rows(SMALL, batch.positions_BT, batch.segment_ids_BT > 0)
   assert flops < batch.weights_BT.sum() * train_flops_per_token(SMALL, 64)
+
+
+MIXED = {
+  "kda": KdaConfig(N=4, K=2, H=16, U=24),
+  "gated_delta": KdaConfig(rule="gated_delta", N=4, K=4, H=16, out_gate="silu", conv=0),
+  "gla": KdaConfig(rule="gla", N=2, K=2, H=16, gate_rank=5),
+  "lightning": KdaConfig(rule="lightning", N=2, K=2, H=16, out_gate="none"),
+  "conv": ConvConfig(taps=3),
+  "nsa": NsaConfig(N=4, K=2, H=16, U=24, length=8, stride=4, block=16, count=3, window=16),
+  "nsa, shared": NsaConfig(
+    N=4, K=1, H=16, length=8, stride=8, block=8, count=2, compression="linear", shared=True
+  ),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_parameters_of_other_mixers_are_those_that_a_model_draws(name):
+  spec = LayerSpec(mixer=MIXED[name], feedforward=MlpConfig(F=24))
+  config = ModelConfig(D=20, V=40, layers=2, pattern=(spec,))
+  params = jax.eval_shape(Transformer(config).init, jax.random.key(0))
+  assert parameter_count(config).total == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_flops_of_a_recurrence_and_of_sparse_attention_by_hand():
+  keys_X = np.arange(1, 41)  # a row of 40 tokens
+  kda = KdaConfig(N=3, K=3, H=16)
+  assert mixing_flops(kda, keys_X) == 3 * 40 * 3 * (6 * 16**2 + 3 * 64 * 16 + 64**2)
+  assert mixing_flops(KdaConfig(rule="linear", N=1, K=1, H=16), keys_X) == 3 * 40 * (
+    4 * 16**2 + 2 * 64 * 16
+  )
+  assert mixing_flops(ConvConfig(), keys_X) == 0
+  nsa = MIXED["nsa"]
+  shown = visible_keys(nsa, keys_X)
+  # the last token: blocks that start at 0, 4, .. 32; two blocks before its own of 8; 16 keys
+  assert [int(x[-1]) for x in shown.values()] == [9, 2 * 16 + 8, 16]
+  assert [int(x[6]) for x in shown.values()] == [0, 7, 7]
+  pairs = sum(int(x.sum()) for x in shown.values())
+  blocks = (40 - 8 + 1) / 4
+  compression = 2 * (8 * 16 * 16 + 16 * 16) + 2 * (8 * 24 * 24 + 24 * 24)
+  assert mixing_flops(nsa, keys_X) == 6 * 4 * 40 * pairs + 6 * compression * blocks
+
+
+@pytest.mark.parametrize("name", ["kda", "gated_delta", "conv", "nsa"])
+def test_flops_are_most_of_what_the_compiler_counts(name):
+  """Wide projections, so that elementwise work and whole tiles of masked products are little."""
+  spec = LayerSpec(mixer=MIXED[name], feedforward=MlpConfig(F=512))
+  config = ModelConfig(D=256, V=64, layers=1, pattern=(spec,))
+  T, lm = 64, Transformer(config)
+  params = jax.eval_shape(lm.init, jax.random.key(0))
+  lowered = jax.jit(lm.apply).lower(params, jax.ShapeDtypeStruct((1, T), np.int32))
+  counted = lowered.compile().cost_analysis()["flops"] / T
+  assert 1.0 <= counted / (train_flops_per_token(config, T) / 3) <= 1.2
