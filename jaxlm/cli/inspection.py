@@ -47,18 +47,20 @@ def evaluate(arguments: list[str]) -> int:
   from jaxlm.data.baselines import baselines
   from jaxlm.decode import NoDistribution
   from jaxlm.interop.huggingface import Ignored, is_checkpoint
-  from jaxlm.run import SavedRun
+  from jaxlm.run import SavedRun, packed
   from jaxlm.run.remote import working_copy
   from jaxlm.run.run_folder import RunFolder
   from jaxlm.run.text_identity import changed_text
 
   run = arguments[0]
-  published = is_checkpoint(run)
+  published, in_bytes = is_checkpoint(run), False
   if published:
     data = DataConfig(source="")
   else:
     with working_copy(run) as path:
-      data = RunFolder(path).read_config().data
+      in_bytes = packed.is_packed(path)
+      config = packed.read_config(path) if in_bytes else RunFolder(path).read_config()
+      data = config.data
   prog = f"jaxlm eval {run}"
   flags = tyro.cli(_EvalFlags, default=_EvalFlags(data=data), args=arguments[1:], prog=prog)
   rule = "a checkpoint has no text of its own; name one with --data.source FILE_OR_FOLDER"
@@ -70,7 +72,7 @@ def evaluate(arguments: list[str]) -> int:
   text, values = saved.evaluate(flags.batches, flags.data)
   for line in text.store.report.splitlines():
     print(f"data: {line}")
-  if not published:
+  if not (published or in_bytes):
     for change in changed_text(RunFolder(path), text.digests):
       print(f"not the text of the run: {change}")
   loss, tokens = values["heldout_loss"], values["tokens"]

@@ -21,8 +21,9 @@ rate falls linearly to `final` times that at the new last step.
 class OptimizerConfig:
   """Configures the update rule, the learning-rate schedule and clipping."""
 
-  name: Literal["adamw", "muon", "adafactor"] = "adamw"
-  """adamw; muon (orthogonalised momentum for matrices of the blocks, else adamw); adafactor"""
+  name: Literal["adamw", "adam8bit", "muon", "adafactor"] = "adamw"
+  """adamw; adam8bit: its moments in 8 bits, on one device; muon: orthogonalised momentum for
+  matrices of the blocks, else adamw; adafactor"""
   learning_rate: float = 1e-3
   """peak"""
   schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"

@@ -56,8 +56,10 @@ def with_own_tokenizer(config: ModelConfig, params: Any) -> tuple[ModelConfig, A
   its own `Qwen2Tokenizer`, whatever tokenizer_config.json names. In Llama's the output projections
   have a bias too, which is zero here. A model that Llama's cannot express stays as it is.
   """
+  if not is_qwen2(config):
+    return config, params
   biased = revise(config, out_bias=True)
-  if not is_qwen2(config) or _compare(biased, _write(biased, "llama", "float32")):
+  if _compare(biased, _write(biased, "llama", "float32")):
     return config, params
   (dtype,) = {leaf.dtype for leaf in jax.tree.leaves(params)}
   params = jax.tree.map(lambda leaf: leaf, params)  # other dicts with the same arrays

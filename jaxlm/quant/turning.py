@@ -8,6 +8,7 @@ import jax
 
 from jaxlm.config.checks import check
 from pallas_kernels.common.errors import UserError
+from pallas_kernels.hadamard import hadamard
 
 
 def turn(x_ZD: jax.Array, n: int, signs_n: jax.Array | None = None) -> jax.Array:
@@ -16,8 +17,6 @@ def turn(x_ZD: jax.Array, n: int, signs_n: jax.Array | None = None) -> jax.Array
   Without signs it is its own inverse. Sums are float32. Raises UserError where n does not divide
   the axis, or there is no such matrix.
   """
-  from pallas_kernels.hadamard import hadamard
-
   if not n:
     return x_ZD
   D = x_ZD.shape[-1]

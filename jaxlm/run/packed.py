@@ -58,14 +58,18 @@ def save(folder: Path, model: PackedModel) -> int:
   return sum(leaf.nbytes for leaf in leaves.values())
 
 
+def read_config(folder: Path) -> TrainConfig:
+  """Returns the configuration of a quantised model; its data are those of the run that it was."""
+  return from_dict(TrainConfig, json.loads((folder / CONFIG_FILE).read_text())["config"])
+
+
 def load(folder: Path) -> PackedModel:
   """Opens a folder that `save` wrote.
 
   Raises UserError for a damaged file, or one whose arrays are not those of its configuration.
   """
   values = json.loads((folder / CONFIG_FILE).read_text())
-  config = from_dict(TrainConfig, values["config"])
-  config = dataclasses.replace(config, mesh=MeshConfig(data=1))
+  config = dataclasses.replace(read_config(folder), mesh=MeshConfig(data=1))
   path = folder / WEIGHTS_FILE
   entries, file = safetensors.read_header(path), safetensors.MappedFile(path)
   like = jax.eval_shape(Transformer(config.model).init, jax.random.key(0))

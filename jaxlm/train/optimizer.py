@@ -12,6 +12,7 @@ import jax
 import optax
 
 from jaxlm.config import OptimizerConfig, check
+from jaxlm.train.adam8bit import scale_by_adam8bit
 from jaxlm.train.muon import scale_by_muon
 from sharding.rules import is_sharded
 
@@ -33,9 +34,10 @@ _OWN_AXES = {
 def make_optimizer(config: OptimizerConfig, roles: Any) -> optax.GradientTransformation:
   """Returns the rule that turns a gradient into a direction, for parameters of these `roles`.
 
-  AdamW (Loshchilov and Hutter 2019), Muon for "matrix" and adam for the rest (Jordan 2024; scaled
-  to `muon_scale` root mean square as Liu et al. 2025, arXiv 2502.16982, equation 4), Adafactor
-  (Shazeer and Stern 2018), clipped per matrix. UserError where muon or the decay act on nothing.
+  AdamW (Loshchilov and Hutter 2019), also with moments in 8 bits (`jaxlm.train.adam8bit`), Muon for
+  "matrix" and adam for the rest (Jordan 2024; scaled to `muon_scale` root mean square as Liu et al.
+  2025, arXiv 2502.16982, equation 4), Adafactor (Shazeer and Stern 2018), clipped per matrix.
+  UserError where muon or the decay act on nothing.
   """
   present = set(jax.tree.leaves(roles))
   if config.weight_decay > 0:
@@ -43,6 +45,8 @@ def make_optimizer(config: OptimizerConfig, roles: Any) -> optax.GradientTransfo
     check(not present.isdisjoint(DECAYED), "optimizer.weight_decay", config.weight_decay, rule)
   if config.name == "adamw":
     return _on_mesh(optax.scale_by_adam(config.b1, config.b2, config.eps))
+  if config.name == "adam8bit":
+    return scale_by_adam8bit(config.b1, config.b2, config.eps, roles)
   if config.name == "adafactor":
     clipped = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     return _on_mesh(_for_each_parameter(clipped, roles))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.common.checks import check, check_choice
+from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import log_once, platform
 from pallas_kernels.common.shards import (
   check_not_sharded,
@@ -20,11 +21,11 @@ from pallas_kernels.common.shards import (
   sharded_axes,
   vary_together,
 )
-from pallas_kernels.delta_attention import autodiff, checks, reference, xla
+from pallas_kernels.delta_attention import autodiff, checks, pallas_tpu, reference, xla
 from pallas_kernels.delta_attention.terms import GateParameters, Options, Tokens, apply_gates
 
-Implementation = Literal["reference", "xla"]
-IMPLEMENTATIONS = ("reference", "xla")
+Implementation = Literal["reference", "xla", "pallas_tpu"]
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 Gate = Literal["softplus", "lower_bound"]
 
 
@@ -80,9 +81,11 @@ def delta_attention(
       segment continues the initial state.
     initial_state_BNKV: [B, N, K, V], by default 0.
     return_state: also return the state after the last position.
-    implementation: None takes "xla" and logs it once; a named one runs or raises. "xla" works by
-      chunks of 64 positions; its memory is linear in T. "reference" goes token by token.
-    interpret: runs a named Pallas kernel on CPU.
+    implementation: None takes "pallas_tpu" on TPU where it can run the call, else "xla", and logs
+      its choice once; a named one runs or raises. Both work by chunks of 64 positions; their memory
+      is linear in T. "reference" goes token by token.
+    interpret: runs a named "pallas_tpu" on CPU: True, or pltpu.InterpretParams, the simulator of a
+      TPU's memories, copies, cores and races.
 
   Returns:
     The output [B, T, N, V] in the inputs' dtype; with return_state a tuple of it and the state
@@ -96,7 +99,8 @@ def delta_attention(
   Source: Kimi Linear, arXiv 2510.26692, section 3; separate gates: arXiv 2605.22791.
   """
   check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
-  check(not interpret, "interpret", interpret, "there is no kernel to interpret")
+  rule = "only the named implementation 'pallas_tpu' can be interpreted"
+  check(not interpret or implementation == "pallas_tpu", "interpret", interpret, rule)
   q, k, v = jnp.asarray(q_BTHK), jnp.asarray(k_BTHK), jnp.asarray(v_BTNV)
   checks.check_arrays(q, k, v)
   options = checks.check_options(scale, l2norm, gate, lower_bound, q.shape[-1], interpret)
@@ -106,9 +110,7 @@ def delta_attention(
   tokens = Tokens(q, k, v, decay, erase, write, resets_BT)
   tokens, parameters = checks.check_gates(tokens, a_log_N, dt_bias, options)
   state_BNKV = checks.check_state(_optional_array(initial_state_BNKV), q, v)
-  name = implementation or "xla"
-  if implementation is None:
-    log_once("delta_attention", name, platform())
+  name = choose(implementation, tokens, options)
   local = functools.partial(_local, name=name, options=options)
   o_BTNV, state_BNKV = _on_shards(local, tokens, parameters, state_BNKV)
   return (o_BTNV, state_BNKV) if return_state else o_BTNV
@@ -149,6 +151,19 @@ def delta_step(
   return o_BNV.astype(v.dtype), state_BNKV
 
 
+def choose(implementation: Implementation | None, tokens: Tokens, options: Options) -> str:
+  """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
+  if implementation is None:
+    fits = platform() == "tpu" and pallas_tpu.unsupported(tokens, options) is None
+    name = "pallas_tpu" if fits else "xla"
+    log_once("delta_attention", name, platform())
+    return name
+  reason = pallas_tpu.unsupported(tokens, options) if implementation == "pallas_tpu" else None
+  if reason is not None:
+    raise UnsupportedError(f"implementation={implementation!r}: {reason}")
+  return implementation
+
+
 def _optional_array(x: Any) -> jax.Array | None:
   return None if x is None else jnp.asarray(x)
 
@@ -166,7 +181,8 @@ def _local(
     return jnp.zeros_like(tokens.v), state_BNKV
   if name == "reference":
     return reference.attend(tokens, parameters, state_BNKV, options)
-  return autodiff.attend(tokens, parameters, state_BNKV, xla, options)
+  module = pallas_tpu if name == "pallas_tpu" else xla
+  return autodiff.attend(tokens, parameters, state_BNKV, module, options)
 
 
 def _on_shards(

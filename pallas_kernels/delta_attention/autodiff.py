@@ -31,12 +31,12 @@ def attend(
 
   Has reverse-mode gradients, by the module's `backward`.
   """
-  return _forward(tokens, gate, state_BNKV, module, options)[0]
+  return _forward(tokens, gate, state_BNKV, module, options, save=False)[0]
 
 
-def _forward(tokens, gate, state_BNKV, module: ModuleType, options: Options):
+def _forward(tokens, gate, state_BNKV, module: ModuleType, options: Options, *, save: bool = True):
   inputs, bad = clean(tokens, gate, state_BNKV)
-  o_BTNV, last_BNKV, saved = module.forward(*inputs, options)
+  o_BTNV, last_BNKV, saved = module.forward(*inputs, options, save=save)
   reached = reached_BTN(bad, tokens.reset)
   outputs = put_nan(o_BTNV, reached | bad.q_BTN), put_nan(last_BNKV, reached[:, -1])
   return outputs, (tokens, gate, state_BNKV, saved)

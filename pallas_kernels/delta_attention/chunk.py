@@ -108,7 +108,7 @@ def _small_blocks(
   rows_RCK: jax.Array, k_CK: jax.Array, decay_CX: jax.Array, L: int
 ) -> tuple[jax.Array, Decays]:
   """Returns the products inside of blocks of L positions, [R, M, L, L], and the blocks' decays."""
-  sums, masks_HLL = _tables(L)
+  sums, masks_HLL = halvings(L)
   g_MLX = decay_CX.reshape(-1, L, decay_CX.shape[1])
   sums_HMLX = _dot("hij,mjx->hmix", jnp.asarray(sums, g_MLX.dtype), g_MLX)
   factor_HMLX = jnp.exp(sums_HMLX[:-2])
@@ -130,7 +130,7 @@ def _dot_rows(rows: jax.Array, k: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _tables(L: int) -> tuple[np.ndarray, np.ndarray]:
+def halvings(L: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns what sums log decays in a block of L positions, and which pairs a sum is for.
 
   Halving 0, 1, .. of H cuts blocks of 2, 4, .. L positions in the middle. Its sums, [L, L] of 0
@@ -180,7 +180,7 @@ def invert_unit_lower(lower_CC: jax.Array) -> jax.Array:
   blocks = lower_CC.reshape(C // L, L, C // L, L)
   lower_MLL = jnp.stack([blocks[m, :, m] for m in range(C // L)])
   inverse_MLL = jnp.broadcast_to(jnp.eye(L, dtype=lower_CC.dtype), lower_MLL.shape)
-  for mask_LL in _tables(L)[1]:
+  for mask_LL in halvings(L)[1]:
     joined_MLL = jnp.where(jnp.asarray(mask_LL)[None], lower_MLL, 0)
     product_MLL = _dot("mij,mjk->mik", inverse_MLL, joined_MLL)
     inverse_MLL = inverse_MLL - _dot("mij,mjk->mik", product_MLL, inverse_MLL)

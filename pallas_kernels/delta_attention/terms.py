@@ -73,9 +73,15 @@ def apply_gates(tokens: Tokens, gate: GateParameters, options: Options) -> Gated
   q, k = (x if group == 1 else jnp.repeat(x, group, axis=-2) for x in (q, k))
   erased_k = None if tokens.erase is None else tokens.erase.astype(dtype) * k
   v = v if tokens.write is None else tokens.write.astype(dtype) * v
-  decay = None
-  if tokens.decay is not None:
-    decay = log_decay(tokens.decay.astype(dtype), gate, options)
+  decay = tokens.decay
+  if decay is not None:
+    decay, bias = decay.astype(dtype), gate.bias_NX
+    rate, leading = None, (1,) * (decay.ndim - 2)
+    if gate.a_log_N is not None:
+      rate = jnp.exp(gate.a_log_N.astype(dtype)).reshape(*leading, -1, 1)
+    if bias is not None:
+      bias = bias.astype(dtype).reshape(*leading, *bias.shape)
+    decay = log_decay(decay, rate, bias, options)
   return Gated(options.scale * q, k, erased_k, v, decay)
 
 
@@ -84,18 +90,17 @@ def normalise(x: jax.Array) -> jax.Array:
   return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
 
 
-def log_decay(x: jax.Array, gate: GateParameters, options: Options) -> jax.Array:
-  """Returns the log decay g, at least `WIPE`, of x [..., N, X].
+def log_decay(
+  x: jax.Array, rate: jax.Array | None, bias: jax.Array | None, options: Options
+) -> jax.Array:
+  """Returns the log decay g, at least `WIPE`, from what its gate is given; all broadcast.
 
-  "softplus": g = -exp(a_log) softplus(x + bias); "lower_bound": g = lower_bound
-  sigmoid(exp(a_log) (x + bias)); None: g = x.
+  "softplus": g = -rate softplus(x + bias), "lower_bound": g = lower_bound sigmoid(rate (x + bias)),
+  with rate = exp(a_log); None: g = x.
   """
   if options.gate is not None:
-    assert gate.a_log_N is not None
-    leading = (1,) * (x.ndim - 2)
-    rate = jnp.exp(gate.a_log_N.astype(x.dtype)).reshape(*leading, -1, 1)
-    if gate.bias_NX is not None:
-      x = x + gate.bias_NX.astype(x.dtype).reshape(*leading, *gate.bias_NX.shape)
+    assert rate is not None
+    x = x if bias is None else x + bias
     if options.gate == "softplus":
       x = -rate * jax.nn.softplus(x)
     else:

@@ -23,16 +23,16 @@ CHUNK = 64
 
 
 def forward(
-  tokens: Tokens, gate: GateParameters, state_BNKV: jax.Array, options: Options
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns the output [B, T, N, V], the final state, and the states at the chunks' starts."""
+  tokens: Tokens, gate: GateParameters, state_BNKV: jax.Array, options: Options, *, save: bool
+) -> tuple[jax.Array, jax.Array, Any]:
+  """Returns the output [B, T, N, V], the final state and, to be saved, the chunks' first states."""
   T, C = tokens.q.shape[1], chunk_length(tokens)
   padded = _padded(tokens, C)
 
   def step(state_BNKV: jax.Array, start: jax.Array):
     chunk = _slice(padded, start, C)
     o_BCNV, next_BNKV = _attend(chunk, gate, state_BNKV, T - start, options)
-    return next_BNKV, (o_BCNV.astype(tokens.v.dtype), state_BNKV)
+    return next_BNKV, (o_BCNV.astype(tokens.v.dtype), state_BNKV if save else None)
 
   last_BNKV, (o_JBCNV, states_JBNKV) = jax.lax.scan(step, state_BNKV, jnp.arange(0, T, C))
   return _merge(o_JBCNV, T), last_BNKV, states_JBNKV

@@ -1,13 +1,21 @@
 """Lists the kernels of rotations, groups and packed weights that the report covers."""
 
-# R rows, W width of the rotated axis
+# R rows, W width of the rotated axis; M or T rows, K inner, N outer size of a matrix, E groups
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.fp8_matmul.codes import FormatName as CodesName
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.hadamard import hadamard, hadamard_quantize
 from pallas_kernels.hadamard.codes import FormatName
+from pallas_kernels.lowbit_matmul import lowbit_matmul
+from pallas_kernels.lowbit_matmul.packing import FORMATS
+from pallas_kernels.lowbit_matmul.packing import FormatName as PackedName
 from pallas_kernels.schedule.cases import Case, array
 
 ROWS, WIDTH = 8192, 4096  # tokens and width of a model of 7B parameters
@@ -16,6 +24,8 @@ ROWS, WIDTH = 8192, 4096  # tokens and width of a model of 7B parameters
 def quantized_cases() -> Iterator[Case]:
   """Yields each kernel at the shape that it is judged by."""
   yield from hadamard_cases()
+  yield from grouped_cases()
+  yield from lowbit_cases()
 
 
 def hadamard_cases() -> Iterator[Case]:
@@ -42,3 +52,37 @@ def hadamard_cases() -> Iterator[Case]:
     args=(array(ROWS, WIDTH),),
     flops=ROWS * WIDTH * math.log2(128),
   )
+
+
+def grouped_cases() -> Iterator[Case]:
+  """Yields the forward product of 8 equal groups, in codes, at the shape of JAX's megablox."""
+  T, K, N, E = 8192, 2048, 2048, 8
+  sizes_E = np.full(E, T // E, np.int32)
+  formats: tuple[CodesName, ...] = ("int8", "e4m3fn")
+  for dtype in formats:
+    yield Case(
+      name=f"grouped_matmul in {dtype}",
+      shape=f"{T} rows x {K} x {N}, {E} equal groups",
+      fn=lambda x, w, sizes, dtype=dtype: grouped_matmul(
+        x, w, sizes, dtype=dtype, implementation="pallas_tpu"
+      ),
+      args=(array(T, K), array(E, K, N), sizes_E),
+      flops=2.0 * T * K * N,
+    )
+
+
+def lowbit_cases() -> Iterator[Case]:
+  """Yields products of 16 rows with the widest matrix of a model of 7B parameters."""
+  M, K, N = 16, 4096, 14336
+  formats: tuple[PackedName, ...] = ("int8", "int4", "int2", "binary")
+  for dtype in formats:
+    packed = array(K * FORMATS[dtype].bits // 8, N, dtype=jnp.uint8)
+    yield Case(
+      name=f"lowbit_matmul, {dtype}",
+      shape=f"{M} x {K} x {N}, groups of 128",
+      fn=lambda x, packed, scales, dtype=dtype: lowbit_matmul(
+        x, packed, scales, dtype=dtype, group=128, implementation="pallas_tpu"
+      ),
+      args=(array(M, K), packed, array(K // 128, N, dtype=jnp.float32)),
+      flops=2.0 * M * K * N,
+    )

@@ -10,8 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import ComputeConfig, KdaConfig, LayerSpec, MlpConfig, ModelConfig
+from jaxlm.config import (
+  ComputeConfig,
+  KdaConfig,
+  LayerSpec,
+  MlpConfig,
+  ModelConfig,
+  NsaConfig,
+)
 from jaxlm.interop import huggingface
+from jaxlm.interop.hub_export import with_own_tokenizer
 from jaxlm.interop.kimi_linear import load_delta_attention
 from jaxlm.interop.safetensors import MappedFile
 from jaxlm.interop.weight_files import find_tensors
@@ -110,8 +118,12 @@ def test_a_whole_model_is_refused(copy):
     huggingface.load(copy)
 
 
-def test_a_model_of_these_layers_cannot_be_exported(tmp_path):
-  spec = LayerSpec(mixer=KdaConfig(), feedforward=MlpConfig(F=64))
+@pytest.mark.parametrize("mixer", [KdaConfig(), NsaConfig()])
+def test_a_model_of_other_mixers_cannot_be_exported(mixer, tmp_path):
+  spec = LayerSpec(mixer=mixer, feedforward=MlpConfig(F=64))
   config = ModelConfig(D=D, V=128, layers=1, pattern=(spec,))
-  with pytest.raises(UserError, match="a layer is a KdaConfig, for which the Hub's names are not"):
+  kind = f"a layer is a {type(mixer).__name__}"
+  with pytest.raises(UserError, match=f"{kind}, for which the Hub's names are not known"):
     huggingface.save(tmp_path / "out", config, {})
+  with pytest.raises(UserError, match=f"{kind}: no llama or .* model has that"):
+    with_own_tokenizer(config, {})

@@ -25,8 +25,6 @@ from jaxlm.quant import apply, packing, quest
 from jaxlm.quant.pack_model import count_bytes, pack_model
 from pallas_kernels.common.errors import UnsupportedError, UserError
 
-pytest.importorskip("pallas_kernels.hadamard")
-
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 5, 8, 16, 64, 256])
 def test_every_code_comes_back_at_odd_lengths_too(levels):

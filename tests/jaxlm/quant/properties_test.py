@@ -22,8 +22,6 @@ from jaxlm.config.formats import (
 from jaxlm.quant import apply
 from jaxlm.quant.groups import split
 
-pytest.importorskip("pallas_kernels.hadamard")
-
 PARETOQ_LEVELS = {"1": 2, "ternary": 3, "2": 4, "3": 8, "4": 16}
 COUNTED = [
   *((UniformFormat(bits=b), 2**b) for b in (2, 3, 4, 8)),

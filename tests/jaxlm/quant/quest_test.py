@@ -11,8 +11,6 @@ import pytest
 from jaxlm.config.formats import QuestFormat
 from jaxlm.quant import quest
 
-pytest.importorskip("pallas_kernels.hadamard")
-
 # levels: (mean square error on N(0, 1), masked share), computed for the paper's definitions
 TABLE = {
   "int1": (0.363380, 0.2996),

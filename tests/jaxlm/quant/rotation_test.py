@@ -16,8 +16,6 @@ from jaxlm.quant.kurtosis import kurtosis
 from jaxlm.quant.learned_rotation import Rotations, cayley_step, learn_rotations, orthonormal
 from pallas_kernels.common.errors import UnsupportedError, UserError
 
-pytest.importorskip("pallas_kernels.hadamard")
-
 MODEL = decoder(
   V=32, D=32, F=48, N=4, K=2, H=8, layers=2, tied=True, norm_offset=1, qkv_bias=True, out_bias=True,
   bias=True

@@ -36,10 +36,9 @@ SIZES = {"length": 4, "stride": 2, "block": 4, "count": 3, "window": 5}
 MIXERS = {
   "kda": KdaConfig(N=4, K=2, H=6, U=8),
   "nsa": NsaConfig(N=4, K=2, H=6, U=8, **SIZES),
-  "gated_delta": KdaConfig(rule="gated_delta", N=2, K=2, H=8),
   "conv": ConvConfig(),
 }
-PAIRS = [("kda", "conv"), ("nsa", "gated_delta")]
+PAIRS = [("kda", "conv"), ("nsa", "conv")]
 ALL = MeshConfig(data=2, fsdp=2, tensor=2)
 DRAW = np.random.default_rng(0)
 IDS_BT = DRAW.integers(0, V, (B, T)).astype(np.int32)
@@ -54,7 +53,7 @@ def model(*names):
 def training(*names, **fields):
   """A configuration of steps on packed rows of T tokens."""
   config = dataclasses.replace(presets.micro(), model=model(*names), batch=B, **fields)
-  optimizer = OptimizerConfig(learning_rate=1e-2, warmup=0, name="muon")
+  optimizer = OptimizerConfig(learning_rate=1e-2, warmup=0, eps=1e-4)
   return dataclasses.replace(config, data=DataConfig(length=T), optimizer=optimizer)
 
 
@@ -79,7 +78,7 @@ def train_twice(config, mesh):
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
 def test_steps_on_packed_rows_equal_those_of_one_device(names):
   want = train_twice(training(*names), MeshConfig(data=1))
-  got = train_twice(training(*names, accumulate=2), ALL)
+  got = train_twice(training(*names), ALL)
   chex.assert_trees_all_close(got[:2], want[:2], rtol=1e-4)
   chex.assert_trees_all_close(got[2], want[2], atol=3e-4)
 
