@@ -194,9 +194,19 @@ def choose(implementation: str | None, block: int, interpret: Any) -> ModuleType
   rule = f"needs implementation= one of {list(PALLAS)}"
   check(implementation in PALLAS or not interpret, "interpret", interpret, rule)
   if implementation is None:
-    log_once("fp8_matmul", "xla", platform())
-    implementation = "xla"
-  return importlib.import_module(f"{__package__}.{implementation}")
+    fits = platform() == "tpu" and _load("pallas_tpu").unsupported(block, False) is None
+    implementation = "pallas_tpu" if fits else "xla"
+    log_once("fp8_matmul", implementation, platform())
+  module = _load(implementation)
+  reason = module.unsupported(block, interpret) if implementation in PALLAS else None
+  if reason is not None:
+    raise UnsupportedError(f"implementation={implementation!r}: {reason}")
+  return module
+
+
+def _load(name: str) -> ModuleType:
+  """Imports the module of an implementation when it is first chosen."""
+  return importlib.import_module(f"{__package__}.{name}")
 
 
 def quantize_tiles(
