@@ -1,7 +1,8 @@
 """`fp8_matmul`: a differentiable product in 8-bit codes with a scale for each block of 128.
 
 Here: the public functions, what they refuse, the choice of implementation, and meshes. The
-arithmetic of codes is in `codes`, the gradient in `autodiff`, the products in `xla` and `pallas_tpu`.
+arithmetic of codes is in `codes`, the gradient in `autodiff`, the products in `xla` and
+`pallas_tpu`.
 """
 
 # Y[M, N] = X[M, K] W[K, N]; an X with more axes keeps them in place of M
