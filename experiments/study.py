@@ -127,7 +127,9 @@ def result(study: Study, folder: Path, scale: Scale) -> dict[str, Any]:
     label_logarithms(figure)
     figure.savefig(figure_path, dpi=120, metadata={"Software": None})
   except UserError as error:
-    finding = Finding(ours="", interval="", verdict="undecided", why=f"Too few runs: {error}.")
+    finding = Finding(
+      ours="", interval="", verdict="undecided", why=f"The table does not say: {error}."
+    )
   return {
     "scale": scale,
     **dataclasses.asdict(finding),

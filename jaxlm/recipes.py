@@ -24,7 +24,7 @@ from jaxlm.config.formats import (
   QuestLevels,
   UniformFormat,
 )
-from jaxlm.config.quant import EmulatedProduct
+from jaxlm.config.quant import BlockwiseProduct, EmulatedProduct
 from jaxlm.config_json import from_dict, to_dict
 from pallas_kernels.common.errors import UserError
 
@@ -96,6 +96,12 @@ def nvfp4(hadamard: int = 16) -> Rules:
   return _three("nvfp4", hadamard)
 
 
+def fp8(emulate: int = 0) -> Rules:
+  """Multiplies e4m3 codes with scales by block, as DeepSeek-V3: fp8, or fp8:1 on any chip."""
+  product = BlockwiseProduct(allow_emulation=bool(emulate))
+  return (QuantRule(match=_LAYERS, spec=QuantSpec(product=product)),)
+
+
 def _three(elements: Literal["mxfp4", "nvfp4"], hadamard: int) -> Rules:
   product = EmulatedProduct(
     weight=BlockFormat(elements=elements, shared="block" if elements == "nvfp4" else "group"),
@@ -108,7 +114,7 @@ def _three(elements: Literal["mxfp4", "nvfp4"], hadamard: int) -> Rules:
 
 RECIPES: dict[str, Callable[..., Rules]] = {
   function.__name__: function
-  for function in (int4, int8, minmax, lsq, quest, paretoq, bitnet, matquant, mxfp4, nvfp4)
+  for function in (int4, int8, minmax, lsq, quest, paretoq, bitnet, matquant, mxfp4, nvfp4, fp8)
 }
 
 

@@ -97,7 +97,8 @@ def ladder(rows: list[Row]) -> dict[str, IsoflopFit | UserError]:
 def conclude(rows: list[Row]) -> Finding:
   lines = ladder(rows)
   fits = [fit for fit in lines.values() if isinstance(fit, IsoflopFit)]
-  check(len(fits) == len(lines), "lines", len(fits), f"all {len(lines)} are needed")
+  for name, fit in lines.items():
+    check(isinstance(fit, IsoflopFit), "line", name, str(fit))
   exponents = [fit.exponent for fit in fits]
   first, last = fits[0], fits[-1]
   falls = sum(b < a for a, b in itertools.pairwise(exponents))

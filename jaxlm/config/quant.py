@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from jaxlm.config.checks import check
 from jaxlm.config.formats import (
@@ -22,7 +23,9 @@ from jaxlm.config.formats import (
   ParetoqFormat,
   SparseFormat,
 )
+from pallas_kernels.common.checks import check_choice
 
+CODES = ("e4m3fn", "e5m2", "int8")
 WEIGHTS_ONLY = BitnetFormat | MatquantFormat | ParetoqFormat | SparseFormat
 
 Operands = tuple[tuple[str, str], tuple[str, str], tuple[str, str]]
@@ -69,7 +72,48 @@ class EmulatedProduct:
     return (x, w), (dy, w), (x + rotation, dy + rotation)
 
 
-Product = EmulatedProduct
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockwiseProduct:
+  """Configures a matmul whose three products multiply 8-bit codes with a scale for each block.
+
+  It is DeepSeek-V3's recipe (`pallas_kernels.fp8_matmul`).
+  There the gates of experts, embedding, head and norms are not quantised.
+  """
+
+  dtype: Literal["e4m3fn", "e5m2", "int8"] = "e4m3fn"
+  """codes of weight and input"""
+  bwd_dtype: Literal["e4m3fn", "e5m2", "int8"] | None = None
+  """codes of the output's gradient; by default those of the others"""
+  scale: Literal["f32", "pow2"] = "f32"
+  """of scales: as they are, or rounded up to powers of two"""
+  block: int = 128
+  """numbers along the contracted axis for one scale"""
+  save: Literal["bf16", "fp8"] = "bf16"
+  """what the backward pass keeps: the input, or its codes, which need scales of powers of two"""
+  allow_emulation: bool = False
+  """also where the chip has no matrix unit for these codes, and multiplies them as wider floats"""
+
+  def __post_init__(self) -> None:
+    check_choice("product.dtype", self.dtype, CODES)
+    check_choice("product.bwd_dtype", self.bwd_dtype, (None, *CODES))
+    check_choice("product.scale", self.scale, ("f32", "pow2"))
+    check_choice("product.save", self.save, ("bf16", "fp8"))
+    check(self.block > 0, "product.block", self.block, "must be at least 1")
+    alike = self.bwd_dtype is None or (self.dtype == "int8") == (self.bwd_dtype == "int8")
+    check(alike, "product.bwd_dtype", self.bwd_dtype, f"does not go with dtype={self.dtype!r}")
+    fits = self.save == "bf16" or self.scale == "pow2"
+    check(fits, "product.save", self.save, 'needs scale="pow2"')
+
+  def operands(self, dtype: str) -> Operands:
+    """Returns the operands' formats in y, dx and dw, in words."""
+    b, gradient = self.block, self.bwd_dtype or self.dtype
+    note = f" {self.scale}" + (" emulated" if self.allow_emulation else "")
+    w = f"{self.dtype} {b}x{b}{note}"
+    along_d, along_f = f"{self.dtype} 1x{b}{note}", f"{gradient} 1x{b}{note}"
+    return (along_d, w), (along_f, w), (f"{self.dtype} {b}x1{note}", f"{gradient} {b}x1{note}")
+
+
+Product = EmulatedProduct | BlockwiseProduct
 """A way to compute a matmul and its gradients in place of the plain ones."""
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -11,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.config.quant import EmulatedProduct
+from jaxlm.config.quant import BlockwiseProduct, EmulatedProduct
 from jaxlm.models.matmul import cotangent_spec, einsum
 from jaxlm.quant.apply import quantize
 from jaxlm.quant.turning import turn
 from pallas_kernels.common.errors import UserError
+from pallas_kernels.fp8_matmul import fp8_matmul
 from sharding.rules import apply_undeferred
 
 
@@ -86,7 +88,20 @@ def _turn(x_BTZ: jax.Array, n: int, key: jax.Array | None) -> jax.Array:
   return apply_undeferred(turn_tokens, x_BTZ)
 
 
-PRODUCTS: dict[type, Callable] = {EmulatedProduct: emulated}
+def blockwise(
+  product: BlockwiseProduct,
+  key: jax.Array | None,
+  x_BTD: jax.Array,
+  w_DF: jax.Array,
+  sharding: P | None,
+) -> jax.Array:
+  """Returns x w, float32 [B, T, F], of 8-bit codes; on a mesh each device has its own tiles."""
+  if sharding is not None:
+    x_BTD = jax.reshard(x_BTD, P(*sharding[:2], jax.typeof(w_DF).sharding.spec[0]))
+  return fp8_matmul(x_BTD, w_DF, out_dtype=jnp.float32, **dataclasses.asdict(product))
+
+
+PRODUCTS: dict[type, Callable] = {EmulatedProduct: emulated, BlockwiseProduct: blockwise}
 """Ways to compute a matmul with its gradients, by configuration.
 
 Each is called with (configuration, key or None, x_BTD, w_DF, sharding) and returns y_BTF, as

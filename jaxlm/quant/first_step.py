@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig, QuantSpec
-from jaxlm.config.quant import Format, find_spec
+from jaxlm.config.quant import EmulatedProduct, Format, find_spec
 from jaxlm.models.parts import Matmul, list_matmuls
 from jaxlm.quant.groups import has_zero_group
 from pallas_kernels.common.errors import UserError
@@ -61,7 +61,9 @@ def _weight(tree: Any, matmul: Matmul, row: int) -> jax.Array:
 
 
 def _has_zero_scale(w_DF: jax.Array, spec: QuantSpec) -> jax.Array:
-  format: Format | None = spec.weight if spec.product is None else spec.product.weight
-  if format is None:
+  format: Format | None = spec.weight
+  if isinstance(spec.product, EmulatedProduct):
+    format = spec.product.weight
+  if format is None:  # blockwise codes have no zero scale
     return jnp.bool_(False)
   return has_zero_group(w_DF.T, format.shared, format.size)

@@ -1,7 +1,8 @@
 """`fp8_matmul`: a differentiable product in 8-bit codes with a scale for each block of 128.
 
 Here: the public functions, what they refuse, the choice of implementation, and meshes. The
-arithmetic of codes is in `codes`, the gradient in `autodiff`, the products in `xla`, `pallas_*`.
+arithmetic of codes is in `codes`, the gradient in `autodiff`, the products in `xla` and
+`pallas_tpu`.
 """
 
 # Y[M, N] = X[M, K] W[K, N]; an X with more axes keeps them in place of M
@@ -36,8 +37,8 @@ from pallas_kernels.fp8_matmul.codes import (
   multiplies,
 )
 
-Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
-PALLAS = ("pallas_tpu", "pallas_gpu")
+Implementation = Literal["reference", "xla", "pallas_tpu"]
+PALLAS = ("pallas_tpu",)
 IMPLEMENTATIONS = ("reference", "xla", *PALLAS)
 
 
@@ -194,9 +195,19 @@ def choose(implementation: str | None, block: int, interpret: Any) -> ModuleType
   rule = f"needs implementation= one of {list(PALLAS)}"
   check(implementation in PALLAS or not interpret, "interpret", interpret, rule)
   if implementation is None:
-    log_once("fp8_matmul", "xla", platform())
-    implementation = "xla"
-  return importlib.import_module(f"{__package__}.{implementation}")
+    fits = platform() == "tpu" and _load("pallas_tpu").unsupported(block, False) is None
+    implementation = "pallas_tpu" if fits else "xla"
+    log_once("fp8_matmul", implementation, platform())
+  module = _load(implementation)
+  reason = module.unsupported(block, interpret) if implementation in PALLAS else None
+  if reason is not None:
+    raise UnsupportedError(f"implementation={implementation!r}: {reason}")
+  return module
+
+
+def _load(name: str) -> ModuleType:
+  """Imports the module of an implementation when it is first chosen."""
+  return importlib.import_module(f"{__package__}.{name}")
 
 
 def quantize_tiles(

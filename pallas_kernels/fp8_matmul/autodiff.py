@@ -71,7 +71,9 @@ def product(x_MK: jax.Array, w_KN: jax.Array, options: Options) -> jax.Array:
 def _forward(x_MK: jax.Array, w_KN: jax.Array, options: Options) -> tuple[jax.Array, Saved]:
   x = quantize(x_MK, options.flat, options.dtype, options)
   w = quantize(w_KN, options.square, options.dtype, options)
-  y_MN = contract(x, w, (1, 0), (options.flat, options.square), options.out_dtype, options)
+  # the same codes, in memory as the forward product reads them
+  w_forward = quantize(w_KN, options.square, options.dtype, options, transposed=True)
+  y_MN = contract(x, w_forward, (1, 0), (options.flat, options.square), options.out_dtype, options)
   kept = x if options.save == "fp8" else x_MK
   return y_MN, Saved(kept, w, jnp.zeros(0, x_MK.dtype), jnp.zeros(0, w_KN.dtype))
 
@@ -84,8 +86,8 @@ def _backward(options: Options, saved: Saved, dy_MN: jax.Array) -> tuple[jax.Arr
   dy = quantize(dy_MN, options.tall, options.bwd_dtype, options)
   x_MK = saved.x_MK
   if isinstance(x_MK, Quantized):
-    x_MK = reference.dequantize(x_MK, options.flat)
-  x = quantize(x_MK, options.tall, options.dtype, options)
+    x_MK = reference.dequantize(x_MK, options.flat, jnp.bfloat16)  # exact: scales are powers of 2
+  x = quantize(x_MK, options.tall, options.dtype, options, transposed=True)
   dw_KN = contract(x, dy, (0, 0), (options.tall, options.tall), jnp.float32, options)
   return dx_MK, dw_KN.astype(saved.like_w.dtype)
 
@@ -93,10 +95,12 @@ def _backward(options: Options, saved: Saved, dy_MN: jax.Array) -> tuple[jax.Arr
 product.defvjp(_forward, _backward)
 
 
-def quantize(x: jax.Array, block: tuple[int, int], dtype: str, options: Options) -> Quantized:
-  """Quantises with the implementation."""
-  form = FORMATS[dtype]
-  return options.implementation.quantize(x, block, form, options.scale, options.interpret)
+def quantize(
+  x: jax.Array, block: tuple[int, int], dtype: str, options: Options, transposed: bool = False
+) -> Quantized:
+  """Quantises with the implementation, whose codes may be `transposed` in memory."""
+  form, interpret = FORMATS[dtype], options.interpret
+  return options.implementation.quantize(x, block, form, options.scale, interpret, transposed)
 
 
 def contract(

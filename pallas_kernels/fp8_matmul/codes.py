@@ -98,14 +98,16 @@ def largest_magnitude(x: jax.Array, axis: int | tuple[int, ...], keepdims: bool 
   return jax.lax.bitcast_convert_type(jnp.max(bits, axis, keepdims=keepdims), jnp.float32)
 
 
-def encode(x: jax.Array, scale: jax.Array, form: Format) -> jax.Array:
+def encode(x: jax.Array, scale: jax.Array, form: Format, by_xla: bool = True) -> jax.Array:
   """Returns the codes of float32 numbers: x / scale, rounded half to even.
+
+  XLA multiplies by the reciprocal of a divisor that is merely spread, which rounds otherwise; it is
+  kept from that here unless the code is not compiled `by_xla`.
 
   |x| / scale exceeds the largest code at most in the last bit of float32, which is rounded away:
   nothing has to be clipped, and NaN stays NaN where the format has one.
   """
-  # XLA multiplies by the reciprocal of a divisor that is merely spread, which rounds otherwise.
-  scaled = x / jnp.where(x == 0, 1.0, scale)
+  scaled = x / (jnp.where(x == 0, 1.0, scale) if by_xla else scale)
   return (jnp.rint(scaled) if form.dtype == jnp.int8 else scaled).astype(form.dtype)
 
 

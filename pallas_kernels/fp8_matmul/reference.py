@@ -20,11 +20,16 @@ from pallas_kernels.fp8_matmul.codes import (
 
 
 def quantize(
-  x_MN: jax.Array, block: tuple[int, int], form: Format, mode: str, interpret: Any = False
+  x_MN: jax.Array,
+  block: tuple[int, int],
+  form: Format,
+  mode: str,
+  interpret: Any = False,
+  transposed: bool = False,
 ) -> Quantized:
   """Returns codes [M, N] and scales [ceil(M / I), ceil(N / J)] for blocks of [I, J].
 
-  A block at the edge has the scale of its existing numbers.
+  A block at the edge has the scale of its existing numbers. The last two arguments are for kernels.
   """
   (M, N), (I, J) = x_MN.shape, block
   x_MN = x_MN.astype(jnp.float32)

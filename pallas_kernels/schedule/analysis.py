@@ -151,7 +151,8 @@ def summarise(
   copy_us = call.calls * COPY_US * call.copy_steps / core.count
   us = max(core_us, hbm_us, copy_us)
   roofline_us = max(useful / peak, call.calls * call.needed / chip.hbm_bytes_per_s) * 1e6
-  dynamic_loops = len(schedule.dynamic) - (call.steps > 1)
+  grid = next(schedule.loops(), None) if call.steps > 1 else None
+  dynamic_loops = sum(loop is not grid for loop in schedule.dynamic)
   notes = list(call.notes)
   if trips:
     check(dynamic_loops == len(trips), "trips", trips, f"{kernel} has {dynamic_loops} such loops")

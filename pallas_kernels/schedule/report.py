@@ -104,7 +104,8 @@ def row(case: Case, chip: str) -> dict[str, Any]:
   """Returns one line of the table: the case, and either the finding's numbers or the error."""
   about = dict(name=case.name, shape=case.shape, chip=chip)
   try:
-    findings = analyse(case.fn, case.args, chip, flops=case.flops, kernel=case.kernel)
+    options: dict[str, Any] = {"flops": case.flops, "kernel": case.kernel, "trips": case.trips}
+    findings = analyse(case.fn, case.args, chip, **options)
   except (ImportError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
     return about | dict(error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
   if len(findings) != 1:

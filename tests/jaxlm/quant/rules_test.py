@@ -19,7 +19,7 @@ from jaxlm.config import (
   decoder,
 )
 from jaxlm.config.formats import UniformFormat
-from jaxlm.config.quant import EmulatedProduct, find_spec
+from jaxlm.config.quant import BlockwiseProduct, EmulatedProduct, find_spec
 from jaxlm.config_json import from_dict, to_dict
 from jaxlm.data.packing import Batch
 from jaxlm.models import Transformer
@@ -28,6 +28,7 @@ from jaxlm.models.parts import list_matmuls
 from jaxlm.quant import uniform
 from jaxlm.quant.describe import describe
 from jaxlm.quant.first_step import check_probes, probe
+from jaxlm.recipes import load_rules
 from jaxlm.run.text import TextTask
 from jaxlm.train.accumulate import accumulated_gradients
 from pallas_kernels.common.errors import UnsupportedError, UserError
@@ -249,3 +250,17 @@ def test_a_mesh_gives_the_numbers_of_one_device(mesh):
   one, many = on(MeshConfig(data=1)), on(mesh)
   for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(one)):
     assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b)
+
+
+def test_blockwise_codes_are_described_and_refused_where_the_chip_lacks_them():
+  config = with_rules(*load_rules("fp8"))
+  line = describe(config, "float32")[1]
+  assert "e4m3fn 1x128 f32 * e4m3fn 128x128 f32" in line  # forward
+  assert "e4m3fn 128x1 f32 * e4m3fn 128x1 f32" in line  # to the weight
+  assert from_dict(type(config), to_dict(config)) == config
+  with pytest.raises(UserError, match="product.save='fp8': needs scale=\"pow2\""):
+    BlockwiseProduct(save="fp8")
+  model, ids_BT = Transformer(config), jnp.zeros((1, 4), jnp.int32)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  with pytest.raises(UnsupportedError, match="allow_emulation=True"):
+    jax.eval_shape(model.apply, params, ids_BT)

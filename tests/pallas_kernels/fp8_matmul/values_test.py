@@ -22,6 +22,7 @@ RECIPES = (
   ("xla", dict(bwd_dtype="e5m2"), None),
   ("xla", dict(dtype="int8"), None),
   ("reference", dict(), ALL_E4M3),
+  ("pallas_tpu", dict(), ALL_E4M3),
   ("reference", dict(dtype="int8"), None),
 )
 NAMES = ("Y", "dX", "dW")
@@ -35,6 +36,7 @@ def run(x, w, dy, options):
 
 def call(x, w, dy, **options):
   options = dict(allow_emulation=True) | options
+  options |= dict(interpret="pallas" in options.get("implementation", ""))
   return run(*map(jnp.asarray, (x, w, dy)), tuple(options.items()))
 
 

@@ -60,7 +60,11 @@ def test_simulated(cores, seed):
 
 @pytest.mark.parametrize("chip", CORES)
 def test_compiled(chip):
-  """Forward and both gradients: beside the results, a padded copy of the rows and codes."""
+  """Forward and both gradients.
+
+  Beside a padded copy of the rows: the float32 gradient in floats; in codes, where XLA quantises
+  the matrices, up to two float32 arrays of their size (v5p; one on the others).
+  """
   pytest.importorskip("libtpu")
   T, K, N, E = 2048, 1024, 512, 16
   shapes = ((T, K), jnp.bfloat16), ((E, K, N), jnp.bfloat16), ((E,), jnp.int32)
@@ -73,4 +77,5 @@ def test_compiled(chip):
 
     memory = compile_for(jax.grad(loss, (0, 1)), args, chip).memory_analysis()
     float32_gradient, padded = 4 * E * K * N, 4 * (T + 128 * E) * (K + N)
-    assert memory.temp_size_in_bytes < float32_gradient + padded
+    arrays = 1 if dtype is None else 2
+    assert memory.temp_size_in_bytes < arrays * float32_gradient + padded
