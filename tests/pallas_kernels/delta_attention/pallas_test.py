@@ -17,14 +17,12 @@ from pallas_kernels.delta_attention import delta_attention
 INTERPRETED = functools.partial(dict, implementation="pallas_tpu", interpret=True)
 SLOW = {
   "one position": dict(T=1),
-  "three heads": dict(T=64, B=1, H=3, N=3, K=8, V=8),
-  "decays of heads, grouped": dict(T=70, H=2, N=4, decay="heads", segments=True),
-  "gates of channels": dict(T=65, erase="channels", write="channels"),
-  "no decay, segments": dict(T=70, decay=None, segments=True),
-  "no erasing": dict(T=70, erase=None, write=None),
-  "nothing but keys and values": dict(T=40, decay=None, erase=None, write=None),
-  "width 100": dict(T=130, B=1, K=100, V=60, N=1),
-  "width 256": dict(T=40, B=1, K=256, V=130, N=1),
+  "decays of heads, grouped": dict(T=70, B=1, H=2, N=4, decay="heads", segments=True),
+  "gates of channels": dict(T=25, B=1, erase="channels", write="channels"),
+  "no decay, segments": dict(T=25, decay=None, segments=True),
+  "nothing but keys and values": dict(T=40, B=1, decay=None, erase=None, write=None),
+  "width 100, three heads": dict(T=20, B=1, K=100, V=60, H=3, N=3),
+  "width 256": dict(T=16, B=1, K=256, V=130, N=1),
 }
 
 
@@ -51,15 +49,14 @@ def test_unusual_decays(Case, run, recur, assert_close):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gate", ["softplus", "lower_bound"])
-def test_norm_and_gates(gate, Case, run, assert_close):
-  arrays = Case(T=80, H=1, N=2, segments=True).arrays()
+def test_norm_and_gates(Case, run, assert_close):
+  arrays = Case(T=25, segments=True).arrays()
   rng = np.random.default_rng(0)
   arrays["decay"] = 3 * rng.normal(size=arrays["decay"].shape).astype(np.float32)
   arrays["k"][:, 3] = 0
   arrays["a_log_N"] = rng.uniform(0, 1, 2).astype(np.float32)
   arrays["dt_bias"] = rng.normal(size=(2, 20)).astype(np.float32)
-  options = dict(gate=gate, l2norm=True)
+  options = dict(gate="softplus", l2norm=True)
   assert_close(run(arrays, **INTERPRETED(), **options), run(arrays, "reference", **options))
 
 
