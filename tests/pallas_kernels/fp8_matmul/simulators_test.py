@@ -20,8 +20,7 @@ from tests.pallas_kernels.fp8_matmul.quantize_test import BLOCKS, hard_numbers
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("cores", [1, 2])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("cores, seed", [(1, 0), (2, 1)])
 def test_products(cores, seed):
   """Several tiles along every axis, all of them ragged."""
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # where races are recorded
