@@ -29,14 +29,18 @@ from jaxlm.models import Transformer, roles
 from jaxlm.objectives import Weighted, next_token_loss
 from jaxlm.train.task import Batches, IndexedBatches, Start, Task
 
-# jax 0.10.2 on CPU crashes in a fused sum of delta attention's gradient under vmap; it is read when
-# the first array is made
-_FLAGS = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
-
 Draw = Callable[[np.random.Generator, int], Batch]
 """(generator, rows) -> rows of a task"""
 _TRAINING, _HELD_OUT = 1, 2
+
+
+def disable_fused_sums() -> None:
+  """Keeps XLA on CPU from a crash of jax 0.10.2: in delta attention's gradient under vmap.
+
+  To be called before the first array is made, which is when XLA reads its flags.
+  """
+  flag = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 class AnswersTask(Task):

@@ -57,7 +57,12 @@ def _from_plain(hint: Any, value: Any, path: str, default_kind: str | None = Non
     if len(kinds) == 1:
       return from_dict(next(iter(kinds.values())), value, f"{path}.")
     name = value.get(KIND, default_kind if default_kind in kinds else None)
-    check(name in kinds, f"{path}.{KIND}", name, f"must be one of {', '.join(kinds)}")
+    check(
+      isinstance(name, str) and name in kinds,
+      f"{path}.{KIND}",
+      name,
+      f"must be one of {', '.join(kinds)}",
+    )
     rest = {key: part for key, part in value.items() if key != KIND}
     return from_dict(kinds[name], rest, f"{path}.")
   if typing.get_origin(hint) is tuple and isinstance(value, list):

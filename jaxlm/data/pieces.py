@@ -110,9 +110,12 @@ def cut_pieces(
   yield rest[start:], True
 
 
-_WORD_END = rb"(?:(?<=[!-~])|(?<=[\xc3-\xdf][\x80-\xbf])|(?<=[\xe4-\xed][\x80-\xbf]{2}))"
+# Added tokens like <tool> or [INST] may include white space beside them: no border lies there.
+_WORD_END = rb"(?:(?<=[!-~])(?<![>\]])|(?<=[\xc3-\xdf][\x80-\xbf])|(?<=[\xe4-\xed][\x80-\xbf]{2}))"
 _WORD_START = rb"(?:[!-~]|[\xc3-\xdf]|[\xe4-\xed])"
-_ONE_BREAK = rb"(?:(?<=[!-~]\n)|(?<=[\xe3-\xef][\x80-\xbf]{2}\n)(?<!\xe3\x80\x80\n))"
+_ONE_BREAK = (
+  rb"(?![<\[])(?:(?<=[!-~]\n)(?<![>\]]\n)|(?<=[\xe3-\xef][\x80-\xbf]{2}\n)(?<!\xe3\x80\x80\n))"
+)
 # Between words: before a single space, or behind a single line break, with no other white space.
 _BORDER = re.compile(rb"%b(?= %b)|%b(?=%b)" % (_WORD_END, _WORD_START, _ONE_BREAK, _WORD_START))
 _ANY_BORDER = re.compile(_BORDER.pattern + rb"|(?<=[0-9A-Za-z])(?=\r?\n)")

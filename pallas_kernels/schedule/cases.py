@@ -19,31 +19,17 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from pallas_kernels.schedule.case import Case, array
 from pallas_kernels.schedule.compiler import chip_mesh
+from pallas_kernels.schedule.quantized_cases import quantized_cases
 from pallas_kernels.sparse_attention import nsa_selected_attention
 
 # Gemma 2 2B with a batch of 8192 tokens, the shape of Table 1 of arXiv 2411.09009
 TOKENS, WIDTH, VOCABULARY = 8192, 2304, 256_000
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-  """Holds a function to compile; `kernel` picks one of its Pallas calls by a part of the name."""
-
-  name: str
-  shape: str
-  fn: Callable[..., Any]
-  args: tuple[Any, ...]
-  flops: float
-  kernel: str = ""
-  trips: tuple[float, ...] = ()
-  """Of the kernel's loops whose bounds depend on data, assumed."""
-
-
 def cases() -> Iterator[Case]:
   """Yields this project's kernels, JAX's own and, where installed, tokamax's at the same shapes."""
-  from pallas_kernels.schedule.quantized_cases import quantized_cases  # made of this file's parts
-
   yield from linear_cross_entropy_cases(
     "linear_cross_entropy",
     linear_cross_entropy_loss,
@@ -57,11 +43,6 @@ def cases() -> Iterator[Case]:
   yield megablox_case()
   if importlib.util.find_spec("tokamax") is not None:
     yield from tokamax_cases()
-
-
-def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
-  """Returns the type of an array."""
-  return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def linear_cross_entropy_loss(

@@ -16,7 +16,7 @@ from pallas_kernels.hadamard.codes import FormatName
 from pallas_kernels.lowbit_matmul import lowbit_matmul
 from pallas_kernels.lowbit_matmul.packing import FORMATS
 from pallas_kernels.lowbit_matmul.packing import FormatName as PackedName
-from pallas_kernels.schedule.cases import Case, array
+from pallas_kernels.schedule.case import Case, array
 
 ROWS, WIDTH = 8192, 4096  # tokens and width of a model of 7B parameters
 

@@ -18,7 +18,8 @@ from pallas_kernels.common.checks import check, check_choice
 from pallas_kernels.common.chips import CORES
 from pallas_kernels.common.errors import MissingExtraError
 from pallas_kernels.schedule.analysis import analyse
-from pallas_kernels.schedule.cases import Case, cases
+from pallas_kernels.schedule.case import Case
+from pallas_kernels.schedule.cases import cases
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "tokamax")
 LIMITS = (

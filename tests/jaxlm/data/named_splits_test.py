@@ -72,7 +72,7 @@ def test_named_files_are_the_sides_and_it_is_said(tmp_path):
   write(tmp_path, train=90, val=2)
   train, heldout, report = sizes(tmp_path)
   assert (train, heldout) == (90, 2) and "held out by name" in report and ": val.txt" in report
-  assert sizes(tmp_path, heldout="none")[1] == 3  # of 92, at 3 %
+  assert sizes(tmp_path, heldout="none")[1] == 2  # whole lines in 3 % of 92
 
 
 def test_of_three_splits_the_test_set_is_left_alone(tmp_path):

@@ -126,6 +126,7 @@ TEXTS = st.lists(
 
 @pytest.mark.parametrize("way", WAYS)
 @given(text=TEXTS, size=st.integers(5, 30))
+@example(text=":\n<tool>", size=5)
 def test_pieces_have_the_ids_of_the_whole_text_which_decode_to_it(way, text, size):
   """Wherever the tokenizer itself gives the text back, and as its library cuts the whole of it."""
   tokenizer = other_model(way)

@@ -146,7 +146,7 @@ def test_table_and_chart_show_errors_and_numbers():
 
 def test_a_case_that_cannot_compile_is_a_row_with_its_error(monkeypatch):
   from pallas_kernels.schedule import report as module
-  from pallas_kernels.schedule.cases import Case
+  from pallas_kernels.schedule.case import Case
 
   def fails(*args, **options):
     raise NotImplementedError("not here\nsecond line")
