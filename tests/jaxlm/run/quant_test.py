@@ -74,6 +74,7 @@ def test_a_rule_that_decides_nothing_ends_a_run_before_it_starts(tmp_path, corpu
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_learned_scales_start_from_the_first_batch_and_are_packed_and_sampled(
   tmp_path, corpus, capsys
 ):

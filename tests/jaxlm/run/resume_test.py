@@ -90,7 +90,7 @@ def loggers() -> dict[str, tuple]:
   "arguments, status",
   [
     (["resume", "run", "--steps", "3"], 0),
-    (["replay", "run", "--step", "2"], 0),
+    pytest.param(["replay", "run", "--step", "2"], 0, marks=pytest.mark.slow),
     (["resume", "run", "--steps", "3", "--seed", "1"], 2),
     (["resume", "run", "--steps", "3", "--compute.attention_implementation", "splash"], 2),
   ],
