@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu, where installed, only compiles here
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
+import time
 from pathlib import Path
 
 import hypothesis
@@ -28,22 +29,28 @@ jax.config.update("jax_enable_compilation_cache", False)
 
 compile_anew = compiler.compile_or_get_cached
 compiled_programs = {}
+LONG, MOST = 0.2, 200  # seconds; programs, each of which maps some memory, as the system limits
 
 
 def compile_once(backend, program, devices, options, host_callbacks, *others):
   """Returns what this process compiled before for the same program, options and devices.
 
   jax keeps a compiled program with the function that was traced: a test that builds the same
-  step from its configuration again compiles it again.
+  step from its configuration again compiles it again. The newest that took long are kept.
   """
+  arguments = backend, program, devices, options, host_callbacks, *others
   if host_callbacks or backend.platform != "cpu":
-    return compile_anew(backend, program, devices, options, host_callbacks, *others)
+    return compile_anew(*arguments)
   key = cache_key.get(program, devices, options, backend)
-  if key not in compiled_programs:
-    compiled_programs[key] = compile_anew(
-      backend, program, devices, options, host_callbacks, *others
-    )
-  return compiled_programs[key]
+  if key in compiled_programs:
+    return compiled_programs[key]
+  start = time.perf_counter()
+  compiled = compile_anew(*arguments)
+  if time.perf_counter() - start > LONG:
+    compiled_programs[key] = compiled
+    if len(compiled_programs) > MOST:
+      del compiled_programs[next(iter(compiled_programs))]
+  return compiled
 
 
 compiler.compile_or_get_cached = compile_once

@@ -121,7 +121,7 @@ def test_prefill_and_single_steps_equal_the_full_pass(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["hybrid", "sparse and window"])
 def test_prefill_in_pieces_equals_prefill_at_once(name):
   config, cache, pieces = MODELS[name], empty(MODELS[name]), []
   for start in range(0, T, T // 3):  # 0, 23, 46: within blocks, chunks and windows
@@ -223,7 +223,7 @@ def test_what_goes_through_whole_rows_says_so_when_traced(mixer):
 
 @pytest.mark.slow
 def test_scan_equals_the_python_loop():
-  config = model(KDA, NSA, layers=4)
+  config = model(KDA, layers=2)
 
   @functools.partial(jax.jit, static_argnums=0)
   def gradients(scan, params):
