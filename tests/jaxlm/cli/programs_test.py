@@ -71,4 +71,4 @@ def test_a_resume_compiles_nothing_that_the_run_has_compiled(tmp_path):
     status, printed = run(tmp_path, *arguments, setup=UNSET + LISTEN, **cache)
     assert status == 0, printed
     hits.append(printed.count("/jax/compilation_cache/cache_hits"))
-  assert hits[0] == 0 and hits[1] >= 2  # the step and the evaluation
+  assert hits[1] >= hits[0] + 2  # the step and the evaluation
