@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.padding import pad_axis, round_up
-from pallas_kernels.common.platform import device_kind
+from pallas_kernels.common.platform import why_no_tpu
 from pallas_kernels.common.shards import varying_struct
 from pallas_kernels.delta_attention import tiles
 from pallas_kernels.delta_attention.terms import (
@@ -53,13 +53,8 @@ def unsupported(tokens: Tokens, options: Options) -> str | None:
   dtype = tokens.q.dtype
   if dtype not in (jnp.float32, jnp.bfloat16):
     return f"q_BTHK.dtype={dtype}, the MXU multiplies float32 and bfloat16"
-  if not isinstance(options.interpret, bool | pltpu.InterpretParams):
-    return f"interpret={options.interpret!r} is neither True nor pltpu.InterpretParams"
-  if not options.interpret and "tpu" not in device_kind().lower():
-    return (
-      f"the device is {device_kind()!r}, not a TPU; interpret=True or pltpu.InterpretParams() "
-      "runs the kernel on CPU"
-    )
+  if (reason := why_no_tpu(options.interpret)) is not None:
+    return reason
   return None
 
 

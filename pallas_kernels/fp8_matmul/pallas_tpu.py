@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.padding import pad_axis
-from pallas_kernels.common.platform import device_kind
+from pallas_kernels.common.platform import why_no_tpu
 from pallas_kernels.common.shards import varying_struct
 from pallas_kernels.fp8_matmul import blocks
 from pallas_kernels.fp8_matmul.codes import Contraction, Quantized
@@ -35,15 +35,10 @@ __all__ = ["contract", "quantize", "unsupported"]
 
 def unsupported(block: int, interpret: Any) -> str | None:
   """Returns why the kernels cannot run with blocks of this size here, or None if they can."""
-  if not isinstance(interpret, bool | pltpu.InterpretParams):
-    return f"interpret={interpret!r} is neither True nor pltpu.InterpretParams"
+  if (reason := why_no_tpu(interpret)) is not None:
+    return reason
   if interpret:
     return None if block in (128, 256) else f"block={block} is neither 128 nor 256"
-  if "tpu" not in device_kind().lower():
-    return (
-      f"the device is {device_kind()!r}, not a TPU; interpret=True or pltpu.InterpretParams() "
-      "runs the kernel on CPU"
-    )
   sides = {128, pltpu.get_tpu_info().mxu_column_size}
   return None if block in sides else f"block={block} is none of {sorted(sides)} on this chip"
 

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.padding import pad_axis, round_up
-from pallas_kernels.common.platform import device_kind
+from pallas_kernels.common.platform import why_no_tpu
 from pallas_kernels.common.shards import varying_struct
 from pallas_kernels.fp8_matmul.codes import Contraction, Quantized
 from pallas_kernels.grouped_matmul.segments import Segments
@@ -43,13 +43,8 @@ def unsupported(
   x_TK: jax.Array, w_EKN: jax.Array, dtype: str | None, block: int, native: bool, interpret: Any
 ) -> str | None:
   """Returns why these inputs cannot run here, or None if they can."""
-  if not isinstance(interpret, bool | pltpu.InterpretParams):
-    return f"interpret={interpret!r} is neither True nor pltpu.InterpretParams"
-  if not interpret and "tpu" not in device_kind().lower():
-    return (
-      f"the device is {device_kind()!r}, not a TPU; interpret=True or pltpu.InterpretParams() "
-      "runs the kernel on CPU"
-    )
+  if (reason := why_no_tpu(interpret)) is not None:
+    return reason
   if dtype is None:
     good = x_TK.dtype in (jnp.float32, jnp.bfloat16)
     return None if good else f"x_TK.dtype={x_TK.dtype}, the kernel takes float32 and bfloat16"

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.padding import pad_axis, round_up
-from pallas_kernels.common.platform import device_kind
+from pallas_kernels.common.platform import why_no_tpu
 from pallas_kernels.common.shards import varying_struct
 from pallas_kernels.hadamard import codes
 from pallas_kernels.hadamard.codes import Quantizer
@@ -93,13 +93,8 @@ def unsupported(
   """Returns why these inputs cannot run here, or None if they can."""
   if x_RW.dtype not in (jnp.float32, jnp.bfloat16):
     return f"x.dtype={x_RW.dtype}, the kernel takes float32 and bfloat16"
-  if not isinstance(interpret, bool | pltpu.InterpretParams):
-    return f"interpret={interpret!r} is neither True nor pltpu.InterpretParams"
-  if not interpret and "tpu" not in device_kind().lower():
-    return (
-      f"the device is {device_kind()!r}, not a TPU; interpret=True or pltpu.InterpretParams() "
-      "runs the kernel on CPU"
-    )
+  if (reason := why_no_tpu(interpret)) is not None:
+    return reason
   if rotation.width % LANES or rotation.power % min(LANES, rotation.n):
     return (
       f"the last axis of x, {rotation.width}, must be a multiple of {LANES}, and the power of two "

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.padding import pad_axis
-from pallas_kernels.common.platform import device_kind
+from pallas_kernels.common.platform import why_no_tpu
 from pallas_kernels.common.shards import varying_struct, zeros_varying_like
 from pallas_kernels.linear_cross_entropy import blocks, terms
 from pallas_kernels.linear_cross_entropy.terms import (
@@ -42,13 +42,8 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
   dtype = inputs.embeddings_ND.dtype
   if dtype not in (jnp.float32, jnp.bfloat16):
     return f"embeddings_ND.dtype={dtype}, the MXU multiplies float32 and bfloat16"
-  if not isinstance(options.interpret, bool | pltpu.InterpretParams):
-    return f"interpret={options.interpret!r} is neither True nor pltpu.InterpretParams"
-  if not options.interpret and "tpu" not in device_kind().lower():
-    return (
-      f"the device is {device_kind()!r}, not a TPU; interpret=True or pltpu.InterpretParams() "
-      "runs the kernel on CPU"
-    )
+  if (reason := why_no_tpu(options.interpret)) is not None:
+    return reason
   if None in _tiles(inputs, options):
     shape = inputs.embeddings_ND.shape
     return f"embeddings_ND.shape={shape}, rows of this width do not fit in VMEM"

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.padding import pad_axis, round_up
-from pallas_kernels.common.platform import device_kind
+from pallas_kernels.common.platform import why_no_tpu
 from pallas_kernels.common.shards import varying_struct
 from pallas_kernels.lowbit_matmul.packing import FORMATS, Format, FormatName
 
@@ -60,13 +60,8 @@ def unsupported(
   """Returns why these inputs cannot run here, or None if they can."""
   if x_MK.dtype not in (jnp.float32, jnp.bfloat16):
     return f"x.dtype={x_MK.dtype}, the kernel takes float32 and bfloat16"
-  if not isinstance(interpret, bool | pltpu.InterpretParams):
-    return f"interpret={interpret!r} is neither True nor pltpu.InterpretParams"
-  if not interpret and "tpu" not in device_kind().lower():
-    return (
-      f"the device is {device_kind()!r}, not a TPU; interpret=True or pltpu.InterpretParams() "
-      "runs the kernel on CPU"
-    )
+  if (reason := why_no_tpu(interpret)) is not None:
+    return reason
   K, inner = x_MK.shape[1], unit_size(FORMATS[dtype])
   if group < K and inner % group and group % inner:
     return f"group={group}, the kernel takes divisors and multiples of {inner}, or all of K"

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.padding import pad_axis, round_up
-from pallas_kernels.common.platform import device_kind
+from pallas_kernels.common.platform import why_no_tpu
 from pallas_kernels.common.shards import varying_struct
 from pallas_kernels.sparse_attention import nonfinite, pairs, unions
 from pallas_kernels.sparse_attention.places import Options, Places
@@ -87,13 +87,8 @@ def unsupported(
   interpret, dtype = options.interpret, q_BTNH.dtype
   if dtype not in (jnp.float32, jnp.bfloat16):
     return f"q_BTNH.dtype={dtype}, the MXU multiplies float32 and bfloat16"
-  if not isinstance(interpret, bool | pltpu.InterpretParams):
-    return f"interpret={interpret!r} is neither True nor pltpu.InterpretParams"
-  if not interpret and "tpu" not in device_kind().lower():
-    return (
-      f"the device is {device_kind()!r}, not a TPU; interpret=True or pltpu.InterpretParams() "
-      "runs the kernel on CPU"
-    )
+  if (reason := why_no_tpu(interpret)) is not None:
+    return reason
   if options.sizes.block % ALIGN:
     return f"block={options.sizes.block} is not a multiple of {ALIGN}"
   if interpret:
