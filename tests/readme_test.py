@@ -71,10 +71,13 @@ def test_the_commands_run_as_written_but_smaller(tmp_path):
     "convert",
     "tokenize",
     "checkpoint",
+    "describe",
+    "train",
+    "quantize",
   ]
   smaller = {
     "train": "--steps 4 --model.D 32 --model.pattern.0.feedforward.F 32 "
-    "--model.pattern.0.mixer.H 8 --batch 2 --data.length 32 --optimizer.warmup 1",
+    "--model.pattern.0.mixer.H 16 --batch 2 --data.length 32 --optimizer.warmup 1",
     "resume": "--steps 6",
     "sample": "--max-new 5",
     "eval": "--batches 1",
@@ -83,6 +86,8 @@ def test_the_commands_run_as_written_but_smaller(tmp_path):
     "convert": "",
     "tokenize": "--max-bytes 100000",
     "checkpoint": "",
+    "describe": "",
+    "quantize": "",
   }
   for command in commands:
     words = shlex.split(command)
