@@ -20,13 +20,13 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.common import shards
 from pallas_kernels.common.checks import check, check_choice, check_dtype, check_shape
 from pallas_kernels.common.errors import UnsupportedError
-from pallas_kernels.common.platform import log_once, platform
+from pallas_kernels.common.platform import choose_implementation
 from pallas_kernels.hadamard import codes, reference, xla
 from pallas_kernels.hadamard.codes import FORMATS, QUEST_BITS, Quantizer
 from pallas_kernels.hadamard.matrices import Rotation, plan_rotation
 
 Implementation = Literal["reference", "xla", "pallas_tpu"]
-IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
+KERNELS = {"tpu": "pallas_tpu"}
 
 
 class Rotated(NamedTuple):
@@ -270,22 +270,12 @@ def choose(
   interpret: Any,
 ) -> str:
   """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
-  check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
-  rule = "only the named implementation 'pallas_tpu' can be interpreted"
-  check(not interpret or implementation == "pallas_tpu", "interpret", interpret, rule)
-  name = implementation
-  if name is None:
-    name = "pallas_tpu" if platform() == "tpu" else "xla"
-  reason = None
-  if name == "pallas_tpu":
-    shape = jax.ShapeDtypeStruct((x.size // rotation.width, rotation.width), x.dtype)
-    reason = load(name).unsupported(shape, rotation, quantizer, interpret)
-  if implementation is None:
-    name = name if reason is None else "xla"
-    log_once("hadamard", name, platform())
-  elif reason is not None:
-    raise UnsupportedError(f"implementation={implementation!r}: {reason}")
-  return name
+  rows = jax.ShapeDtypeStruct((x.size // rotation.width, rotation.width), x.dtype)
+
+  def unsupported(name: str) -> str | None:
+    return load(name).unsupported(rows, rotation, quantizer, interpret)
+
+  return choose_implementation("hadamard", implementation, KERNELS, unsupported, interpret)
 
 
 def load(name: str) -> ModuleType:
