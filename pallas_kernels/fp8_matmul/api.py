@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.common import shards
 from pallas_kernels.common.checks import check, check_choice, check_dtype, check_shape
 from pallas_kernels.common.errors import UnsupportedError
-from pallas_kernels.common.platform import device_kind, log_once, platform
+from pallas_kernels.common.platform import choose_implementation, device_kind
 from pallas_kernels.fp8_matmul import autodiff, reference
 from pallas_kernels.fp8_matmul.codes import (
   FORMATS,
@@ -38,8 +38,7 @@ from pallas_kernels.fp8_matmul.codes import (
 )
 
 Implementation = Literal["reference", "xla", "pallas_tpu"]
-PALLAS = ("pallas_tpu",)
-IMPLEMENTATIONS = ("reference", "xla", *PALLAS)
+KERNELS = {"tpu": "pallas_tpu"}
 
 
 def fp8_matmul(
@@ -191,18 +190,12 @@ def check_options(
 
 def choose(implementation: str | None, block: int, interpret: Any) -> ModuleType:
   """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
-  check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
-  rule = f"needs implementation= one of {list(PALLAS)}"
-  check(implementation in PALLAS or not interpret, "interpret", interpret, rule)
-  if implementation is None:
-    fits = platform() == "tpu" and _load("pallas_tpu").unsupported(block, False) is None
-    implementation = "pallas_tpu" if fits else "xla"
-    log_once("fp8_matmul", implementation, platform())
-  module = _load(implementation)
-  reason = module.unsupported(block, interpret) if implementation in PALLAS else None
-  if reason is not None:
-    raise UnsupportedError(f"implementation={implementation!r}: {reason}")
-  return module
+
+  def unsupported(name: str) -> str | None:
+    return _load(name).unsupported(block, interpret)
+
+  name = choose_implementation("fp8_matmul", implementation, KERNELS, unsupported, interpret)
+  return _load(name)
 
 
 def _load(name: str) -> ModuleType:

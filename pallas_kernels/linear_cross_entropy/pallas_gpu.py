@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.platform import device_kind
+from pallas_kernels.common.platform import why_no_hopper
 from pallas_kernels.common.shards import zeros_varying_like
 from pallas_kernels.linear_cross_entropy import terms, xla
 from pallas_kernels.linear_cross_entropy.terms import (
@@ -55,21 +55,7 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
     return f"N={N}, V={V}, D={D} must be multiples of {TILE * WARPGROUPS}, {TILE} and {DEPTH}"
   if options.threshold_e is not None or options.threshold_c is not None:
     return "filter_e and filter_c are not written"
-  if options.interpret:
-    return _unsupported_interpreter(options.interpret)
-  kind = device_kind()
-  if not any(hopper in kind for hopper in ("H100", "H200", "GH200")):
-    return f"the device is {kind!r}, not a Hopper GPU"
-  return None
-
-
-def _unsupported_interpreter(interpret: Any) -> str | None:
-  params = getattr(plgpu, "InterpretGPUParams", None)
-  if params is None:
-    return f"interpret= needs the GPU simulator of jax 0.11, this is jax {jax.__version__}"
-  if interpret is not True and not isinstance(interpret, params):
-    return f"interpret={interpret!r} is neither True nor plgpu.InterpretGPUParams"
-  return None
+  return why_no_hopper(options.interpret)
 
 
 def backward_tile(inputs: Inputs, options: Options) -> TileSize:

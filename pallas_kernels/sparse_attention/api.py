@@ -17,8 +17,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.attention import attention
 from pallas_kernels.attention.checks import check_spread_alike
 from pallas_kernels.common.checks import check, check_choice, check_dtype, check_shape
-from pallas_kernels.common.errors import UnsupportedError
-from pallas_kernels.common.platform import log_once, platform
+from pallas_kernels.common.platform import choose_implementation
 from pallas_kernels.common.shards import check_not_sharded, run_on_shards, sharded_axes
 from pallas_kernels.sparse_attention import (
   checks,
@@ -39,7 +38,6 @@ from pallas_kernels.sparse_attention.places import (
 )
 
 Implementation = Literal["reference", "xla", "pallas_tpu"]
-IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 KERNELS: dict[str, ModuleType] = {"pallas_tpu": pallas_tpu}
 KERNEL_ON = {"tpu": "pallas_tpu"}
 
@@ -232,9 +230,6 @@ def nsa_selected_attention(
 
   Source: arXiv 2502.11089, equations 11 and 12.
   """
-  check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
-  rule = "only a named kernel can be interpreted"
-  check(not interpret or implementation in KERNELS, "interpret", interpret, rule)
   q_BTNH, k_BSKH, v_BSKU = jnp.asarray(q_BTNH), jnp.asarray(k_BSKH), jnp.asarray(v_BSKU)
   indices_BTKI = jnp.asarray(indices_BTKI)
   checks.check_keys(("k_BSKH", "v_BSKU"), q_BTNH, k_BSKH, v_BSKU)
@@ -260,17 +255,13 @@ def choose(
   options: Options,
 ) -> str:
   """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
-  name = KERNEL_ON.get(platform(), "xla") if implementation is None else implementation
-  reason = None
-  if name in KERNELS:
-    reason = KERNELS[name].unsupported(q_BTNH, k_BSKH, v_BSKU, options)
-  if implementation is None:
-    chosen = name if reason is None else f"xla ({name}: {reason})"
-    log_once("nsa_selected_attention", chosen, platform())
-    return name if reason is None else "xla"
-  if reason is not None:
-    raise UnsupportedError(f"implementation={implementation!r}: {reason}")
-  return name
+
+  def unsupported(name: str) -> str | None:
+    return KERNELS[name].unsupported(q_BTNH, k_BSKH, v_BSKU, options)
+
+  return choose_implementation(
+    "nsa_selected_attention", implementation, KERNEL_ON, unsupported, options.interpret
+  )
 
 
 def _select_locally(q_BTNH, k_BCKH, v_BCKU, positions_BT, segment_ids_BS, *, options, S, dense):
