@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.shards import vary_together
@@ -17,10 +19,19 @@ WARPGROUPS = 2
 
 SWIZZLE_BYTES = 128
 
+SMEM_BYTES = 227 * 1024
+"""Shared memory that a program may use."""
+
+ROWS = 64
+"""Rows that a warpgroup multiplies at least."""
+
+WIDEST = 256
+"""Columns of a product at most."""
+
 
 def swizzled(dtype: Any) -> tuple[Any, Any]:
   """Returns the transforms of shared memory whose rows TMA and wgmma read in 128-byte pieces."""
-  lanes = SWIZZLE_BYTES // jax.numpy.dtype(dtype).itemsize
+  lanes = SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
   return plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(SWIZZLE_BYTES)
 
 
@@ -65,3 +76,29 @@ def load_transposed(ref: Any) -> jax.Array:
   return plgpu.layout_cast(
     load(ref.transpose((1, 0)), plgpu.Layout.WGMMA_TRANSPOSED), plgpu.Layout.WGMMA
   )
+
+
+def multiply(a: Any, b: Any) -> jax.Array:
+  """Returns the product of two tiles in shared memory, float32."""
+
+  def accumulate(acc: Any) -> jax.Array:
+    plgpu.wgmma(acc, a, b)
+    return acc[...]
+
+  return pl.run_scoped(accumulate, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def filled(shape: tuple[int, ...], value: float) -> jax.Array:
+  """Returns a float32 constant in the layout of an accumulator, or of its rows for one axis."""
+  layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
+  return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def counted(shape: tuple[int, int], axis: int) -> jax.Array:
+  """Returns the row (axis 0) or column (1) of each entry of an accumulator, int32."""
+  return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def along_rows(value_R: jax.Array, columns: int) -> jax.Array:
+  """Repeats a number of each row over columns."""
+  return jax.lax.broadcast_in_dim(value_R, (value_R.shape[0], columns), [0])

@@ -23,7 +23,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.hopper import (
+  ROWS,
   WARPGROUPS,
+  along_rows,
+  filled,
   launch,
   load_columns,
   load_rows,
@@ -38,8 +41,7 @@ from pallas_kernels.fp8_matmul.xla import free_scales
 __all__ = ["contract", "quantize", "unsupported"]
 
 BLOCK = 128  # of C: what a scale covers, and with 8-bit codes the widest swizzle
-TILE = 128  # of P and Q
-ROWS = TILE // WARPGROUPS  # of a warpgroup: 64 registers a thread for the product, 64 for the sum
+TILE = WARPGROUPS * ROWS  # of P and Q: 64 registers a thread for a product, 64 for the sum
 STAGES = 4  # 33 KiB each; a float32 result takes 64 of the 227 KiB that a block may use
 MIXED = jax.__version_info__ >= (0, 12)  # an older wgmma takes one type of codes at a time
 
@@ -121,8 +123,7 @@ def multiply_tile(operands: Operands, out: Any, shared: Any, turns: Any, square:
     def first_turn() -> None:
       plgpu.barrier_arrive(turns.at[other])
 
-    zeros = jnp.zeros((ROWS, TILE), jnp.float32)
-    sum_RW = run_pipeline(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
+    sum_RW = run_pipeline(filled((ROWS, TILE), 0.0))
 
     @pl.when(group == 0)
     def last_turn() -> None:
@@ -144,7 +145,7 @@ def multiply_tile(operands: Operands, out: Any, shared: Any, turns: Any, square:
       scale_R = load_rows(a_scales.at[0, pl.ds(group * ROWS, ROWS)])
       if square:
         scale_R = scale_R * operands.b_scales[indices[0], tile]
-      scale_RW = jax.lax.broadcast_in_dim(scale_R, (ROWS, TILE), [0])
+      scale_RW = along_rows(scale_R, TILE)
       if not square:
         scale_W = load_columns(b_scales[0].at[0])
         scale_RW = scale_RW * jax.lax.broadcast_in_dim(scale_W, (ROWS, TILE), [1])

@@ -18,7 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.hopper import (
+  ROWS,
   WARPGROUPS,
+  along_rows,
   launch,
   load,
   load_columns,
@@ -34,8 +36,7 @@ from pallas_kernels.fp8_matmul.codes import (
   scale_of_block,
 )
 
-TILE = 128
-ROWS = TILE // WARPGROUPS
+TILE = WARPGROUPS * ROWS
 
 
 class Recipe(NamedTuple):
@@ -136,7 +137,7 @@ def quantize_tile(
     # XLA, which interprets, sees one number here, and would multiply by its reciprocal below.
     amax_R = jax.lax.optimization_barrier(largest_magnitude(every_RC, 1))
   scale_R = scale_of_block(amax_R, how.form.largest, how.mode)
-  scale_RC = jax.lax.broadcast_in_dim(scale_R, (ROWS, TILE), [0])
+  scale_RC = along_rows(scale_R, TILE)
   codes_shared.at[group][...] = encode(x_RC, scale_RC, how.form, how.by_xla)
   scales_shared.at[group][...] = scale_R
   plgpu.commit_smem()
