@@ -35,6 +35,8 @@ from pallas_kernels.common.errors import UnsupportedError, UserError
 from sharding import make_mesh
 from sharding.batches import globalize
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 INT4, INT8 = UniformFormat(), UniformFormat(bits=8)
 W4 = QuantSpec(weight=INT4)
 SMALL = decoder(V=32, D=16, F=24, N=4, K=2, H=4, layers=4)

@@ -16,6 +16,8 @@ from jaxlm.train.accumulate import accumulated_gradients
 from sharding import make_mesh
 from sharding.batches import globalize
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 MESHES = [
   MeshConfig(data=8),
   MeshConfig(data=1, fsdp=8),
