@@ -46,10 +46,12 @@ def compile_once(backend, program, devices, options, host_callbacks, *others):
   step from its configuration again compiles it again. The newest that took long are kept.
   """
   arguments = backend, program, devices, options, host_callbacks, *others
-  if host_callbacks or backend.platform != "cpu":
+  if backend.platform != "cpu":
     return compile_anew(*arguments)
   if jax.config.values["jax_disable_most_optimizations"]:
     options.env_option_overrides = [*options.env_option_overrides, *PLAIN.items()]
+  if host_callbacks:
+    return compile_anew(*arguments)
   key = cache_key.get(program, devices, options, backend)
   if key in compiled_programs:
     return compiled_programs[key]

@@ -99,7 +99,7 @@ def rounded_beforehand():
   return params, rounded, loss_and_grads(SMALL, ComputeConfig(scan="always"), rounded)
 
 
-@pytest.mark.parametrize("scan", ["never", "always"])
+@pytest.mark.parametrize("scan", [pytest.param("never", marks=pytest.mark.slow), "always"])
 def test_rules_tell_the_layers_of_one_stack_apart(scan):
   """The same as a plain model whose weights are rounded beforehand, gradients included."""
   params, rounded, want = rounded_beforehand()
