@@ -21,12 +21,23 @@ from pallas_kernels.common.shards import (
   sharded_axes,
   vary_together,
 )
-from pallas_kernels.delta_attention import autodiff, checks, pallas_tpu, reference, xla
+from pallas_kernels.delta_attention import (
+  autodiff,
+  checks,
+  pallas_gpu,
+  pallas_tpu,
+  reference,
+  xla,
+)
 from pallas_kernels.delta_attention.terms import GateParameters, Options, Tokens, apply_gates
 
-Implementation = Literal["reference", "xla", "pallas_tpu"]
-KERNELS = {"tpu": "pallas_tpu"}
-MODULES: dict[str, ModuleType] = {"xla": xla, "pallas_tpu": pallas_tpu}
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
+KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+MODULES: dict[str, ModuleType] = {
+  "xla": xla,
+  "pallas_tpu": pallas_tpu,
+  "pallas_gpu": pallas_gpu,
+}
 Gate = Literal["softplus", "lower_bound"]
 
 
