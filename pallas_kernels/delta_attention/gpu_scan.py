@@ -110,7 +110,7 @@ def forward_kernel(
     plgpu.wait_smem_to_gmem(0)
     return state_KW * along_rows(load_rows(decay_MJK.at[m, j]), COLUMNS) + new_KW
 
-  first_KW = load(first_MKV.at[m, :, columns], layout=plgpu.Layout.WGMMA)
+  first_KW = load_state(first_MKV.at[m, :, columns])
   last_MKV.at[m, :, columns][...] = jax.lax.fori_loop(0, J, step, first_KW)
 
 
@@ -174,7 +174,7 @@ def backward_kernel(
     plgpu.wait_smem_to_gmem(0)
     return dstate_KW * along_rows(load_rows(decay_MJK.at[m, j]), COLUMNS) + new_KW
 
-  dlast_KW = load(dlast_MKV.at[m, :, columns], layout=plgpu.Layout.WGMMA)
+  dlast_KW = load_state(dlast_MKV.at[m, :, columns])
   dfirst_MKV.at[m, :, columns][...] = jax.lax.fori_loop(0, J, step, dlast_KW)
 
 
@@ -182,6 +182,15 @@ def head_and_columns(state_MKV: Any) -> tuple[Any, Any]:
   """Returns the head of a program and the slice of its columns."""
   program, blocks = jax.lax.axis_index("columns"), jnp.int32(state_MKV.shape[2] // COLUMNS)
   return jax.lax.div(program, blocks), pl.ds(jax.lax.rem(program, blocks) * COLUMNS, COLUMNS)
+
+
+def load_state(ref_KW: Any) -> jax.Array:
+  """Loads the columns of a state from global memory.
+
+  On a mesh what is loaded varies over its axes, what is computed in a kernel does not, and a loop
+  needs both alike: so 0 is added.
+  """
+  return load(ref_KW, layout=plgpu.Layout.WGMMA) + 0.0
 
 
 def make_scratch(operands: Operands, K: int) -> Scratch:

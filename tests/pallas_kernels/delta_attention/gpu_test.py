@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.delta_attention import delta_attention
@@ -66,16 +67,18 @@ def test_gpu_kernels_leak_nothing_from_the_future(Case, run):
   assert np.array_equal(o_TNV[:, 0], clean["o"][0][:, 0])
 
 
-def hopper(kind="NVIDIA H200"):
+def hopper(kind="NVIDIA H200", devices=1):
   device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
-  return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+  mesh = AbstractMesh((devices,), ("x",), (AxisType.Explicit,), abstract_device=device)
+  return jax.sharding.use_abstract_mesh(mesh)
 
 
-def problem(K, V, dtype=jnp.bfloat16):
+def problem(K, V, dtype=jnp.bfloat16, heads_over=None):
   """Returns the types of q, k, v and gates of 100 positions and 4 heads."""
   heads = (1, 100, 4)
   shapes = ((1, 100, 2, K),) * 2 + ((*heads, V), (*heads, K), heads)
-  return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+  spread = NamedSharding(jax.sharding.get_abstract_mesh(), P(None, None, heads_over))
+  return [jax.ShapeDtypeStruct(shape, dtype, sharding=spread) for shape in shapes]
 
 
 def loss(q, k, v, decay, beta, **options):
@@ -83,12 +86,18 @@ def loss(q, k, v, decay, beta, **options):
   return jnp.sum(o_BTNV.astype(jnp.float32))
 
 
-@pytest.mark.parametrize("K, V", [(128, 128), (256, 64)])
-def test_the_default_lowers_for_hopper(K, V):
-  """Forward and backward; two chunks and one in shared memory."""
-  with hopper(), warnings.catch_warnings(action="error", category=DeprecationWarning):
+@pytest.mark.parametrize(
+  "devices, K, V", [(1, 256, 128), pytest.param(2, 128, 64, marks=pytest.mark.slow)]
+)
+def test_the_default_lowers_for_hopper(devices, K, V):
+  """Forward and backward; one chunk or two in shared memory; on a mesh that splits the heads."""
+  with (
+    hopper(devices=devices),
+    warnings.catch_warnings(action="error", category=DeprecationWarning),
+  ):
+    spread = "x" if devices > 1 else None
     gradients = jax.jit(jax.grad(loss, range(5)))
-    lowered = gradients.trace(*problem(K, V)).lower(lowering_platforms=("cuda",))
+    lowered = gradients.trace(*problem(K, V, heads_over=spread)).lower(lowering_platforms=("cuda",))
   assert lowered.as_text().count("custom_call @mosaic_gpu") == 2
 
 
@@ -100,8 +109,8 @@ def test_the_default_lowers_for_hopper(K, V):
   ],
 )
 def test_a_named_kernel_says_why_it_cannot_run(kind, dtype, reason):
-  arrays = problem(64, 64, dtype)
   with hopper(kind):
+    arrays = problem(64, 64, dtype)
     with pytest.raises(UnsupportedError, match=reason):
       jax.eval_shape(functools.partial(loss, implementation="pallas_gpu"), *arrays)
     assert "mosaic_gpu" not in str(jax.make_jaxpr(loss)(*arrays))
