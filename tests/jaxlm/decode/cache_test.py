@@ -14,6 +14,8 @@ from jaxlm.decode import generation
 from jaxlm.models import Transformer
 from pallas_kernels.common.errors import UnsupportedError
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 T, B = 13, 2
 PLAIN = decoder(V=32, D=16, F=24, N=4, K=2, H=4, layers=4, windows=(4, None))
 ONE_LAYER = {
@@ -98,7 +100,14 @@ def full_logits(config, lengths):
 
 
 @pytest.mark.parametrize(
-  "name", ["window and full layers", "prefix and remainder", "yarn, int4 cache"]
+  "name",
+  [
+    "window and full layers",
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ("prefix and remainder", "yarn, int4 cache")
+    ),
+  ],
 )
 def test_prefill_and_single_steps_equal_the_full_pass_for_every_split(name):
   """Row i prefills i + 1 of the T positions and decodes the others; ended rows are padding."""
@@ -116,7 +125,14 @@ def test_prefill_and_single_steps_equal_the_full_pass_for_every_split(name):
     lengths_B = np.minimum(lengths_B + 1, T)
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("dynamic")])
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param("dynamic, within its length", marks=pytest.mark.slow),
+    "dynamic, one layer, beyond",
+    pytest.param("dynamic, one window layer, beyond", marks=pytest.mark.slow),
+  ],
+)
 def test_dynamic_scaling_follows_the_length(name):
   """Each step equals a full pass of just its length: keys are rotated when they are read."""
   config = CONFIGS[name]
