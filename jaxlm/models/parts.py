@@ -116,6 +116,7 @@ def formats_of_repeats(config: ModelConfig, index: int) -> tuple[tuple[QuantSpec
   matmuls = [m for m in list_matmuls(config) if m.path[:2] == ("stacks", str(index))]
   names = [matmul.names for matmul in matmuls]
   for block in make_blocks(config, ComputeConfig(), index).values():
-    names += [[f"cache.{layer}.{part}" for layer in block.layers] for part in ("keys", "values")]
+    for part in ("keys", "values"):
+      names.append(tuple(f"cache.{layer}.{part}" for layer in block.layers))
   specs = [[find_spec(config.quant, name) for name in of_part] for of_part in names]
   return tuple(zip(*specs))
