@@ -31,12 +31,18 @@ def test_every_code_comes_back_at_odd_lengths_too(levels):
   codes = packing.CodeRange(-(levels // 2), levels)
   every = np.arange(levels, dtype=np.int32) + codes.lowest
   rows = np.stack([np.resize(every, 13), np.resize(every[::-1], 13)])
-  for length in (1, 5, 7, 8, 13):
-    packed = packing.pack(jnp.asarray(rows[:, :length]), codes)
+  lengths = (1, 5, 7, 8, 13)
+
+  @jax.jit
+  def pack_and_unpack(rows):
+    every = [packing.pack(rows[:, :length], codes) for length in lengths]
+    return every, [packing.unpack(packed, codes, n) for packed, n in zip(every, lengths)]
+
+  for length, packed, unpacked in zip(lengths, *pack_and_unpack(rows)):
     assert packed.dtype == jnp.uint8
     size = -(-length // 5) if levels == 3 else -(-length * codes.bits // 8)
     assert packed.shape == (2, size)
-    np.testing.assert_array_equal(packing.unpack(packed, codes, length), rows[:, :length])
+    np.testing.assert_array_equal(unpacked, rows[:, :length])
 
 
 def test_the_layout_of_a_byte():
@@ -67,14 +73,19 @@ SIZES = {
 @pytest.mark.parametrize("format", SIZES, ids=str)
 def test_a_weight_in_bytes_is_the_fake_quantised_weight(format):
   w_ZD = jnp.asarray(np.random.default_rng(0).normal(size=(6, 128)), jnp.float32)
-  learned = apply.init_scales(w_ZD, format) if apply.learned_names(format) else {}
-  packed = packing.pack_weight(w_ZD, format, learned)
+
+  @jax.jit
+  def both_ways(w_ZD):
+    learned = apply.init_scales(w_ZD, format) if apply.learned_names(format) else {}
+    packed = packing.pack_weight(w_ZD, format, learned)
+    back_ZD = packing.unpack_weight(packed, format, 128)
+    if isinstance(format, QuestFormat):
+      back_ZD = quest.rotate(back_ZD, format)
+    return packed, back_ZD, apply.quantize(w_ZD, format, scales=learned, N=1)
+
+  packed, back_ZD, want_ZD = both_ways(w_ZD)
   per_row, whole = SIZES[format]
   assert sum(array.nbytes for array in packed.values()) == 6 * per_row + whole
-  back_ZD = packing.unpack_weight(packed, format, 128)
-  if isinstance(format, QuestFormat):
-    back_ZD = quest.rotate(back_ZD, format)
-  want_ZD = apply.quantize(w_ZD, format, scales=learned, N=1)
   np.testing.assert_allclose(back_ZD, want_ZD, atol=1e-6)
 
 
