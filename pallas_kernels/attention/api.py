@@ -16,9 +16,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.attention import checks, cudnn, splash, xla
 from pallas_kernels.attention import reference as materialised
 from pallas_kernels.attention.mask import Options, Tokens
-from pallas_kernels.common.checks import check, check_choice
-from pallas_kernels.common.errors import UnsupportedError
-from pallas_kernels.common.platform import log_once, platform
+from pallas_kernels.common.platform import choose_implementation, platform
 from pallas_kernels.common.shards import (
   check_not_sharded,
   run_on_shards,
@@ -93,9 +91,6 @@ def attention(
 
   Source: Vaswani et al. 2017, arXiv 1706.03762, equation 1; grouped heads: arXiv 2305.13245.
   """
-  check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
-  rule = "only the named implementation 'splash' can be interpreted"
-  check(not interpret or implementation == "splash", "interpret", interpret, rule)
   q_BTNH, k_BSKH, v_BSKU = jnp.asarray(q_BTNH), jnp.asarray(k_BSKH), jnp.asarray(v_BSKU)
   checks.check_arrays(q_BTNH, k_BSKH, v_BSKU)
   options = checks.check_options(causal, window, cap, scale, q_BTNH.shape[-1], interpret)
@@ -120,19 +115,15 @@ def choose(
   return_lse: bool,
 ) -> str:
   """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
-  name = FUSED_ON.get(platform(), "xla") if implementation is None else implementation
-  reason = None
-  if name in FUSED and varying_axes(q_BTNH):
-    reason = "its kernel does not say over which mesh axes it varies, as shard_map's checks ask"
-  elif name in FUSED:
-    reason = FUSED[name].unsupported(q_BTNH, k_BSKH, v_BSKU, tokens, options, return_lse)
-  if implementation is None:
-    chosen = name if reason is None else f"xla ({name}: {reason})"
-    log_once("attention", chosen, platform())
-    return name if reason is None else "xla"
-  if reason is not None:
-    raise UnsupportedError(f"implementation={implementation!r}: {reason}")
-  return name
+
+  def unsupported(name: str) -> str | None:
+    if varying_axes(q_BTNH):
+      return "its kernel does not say over which mesh axes it varies, as shard_map's checks ask"
+    return FUSED[name].unsupported(q_BTNH, k_BSKH, v_BSKU, tokens, options, return_lse)
+
+  return choose_implementation(
+    "attention", implementation, FUSED_ON, unsupported, options.interpret
+  )
 
 
 def _local(

@@ -27,6 +27,8 @@ def unsupported(
   segments_BT = tokens.q_segment_ids_BT
   if platform() != "gpu":
     return f"needs a GPU; this is {platform()}"
+  if options.interpret:
+    return f"interpret={options.interpret!r}: cuDNN has no interpreter"
   if not has_cudnn():
     return "needs cuDNN, which comes with jax's CUDA plugin"
   if q_BTNH.dtype.name not in ("bfloat16", "float16"):

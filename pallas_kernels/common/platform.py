@@ -1,12 +1,19 @@
-"""Finds the platform that an operation is traced for: the mesh's in ahead-of-time compilation."""
+"""Finds the platform that an operation is traced for, and the implementation that runs there.
+
+The platform is the mesh's, so that ahead-of-time compilation chooses like its target.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+
+from pallas_kernels.common.checks import check, check_choice
+from pallas_kernels.common.errors import UnsupportedError
 
 
 def platform() -> str:
@@ -33,6 +40,61 @@ def why_no_tpu(interpret: Any) -> str | None:
       "runs the kernel on CPU"
     )
   return None
+
+
+def why_no_hopper(interpret: Any) -> str | None:
+  """Returns why a Hopper kernel cannot run on this device under `interpret`, or None if it can."""
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  if not interpret:
+    hopper = any(name in device_kind() for name in ("H100", "H200", "GH200"))
+    return None if hopper else f"the device is {device_kind()!r}, not a Hopper GPU"
+  params = getattr(plgpu, "InterpretGPUParams", None)
+  if params is None:
+    return (
+      f"interpret={interpret!r} needs the GPU simulator of jax 0.11, this is jax {jax.__version__}"
+    )
+  if interpret is not True and not isinstance(interpret, params):
+    return f"interpret={interpret!r} is neither True nor plgpu.InterpretGPUParams"
+  return None
+
+
+def choose_implementation(
+  operation: str,
+  implementation: str | None,
+  kernels: Mapping[str, str],
+  unsupported: Callable[[str], str | None],
+  interpret: Any,
+) -> str:
+  """Returns the implementation that runs an operation: "reference", "xla" or one of `kernels`.
+
+  A named implementation is returned or refused. None takes the kernel of the platform if it can run
+  the call, else "xla", and logs which, with the reason.
+
+  Args:
+    operation: its name, for the log.
+    implementation: what the caller asked for.
+    kernels: the kernel of each platform that has one, such as {"tpu": "pallas_tpu"}.
+    unsupported: returns why one of `kernels` cannot run the call (a field, its value and the rule),
+      or None if it can.
+    interpret: what the caller asked for; only a named kernel can be interpreted.
+
+  Raises:
+    UserError: an unknown implementation, or `interpret` without a named kernel.
+    UnsupportedError: the named kernel cannot run the call.
+  """
+  names = tuple(kernels.values())
+  check_choice("implementation", implementation, (None, "reference", "xla", *names))
+  rule = f"needs implementation= one of {list(names)}"
+  check(not interpret or implementation in names, "interpret", interpret, rule)
+  name = kernels.get(platform(), "xla") if implementation is None else implementation
+  reason = unsupported(name) if name in names else None
+  if implementation is None:
+    log_once(operation, name if reason is None else f"xla ({name}: {reason})", platform())
+    return name if reason is None else "xla"
+  if reason is not None:
+    raise UnsupportedError(f"implementation={implementation!r}: {reason}")
+  return name
 
 
 @functools.cache

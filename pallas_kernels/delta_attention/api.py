@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import functools
 import math
+from types import ModuleType
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.common.checks import check, check_choice
-from pallas_kernels.common.errors import UnsupportedError
-from pallas_kernels.common.platform import log_once, platform
+from pallas_kernels.common.checks import check
+from pallas_kernels.common.platform import choose_implementation
 from pallas_kernels.common.shards import (
   check_not_sharded,
   run_on_shards,
@@ -25,7 +25,8 @@ from pallas_kernels.delta_attention import autodiff, checks, pallas_tpu, referen
 from pallas_kernels.delta_attention.terms import GateParameters, Options, Tokens, apply_gates
 
 Implementation = Literal["reference", "xla", "pallas_tpu"]
-IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
+KERNELS = {"tpu": "pallas_tpu"}
+MODULES: dict[str, ModuleType] = {"xla": xla, "pallas_tpu": pallas_tpu}
 Gate = Literal["softplus", "lower_bound"]
 
 
@@ -98,9 +99,6 @@ def delta_attention(
 
   Source: Kimi Linear, arXiv 2510.26692, section 3; separate gates: arXiv 2605.22791.
   """
-  check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
-  rule = "only the named implementation 'pallas_tpu' can be interpreted"
-  check(not interpret or implementation == "pallas_tpu", "interpret", interpret, rule)
   q, k, v = jnp.asarray(q_BTHK), jnp.asarray(k_BTHK), jnp.asarray(v_BTNV)
   checks.check_arrays(q, k, v)
   options = checks.check_options(scale, l2norm, gate, lower_bound, q.shape[-1], interpret)
@@ -153,15 +151,13 @@ def delta_step(
 
 def choose(implementation: Implementation | None, tokens: Tokens, options: Options) -> str:
   """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
-  if implementation is None:
-    fits = platform() == "tpu" and pallas_tpu.unsupported(tokens, options) is None
-    name = "pallas_tpu" if fits else "xla"
-    log_once("delta_attention", name, platform())
-    return name
-  reason = pallas_tpu.unsupported(tokens, options) if implementation == "pallas_tpu" else None
-  if reason is not None:
-    raise UnsupportedError(f"implementation={implementation!r}: {reason}")
-  return implementation
+
+  def unsupported(name: str) -> str | None:
+    return MODULES[name].unsupported(tokens, options)
+
+  return choose_implementation(
+    "delta_attention", implementation, KERNELS, unsupported, options.interpret
+  )
 
 
 def _optional_array(x: Any) -> jax.Array | None:
@@ -181,8 +177,7 @@ def _local(
     return jnp.zeros_like(tokens.v), state_BNKV
   if name == "reference":
     return reference.attend(tokens, parameters, state_BNKV, options)
-  module = pallas_tpu if name == "pallas_tpu" else xla
-  return autodiff.attend(tokens, parameters, state_BNKV, module, options)
+  return autodiff.attend(tokens, parameters, state_BNKV, MODULES[name], options)
 
 
 def _on_shards(

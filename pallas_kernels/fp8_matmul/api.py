@@ -1,8 +1,8 @@
 """`fp8_matmul`: a differentiable product in 8-bit codes with a scale for each block of 128.
 
 Here: the public functions, what they refuse, the choice of implementation, and meshes. The
-arithmetic of codes is in `codes`, the gradient in `autodiff`, the products in `xla` and
-`pallas_tpu`.
+arithmetic of codes is in `codes`, the gradient in `autodiff`, the products in `xla`, `pallas_tpu`
+and `pallas_gpu`.
 """
 
 # Y[M, N] = X[M, K] W[K, N]; an X with more axes keeps them in place of M
@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.common import shards
 from pallas_kernels.common.checks import check, check_choice, check_dtype, check_shape
 from pallas_kernels.common.errors import UnsupportedError
-from pallas_kernels.common.platform import device_kind, log_once, platform
+from pallas_kernels.common.platform import choose_implementation, device_kind
 from pallas_kernels.fp8_matmul import autodiff, reference
 from pallas_kernels.fp8_matmul.codes import (
   FORMATS,
@@ -37,9 +37,8 @@ from pallas_kernels.fp8_matmul.codes import (
   multiplies,
 )
 
-Implementation = Literal["reference", "xla", "pallas_tpu"]
-PALLAS = ("pallas_tpu",)
-IMPLEMENTATIONS = ("reference", "xla", *PALLAS)
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
+KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 def fp8_matmul(
@@ -79,8 +78,9 @@ def fp8_matmul(
       W's dtype.
     allow_emulation: multiplies codes for which the chip has no matrix unit as wider floats,
       exactly but not faster, where they are otherwise refused.
-    implementation: None takes "pallas_tpu" on TPU where it can run the call, else "xla", and logs
-      its choice once; a named one runs or raises. "reference" multiplies dequantised matrices.
+    implementation: None takes "pallas_tpu" on TPU and "pallas_gpu" on Hopper where they can run
+      the call, else "xla", and logs its choice once; a named one runs or raises. "reference"
+      multiplies dequantised matrices.
     interpret: runs a named Pallas implementation on CPU. True, or the parameters of a simulator of
       its chip.
 
@@ -183,26 +183,22 @@ def check_options(
     block=block,
     save=save,
     out_dtype=out_dtype,
-    implementation=choose(implementation, block, interpret),
+    implementation=choose(implementation, block, (dtype, bwd_dtype), interpret),
     native=native,
     interpret=interpret,
   )
 
 
-def choose(implementation: str | None, block: int, interpret: Any) -> ModuleType:
+def choose(
+  implementation: str | None, block: int, formats: tuple[str, str], interpret: Any
+) -> ModuleType:
   """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
-  check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
-  rule = f"needs implementation= one of {list(PALLAS)}"
-  check(implementation in PALLAS or not interpret, "interpret", interpret, rule)
-  if implementation is None:
-    fits = platform() == "tpu" and _load("pallas_tpu").unsupported(block, False) is None
-    implementation = "pallas_tpu" if fits else "xla"
-    log_once("fp8_matmul", implementation, platform())
-  module = _load(implementation)
-  reason = module.unsupported(block, interpret) if implementation in PALLAS else None
-  if reason is not None:
-    raise UnsupportedError(f"implementation={implementation!r}: {reason}")
-  return module
+
+  def unsupported(name: str) -> str | None:
+    return _load(name).unsupported(block, formats, interpret)
+
+  name = choose_implementation("fp8_matmul", implementation, KERNELS, unsupported, interpret)
+  return _load(name)
 
 
 def _load(name: str) -> ModuleType:
@@ -298,7 +294,8 @@ def scaled_matmul(
     native=bool(interpret) or multiplies(names[0], names[1]),
     interpret=interpret,
   )
-  return choose(implementation, block, interpret).contract(left, right, how)
+  chosen = choose(implementation, block, (names[0], names[1]), interpret)
+  return chosen.contract(left, right, how)
 
 
 def describe(**options: Any) -> dict[str, str]:

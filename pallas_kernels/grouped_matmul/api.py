@@ -8,6 +8,7 @@ Here: the public function, what it refuses and the choice of implementation. Lay
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import Any, Literal
 
 import jax
@@ -16,8 +17,7 @@ import numpy as np
 
 from pallas_kernels.common import shards
 from pallas_kernels.common.checks import check, check_choice, check_dtype, check_shape
-from pallas_kernels.common.errors import UnsupportedError
-from pallas_kernels.common.platform import log_once, platform
+from pallas_kernels.common.platform import choose_implementation
 from pallas_kernels.fp8_matmul.codes import (
   SCALE_MODES,
   FormatName,
@@ -31,7 +31,7 @@ from pallas_kernels.grouped_matmul import autodiff
 from pallas_kernels.grouped_matmul.segments import clip_sizes
 
 Implementation = Literal["reference", "xla", "pallas_tpu"]
-IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
+KERNELS = {"tpu": "pallas_tpu"}
 
 
 def grouped_matmul(
@@ -92,7 +92,7 @@ def grouped_matmul(
   for name, array in (("x_TK", x_TK), ("w_EKN", w_EKN), ("group_sizes_E", group_sizes_E)):
     for dimension in range(array.ndim):
       shards.check_not_sharded(name, array, dimension)
-  name = choose(implementation, x_TK, w_EKN, dtype, block, native, interpret)
+  module = choose(implementation, x_TK, w_EKN, dtype, block, native, interpret)
   if 0 in (T, K, N):
     return jnp.zeros((T, N), out_dtype)
   options = autodiff.Options(
@@ -102,7 +102,7 @@ def grouped_matmul(
     block=block,
     out_dtype=out_dtype,
     native=native,
-    implementation=importlib.import_module(f"{__package__}.{name}"),
+    implementation=module,
     interpret=interpret,
   )
   x_TK, w_EKN, sizes_E = shards.vary_together(x_TK, w_EKN, clip_sizes(group_sizes_E, T))
@@ -155,19 +155,14 @@ def choose(
   block: int,
   native: bool,
   interpret: Any,
-) -> str:
+) -> ModuleType:
   """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
-  check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
-  rule = "only the named implementation 'pallas_tpu' can be interpreted"
-  check(not interpret or implementation == "pallas_tpu", "interpret", interpret, rule)
-  name = implementation or ("pallas_tpu" if platform() == "tpu" else "xla")
-  reason = None
-  if name == "pallas_tpu":
-    kernels = importlib.import_module(f"{__package__}.{name}")
-    reason = kernels.unsupported(x_TK, w_EKN, dtype, block, native, interpret)
-  if implementation is None:
-    name = name if reason is None else "xla"
-    log_once("grouped_matmul", name, platform())
-  elif reason is not None:
-    raise UnsupportedError(f"implementation={implementation!r}: {reason}")
-  return name
+
+  def load(name: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{name}")
+
+  def unsupported(name: str) -> str | None:
+    return load(name).unsupported(x_TK, w_EKN, dtype, block, native, interpret)
+
+  name = choose_implementation("grouped_matmul", implementation, KERNELS, unsupported, interpret)
+  return load(name)

@@ -21,14 +21,13 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.common import shards
 from pallas_kernels.common.checks import check, check_choice, check_dtype, check_shape
 from pallas_kernels.common.errors import UnsupportedError
-from pallas_kernels.common.platform import log_once, platform
+from pallas_kernels.common.platform import choose_implementation
 from pallas_kernels.linear_cross_entropy import autodiff, filtering, reference, terms, xla
 from pallas_kernels.linear_cross_entropy.filtering import Aux
 from pallas_kernels.linear_cross_entropy.terms import Inputs, Options, Statistics
 
 Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
-PALLAS = ("pallas_tpu", "pallas_gpu")
-IMPLEMENTATIONS = ("reference", "xla", *PALLAS)
+KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 def linear_cross_entropy(
@@ -112,7 +111,6 @@ def linear_cross_entropy(
   Source: arXiv 2411.09009; label smoothing and z-loss as in their common definitions.
   """
   check_choice("reduction", reduction, ("mean", "sum", "none"))
-  check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
   check_choice("classifier_layout", classifier_layout, ("vd", "dv"))
   inputs = Inputs(embeddings_ND, classifier_VD, labels_N, bias_V)
   V = check_arrays(inputs, weights_N, classifier_layout)
@@ -254,26 +252,21 @@ def _kept_tiles(
 
 def choose(implementation: Implementation | None, inputs: Inputs, options: Options) -> str:
   """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
-  if implementation is None:
-    kernel: Any = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(platform())
-    fits = (
-      kernel is not None
-      and options.entries(inputs) > xla.SMALL_VOCABULARY
-      and (kernel != "pallas_gpu" or shards.mesh_size(inputs) == 1)  # never ran on several GPUs
-      and _load(kernel).unsupported(inputs, options) is None
-    )
-    implementation = kernel if fits else "xla"
-    log_once("linear_cross_entropy", implementation, platform())
-  reason = None
-  if implementation in PALLAS:
-    reason = _load(implementation).unsupported(inputs, options)
-  elif implementation == "reference" and (options.threshold_e or options.threshold_c):
+
+  def unsupported(name: str) -> str | None:
+    if implementation is None and options.entries(inputs) <= xla.SMALL_VOCABULARY:
+      return f"a vocabulary of {options.entries(inputs)} entries needs no kernel"
+    if implementation is None and name == "pallas_gpu" and shards.mesh_size(inputs) > 1:
+      return "it has not run on several GPUs"
+    return _load(name).unsupported(inputs, options)
+
+  filters = options.threshold_e or options.threshold_c
+  if implementation == "reference" and filters:
     reason = "it is exact and has no tiles for filter_e or filter_c to skip"
-  if reason is not None:
     raise UnsupportedError(f"implementation={implementation!r}: {reason}")
-  good = implementation in PALLAS or not options.interpret
-  check(good, "interpret", options.interpret, f"needs implementation= one of {list(PALLAS)}")
-  return implementation
+  return choose_implementation(
+    "linear_cross_entropy", implementation, KERNELS, unsupported, options.interpret
+  )
 
 
 def find_split(inputs: Inputs, options: Options) -> tuple[shards.Axes, shards.Axes]:

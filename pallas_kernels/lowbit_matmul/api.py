@@ -18,11 +18,11 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.common import shards
 from pallas_kernels.common.checks import check, check_choice, check_dtype, check_shape
 from pallas_kernels.common.errors import UnsupportedError
-from pallas_kernels.common.platform import log_once, platform
+from pallas_kernels.common.platform import choose_implementation
 from pallas_kernels.lowbit_matmul.packing import FORMATS, FormatName, check_packed
 
 Implementation = Literal["reference", "xla", "pallas_tpu"]
-IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
+KERNELS = {"tpu": "pallas_tpu"}
 
 
 class Setting(NamedTuple):
@@ -192,20 +192,12 @@ def choose(
   interpret: Any,
 ) -> str:
   """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
-  check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
-  rule = "only the named implementation 'pallas_tpu' can be interpreted"
-  check(not interpret or implementation == "pallas_tpu", "interpret", interpret, rule)
-  name = implementation or ("pallas_tpu" if platform() == "tpu" else "xla")
-  reason = None
-  if name == "pallas_tpu":
-    rows = jax.ShapeDtypeStruct((x.size // x.shape[-1], x.shape[-1]), x.dtype)
-    reason = load(name).unsupported(rows, N, group, dtype, interpret)
-  if implementation is None:
-    name = name if reason is None else "xla"
-    log_once("lowbit_matmul", name, platform())
-  elif reason is not None:
-    raise UnsupportedError(f"implementation={implementation!r}: {reason}")
-  return name
+  rows = jax.ShapeDtypeStruct((x.size // x.shape[-1], x.shape[-1]), x.dtype)
+
+  def unsupported(name: str) -> str | None:
+    return load(name).unsupported(rows, N, group, dtype, interpret)
+
+  return choose_implementation("lowbit_matmul", implementation, KERNELS, unsupported, interpret)
 
 
 def load(name: str) -> ModuleType:

@@ -17,12 +17,12 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.attention import attention
 from pallas_kernels.attention.checks import check_spread_alike
 from pallas_kernels.common.checks import check, check_choice, check_dtype, check_shape
-from pallas_kernels.common.errors import UnsupportedError
-from pallas_kernels.common.platform import log_once, platform
+from pallas_kernels.common.platform import choose_implementation
 from pallas_kernels.common.shards import check_not_sharded, run_on_shards, sharded_axes
 from pallas_kernels.sparse_attention import (
   checks,
   nonfinite,
+  pallas_gpu,
   pallas_tpu,
   reference,
   selection,
@@ -38,10 +38,9 @@ from pallas_kernels.sparse_attention.places import (
   segment_firsts,
 )
 
-Implementation = Literal["reference", "xla", "pallas_tpu"]
-IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
-KERNELS: dict[str, ModuleType] = {"pallas_tpu": pallas_tpu}
-KERNEL_ON = {"tpu": "pallas_tpu"}
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
+KERNELS: dict[str, ModuleType] = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+KERNEL_ON = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 class Selection(NamedTuple):
@@ -219,8 +218,10 @@ def nsa_selected_attention(
       last T; -1 for a query that sees nothing.
     segment_ids_BS: integers [B or 1, S], each segment in one piece.
     scale: factor of the logits, by default H^-1/2.
-    implementation: None takes "xla". "xla" runs the queries of each block together, in memory
-      linear in T; up to 8 queries gather their keys instead. "reference" has T x S logits.
+    implementation: None takes the kernel of the platform, "pallas_tpu" or on Hopper "pallas_gpu"
+      (16-bit inputs), where it can run the call, else "xla", and logs its choice once. "xla" runs
+      the queries of each block together, in memory linear in T; up to 8 queries gather their keys
+      instead. "reference" has T x S logits.
     interpret: True, or the interpreter's parameters, runs a named kernel on CPU.
 
   Returns:
@@ -232,9 +233,6 @@ def nsa_selected_attention(
 
   Source: arXiv 2502.11089, equations 11 and 12.
   """
-  check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
-  rule = "only a named kernel can be interpreted"
-  check(not interpret or implementation in KERNELS, "interpret", interpret, rule)
   q_BTNH, k_BSKH, v_BSKU = jnp.asarray(q_BTNH), jnp.asarray(k_BSKH), jnp.asarray(v_BSKU)
   indices_BTKI = jnp.asarray(indices_BTKI)
   checks.check_keys(("k_BSKH", "v_BSKU"), q_BTNH, k_BSKH, v_BSKU)
@@ -260,17 +258,13 @@ def choose(
   options: Options,
 ) -> str:
   """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
-  name = KERNEL_ON.get(platform(), "xla") if implementation is None else implementation
-  reason = None
-  if name in KERNELS:
-    reason = KERNELS[name].unsupported(q_BTNH, k_BSKH, v_BSKU, options)
-  if implementation is None:
-    chosen = name if reason is None else f"xla ({name}: {reason})"
-    log_once("nsa_selected_attention", chosen, platform())
-    return name if reason is None else "xla"
-  if reason is not None:
-    raise UnsupportedError(f"implementation={implementation!r}: {reason}")
-  return name
+
+  def unsupported(name: str) -> str | None:
+    return KERNELS[name].unsupported(q_BTNH, k_BSKH, v_BSKU, options)
+
+  return choose_implementation(
+    "nsa_selected_attention", implementation, KERNEL_ON, unsupported, options.interpret
+  )
 
 
 def _select_locally(q_BTNH, k_BCKH, v_BCKU, positions_BT, segment_ids_BS, *, options, S, dense):

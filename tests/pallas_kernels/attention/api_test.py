@@ -38,7 +38,7 @@ REFUSED = {
   "cap of an array": (dict(cap=jnp.ones(())), "cap=.*known when traced"),
   "scale": (dict(scale=float("nan")), "scale=nan: must be a finite number"),
   "implementation": (dict(implementation="flash"), "implementation='flash': must be one of None"),
-  "interpret": (dict(interpret=True), "interpret=True: only the named implementation 'splash'"),
+  "interpret": (dict(interpret=True), "interpret=True: needs implementation= one of"),
   "positions": (dict(q_positions_BT=IDS[:, :3]), r"q_positions_BT.shape=\(2, 3\): must be \(2, 8"),
   "rows of positions": (dict(q_positions_BT=IDS[[0, 0, 0]]), r"q_positions_BT.shape=\(3, 8\)"),
   "type of positions": (dict(q_positions_BT=IDS * 1.0), "q_positions_BT.dtype='float32'"),

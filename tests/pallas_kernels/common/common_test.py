@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.common import checks, padding, platform, shards
-from pallas_kernels.common.errors import UserError
+from pallas_kernels.common.errors import UnsupportedError, UserError
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,46 @@ def test_a_choice_is_logged_once(caplog):
     for where in ("cpu", "cpu", "tpu"):
       platform.log_once("an_operation", "xla", where)
   assert caplog.messages == ["an_operation runs xla on cpu", "an_operation runs xla on tpu"]
+
+
+def test_the_kernel_of_the_platform_runs_where_it_can(caplog):
+  reasons = {"pallas_tpu": None, "pallas_gpu": "K=3: must be a multiple of 8"}
+
+  def choose(implementation=None, interpret=False):
+    kernels = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+    return platform.choose_implementation(
+      "an_operation", implementation, kernels, reasons.get, interpret
+    )
+
+  def on(name):
+    device = jax.sharding.AbstractDevice(device_kind=name, num_cores=1, platform=name)
+    return jax.sharding.use_abstract_mesh(
+      jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    )
+
+  platform.log_once.cache_clear()
+  with caplog.at_level(logging.INFO, logger="pallas_kernels.common.platform"):
+    with on("tpu"):
+      assert [choose(), choose("xla"), choose("reference")] == ["pallas_tpu", "xla", "reference"]
+    with on("gpu"):
+      assert choose() == "xla"
+    assert choose() == "xla"
+  assert caplog.messages == [
+    "an_operation runs pallas_tpu on tpu",
+    "an_operation runs xla (pallas_gpu: K=3: must be a multiple of 8) on gpu",
+    "an_operation runs xla on cpu",
+  ]
+  assert choose("pallas_tpu", interpret=True) == "pallas_tpu"
+  for arguments, message in (
+    (("cuda",), "implementation='cuda': must be one of None, 'reference', 'xla', 'pallas_tpu'"),
+    ((None, True), "interpret=True: needs implementation= one of ['pallas_tpu', 'pallas_gpu']"),
+    (("xla", True), "interpret=True: needs implementation= one of ['pallas_tpu', 'pallas_gpu']"),
+    (("pallas_gpu",), "implementation='pallas_gpu': K=3: must be a multiple of 8"),
+  ):
+    with pytest.raises(UserError, match=re.escape(message)):
+      choose(*arguments)
+  with pytest.raises(UnsupportedError):
+    choose("pallas_gpu")
 
 
 def test_padding_goes_at_the_end_of_one_axis():

@@ -160,7 +160,7 @@ def test_memory_of_the_gradients_does_not_grow_with_the_groups():
     (dict(bwd_dtype="e5m2"), "bwd_dtype='e5m2': goes with dtype="),
     (dict(dtype="int8", bwd_dtype="e5m2", allow_emulation=True), "goes only with itself"),
     (dict(block=0), "block=0"),
-    (dict(interpret=True), "only the named implementation"),
+    (dict(interpret=True), "interpret=True: needs implementation= one of"),
     (dict(implementation="ragged"), "implementation='ragged': must be one of"),
     (dict(implementation="pallas_tpu"), "not a TPU"),
     (dict(dtype="e4m3fn"), "does not multiply these codes natively"),

@@ -25,7 +25,7 @@ X = jnp.ones((2, 256))
     (lambda: hadamard(X, signs=jnp.full(256, 2.0)), "must be \\+1 or -1"),
     (lambda: hadamard(X, signs=jnp.ones(256, jnp.uint8)), "signs.dtype='uint8'"),
     (lambda: hadamard(X, implementation="mosaic"), "implementation='mosaic': must be one of"),
-    (lambda: hadamard(X, interpret=True), "only the named implementation 'pallas_tpu'"),
+    (lambda: hadamard(X, interpret=True), "interpret=True: needs implementation= one of"),
     (lambda: hadamard_quantize(X, group=96, dtype="int8"), "group=96: must divide"),
     (lambda: hadamard_quantize(X, group=32, dtype="int3"), "dtype='int3': must be one of"),
     (lambda: hadamard_quantize(X, group=32, dtype="int8", scale="rms"), "'absmax', 'quest'"),

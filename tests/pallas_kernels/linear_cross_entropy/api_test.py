@@ -180,12 +180,8 @@ def test_lowers_for_hopper(biased, layout):
   assert lowered.as_text().count("mosaic_gpu") >= 2
 
 
-@pytest.mark.parametrize("named", [dict(implementation="xla"), dict()], ids=str)
-def test_a_scalar_loss_on_xla_passes_five_files(named):
-  """From the public function to the arithmetic and its gradient: api, xla, terms, checks, shards.
-
-  Naming no implementation adds one, which asks for the platform.
-  """
+def test_a_scalar_loss_on_xla_passes_six_files():
+  """From the public function to the arithmetic: api, xla, terms; checks, platform, shards."""
   package = pathlib.Path(pallas_kernels.__file__).parent
   called = set()
 
@@ -196,11 +192,11 @@ def test_a_scalar_loss_on_xla_passes_five_files(named):
 
   sys.setprofile(record)
   try:
-    jax.grad(lambda e_ND: linear_cross_entropy(**{**GOOD, "embeddings_ND": e_ND}, **named))(
+    jax.grad(lambda e_ND: linear_cross_entropy(**{**GOOD, "embeddings_ND": e_ND}))(
       GOOD["embeddings_ND"]
     )
   finally:
     sys.setprofile(None)
   own = {"api.py", "xla.py", "terms.py"}
   assert {f"linear_cross_entropy/{name}" for name in own} <= called
-  assert len(called) <= (5 if named else 6), called
+  assert len(called) <= 6, called

@@ -167,7 +167,7 @@ def test_leading_axes_on_a_mesh():
     (dict(scales_GN=jnp.ones((1, 3))), r"scales_GN.shape=\(1, 3\): must be \(2, 3\)"),
     (dict(zeros_GN=jnp.ones((1, 3))), r"zeros_GN.shape=\(1, 3\): must be \(2, 3\)"),
     (dict(group=-1), "group=-1: must be a positive integer"),
-    (dict(interpret=True), "only the named implementation"),
+    (dict(interpret=True), "interpret=True: needs implementation= one of"),
     (dict(implementation="pallas_tpu"), "not a TPU"),
     (
       dict(implementation="pallas_tpu", interpret=True, group=3, scales_GN=jnp.ones((3, 3))),

@@ -36,7 +36,7 @@ def selected(**changes):
   [
     (dict(block=0), "sizes.length=0: must be an integer of at least 1"),
     (dict(implementation="magic"), "'magic': must be one of None, 'reference', 'xla'"),
-    (dict(interpret=True), "interpret=True: only a named kernel can be interpreted"),
+    (dict(interpret=True), "interpret=True: needs implementation= one of"),
     (dict(indices_BTKI=jnp.zeros((1, 6, 2, 3))), "indices_BTKI.dtype='float32': must be integer"),
     (dict(indices_BTKI=jnp.zeros((1, 5, 2, 3), jnp.int32)), r"must be \(1, 6, 2, any\)"),
     (dict(q_BTNH=jnp.ones((1, 6, 3, 8))), "its N must be a multiple of the keys' K=2"),
