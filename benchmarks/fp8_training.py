@@ -78,11 +78,12 @@ def main() -> None:
       print(rows[-1], flush=True)
   tokens = config.steps * config.batch * config.data.length
   setting = (
-    f"{parameters:,} parameters, {config.steps} steps of {config.batch} rows of {config.data.length} bytes of Python's "
-    f"standard library ({tokens:,} targets), AdamW; the loss is of "
-    f"{config.eval_batches * config.batch * config.data.length:,} held-out targets."
+    f"{parameters:,} parameters, {config.steps} steps of {config.batch} rows of "
+    f"{config.data.length} bytes of Python's standard library ({tokens:,} targets), AdamW; the "
+    f"loss is of {config.eval_batches * config.batch * config.data.length:,} held-out targets."
   )
-  page = report("Blockwise FP8 in training", f"{setting}\n\n{table(COLUMNS, rows)}", "jax", "jaxlib")
+  body = f"{setting}\n\n{table(COLUMNS, rows)}"
+  page = report("Blockwise FP8 in training", body, "jax", "jaxlib")
   publish(page, arguments.write)
   sys.exit(max(errors) > TOLERANCE)
 

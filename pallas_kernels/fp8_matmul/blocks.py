@@ -46,16 +46,18 @@ class Tile(NamedTuple):
 def product_tile(P: int, Q: int, C: int, block: int, blockwise: bool, chip: Core) -> Tile:
   """Returns the tile of a product; `blockwise`: the left scales cover blocks, not single rows.
 
-  A part's sums stay in registers over the tile's C. Scales of single rows are spread over the lanes
-  once for all parts.
+  Scales of single rows are spread over the lanes, which keeps the cross-lane units busy for as long
+  as 256 columns keep the vector unit: a tile is wide where its rows have them.
   """
   if chip.interpret:
-    side, steps, part = 2 * LANES, 2, (LANES, LANES)
+    sides, steps, part = (2 * LANES, 2 * LANES), 2, (LANES, LANES)
   elif chip.mxu_side == LANES:
-    side, steps, part = 512, 8, (256, 256) if blockwise else (512, 512)
+    sides, steps, part = (512, 512), 8, (256, 256) if blockwise else (512, 512)
+  elif blockwise:
+    sides, steps, part = (1024, 1024), 8, (256, 256)
   else:
-    side, steps, part = 1024, 8, (256, 256) if blockwise else (256, 128)
-  P, Q = (min(side, round_up(size, LANES)) for size in (P, Q))
+    sides, steps, part = (512, 2048), 8, (512, 256)
+  P, Q = (min(side, round_up(size, LANES)) for side, size in zip(sides, (P, Q)))
   blocks_of_c = -(-C // block)
   divisors = [n for n in range(1, steps + 1) if blocks_of_c % n == 0]
   steps = divisors[-1] if 2 * divisors[-1] > steps else min(steps, blocks_of_c)
