@@ -3,8 +3,8 @@
 Scales lie along the lanes: tiles along rows are transposed before, by a product with the identity
 on the matrix unit, which is exact and leaves the vector unit free. So codes of tiles along rows
 leave the kernel transposed, [N, M], and with `transposed` those of tiles along columns, too: the
-orientations in which `pallas_tpu` multiplies them; a zero may lose its sign on the way. The
-cross-lane units of chips with 8-bit floats transpose those codes as they are, which saves the vector
+orientations in which `pallas_tpu` multiplies them; a zero may lose its sign on the way. Codes in
+8-bit floats are transposed as they are where the matrix unit is 256 wide, which saves the vector
 unit a second cast.
 """
 
