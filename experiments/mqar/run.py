@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.study import Finding, Scale, Study, main
-from experiments.synthetic import AnswersTask, disable_fused_sums, mixer, stacked
+from experiments.synthetic import AnswersTask, mixer, stacked
 from jaxlm.config import (
   ComputeConfig,
   DataConfig,
@@ -177,5 +177,4 @@ STUDY = Study(
 )
 
 if __name__ == "__main__":
-  disable_fused_sums()
   main(STUDY)
