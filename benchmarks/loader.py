@@ -38,7 +38,6 @@ def loader_rates(config: TrainConfig, turns: int, batches: int) -> list[float]:
     for _ in range(batches):
       next(iterator)
     rates.append(batches * config.batch * config.data.length / (time.perf_counter() - start))
-  iterator.close()
   return rates
 
 

@@ -52,11 +52,12 @@ def matmul(
   return checkpoint_name(y_BTF, "product")
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def _contract(x_BTD: jax.Array, w_DF: jax.Array, sharding: P | None) -> jax.Array:
-  """Contracts in float32, or in a wider type of the arguments.
+  """Contracts in float32, or in a wider type of the arguments; the backward pass keeps these alone.
 
-  On one device B and T are merged: a weight gradient that contracts two axes makes XLA on CPU write
-  transposed copies.
+  Products of one input so keep it once. On one device B and T are merged: a weight gradient that
+  contracts two axes makes XLA on CPU write transposed copies.
   """
   if sharding is not None:
     return einsum("btd,df->btf", x_BTD, w_DF, sharding)

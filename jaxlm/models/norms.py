@@ -2,6 +2,8 @@
 
 # Z any leading axes (batch, positions, heads), D normalised width
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,12 @@ from jaxlm.models.linear import Roles
 from sharding.rules import all_gather, is_sharded
 
 
-def rms_norm(x_ZD: jax.Array, w_D: jax.Array, eps: float, offset: int = 0) -> jax.Array:
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
+def rms_norm(x_ZD: jax.Array, w_D: jax.Array, eps: float, offset: int) -> jax.Array:
   """Returns (offset + w) x / sqrt(mean(x^2) + eps) over the last axis, in x's dtype.
 
-  Everything is computed in float32.
+  Everything is computed in float32. The backward pass keeps the arguments alone; automatic
+  differentiation would have a scan keep three arrays of x's size in float32.
   """
   x32_ZD = x_ZD.astype(jnp.float32)
   unit_ZD = x32_ZD * jax.lax.rsqrt(jnp.mean(jnp.square(x32_ZD), axis=-1, keepdims=True) + eps)

@@ -1,8 +1,8 @@
 """Gives every chunked implementation its gradient; NaN and infinities stay where they belong.
 
-A kernel runs on the inputs as they are. What is bad in them shows in the output or the final state;
-only then it runs again, a head at a time on clean inputs. Plain JAX cleans always, which costs less
-than a second program.
+The TPU kernels run on the inputs as they are. What is bad in them shows in the output or the final
+state; only then they run again, a head at a time on clean inputs. The others always have clean
+inputs, which XLA fuses with what it does before them.
 """
 
 # B batch, T positions, H heads of queries and keys, N heads of values, K width of keys, V width of
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.delta_attention import xla
+from pallas_kernels.delta_attention import pallas_tpu
 from pallas_kernels.delta_attention.confine import (
   all_finite,
   clean,
@@ -26,6 +26,7 @@ from pallas_kernels.delta_attention.confine import (
   reached_BTN,
 )
 from pallas_kernels.delta_attention.terms import GateParameters, Options, Tokens
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def attend(
@@ -45,7 +46,7 @@ def attend(
 def _forward(tokens, gate, state_BNKV, module: ModuleType, options: Options, *, save: bool = True):
   inputs = tokens, gate, state_BNKV
   confined = functools.partial(_confined_forward, module=module, options=options, save=save)
-  if module is xla:
+  if module is not pallas_tpu:
     fine, results = None, confined(inputs)
   else:
     results = module.forward(*inputs, options, save=save)
@@ -117,8 +118,7 @@ def _head_by_head(
 
 
 def _confined_forward(inputs, *, module: ModuleType, options: Options, save: bool):
-  """Returns output and final state from clean inputs with NaN where it belongs, and what is saved.
-  """
+  """Returns output and final state from clean inputs with NaN where it belongs, and what is saved."""
   cleaned, bad = clean(*inputs)
   o_BTNV, last_BNKV, saved = module.forward(*cleaned, options, save=save)
   reached = reached_BTN(bad, inputs[0].reset)

@@ -1,16 +1,17 @@
 """`hadamard` and `hadamard_quantize`: Hadamard rotations, and their codes in the same pass.
 
-Here: the public functions, what they refuse, the choice of implementation, and gradients.
+Here: the public functions, what they refuse, and the choice of implementation; gradients are in
+`autodiff`.
 """
 
-# R rows, W width of the rotated axis, G groups of a row
+# R rows, W width of the rotated axis
 from __future__ import annotations
 
 import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,32 +22,13 @@ from pallas_kernels.common import shards
 from pallas_kernels.common.checks import check, check_choice, check_dtype, check_shape
 from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import choose_implementation
-from pallas_kernels.hadamard import codes, reference, xla
+from pallas_kernels.hadamard import autodiff, codes
+from pallas_kernels.hadamard.autodiff import Rotated, Setting
 from pallas_kernels.hadamard.codes import FORMATS, QUEST_BITS, Quantizer
 from pallas_kernels.hadamard.matrices import Rotation, plan_rotation
 
 Implementation = Literal["reference", "xla", "pallas_tpu"]
 KERNELS = {"tpu": "pallas_tpu"}
-
-
-class Rotated(NamedTuple):
-  """Holds the codes of a rotated array, their scales, and where a gradient passes."""
-
-  codes: jax.Array
-  """[..., W]"""
-  scales: jax.Array
-  """float32 [..., W / group]"""
-  trust_mask: jax.Array | None = None
-  """bool [..., W] for scale="quest", else None: nothing is clipped"""
-
-
-class Setting(NamedTuple):
-  """Holds what is static in a call."""
-
-  name: str
-  rotation: Rotation
-  quantizer: Quantizer | None
-  interpret: Any
 
 
 def hadamard(
@@ -80,8 +62,9 @@ def hadamard(
   """
   rotation = plan_rotation(check_array(x), block, base)
   signs = check_signs(signs, rotation.width)
-  setting = Setting(choose(implementation, x, rotation, None, interpret), rotation, None, interpret)
-  return on_rows(functools.partial(rotate, setting=setting), x, signs, None)
+  module = choose(implementation, x, rotation, None, interpret)
+  setting = Setting(module, rotation, None, interpret)
+  return on_rows(functools.partial(autodiff.rotate, setting=setting), x, signs, None)
 
 
 def hadamard_quantize(
@@ -124,10 +107,10 @@ def hadamard_quantize(
   rotation = plan_rotation(check_array(x), block, base)
   signs = check_signs(signs, rotation.width)
   quantizer = plan_quantizer(rotation.width, group, dtype, scale, rounding, key)
-  name = choose(implementation, x, rotation, quantizer, interpret)
-  setting = Setting(name, rotation, quantizer, interpret)
+  module = choose(implementation, x, rotation, quantizer, interpret)
+  setting = Setting(module, rotation, quantizer, interpret)
   noise = None if key is None else jax.random.uniform(key, x.shape)
-  run = rotate_to_values if values else rotate_to_codes
+  run = autodiff.rotate_to_values if values else autodiff.rotate_to_codes
   return on_rows(functools.partial(run, setting=setting), x, signs, noise)
 
 
@@ -135,104 +118,6 @@ def dequantize(rotated: Rotated) -> jax.Array:
   """Returns the float32 numbers, still rotated, that codes and scales stand for."""
   scale = "absmax" if rotated.trust_mask is None else "quest"
   return codes.decode(rotated.codes, rotated.scales, scale)
-
-
-# --------------------------------------------------------------------------------------- gradients
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def rotate(
-  x_RW: jax.Array, signs_W: jax.Array | None, noise_RW: None, setting: Setting
-) -> jax.Array:
-  """Rotates rows; the gradient rotates back, in one pass of the same kernel."""
-  del noise_RW
-  return run_rotation(x_RW, signs_W, None, setting)
-
-
-def run_rotation(
-  x_RW: jax.Array, signs_W: jax.Array | None, out_signs_W: jax.Array | None, setting: Setting
-) -> jax.Array:
-  """Returns (x . signs) H / sqrt(n) . out_signs by the implementation of the setting."""
-  options = {} if setting.name in ("reference", "xla") else dict(interpret=setting.interpret)
-  return load(setting.name).rotate(x_RW, setting.rotation, signs_W, out_signs_W, **options)
-
-
-def rotate_back(
-  signs_W: jax.Array | None, dy_RW: jax.Array, setting: Setting
-) -> tuple[jax.Array, jax.Array | None, None]:
-  """Returns the gradients of x, signs (zero) and noise."""
-  dx_RW = run_rotation(dy_RW, None, signs_W, setting)
-  return dx_RW, None if signs_W is None else jnp.zeros_like(signs_W), None
-
-
-rotate.defvjp(
-  lambda x_RW, signs_W, noise_RW, setting: (rotate(x_RW, signs_W, noise_RW, setting), signs_W),
-  lambda setting, signs_W, dy_RW: rotate_back(signs_W, dy_RW, setting),
-)
-
-
-def run_quantization(
-  x_RW: jax.Array, signs_W: jax.Array | None, noise_RW: jax.Array | None, setting: Setting
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """Returns codes, scales and the mask, int8, by the implementation of the setting."""
-  options = {} if setting.name in ("reference", "xla") else dict(interpret=setting.interpret)
-  quantize = load(setting.name).rotate_quantize
-  return quantize(x_RW, setting.rotation, setting.quantizer, signs_W, noise_RW, **options)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def rotate_to_codes(
-  x_RW: jax.Array, signs_W: jax.Array | None, noise_RW: jax.Array | None, setting: Setting
-) -> Rotated:
-  """Returns codes, scales and mask of rows; differentiating them raises."""
-  codes_RW, scales_RG, mask_RW = run_quantization(x_RW, signs_W, noise_RW, setting)
-  return Rotated(codes_RW, scales_RG, None if mask_RW is None else mask_RW.astype(bool))
-
-
-def refuse_gradient(*_: Any) -> Any:
-  """Raises: what a loss does with codes has no gradient that this function could pass on."""
-  raise UnsupportedError(
-    "hadamard_quantize: codes and scales have no gradient; values=True has the straight-through "
-    "one, and jax.lax.stop_gradient(x) says that none is wanted"
-  )
-
-
-rotate_to_codes.defvjp(refuse_gradient, refuse_gradient)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def rotate_to_values(
-  x_RW: jax.Array, signs_W: jax.Array | None, noise_RW: jax.Array | None, setting: Setting
-) -> jax.Array:
-  """Returns the rounded, rotated rows, with the straight-through gradient."""
-  return values_forward(x_RW, signs_W, noise_RW, setting)[0]
-
-
-def values_forward(
-  x_RW: jax.Array, signs_W: jax.Array | None, noise_RW: jax.Array | None, setting: Setting
-) -> tuple[jax.Array, tuple[Any, ...]]:
-  """Returns the values, and for the gradient the signs, the mask and whether there was noise."""
-  assert setting.quantizer is not None, "values are those of a quantiser"
-  codes_RW, scales_RG, mask_RW = run_quantization(x_RW, signs_W, noise_RW, setting)
-  y_RW = codes.decode(codes_RW, scales_RG, setting.quantizer.scale).astype(x_RW.dtype)
-  return y_RW, (signs_W, mask_RW, noise_RW)
-
-
-def values_backward(
-  setting: Setting, saved: tuple[Any, ...], dy_RW: jax.Array
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-  """Returns ((dy . mask) H) . signs / sqrt(n), and zeros for signs and noise."""
-  signs_W, mask_RW, noise_RW = saved
-  if mask_RW is not None:
-    dy_RW = jnp.where(mask_RW != 0, dy_RW, jnp.zeros_like(dy_RW))
-  dx_RW, d_signs_W, _ = rotate_back(signs_W, dy_RW, setting)
-  return dx_RW, d_signs_W, None if noise_RW is None else jnp.zeros_like(noise_RW)
-
-
-rotate_to_values.defvjp(values_forward, values_backward)
-
-
-# ----------------------------------------------------------------------------- dispatch and checks
 
 
 def on_rows(
@@ -268,20 +153,17 @@ def choose(
   rotation: Rotation,
   quantizer: Quantizer | None,
   interpret: Any,
-) -> str:
+) -> ModuleType:
   """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
   rows = jax.ShapeDtypeStruct((x.size // rotation.width, rotation.width), x.dtype)
+
+  def load(name: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{name}")
 
   def unsupported(name: str) -> str | None:
     return load(name).unsupported(rows, rotation, quantizer, interpret)
 
-  return choose_implementation("hadamard", implementation, KERNELS, unsupported, interpret)
-
-
-def load(name: str) -> ModuleType:
-  """Returns the module of an implementation; the kernel's is imported when it is first chosen."""
-  modules = dict(reference=reference, xla=xla)
-  return modules.get(name) or importlib.import_module(f"{__package__}.{name}")
+  return load(choose_implementation("hadamard", implementation, KERNELS, unsupported, interpret))
 
 
 def check_array(x: jax.Array) -> int:

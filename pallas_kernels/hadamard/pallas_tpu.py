@@ -187,7 +187,7 @@ def rotate(
   rotation: Rotation,
   signs_W: jax.Array | None,
   out_signs_W: jax.Array | None,
-  interpret: Any,
+  interpret: Any = False,
 ) -> jax.Array:
   """Returns (x . signs) H / sqrt(n) . out_signs, in x's dtype."""
   plan = make_plan(x_RW, rotation, None, interpret)
@@ -227,7 +227,7 @@ def rotate_quantize(
   quantizer: Quantizer,
   signs_W: jax.Array | None,
   noise_RW: jax.Array | None,
-  interpret: Any,
+  interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """Returns codes [R, W], scales [R, W / group] and, for "quest", the trust mask, int8 [R, W]."""
   plan = make_plan(x_RW, rotation, quantizer, interpret)

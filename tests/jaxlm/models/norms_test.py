@@ -33,6 +33,6 @@ class Norms(chex.TestCase):
     draw = np.random.default_rng(1)
     x_BTD = (300 * draw.normal(size=(2, 5, 64))).astype(np.float16)
     w_D = draw.normal(size=64).astype(np.float32)
-    y_BTD = self.variant(lambda x_BTD, w_D: rms_norm(x_BTD, w_D, EPS))(x_BTD, w_D)
+    y_BTD = self.variant(lambda x_BTD, w_D: rms_norm(x_BTD, w_D, EPS, 0))(x_BTD, w_D)
     chex.assert_type(y_BTD, jnp.float16)
     np.testing.assert_allclose(y_BTD, exact(x_BTD, w_D, 0), rtol=2**-10, atol=1e-6)

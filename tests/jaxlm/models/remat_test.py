@@ -9,27 +9,41 @@ from jaxlm.config import ComputeConfig, decoder
 from jaxlm.models import Transformer
 from jaxlm.objectives import next_token_loss
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 POLICIES = ("none", "dots", "names", "full")
+
+
+def model_and_loss(compute):
+  ids_BT = np.random.default_rng(0).integers(0, 32, (8, 64))
+  weights_BT = np.ones((8, 64), np.float32)
+  model = Transformer(decoder(V=32, D=32, F=96, N=2, K=2, H=16, layers=6), compute)
+
+  def loss(params):
+    states_BTD = model.apply(params, ids_BT, logits=False)
+    return next_token_loss(states_BTD, model.head(params), ids_BT, weights_BT)["loss"].mean()
+
+  return model, loss
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_recomputation_a_layer_keeps_each_product_s_input_once(dtype):
+  """Width D: what both norms take and give, and what o takes; F: gate, up and what down takes."""
+  model, loss = model_and_loss(ComputeConfig(dtype=dtype, scan="always"))
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params))
+  by_width = {width: [x.dtype for x in kept if x.shape == (6, 8, 64, width)] for width in (32, 96)}
+  assert by_width == {32: [dtype] * 5, 96: [dtype] * 3}
 
 
 @pytest.fixture(scope="module")
 def compiled():
   """Loss and gradients by policy: compiled programs, and their results on the same inputs."""
-  ids_BT = np.random.default_rng(0).integers(0, 32, (8, 64))
-  weights_BT = np.ones((8, 64), np.float32)
   programs, results, params = {}, {}, None
   for policy in POLICIES:
-    model = Transformer(
-      decoder(V=32, D=32, F=96, N=2, K=2, H=16, layers=6),
-      ComputeConfig(scan="always", remat=policy),
-    )
+    model, loss = model_and_loss(ComputeConfig(scan="always", remat=policy))
     if params is None:
       params = jax.jit(model.init)(jax.random.key(0))
-
-    def loss(params, model=model):
-      states_BTD = model.apply(params, ids_BT, logits=False)
-      return next_token_loss(states_BTD, model.head(params), ids_BT, weights_BT)["loss"].mean()
-
     programs[policy] = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
     results[policy] = jax.device_get(programs[policy](params))
   return programs, results
