@@ -70,7 +70,7 @@ def _backward(module: ModuleType, options: Options, residuals, cotangents):
 
 
 def _head_axes(inputs: tuple[Tokens, GateParameters, jax.Array]) -> Any:
-  """Returns which axis of tokens, gate and state, or their gradients, is that of heads; -1: none."""
+  """Returns which axis of tokens, gate and state, or of gradients, is that of heads; -1: none."""
   tokens, gate, _ = inputs
   axes = jax.tree.map(lambda x: 2, tokens)
   if tokens.reset is not None:
@@ -118,7 +118,7 @@ def _head_by_head(
 
 
 def _confined_forward(inputs, *, module: ModuleType, options: Options, save: bool):
-  """Returns output and final state from clean inputs with NaN where it belongs, and what is saved."""
+  """Returns output, final state and what is saved, from clean inputs; NaN where it belongs."""
   cleaned, bad = clean(*inputs)
   o_BTNV, last_BNKV, saved = module.forward(*cleaned, options, save=save)
   reached = reached_BTN(bad, inputs[0].reset)

@@ -32,7 +32,9 @@ def multiply_decays(decay_CK: jax.Array) -> Decays:
   """Returns the decays of a chunk from its log decays."""
   parts = [_inside_of_8(x_8K) for x_8K in split_rows(jnp.exp(decay_CK))]
   halves = [[part[0][level] for part in parts] for level in range(3)]
-  before, after, total = ([part[i] for part in parts] for i in (1, 2, 3))
+  before = [part[1] for part in parts]
+  after = [part[2] for part in parts]
+  total = [part[3] for part in parts]
   groups, half = len(parts), 1
   while half < groups:
     behind = [bool(i & half) for i in range(groups)]

@@ -34,8 +34,8 @@ class Prepared(NamedTuple):
   k: Any  # [C, K] of the products' dtype, decayed to the chunk's end
   v: Any  # [C, V] float32
   visible: Any  # [C, C] of the products' dtype: q_i . (decay_ij k_j) for j <= i
-  lower: Any | None  # [C, C] float32: (b k)_i . (decay_ij k_j) for j < i
-  total: Any | None  # [1, K] float32, the sum of log decays
+  lower: Any  # None or [C, C] float32: (b k)_i . (decay_ij k_j) for j < i
+  total: Any  # None or [1, K] float32, the sum of log decays
 
 
 def prepare(gated: Gated, tables: Tables) -> Steps:
@@ -51,7 +51,7 @@ def prepare(gated: Gated, tables: Tables) -> Steps:
   else:
     rows = [[x * f for x, f in zip(kind, decays.from_start)] for kind in kinds]
     k_CK = gated.k * jnp.concatenate(decays.to_end)
-    total = jnp.sum(gated.decay, axis=0, keepdims=True)
+    total = _sum_rows(gated.decay)
   return Prepared(
     rows=jnp.concatenate([x for kind in rows for x in kind]).astype(dtype),
     k=k_CK.astype(dtype),
@@ -60,6 +60,11 @@ def prepare(gated: Gated, tables: Tables) -> Steps:
     lower=jnp.concatenate(pairs[1]) if len(pairs) > 1 else None,
     total=total,
   )
+
+
+def _sum_rows(x: Any) -> jax.Array:
+  """Returns the sum over positions, [1, width]."""
+  return jnp.sum(x, axis=0, keepdims=True)
 
 
 def _multiply_pairs(
@@ -133,7 +138,7 @@ class Saved(NamedTuple):
 
   state_VK: jax.Array  # at the chunk's start
   visible_CC: jax.Array
-  inverse_CC: jax.Array | None
+  inverse_CC: Any  # None where nothing is erased
 
 
 def pull(
@@ -147,7 +152,9 @@ def pull(
   erases = saved.inverse_CC is not None
   decays = None if gated.decay is None else multiply_decays(gated.decay)
   kinds = [split_rows(x) for x in (gated.q, gated.erased_k) if x is not None]
-  from_start = [None] * len(kinds[0]) if decays is None else decays.from_start
+  from_start: list[Any] = [None] * len(kinds[0])
+  if decays is not None:
+    from_start = decays.from_start
   rows = [[scaled(x, f) for x, f in zip(kind, from_start)] for kind in kinds]
   rows_RK = jnp.concatenate([x for kind in rows for x in kind]).astype(dtype)
   to_end = None if decays is None else jnp.concatenate(decays.to_end)
@@ -169,21 +176,21 @@ def pull(
   drows_RK = dot(drows_RV, state_VK, 1, 0, dtype)
   dk_CK = dot(added_CV, dnext_VK, 1, 0, dtype)
   dstate_VK = dot(drows_RV, rows_RK, 0, 0, dtype)
-  dtotal_1K = None
+  dtotal_1K: Any = None
   if decays is not None:
-    total_1K = jnp.exp(jnp.sum(gated.decay, axis=0, keepdims=True))
+    total_1K = jnp.exp(_sum_rows(gated.decay))
     kept_VK = total_1K * dnext_VK
-    dtotal_1K = jnp.sum(kept_VK * state_VK.astype(jnp.float32), axis=0, keepdims=True)
+    dtotal_1K = _sum_rows(kept_VK * state_VK.astype(jnp.float32))
     dnext_VK = kept_VK
   yield
-  drows = split_rows(drows_RK)
-  drows = [drows[i : i + C // 8] for i in range(0, len(drows), C // 8)]
+  drows = [split_rows(x) for x in split_rows(drows_RK, C)]
   dkinds = [[scaled(x, f) for x, f in zip(kind, from_start)] for kind in drows]
   dk = split_rows(scaled(dk_CK, to_end))
   halves = yield from _pull_pairs(gated, kinds, dkinds, dk, dpairs_RC, decays, tables)
   ddecay_CK = None
   if decays is not None:
-    starts = [sum(x * dx for x, dx in zip(*at)) for at in zip(_by_group(rows), _by_group(drows))]
+    products = [[x * dx for x, dx in zip(*of_kind)] for of_kind in zip(rows, drows)]
+    starts = products[0] if len(products) == 1 else [x + y for x, y in zip(*products)]
     ends = split_rows(k_CK * dk_CK)
     ddecay_CK = pull_decays(halves, starts, ends, tables) + dtotal_1K
   dgated = Gated(
@@ -194,11 +201,6 @@ def pull(
     decay=ddecay_CK,
   )
   return dgated, dnext_VK + dstate_VK
-
-
-def _by_group(kinds: list[list[jax.Array]]) -> list[tuple[jax.Array, ...]]:
-  """Returns, for each group of 8 positions, its rows of every kind."""
-  return list(zip(*kinds))
 
 
 def _pull_pairs(
