@@ -47,10 +47,8 @@ from pallas_kernels.delta_attention.tile_layout import (
 )
 from pallas_kernels.delta_attention.tile_products import Steps, in_turn, run, slowed
 
-TOGETHER = 2
-"""Heads that the forward pass prepares in turn."""
-DELAY = 2
-"""Stages by which a pair of heads is behind the one before it in the backward pass."""
+DELAY = 3
+"""Stages by which a head is behind the one before it."""
 VMEM_BYTES = 48 * 2**20
 """What every chip has for blocks, states and values that do not fit into registers."""
 
@@ -196,7 +194,7 @@ def forward_kernel(
       o[0, :, i * plan.V : (i + 1) * plan.V] = o_CV.astype(o.dtype)
       yield
 
-  preparing = in_turn([prepare(head) for head in range(plan.A)], 3)
+  preparing = in_turn([prepare(head) for head in range(plan.A)], DELAY)
   run(in_turn([preparing, slowed(finish(), 1)]))
 
   @pl.when(j == plan.J)
@@ -304,7 +302,6 @@ def backward_kernel(
     )
     do_CV = do[0, :, head * plan.V : (head + 1) * plan.V].astype(jnp.float32)
     dgated, dstate_AVK[head] = yield from tiles.pull(gated, here, do_CV, dstate_AVK[head], tables)
-    yield
     (dtile,) = pull_gates(dgated)
     write_head(dparts, dtile, head, plan)
 

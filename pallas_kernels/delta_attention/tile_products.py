@@ -97,14 +97,6 @@ def in_turn(steps: list[Steps], delay: int = 0) -> Steps:
   return results
 
 
-def one_by_one(steps: list[Steps]) -> Steps:
-  """Runs generators one after another; returns what they return."""
-  results = []
-  for step in steps:
-    results.append((yield from step))
-  return results
-
-
 def slowed(steps: Steps, rounds: int) -> Steps:
   """Runs a generator that rests for so many rounds after each of its own; returns its result."""
   while True:
