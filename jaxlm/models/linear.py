@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import ComputeConfig, QuantRule, QuantSpec
 from jaxlm.config.formats import Format
-from jaxlm.config.quant import find_spec
+from jaxlm.config.quant import find_spec, shared_spec
 from jaxlm.models.matmul import matmul
 from jaxlm.models.products import PRODUCTS
 from jaxlm.quant.apply import (
@@ -156,10 +156,7 @@ class Linear(nn.Module):
   @property
   def quant(self) -> QuantSpec:
     """Returns how this contraction is computed, which is the same in all layers of the module."""
-    first, *others = {find_spec(self.rules, name) for name in self.names}
-    if others:
-      raise UnsupportedError(f"model.quant: {' and '.join(self.names)} are computed by one scan")
-    return first
+    return shared_spec(self.rules, self.names)
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     """Returns x w + bias [B, T, F] in `out_dtype`."""

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import ComputeConfig, RopeConfig, decoder, revise
+from jaxlm.config import ComputeConfig, QuantRule, QuantSpec, RopeConfig, decoder, revise
+from jaxlm.config.formats import UniformFormat
 from jaxlm.decode import generation
 from jaxlm.models import Transformer
 from pallas_kernels.common.errors import UnsupportedError
@@ -30,10 +31,17 @@ def rope(config, scaling, **options):
   return revise(config, rope=RopeConfig(scaling=scaling, factor=4.0, **options))
 
 
+INT4 = UniformFormat(bits=4, grid="affine")
+CACHED_INT4 = (
+  QuantRule(match="cache.*keys", spec=QuantSpec(activation=INT4, hadamard=4)),
+  QuantRule(match="cache[.](0|3).values", spec=QuantSpec(activation=INT4)),
+)
 CONFIGS = {
   "window and full layers": PLAIN,
   "prefix and remainder": UNEVEN,
-  "yarn": rope(PLAIN, "yarn", original_length=8),
+  "yarn, int4 cache": dataclasses.replace(
+    rope(PLAIN, "yarn", original_length=8), quant=CACHED_INT4
+  ),
   "dynamic, within its length": rope(PLAIN, "dynamic", original_length=T),
   "dynamic, one layer, beyond": rope(ONE_LAYER[None], "dynamic", original_length=4),
   "dynamic, one window layer, beyond": rope(ONE_LAYER[4], "dynamic", original_length=4),
@@ -95,7 +103,10 @@ def full_logits(config, lengths):
   "name",
   [
     "window and full layers",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("prefix and remainder", "yarn")),
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ("prefix and remainder", "yarn, int4 cache")
+    ),
   ],
 )
 def test_prefill_and_single_steps_equal_the_full_pass_for_every_split(name):

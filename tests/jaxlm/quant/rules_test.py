@@ -231,6 +231,8 @@ def test_a_mesh_gives_the_numbers_of_one_device(mesh):
     QuantRule(match=".*mixer.*", spec=spec),
     QuantRule(match="layers.*", spec=QuantSpec(product=product)),
     QuantRule(match="head", spec=W4),
+    QuantRule(match="cache.*keys", spec=QuantSpec(activation=INT8, hadamard=4)),
+    QuantRule(match="cache.*", spec=QuantSpec(activation=INT8)),
   )
   train = TrainConfig(batch=8, model=config, data=DataConfig(length=16))
   task = TextTask(train)
