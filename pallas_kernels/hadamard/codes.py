@@ -94,9 +94,15 @@ def round_to_codes(ratio: jax.Array, quantizer: Quantizer, noise: jax.Array | No
     return jnp.rint(jnp.clip(ratio, -quantizer.half_range, quantizer.half_range) + 0.5) - 1
   if noise is not None:
     step = spacing(ratio, dtype)
-    return jnp.clip(jnp.floor(ratio / step + noise) * step, -largest, largest)
+    return jnp.clip(floor(ratio / step + noise) * step, -largest, largest)
   whole = jnp.issubdtype(dtype, jnp.integer)
   return jnp.rint(ratio) if whole else ratio.astype(dtype).astype(jnp.float32)
+
+
+def floor(x: jax.Array) -> jax.Array:
+  """Rounds down, by rounding to nearest: Mosaic GPU has no other."""
+  nearest = jnp.rint(x)
+  return jnp.where(nearest > x, nearest - 1, nearest)
 
 
 def to_carrier(
