@@ -99,10 +99,16 @@ def round_to_codes(
     return (round_by_sum(ratio, ROUNDER) if compiled else jnp.rint(ratio)) - 1
   if noise is not None:
     step = spacing(ratio, dtype)
-    ratio = jnp.clip(jnp.floor(ratio / step + noise) * step, -largest, largest)
+    ratio = jnp.clip(floor(ratio / step + noise) * step, -largest, largest)
   if compiled:
     return round_by_sum(ratio, ROUNDER if whole else spacing(ratio, dtype, ROUNDER))
   return jnp.rint(ratio) if whole else ratio.astype(dtype).astype(jnp.float32)
+
+
+def floor(x: jax.Array) -> jax.Array:
+  """Rounds down, by rounding to nearest: Mosaic GPU has no other."""
+  nearest = jnp.rint(x)
+  return jnp.where(nearest > x, nearest - 1, nearest)
 
 
 def round_by_sum(x: jax.Array, rounder: jax.Array | float) -> jax.Array:
