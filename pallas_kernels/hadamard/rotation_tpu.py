@@ -25,8 +25,8 @@ class Operands(NamedTuple):
   """1 where two lanes of a chunk belong to the same rotation, for rotations below a chunk"""
   signs_1W: Any | None
   noise_WR: Any | None
-  identity_RR: Any | None
-  """of a tile, to transpose codes"""
+  identity_RR: Any
+  """of a tile, to transpose codes; None where there are none"""
 
 
 def make_operands(
