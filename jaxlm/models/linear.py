@@ -26,6 +26,7 @@ from jaxlm.quant.apply import (
   turn,
   unit_normal,
 )
+from jaxlm.quant.packed_matmul import can_multiply_packed, packed_matmul
 from jaxlm.quant.packing import Packed, packed_shapes, unpack_operand
 from pallas_kernels.common.errors import UnsupportedError
 from sharding.rules import (
@@ -159,14 +160,21 @@ class Linear(nn.Module):
     return shared_spec(self.rules, self.names)
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    """Returns x w + bias [B, T, F] in `out_dtype`."""
+    """Returns x w + bias [B, T, F] in `out_dtype`.
+
+    A weight in bytes stays so where a kernel takes its codes and the weight lies on one device;
+    else it is unpacked for each product.
+    """
     dtype, product = self.out_dtype or self.compute.dtype, self.quant.product
     key = self.make_rng("rounding") if self.has_rng("rounding") else None
     contract = None
     if product is not None:
       contract = functools.partial(PRODUCTS[type(product)], product, key)
-    x_BTD, w_DF = self.input_in_use(x_BTD), self.weight_in_use()
-    y_BTF = matmul(x_BTD, w_DF, self.axes_in_use, self.out, dtype, contract)
+    x_BTD, format = self.input_in_use(x_BTD), self.quant.weight
+    if self.packed and format is not None and can_multiply_packed(format) and not is_sharded():
+      y_BTF = packed_matmul(x_BTD, self.packed, self.quant, dtype)
+    else:
+      y_BTF = matmul(x_BTD, self.weight_in_use(), self.axes_in_use, self.out, dtype, contract)
     if self.quant.gradient is not None:
       y_BTF = quantize_gradient(y_BTF, self.quant.gradient, key)
     return add_bias(y_BTF, self.bias, self.out)
