@@ -141,7 +141,7 @@ def draw(rows: list[Row], figure: Any) -> None:
     sizes = [row["body"] + row["head"] for row in members]
     valleys.plot(sizes, [row["heldout_loss"] for row in members], "o-", label=name)
   valleys.set(xscale="log", xlabel="N with head, largest budget", ylabel="held-out loss, nats/byte")
-  valleys.legend(frameon=False, fontsize=7)
+  valleys.legend(frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 STUDY = Study(

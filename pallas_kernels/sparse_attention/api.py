@@ -22,6 +22,7 @@ from pallas_kernels.common.shards import check_not_sharded, run_on_shards, shard
 from pallas_kernels.sparse_attention import (
   checks,
   nonfinite,
+  pallas_gpu,
   pallas_tpu,
   reference,
   selection,
@@ -37,9 +38,9 @@ from pallas_kernels.sparse_attention.places import (
   segment_firsts,
 )
 
-Implementation = Literal["reference", "xla", "pallas_tpu"]
-KERNELS: dict[str, ModuleType] = {"pallas_tpu": pallas_tpu}
-KERNEL_ON = {"tpu": "pallas_tpu"}
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
+KERNELS: dict[str, ModuleType] = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+KERNEL_ON = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 class Selection(NamedTuple):
@@ -217,8 +218,10 @@ def nsa_selected_attention(
       last T; -1 for a query that sees nothing.
     segment_ids_BS: integers [B or 1, S], each segment in one piece.
     scale: factor of the logits, by default H^-1/2.
-    implementation: None takes "xla". "xla" runs the queries of each block together, in memory
-      linear in T; up to 8 queries gather their keys instead. "reference" has T x S logits.
+    implementation: None takes the kernel of the platform, "pallas_tpu" or on Hopper "pallas_gpu"
+      (16-bit inputs), where it can run the call, else "xla", and logs its choice once. "xla" runs
+      the queries of each block together, in memory linear in T; up to 8 queries gather their keys
+      instead. "reference" has T x S logits.
     interpret: True, or the interpreter's parameters, runs a named kernel on CPU.
 
   Returns:

@@ -46,15 +46,24 @@ def selected_starts(indices_BTKI: jax.Array, places: Places, S: int, block: int)
   return jnp.where(again_BTKI, S, start_BTKI)
 
 
+def sort_pairs(start_ZI: jax.Array, T: int, S: int) -> tuple[jax.Array, jax.Array]:
+  """Returns the place of each pair's block and its query row, int32 [P], sorted by place.
+
+  Rows of a place keep their order; pairs without a block, whose start is S, come last with the
+  place after all others.
+  """
+  Z, I = start_ZI.shape
+  row_P = jnp.repeat(jnp.arange(Z, dtype=jnp.int32), I)
+  start_P = start_ZI.reshape(-1)
+  place_P = jnp.where(start_P == S, Z // T * S, row_P // T * S + start_P)
+  place_P, row_P = jax.lax.sort((place_P, row_P), num_keys=1, is_stable=True)
+  return place_P, row_P
+
+
 def make_chunks(start_BTKI: jax.Array, S: int, block: int, R: int) -> Chunks:
   """Returns the chunks of the pairs whose blocks begin at `start_BTKI`, S for none."""
   B, T, K, I = start_BTKI.shape
-  start_BKTI = start_BTKI.transpose(0, 2, 1, 3)
-  row_P = jnp.repeat(jnp.arange(B * K * T, dtype=jnp.int32), I)
-  head_P = row_P // T
-  start_P = start_BKTI.reshape(-1)
-  place_P = jnp.where(start_P == S, B * K * S, head_P * S + start_P)
-  place_P, row_P = jax.lax.sort((place_P, row_P), num_keys=1, is_stable=True)
+  place_P, row_P = sort_pairs(start_BTKI.swapaxes(1, 2).reshape(-1, I), T, S)
   at_P = jnp.arange(place_P.size, dtype=jnp.int32)
   is_new_P = jnp.diff(place_P, prepend=-1) != 0
   in_run_P = at_P - jax.lax.cummax(jnp.where(is_new_P, at_P, 0))

@@ -16,6 +16,8 @@ from jaxlm.run import resume, train
 from jaxlm.run.text import TextTask
 from jaxlm.train import init_state, make_train_step
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -53,6 +55,7 @@ def config(corpus, tmp_path_factory):
   )
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resume_compile_step_and_evaluation_once_each(config):
   with counted_compilations() as first:
     train(config)
@@ -68,7 +71,7 @@ def test_other_numbers_in_state_batch_and_limit_do_not_trace_the_step_again():
   task = TextTask(config)
   chex.clear_trace_counter()
   step = jax.jit(chex.assert_max_traces(make_train_step(config, task), n=1))
-  state = init_state(config, task)
+  state = jax.jit(init_state, static_argnums=(0, 1))(config, task)
   for seed in range(3):
     ids_BX = np.random.default_rng(seed).integers(0, 256, (2, 9), np.int32)
     batch = Batch(ids_BX[:, :-1], ids_BX[:, 1:], np.ones((2, 8), np.float32))
