@@ -228,9 +228,10 @@ def draw(rows: list[Row], figure: Any) -> None:
     losses = np.array([row["heldout_loss"] for row in of_cell])
     excess = 100 * (losses / losses.min() - 1)
     axis.scatter(rates, batches, c=np.minimum(excess, 15), s=60, cmap="viridis_r")
-    axis.plot(*np.exp(cell.log_best), "r*" if cell.convex and cell.inside else "rx")
+    best = np.clip(np.exp(cell.log_best), [min(rates), min(batches)], [max(rates), max(batches)])
+    axis.plot(*best, "r*" if cell.convex and cell.inside else "rx", markersize=10)
     axis.set(xscale="log", yscale="log", title=f"N {cell.N:.2g}, D {cell.D:.2g}")
-  figure.supxlabel("learning rate")
+  figure.supxlabel("learning rate (x: the best lies beyond the grid)")
   figure.supylabel("batch, bytes")
 
 
