@@ -12,6 +12,8 @@ from jaxlm.config.formats import UniformFormat
 from jaxlm.models import Transformer
 from jaxlm.quant import super_weight, uniform
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 MODEL = decoder(V=32, D=64, F=256, N=2, K=2, H=8, layers=6)
 IDS_BT = np.arange(16, dtype=np.int32)[None]
 LAYER, ROW, COLUMN, VALUE = 2, 7, 5, 3.0
@@ -56,6 +58,7 @@ def test_without_it_the_model_changes_more_than_without_the_next_largest_weights
   assert jnp.abs(states(ablated) - whole).mean() > 1.5 * jnp.abs(states(pruned) - whole).mean()
 
 
+@pytest.mark.slow
 def test_clipping_and_restoring_it_beats_rounding_to_the_nearest():
   params = planted()
   format = UniformFormat(bits=4, grid="affine", shared="tensor")
