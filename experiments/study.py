@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxlm.checkpoint.atomic import write_text
-from jaxlm.config import check
-from jaxlm.scaling.sweep import Executor, Row, read_table
+from jaxlm.config import TrainConfig, check
+from jaxlm.scaling.grid import GridRun
+from jaxlm.scaling.sweep import Executor, Row, provenance, read_table, write_table
 from pallas_kernels.common.errors import UserError, import_extra
 
 HERE = Path(__file__).parent
@@ -80,6 +82,26 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> None:
   for outcome in results:
     print(f"{study.name}, {outcome['scale']}: {outcome['verdict']}. {outcome['why']}")
   print(f"wrote {folder}/README.md")
+
+
+def measure_points(
+  points: Sequence[Mapping[str, Any]], table: Path, measure: Callable[..., Mapping[str, Any]]
+) -> None:
+  """Adds a row for each point that the table lacks: its values, and what `measure` says of them.
+
+  Is for numbers that need no training: a point has fields "task.NAME" alone, which `measure` takes
+  by name. The rows lie in the same table as those of `sweep`.
+  """
+  rows = {row["config"]: row for row in read_table(table)}
+  for point in points:
+    run = GridRun.of(TrainConfig(), point)
+    if run.digest in rows:
+      continue
+    began = time.perf_counter()
+    row = {**point, "status": "finished", **measure(**run.task_values)}
+    seconds = round(time.perf_counter() - began, 3)
+    rows[run.digest] = row | {"seconds": seconds} | provenance() | {"config": run.digest}
+    write_table(table, list(rows.values()))
 
 
 def _flags(study: Study, arguments: Sequence[str] | None) -> argparse.Namespace:

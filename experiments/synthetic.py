@@ -15,13 +15,17 @@ import numpy as np
 
 from jaxlm.config import (
   AttentionConfig,
+  ComputeConfig,
   ConvConfig,
+  DataConfig,
   KdaConfig,
   LayerSpec,
+  MeshConfig,
   MixerConfig,
   MlpConfig,
   ModelConfig,
   NsaConfig,
+  OptimizerConfig,
   TrainConfig,
 )
 from jaxlm.data.packing import Batch
@@ -41,6 +45,23 @@ def disable_fused_sums() -> None:
   """
   flag = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+
+
+def answers_config(
+  *, steps: int, batch: int, length: int, rate: float = 3e-3, on_gpu: bool = False
+) -> TrainConfig:
+  """Returns the run of a task with answers: AdamW, a warm-up of 5 % and a cosine, on one device."""
+  return TrainConfig(
+    steps=steps,
+    batch=batch,
+    eval_batches=4,
+    mesh=MeshConfig(data=1),
+    data=DataConfig(source="", length=length),
+    compute=ComputeConfig(dtype="bfloat16" if on_gpu else "float32"),
+    optimizer=OptimizerConfig(
+      learning_rate=rate, warmup=steps // 20, weight_decay=0.01, schedule="cosine"
+    ),
+  )
 
 
 class AnswersTask(Task):
@@ -75,15 +96,18 @@ class AnswersTask(Task):
     head = self.model.head(params)
     return next_token_loss(states_BTD, head, batch.targets_BT, batch.weights_BT)
 
+  def held_out(self, draw: Draw) -> list[Batch]:
+    """Returns the rows that are evaluated, the same for all seeds."""
+    indices = range(self.config.eval_batches)
+    return [draw(np.random.default_rng((_HELD_OUT, i)), self.config.batch) for i in indices]
+
   def _predicted(self, params: Any, ids_BT: jax.Array) -> jax.Array:
     return jnp.argmax(self.model.apply(params, ids_BT), axis=-1)
 
   def evaluate(self, params: Any, model_state: Any, rows: Any) -> dict[str, float]:
     """Returns the share of held-out answers that are the likeliest id, and the cache's numbers."""
     right = total = 0.0
-    for index in range(self.config.eval_batches):
-      rng = np.random.default_rng((_HELD_OUT, index))
-      batch = self.draw(rng, self.config.batch)
+    for batch in self.held_out(self.draw):
       predicted_BT = np.asarray(self._predict(params, batch.inputs_BT))
       right += ((predicted_BT == batch.targets_BT) * batch.weights_BT).sum()
       total += batch.weights_BT.sum()

@@ -86,6 +86,27 @@ def matquant(bits: int = 8) -> Rules:
   return (QuantRule(match=".*feedforward.*", spec=QuantSpec(weight=MatquantFormat(bits=bits))),)
 
 
+def spinquant(weights: int = 4, activations: int = 4, cache: int = 4, hadamard: int = 32) -> Rules:
+  """Rounds as SpinQuant does: spinquant:WEIGHT:ACTIVATION:CACHE:HADAMARD (16: not rounded).
+
+  Rotated where the network runs are queries with keys (R3) and what `down` takes (R4), in blocks of
+  so many entries; R1 and R2 are `jaxlm.quant.rotation`'s, to be folded into weights before.
+  """
+
+  def format(bits: int, grid: Literal["symmetric", "affine"]) -> Format | None:
+    return None if bits == 16 else UniformFormat(bits=bits, grid=grid)
+
+  weight, activation = format(weights, "symmetric"), format(activations, "affine")
+  kept = format(cache, "affine")
+  down = QuantSpec(weight=weight, activation=activation, hadamard=hadamard)
+  return (
+    QuantRule(match="layers.*[.]down", spec=down),
+    *_layers(weight, activation),
+    QuantRule(match="cache.*[.]keys", spec=QuantSpec(activation=kept, hadamard=hadamard)),
+    QuantRule(match="cache.*[.]values", spec=QuantSpec(activation=kept)),
+  )
+
+
 def mxfp4(hadamard: int = 32) -> Rules:
   """Computes all three products in MXFP4, gradients rounded at random: mxfp4:HADAMARD."""
   return _three("mxfp4", hadamard)
@@ -114,7 +135,20 @@ def _three(elements: Literal["mxfp4", "nvfp4"], hadamard: int) -> Rules:
 
 RECIPES: dict[str, Callable[..., Rules]] = {
   function.__name__: function
-  for function in (int4, int8, minmax, lsq, quest, paretoq, bitnet, matquant, mxfp4, nvfp4, fp8)
+  for function in (
+    int4,
+    int8,
+    minmax,
+    lsq,
+    quest,
+    paretoq,
+    bitnet,
+    matquant,
+    spinquant,
+    mxfp4,
+    nvfp4,
+    fp8,
+  )
 }
 
 

@@ -1,8 +1,10 @@
 """Every test sees 8 virtual CPU devices and strict broadcasting.
 
-Slow tests run the programs that users run. Quick ones switch most of XLA's optimisations off:
-that halves compile time, which is most of what they take. A program that several tests need, such
-as the training step of the smallest preset, is compiled once per process.
+Slow tests run the programs that users run, but for modules that ask for `compile_in_less_time`.
+Quick ones switch most of XLA's optimisations off and
+take its older code generator, where jax still has it: that leaves a fifth of compile time, which
+is most of what they take. A program that several tests need, such as the training step of the
+smallest preset, is compiled once per process.
 """
 
 import os
@@ -30,6 +32,10 @@ jax.config.update("jax_enable_compilation_cache", False)
 compile_anew = compiler.compile_or_get_cached
 compiled_programs = {}
 LONG, MOST = 0.2, 200  # seconds; programs
+PLAIN = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+"""options of XLA for quick tests; jax 0.12 has the newer code generator only"""
+if jax.__version_info__ >= (0, 11):
+  PLAIN = {}
 MAPS = 20_000  # pieces of memory, a dozen for each program; Linux grants a process 65,530
 
 
@@ -40,7 +46,11 @@ def compile_once(backend, program, devices, options, host_callbacks, *others):
   step from its configuration again compiles it again. The newest that took long are kept.
   """
   arguments = backend, program, devices, options, host_callbacks, *others
-  if host_callbacks or backend.platform != "cpu":
+  if backend.platform != "cpu":
+    return compile_anew(*arguments)
+  if jax.config.values["jax_disable_most_optimizations"]:
+    options.env_option_overrides = [*options.env_option_overrides, *PLAIN.items()]
+  if host_callbacks:
     return compile_anew(*arguments)
   key = cache_key.get(program, devices, options, backend)
   if key in compiled_programs:
@@ -65,6 +75,23 @@ def pytest_collection_finish(session):
   """Compiles what users run as soon as one of the tests to come is slow."""
   slow = any(item.get_closest_marker("slow") for item in session.items)
   jax.config.update("jax_disable_most_optimizations", not slow)
+
+
+@pytest.fixture(scope="module")
+def compile_in_less_time():
+  """Compiles slow tests like quick ones, here and in processes that they start.
+
+  For modules of which the numbers count, and that would compare those of any two programs alike.
+  """
+  before = jax.config.values["jax_disable_most_optimizations"]
+  jax.config.update("jax_disable_most_optimizations", True)
+  jax.devices()  # XLA has read its flags for this process
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    flags = (f"--{name}={str(value).lower()}" for name, value in PLAIN.items())
+    patch.setenv("XLA_FLAGS", " ".join(flags))
+    yield
+  jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

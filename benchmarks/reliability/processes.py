@@ -34,7 +34,8 @@ def start_python(
   """Starts this Python with these arguments in `folder`, on one CPU device unless told otherwise.
 
   Everything that it prints, on stdout and stderr, goes to the file `printed` in that folder.
-  Programs are compiled as users get them and kept in a cache that the folder's processes share.
+  Programs are compiled as users get them, unless this process's environment says otherwise, and
+  kept in a cache that the folder's processes share.
   """
   variables = {
     "JAX_PLATFORMS": "cpu",

@@ -81,11 +81,23 @@ def draw(rows: list[Row], figure: Any) -> None:
     ]
     losses.plot(rates, means, ".-", label=f"{of_horizon[0]['tokens']:.2g}")
   losses.set(xscale="log", xlabel="peak learning rate", ylabel="held-out loss, nats per byte")
-  losses.legend(title="training bytes", frameon=False)
+  losses.legend(title="training bytes", frameon=False, loc="upper center", ncols=2)
+  losses.set_ylim(top=losses.get_ylim()[1] + 0.4)
   tokens = {row["steps"]: row["tokens"] for row in rows}
-  for steps, rates in best_rates(rows).items():
-    line.plot([tokens[steps]] * len(rates), rates, "k.")
+  best = best_rates(rows)
+  log_D = np.log([tokens[steps] for steps in best])
+  log_rates = np.log(list(best.values())).T
+  for log_rates_of_seed in log_rates:
+    line.plot(np.exp(log_D), np.exp(log_rates_of_seed), "k.")
+  slope, _ = np.polyfit(log_D, log_rates.mean(0), 1)
+  for exponent, style, name in ((slope, "k-", "fit"), (-0.32, "k:", "published")):
+    fitted = log_rates.mean() + exponent * (log_D - log_D.mean())
+    line.plot(np.exp(log_D), np.exp(fitted), style, label=f"{name}: D^{exponent:.2f}")
   line.set(xscale="log", yscale="log", xlabel="training bytes D", ylabel="best learning rate")
+  ticks = [0.006, 0.01, 0.02, 0.03]
+  line.set_yticks(ticks, [f"{rate:g}" for rate in ticks])
+  line.minorticks_off()
+  line.legend(frameon=False)
 
 
 STUDY = Study(

@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.study import Finding, Scale, Study, main
-from experiments.synthetic import AnswersTask, disable_fused_sums, mixer, stacked
-from jaxlm.config import (
-  ComputeConfig,
-  DataConfig,
-  MeshConfig,
-  OptimizerConfig,
-  TrainConfig,
-  check,
+from experiments.synthetic import (
+  AnswersTask,
+  answers_config,
+  disable_fused_sums,
+  mixer,
+  stacked,
 )
+from jaxlm.config import TrainConfig, check
 from jaxlm.data.synthetic.mqar import mqar
 from jaxlm.scaling.sweep import Executor, Row, sweep
 
@@ -54,19 +53,9 @@ PLANS: dict[Scale, Plan] = {
 
 
 def base(scale: Scale) -> TrainConfig:
-  """Returns the run that all runs differ from: AdamW, cosine, no repeated rows."""
-  plan = PLANS[scale]
-  return TrainConfig(
-    steps=plan.steps,
-    batch=plan.batch,
-    eval_batches=4,
-    mesh=MeshConfig(data=1),
-    data=DataConfig(source="", length=plan.T),
-    compute=ComputeConfig(dtype="bfloat16" if scale == "gpu" else "float32"),
-    optimizer=OptimizerConfig(
-      learning_rate=3e-3, warmup=plan.steps // 20, weight_decay=0.01, schedule="cosine"
-    ),
-  )
+  """Returns the run that all runs differ from."""
+  plan, on_gpu = PLANS[scale], scale == "gpu"
+  return answers_config(steps=plan.steps, batch=plan.batch, length=plan.T, on_gpu=on_gpu)
 
 
 def make_task(config: TrainConfig, layers: str, D: int, V: int, pairs: int) -> Any:

@@ -1,8 +1,8 @@
 """Configures low precision: the rules that give number formats to matmuls by name.
 
-A matmul with a weight is called by its path, as in "layers.3.mixer.q" or "head".
-`ModelConfig.quant` is a list of rules; the first whose expression matches the whole name says how
-it is computed.
+A matmul with a weight is called by its path, as in "layers.3.mixer.q" or "head", and what attention
+keeps of a layer "cache.3.keys" and "cache.3.values". `ModelConfig.quant` is a list of rules; the
+first whose expression matches the whole name says how it is computed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from jaxlm.config.formats import (
   SparseFormat,
 )
 from pallas_kernels.common.checks import check_choice
+from pallas_kernels.common.errors import UnsupportedError
 
 CODES = ("e4m3fn", "e5m2", "int8")
 WEIGHTS_ONLY = BitnetFormat | MatquantFormat | ParetoqFormat | SparseFormat
@@ -196,11 +197,37 @@ def find_spec(rules: Sequence[QuantRule], name: str) -> QuantSpec:
   return QuantSpec()
 
 
+def shared_spec(rules: Sequence[QuantRule], names: Sequence[str]) -> QuantSpec:
+  """Returns the spec of all these names; raises UnsupportedError where theirs differ."""
+  first, *others = {find_spec(rules, name) for name in names}
+  if others:
+    raise UnsupportedError(f"model.quant: {' and '.join(names)} are computed by one scan")
+  return first
+
+
+def check_cached(spec: QuantSpec, name: str) -> None:
+  """Raises UserError where a spec of keys or values says more than how each head's is rounded.
+
+  A scale that positions or heads share would change what is cached already with each new one.
+  """
+  for field in ("weight", "gradient", "product", "packed"):
+    value = getattr(spec, field)
+    check(not value, f"quant.{field}", value, f"{name} is rounded as an activation, by that field")
+  format = spec.activation
+  learns = isinstance(format, LsqFormat | PactFormat)
+  wide = format is not None and format.shared not in ("row", "group")
+  wide |= isinstance(format, BlockFormat) and format.elements == "nvfp4"
+  rule = f"{name} needs scales within one head of one position, which are not learned"
+  check(not learns and not wide, "quant.activation", format, rule)
+  rule = "only keys are rotated, with the queries"
+  check(name.endswith(".keys") or not spec.hadamard, "quant.hadamard", spec.hadamard, rule)
+
+
 def check_rules(rules: Sequence[QuantRule], names: Iterable[str]) -> None:
   """Raises UserError for a rule that decides none of these names."""
   left = list(names)
   for index, rule in enumerate(rules):
     others = [name for name in left if not re.fullmatch(rule.match, name)]
-    reason = f"matches none of the matmuls that earlier rules leave: {', '.join(left) or 'none'}"
+    reason = f"matches none of the names that earlier rules leave: {', '.join(left) or 'none'}"
     check(len(others) < len(left), f"model.quant.{index}.match", rule.match, reason)
     left = others

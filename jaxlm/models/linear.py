@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import ComputeConfig, QuantRule, QuantSpec
 from jaxlm.config.formats import Format
-from jaxlm.config.quant import find_spec
+from jaxlm.config.quant import find_spec, shared_spec
 from jaxlm.models.matmul import matmul
 from jaxlm.models.products import PRODUCTS
 from jaxlm.quant.apply import (
@@ -26,6 +26,7 @@ from jaxlm.quant.apply import (
   turn,
   unit_normal,
 )
+from jaxlm.quant.packed_matmul import can_multiply_packed, packed_matmul
 from jaxlm.quant.packing import Packed, packed_shapes, unpack_operand
 from pallas_kernels.common.errors import UnsupportedError
 from sharding.rules import (
@@ -156,20 +157,24 @@ class Linear(nn.Module):
   @property
   def quant(self) -> QuantSpec:
     """Returns how this contraction is computed, which is the same in all layers of the module."""
-    first, *others = {find_spec(self.rules, name) for name in self.names}
-    if others:
-      raise UnsupportedError(f"model.quant: {' and '.join(self.names)} are computed by one scan")
-    return first
+    return shared_spec(self.rules, self.names)
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    """Returns x w + bias [B, T, F] in `out_dtype`."""
+    """Returns x w + bias [B, T, F] in `out_dtype`.
+
+    A weight in bytes stays so where a kernel takes its codes and the weight lies on one device;
+    else it is unpacked for each product.
+    """
     dtype, product = self.out_dtype or self.compute.dtype, self.quant.product
     key = self.make_rng("rounding") if self.has_rng("rounding") else None
     contract = None
     if product is not None:
       contract = functools.partial(PRODUCTS[type(product)], product, key)
-    x_BTD, w_DF = self.input_in_use(x_BTD), self.weight_in_use()
-    y_BTF = matmul(x_BTD, w_DF, self.axes_in_use, self.out, dtype, contract)
+    x_BTD, format = self.input_in_use(x_BTD), self.quant.weight
+    if self.packed and format is not None and can_multiply_packed(format) and not is_sharded():
+      y_BTF = packed_matmul(x_BTD, self.packed, self.quant, dtype)
+    else:
+      y_BTF = matmul(x_BTD, self.weight_in_use(), self.axes_in_use, self.out, dtype, contract)
     if self.quant.gradient is not None:
       y_BTF = quantize_gradient(y_BTF, self.quant.gradient, key)
     return add_bias(y_BTF, self.bias, self.out)

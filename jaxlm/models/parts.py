@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from jaxlm.config import ComputeConfig, ModelConfig, QuantSpec, check
-from jaxlm.config.quant import check_rules, find_spec
+from jaxlm.config import AttentionConfig, ComputeConfig, ModelConfig, QuantSpec, check
+from jaxlm.config.quant import check_cached, check_rules, find_spec
 from jaxlm.models.block import Block
 from jaxlm.models.linear import Linear
 from jaxlm.quant.apply import learned_names
@@ -64,7 +64,7 @@ class Matmul(NamedTuple):
 def list_matmuls(config: ModelConfig) -> tuple[Matmul, ...]:
   """Returns every contraction with a weight, the head last.
 
-  Raises UserError for a rule of the configuration that decides none of them.
+  Raises UserError for a rule of the configuration that decides none of them and nothing cached.
   """
   found: list[Matmul] = []
 
@@ -85,13 +85,38 @@ def list_matmuls(config: ModelConfig) -> tuple[Matmul, ...]:
   learns = learned_names(find_spec(config.quant, "head").weight)
   rule = "the head is the embedding, which is looked up too: its format can learn no scales"
   check(not (config.tied and learns), "model.tied", True, rule)
-  check_rules(config.quant, [name for matmul in found for name in matmul.names])
+  cached = list_cached(config)
+  check_rules(config.quant, [*(name for matmul in found for name in matmul.names), *cached])
+  for name in cached:
+    check_cached(find_spec(config.quant, name), name)
   return tuple(found)
+
+
+def list_cached(config: ModelConfig) -> dict[str, tuple[int, int]]:
+  """Returns the names of keys and values that attention keeps, with their heads and width.
+
+  Keys that are rotated when they are read, under dynamic scaling, have no name: they cannot be
+  rounded as they are used.
+  """
+  names, layer = {}, 0
+  for specs, repeats in config.stacks:
+    for spec in specs * repeats:
+      mixer = spec.mixer
+      if isinstance(mixer, AttentionConfig):
+        if mixer.rope is None or mixer.rope.scaling != "dynamic":
+          names[f"cache.{layer}.keys"] = (mixer.K, mixer.H)
+        names[f"cache.{layer}.values"] = (mixer.K, mixer.H)
+      layer += 1
+  return names
 
 
 @functools.cache
 def formats_of_repeats(config: ModelConfig, index: int) -> tuple[tuple[QuantSpec, ...], ...]:
-  """Returns, for each repeat of a stack, the specs of all its matmuls."""
+  """Returns, for each repeat of a stack, the specs of all its matmuls and of what it caches."""
   matmuls = [m for m in list_matmuls(config) if m.path[:2] == ("stacks", str(index))]
-  specs = [[find_spec(config.quant, name) for name in matmul.names] for matmul in matmuls]
+  names = [matmul.names for matmul in matmuls]
+  for block in make_blocks(config, ComputeConfig(), index).values():
+    for part in ("keys", "values"):
+      names.append(tuple(f"cache.{layer}.{part}" for layer in block.layers))
+  specs = [[find_spec(config.quant, name) for name in of_part] for of_part in names]
   return tuple(zip(*specs))

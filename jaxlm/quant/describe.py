@@ -1,12 +1,12 @@
-"""Lists the matmuls of a model with the formats of their operands, forward and backward."""
+"""Lists the matmuls of a model with the formats of their operands, and what its cache keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from jaxlm.config import ModelConfig
+from jaxlm.config import ModelConfig, QuantSpec
 from jaxlm.config.quant import Operands, find_spec
-from jaxlm.models.parts import list_matmuls
+from jaxlm.models.parts import list_cached, list_matmuls
 
 _HEADINGS = ("matmul", "D x F", "y = x w", "dx = dy w^T", "dw = x^T dy")
 
@@ -14,8 +14,8 @@ _HEADINGS = ("matmul", "D x F", "y = x w", "dx = dy w^T", "dw = x^T dy")
 def describe(config: ModelConfig, dtype: str) -> list[str]:
   """Returns a table with a line for each kind of matmul and the layers that compute it alike.
 
-  `dtype` is the compute type, of operands that are not quantised. Raises UserError for a rule that
-  decides no matmul.
+  Lines of keys and values follow where a rule decides any. `dtype` is the compute type, of operands
+  that are not quantised. Raises UserError for a rule that decides nothing.
   """
   rows: dict[tuple[str, str, Operands], list[int]] = {}
   for matmul in list_matmuls(config):
@@ -26,6 +26,25 @@ def describe(config: ModelConfig, dtype: str) -> list[str]:
       rows.setdefault(key, []).append(layer)
   order = sorted(rows.items(), key=lambda row: row[1][0] < 0)  # the head, -1, comes last
   cells = [_HEADINGS, *(_cells(key, sorted(layers)) for key, layers in order)]
+  return [*_align(cells), *_align(_cached(config, dtype))]
+
+
+def _cached(config: ModelConfig, dtype: str) -> list[tuple[str, ...]]:
+  """Returns the cells of a heading and a line for each kind of what attention keeps, if ruled."""
+  rows: dict[tuple[str, str, str], list[int]] = {}
+  for name, (heads, width) in list_cached(config).items():
+    _, layer, part = name.split(".")
+    spec = find_spec(config.quant, name)
+    turned = f"Hadamard-{spec.hadamard} " if spec.hadamard else ""
+    key = part, f"{heads} x {width}", turned + str(spec.activation or dtype)
+    rows.setdefault(key, []).append(int(layer))
+  if not any(find_spec(config.quant, name) != QuantSpec() for name in list_cached(config)):
+    return []
+  cells = [(f"cache.{_ranges(rows[key])}.{key[0]}", *key[1:]) for key in sorted(rows)]
+  return [("cache", "K x H", f"kept, in {dtype}"), *cells]
+
+
+def _align(cells: list[tuple[str, ...]]) -> list[str]:
   widths = [max(map(len, column)) for column in zip(*cells)]
   return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
 

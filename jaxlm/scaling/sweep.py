@@ -93,7 +93,7 @@ def sweep(
   outlived = {row["config"]: row for row in _rows_of_jobs(Path(table))}
   if not outlived.keys() <= done.keys():
     done = outlived | done
-    _write_table(Path(table), list(done.values()))
+    write_table(Path(table), list(done.values()))
   waiting = [run for run in runs if run.digest not in done]
   if executor is None:
     rows = _train_here(waiting, make_task or text_tasks(), together)
@@ -101,7 +101,7 @@ def sweep(
     rows = _train_in_jobs(waiting, make_task, executor, Path(table))
   for row in rows:
     done[row["config"]] = row
-    _write_table(Path(table), list(done.values()))
+    write_table(Path(table), list(done.values()))
   written = {row["config"]: row for row in read_table(Path(table))}
   return [written[run.digest] for run in runs if run.digest in written]
 
@@ -217,13 +217,13 @@ def _row(run: GridRun, program: Together, outcome: Outcome) -> Row:
     "parameters": outcome.parameters,
     **(_cost(program.config, outcome.count) if isinstance(program.task, TextTask) else {}),
     "seconds": round(outcome.seconds, 3),
-    **_provenance(),
+    **provenance(),
     "config": run.digest,
   }
 
 
 @functools.cache
-def _provenance() -> Row:
+def provenance() -> Row:
   """Returns what a row says of where it comes from."""
   about = environment()
   versions = ", ".join(f"{name} {about['packages'][name]}" for name in ("jax", "jaxlib"))
@@ -242,7 +242,7 @@ def _cost(config: TrainConfig, tokens: float) -> Row:
   }
 
 
-def _write_table(table: Path, rows: Sequence[Row]) -> None:
+def write_table(table: Path, rows: Sequence[Row]) -> None:
   """Puts the table in the place of the former one in one step, so that it is always whole."""
   names = list(dict.fromkeys(name for row in rows for name in row))
   text = io.StringIO()

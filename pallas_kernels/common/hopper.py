@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.common.shards import vary_together
+
 WARPGROUPS = 2
 """Warpgroups that compute, beside one that copies."""
 
@@ -34,18 +36,24 @@ def swizzled(dtype: Any) -> tuple[Any, Any]:
 
 
 def launch(body: Callable[..., None], interpret: Any, **options: Any) -> Callable[..., Any]:
-  """Returns the kernel of `body`, with the options of `plgpu.kernel`.
+  """Returns a function that runs a kernel, with the options of `plgpu.kernel`.
 
-  `interpret` is False, True or `plgpu.InterpretGPUParams`; a lane's registers are placed by hand.
+  `interpret` is False, True or `plgpu.InterpretGPUParams`. Results vary over the mesh axes that one
+  of the arguments varies over, which `plgpu.kernel` does not say.
   """
   if interpret:
     default: Any = plgpu.__dict__["InterpretGPUParams"]  # not in jax 0.10
     options["interpret"] = default() if interpret is True else interpret
-  return plgpu.kernel(
+  kernel = plgpu.kernel(
     body,
     compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     **options,
   )
+
+  def run(*arrays: Any) -> Any:
+    return vary_together(kernel(*arrays), arrays)[0]
+
+  return run
 
 
 def load(ref: Any, layout: Any) -> jax.Array:

@@ -21,12 +21,23 @@ from pallas_kernels.common.shards import (
   sharded_axes,
   vary_together,
 )
-from pallas_kernels.delta_attention import autodiff, checks, pallas_tpu, reference, xla
+from pallas_kernels.delta_attention import (
+  autodiff,
+  checks,
+  pallas_gpu,
+  pallas_tpu,
+  reference,
+  xla,
+)
 from pallas_kernels.delta_attention.terms import GateParameters, Options, Tokens, apply_gates
 
-Implementation = Literal["reference", "xla", "pallas_tpu"]
-KERNELS = {"tpu": "pallas_tpu"}
-MODULES: dict[str, ModuleType] = {"xla": xla, "pallas_tpu": pallas_tpu}
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
+KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+MODULES: dict[str, ModuleType] = {
+  "xla": xla,
+  "pallas_tpu": pallas_tpu,
+  "pallas_gpu": pallas_gpu,
+}
 Gate = Literal["softplus", "lower_bound"]
 
 
@@ -82,11 +93,11 @@ def delta_attention(
       segment continues the initial state.
     initial_state_BNKV: [B, N, K, V], by default 0.
     return_state: also return the state after the last position.
-    implementation: None takes "pallas_tpu" on TPU where it can run the call, else "xla", and logs
-      its choice once; a named one runs or raises. Both work by chunks of 64 positions; their memory
-      is linear in T. "reference" goes token by token.
-    interpret: runs a named "pallas_tpu" on CPU: True, or pltpu.InterpretParams, the simulator of a
-      TPU's memories, copies, cores and races.
+    implementation: None takes "pallas_tpu" on TPU and "pallas_gpu" on Hopper (bfloat16) where they
+      can run the call, else "xla", and logs its choice once; a named one runs or raises. All work
+      by chunks of 64 positions; their memory is linear in T. "reference" goes token by token.
+    interpret: runs a named kernel on CPU: True, or pltpu.InterpretParams or
+      plgpu.InterpretGPUParams (jax 0.11), simulators of the chip's memories, copies and races.
 
   Returns:
     The output [B, T, N, V] in the inputs' dtype; with return_state a tuple of it and the state

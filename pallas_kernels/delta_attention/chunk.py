@@ -55,6 +55,38 @@ def attend_to_chunk(gated: Gated, state_KV: jax.Array) -> tuple[jax.Array, jax.A
   return o_CV, state_KV + _dot("ck,cv->kv", k_CK, added_CV)
 
 
+class ChunkOperands(NamedTuple):
+  """Holds what the step over a chunk multiplies; only the state at its start is missing.
+
+  The tokens add R = U - W S to the state, the output is Q S + P R, the next state decay S + K^T R.
+  """
+
+  q_CK: jax.Array  # decayed from the chunk's start
+  k_CK: jax.Array  # decayed to its end
+  visible_CC: jax.Array  # P
+  added_CV: jax.Array  # U = (I + A)^-1 w v
+  erased_CK: jax.Array | None  # W = (I + A)^-1 (decay b k); None where nothing is erased
+  decay_K: jax.Array  # of the state
+
+
+def make_operands(gated: Gated) -> ChunkOperands:
+  """Returns the operands of a chunk of one head, as `attend_to_chunk` would multiply them."""
+  q_CK, k_CK, erased_CK, added_CV, decay = gated
+  pairs, decays = _pair_products(q_CK, k_CK, erased_CK, decay)
+  from_start_CX = None if decays is None else jnp.exp(decays.to_here[0])
+  if erased_CK is not None:
+    right = jnp.concatenate([added_CV, _scaled(erased_CK, from_start_CX)], axis=1)
+    added_CV, erased_CK = jnp.split(solve_unit_lower(pairs[1], right), [added_CV.shape[1]], axis=1)
+  return ChunkOperands(
+    q_CK=_scaled(q_CK, from_start_CX),
+    k_CK=k_CK if decays is None else k_CK * jnp.exp(decays.to_end[0]),
+    visible_CC=pairs[0],
+    added_CV=added_CV,
+    erased_CK=erased_CK,
+    decay_K=jnp.ones_like(k_CK[0]) * (1 if decays is None else jnp.exp(decays.total[0, 0])),
+  )
+
+
 def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
   return x if factor is None else x * factor
 

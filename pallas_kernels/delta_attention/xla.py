@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from pallas_kernels.common.padding import pad_axis, round_up
 from pallas_kernels.common.shards import zeros_varying_like
 from pallas_kernels.delta_attention.chunk import attend_to_chunk
-from pallas_kernels.delta_attention.terms import WIPE, GateParameters, Options, Tokens, apply_gates
+from pallas_kernels.delta_attention.terms import (
+  WIPE,
+  Gated,
+  GateParameters,
+  Options,
+  Tokens,
+  apply_gates,
+)
 
 CHUNK = 64
 
@@ -80,27 +87,33 @@ def _attend(
   remaining: jax.Array,
   options: Options,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the chunk's output [B, C, N, V] and the state after it.
+  """Returns the chunk's output [B, C, N, V] and the state after it."""
+  B, N, K, V = state_BNKV.shape
+  gated = gate_tokens(chunk, gate, remaining, options)
+  o, state = jax.vmap(attend_to_chunk)(gated, state_BNKV.reshape(B * N, K, V))
+  return o.reshape(B, N, -1, V).swapaxes(1, 2), state.reshape(B, N, K, V)
+
+
+def gate_tokens(
+  tokens: Tokens, gate: GateParameters, remaining: jax.Array | int, options: Options
+) -> Gated:
+  """Returns tokens after norm, gates and resets, [B * N, T, K, V or 1].
 
   Positions from `remaining` on are padding: their keys are 0, and here their decay is.
   """
-  gated = apply_gates(chunk, gate, options)
-  C, decay = chunk.q.shape[1], gated.decay
-  if chunk.reset is not None:
-    decay = jnp.zeros((1, C, 1, 1), gated.q.dtype) if decay is None else decay
-    wipe_BC = jnp.where(chunk.reset, WIPE, 0.0).astype(decay.dtype)
-    decay = decay + wipe_BC[:, :, None, None]
+  gated = apply_gates(tokens, gate, options)
+  T, decay = tokens.q.shape[1], gated.decay
+  if tokens.reset is not None:
+    decay = jnp.zeros((1, T, 1, 1), gated.q.dtype) if decay is None else decay
+    wipe_BT = jnp.where(tokens.reset, WIPE, 0.0).astype(decay.dtype)
+    decay = decay + wipe_BT[:, :, None, None]
   if decay is not None:
-    exists_C11 = (jnp.arange(C) < remaining)[:, None, None]
-    decay = jnp.where(exists_C11[None], decay, 0)
+    exists_T11 = (jnp.arange(T) < remaining)[:, None, None]
+    decay = jnp.where(exists_T11[None], decay, 0)
     decay = jnp.broadcast_to(decay, (*gated.v.shape[:3], decay.shape[3]))
   # rows and heads in one axis: XLA on CPU crashes in products with a leading axis of 1
-  B, N, K, V = state_BNKV.shape
-  gated = jax.tree.map(
-    lambda x: x.swapaxes(1, 2).reshape(B * N, C, -1), gated._replace(decay=decay)
-  )
-  o, state = jax.vmap(attend_to_chunk)(gated, state_BNKV.reshape(B * N, K, V))
-  return o.reshape(B, N, C, V).swapaxes(1, 2), state.reshape(B, N, K, V)
+  B, _, N, _ = gated.v.shape
+  return jax.tree.map(lambda x: x.swapaxes(1, 2).reshape(B * N, T, -1), gated._replace(decay=decay))
 
 
 def _slice(tree: Any, start: jax.Array, C: int) -> Any:

@@ -1,8 +1,8 @@
 """`fp8_matmul`: a differentiable product in 8-bit codes with a scale for each block of 128.
 
 Here: the public functions, what they refuse, the choice of implementation, and meshes. The
-arithmetic of codes is in `codes`, the gradient in `autodiff`, the products in `xla` and
-`pallas_tpu`.
+arithmetic of codes is in `codes`, the gradient in `autodiff`, the products in `xla`, `pallas_tpu`
+and `pallas_gpu`.
 """
 
 # Y[M, N] = X[M, K] W[K, N]; an X with more axes keeps them in place of M
@@ -37,8 +37,8 @@ from pallas_kernels.fp8_matmul.codes import (
   multiplies,
 )
 
-Implementation = Literal["reference", "xla", "pallas_tpu"]
-KERNELS = {"tpu": "pallas_tpu"}
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
+KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 def fp8_matmul(
@@ -78,8 +78,9 @@ def fp8_matmul(
       W's dtype.
     allow_emulation: multiplies codes for which the chip has no matrix unit as wider floats,
       exactly but not faster, where they are otherwise refused.
-    implementation: None takes "pallas_tpu" on TPU where it can run the call, else "xla", and logs
-      its choice once; a named one runs or raises. "reference" multiplies dequantised matrices.
+    implementation: None takes "pallas_tpu" on TPU and "pallas_gpu" on Hopper where they can run
+      the call, else "xla", and logs its choice once; a named one runs or raises. "reference"
+      multiplies dequantised matrices.
     interpret: runs a named Pallas implementation on CPU. True, or the parameters of a simulator of
       its chip.
 
@@ -182,17 +183,19 @@ def check_options(
     block=block,
     save=save,
     out_dtype=out_dtype,
-    implementation=choose(implementation, block, interpret),
+    implementation=choose(implementation, block, (dtype, bwd_dtype), interpret),
     native=native,
     interpret=interpret,
   )
 
 
-def choose(implementation: str | None, block: int, interpret: Any) -> ModuleType:
+def choose(
+  implementation: str | None, block: int, formats: tuple[str, str], interpret: Any
+) -> ModuleType:
   """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
 
   def unsupported(name: str) -> str | None:
-    return _load(name).unsupported(block, interpret)
+    return _load(name).unsupported(block, formats, interpret)
 
   name = choose_implementation("fp8_matmul", implementation, KERNELS, unsupported, interpret)
   return _load(name)
@@ -291,7 +294,8 @@ def scaled_matmul(
     native=bool(interpret) or multiplies(names[0], names[1]),
     interpret=interpret,
   )
-  return choose(implementation, block, interpret).contract(left, right, how)
+  chosen = choose(implementation, block, (names[0], names[1]), interpret)
+  return chosen.contract(left, right, how)
 
 
 def describe(**options: Any) -> dict[str, str]:

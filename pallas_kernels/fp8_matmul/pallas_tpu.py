@@ -33,8 +33,9 @@ from pallas_kernels.fp8_matmul.quantize_tpu import quantize
 __all__ = ["contract", "quantize", "unsupported"]
 
 
-def unsupported(block: int, interpret: Any) -> str | None:
+def unsupported(block: int, formats: tuple[str, str], interpret: Any) -> str | None:
   """Returns why the kernels cannot run with blocks of this size here, or None if they can."""
+  del formats  # it multiplies any
   if (reason := why_no_tpu(interpret)) is not None:
     return reason
   if interpret:

@@ -15,7 +15,6 @@ races; jax 0.11 and later) and on one H100; it lowers for Hopper on jax 0.10 to 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.common import hopper
 from pallas_kernels.common.platform import why_no_hopper
 from pallas_kernels.common.shards import zeros_varying_like
 from pallas_kernels.linear_cross_entropy import terms, xla
@@ -42,7 +42,7 @@ WARPGROUPS = 2
 DEPTH = 64  # of D in one pipeline step: 128 bytes, the widest swizzle
 STAGES = 3  # 48 KiB each; the gradient of a tile takes 64 of the 227 KiB that a block may use
 RUN = 2048  # entries whose tiles one launch computes, and rows of the backward pass
-SWIZZLE = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128))
+SWIZZLE = hopper.swizzled(jnp.bfloat16)  # and float16
 
 
 def unsupported(inputs: Inputs, options: Options) -> str | None:
@@ -111,19 +111,14 @@ def launch(
 
     pl.run_scoped(with_scratch, scratch, collective_axes="wg")
 
-  simulated: dict[str, Any] = {}
-  if options.interpret:
-    default: Any = plgpu.__dict__["InterpretGPUParams"]  # not in jax 0.10
-    simulated["interpret"] = default() if options.interpret is True else options.interpret
-  (out,) = plgpu.kernel(
+  (out,) = hopper.launch(
     body,
+    options.interpret,
     out_type=(out_type,),
     grid=tiles,
     grid_names=("rows", "entries"),
     num_threads=WARPGROUPS + 1,
     thread_name="wg",
-    compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    **simulated,
   )(inputs)
   return out
 
@@ -182,11 +177,7 @@ def compute_tile(inputs: KernelInputs, finish_tile: Callable[..., None], options
 
 def load_vector(ref: Any, start: Any, axis: int) -> jax.Array:
   """Loads 128 numbers in the layout of the rows (axis 0) or the entries (1) of an accumulator."""
-  # jax 0.10 requires an index beside the reference, 0.11 deprecates it, 0.12 has dropped it.
-  index = inspect.signature(plgpu.load).parameters.get("idx")
-  whole = ((),) if index is not None and index.default is inspect.Parameter.empty else ()
-  layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-  return plgpu.load(ref.at[pl.ds(start, TILE)], *whole, layout=layout, optimized=False)
+  return (hopper.load_columns if axis else hopper.load_rows)(ref.at[pl.ds(start, TILE)])
 
 
 def along_rows(value_R: jax.Array) -> jax.Array:

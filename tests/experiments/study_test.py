@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.study import Finding, Study, main
+from experiments.study import Finding, Study, main, measure_points
 from jaxlm.config import OptimizerConfig, TrainConfig, check
-from jaxlm.scaling.sweep import sweep
+from jaxlm.scaling.sweep import read_table, sweep
 from jaxlm.train import IndexedBatches, Start, Task, Weighted
 
 MADE = []
@@ -100,3 +100,21 @@ def test_plot_needs_the_table_alone_and_too_few_rows_are_undecided(folder, tmp_p
   assert result["verdict"] == "undecided" and "rows=1: two are needed" in result["why"]
   main(nothing, ["--plot", "--out", str(tmp_path / "new")])
   assert "Not run yet" in (tmp_path / "new/README.md").read_text()
+
+
+def test_points_that_are_measured_join_the_table_and_are_measured_once(folder, tmp_path):
+  table = tmp_path / "table.csv"
+  table.write_text((folder / "table.csv").read_text())
+  measured = []
+
+  def measure(context):
+    measured.append(context)
+    return {"bytes": 8 * context}
+
+  for contexts in ([2], [2, 4]):
+    measure_points([{"task.context": c} for c in contexts], table, measure)
+  assert measured == [2, 4]
+  *trained, first, second = read_table(table)
+  assert len(trained) == 2 and all(row["task.context"] is None for row in trained)
+  assert (first["bytes"], second["bytes"]) == (16, 32) and first["loss"] is None
+  assert second["status"] == "finished" and second["commit"] and second["seconds"] >= 0

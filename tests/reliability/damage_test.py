@@ -19,6 +19,8 @@ from jaxlm.checkpoint.folder import checkpoint_path, set_aside
 from jaxlm.checkpoint.manifest import PIECE, verify, write_manifest
 from jaxlm.cli import main
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):

@@ -8,6 +8,8 @@ from benchmarks.reliability.displays import STEPS, Outcome, redirected, without_
 from benchmarks.reliability.displays import without_terminal as lose_terminal
 from benchmarks.reliability.processes import write_corpus
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 FINE = Outcome(status=0, recorded=STEPS, saved=STEPS, reported=True)
 
 

@@ -4,6 +4,8 @@ import pytest
 
 from benchmarks.reliability.kills import SAVE_EVERY, campaign
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_loses_no_finished_checkpoint_and_ends_the_same(tmp_path):

@@ -30,6 +30,8 @@ from jaxlm.run.text import TextTask
 from jaxlm.train import init_state, make_train_step
 from sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 BELL = 7  # a byte that stands in few documents; what the model makes of it is tampered with
 TAMPERED = """
 import jax.numpy as jnp

@@ -17,6 +17,8 @@ from jaxlm.config import DataConfig, MeshConfig
 from jaxlm.data.loader import load_text, train_loader
 from jaxlm.run.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Repeats:
@@ -101,9 +103,10 @@ def test_the_environment_of_each_start_is_kept_and_another_one_is_said(
 
 
 @pytest.fixture
-def first_start(tmp_path):
+def first_start(tmp_path, monkeypatch):
   from jaxlm import presets
 
+  monkeypatch.delenv("XLA_FLAGS", raising=False)
   folder, config = RunFolder(tmp_path), presets.micro()
   environment.record_start(folder, 0, config)
   return folder, config

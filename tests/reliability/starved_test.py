@@ -4,6 +4,8 @@ import pytest
 
 from benchmarks.reliability.starved import STEPS, campaign, can_mount
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):

@@ -6,6 +6,8 @@ from benchmarks.reliability.processes import write_corpus
 from benchmarks.reliability.stops import by_clock, by_signals, resumed, second_of_two, twice
 from jaxlm.cli import RESUMABLE
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -19,19 +19,27 @@ _FACT = 3
 
 
 def needle(
-  rng: np.random.Generator, rows: int, *, V: int, T: int, names: int = 16, needles: int = 1
+  rng: np.random.Generator,
+  rows: int,
+  *,
+  V: int,
+  T: int,
+  names: int = 16,
+  needles: int = 1,
+  questions: int = 1,
 ) -> Batch:
   """Returns rows that hold `needles` facts (state, name, value) and end in (ask, name, value).
 
-  The facts stand at random places of the noise, with different names; the question is for one of
-  them. Names are ids 2 .. names + 1; values and noise are the ids after them.
+  The facts stand at random places of the noise, with different names; each of the `questions` is
+  for another one of them. Names are ids 2 .. names + 1; values and noise are the ids after them.
   """
-  _check(V, T, names, needles, 3)
+  check(1 <= questions <= needles, "questions", questions, f"must be between 1 and {needles=}")
+  _check(V, T, names, needles, _FACT * questions)
   named = FIRST_NAME + draw_distinct(rng, rows, needles, names)
   values = rng.integers(FIRST_NAME + names, V, (rows, needles))
   facts = np.stack((np.full_like(named, STATE), named, values), axis=-1)
-  question = np.stack((np.full(rows, ASK), named[:, 0], values[:, 0]), axis=-1)
-  return _hide(rng, facts, question, V, T, names)
+  asked = np.stack((np.full_like(named, ASK), named, values), axis=-1)[:, :questions]
+  return _hide(rng, facts, asked, V, T, names)
 
 
 def variable_tracking(
@@ -51,8 +59,8 @@ def variable_tracking(
   sources = np.concatenate((values[:, :, None], named[:, :, :-1]), axis=2)
   facts = np.stack((np.full_like(named, STATE), named, sources), axis=-1)
   facts = facts.swapaxes(1, 2).reshape(rows, 2 * chain, _FACT)  # the two chains take turns
-  question = np.stack((np.full(rows, ASK), named[:, 0, -1], values[:, 0]), axis=-1)
-  return _hide(rng, facts, question, V, T, names)
+  asked = np.stack((np.full(rows, ASK), named[:, 0, -1], values[:, 0]), axis=-1)
+  return _hide(rng, facts, asked[:, None], V, T, names)
 
 
 def aggregation(
@@ -89,16 +97,21 @@ def _check(V: int, T: int, names: int, facts: int, tail: int) -> None:
 
 
 def _hide(
-  rng: np.random.Generator, facts: np.ndarray, question: np.ndarray, V: int, T: int, names: int
+  rng: np.random.Generator, facts: np.ndarray, asked: np.ndarray, V: int, T: int, names: int
 ) -> Batch:
-  """Returns rows of noise that hold the facts [rows, facts, 3] in order and end in the question."""
+  """Returns rows of noise that hold the facts [rows, facts, 3] in order and end in what is asked.
+
+  `asked` are questions with their answers, [rows, questions, 3].
+  """
   rows, count, _ = facts.shape
-  body = T + 1 - question.shape[1]
+  body = T + 1 - _FACT * asked.shape[1]
   tokens_BS = rng.integers(FIRST_NAME + names, V, (rows, T + 1))
   # gaps between facts: `count` different places among what is left when facts are single tokens
   places = np.sort(draw_distinct(rng, rows, count, body - count * (_FACT - 1)), axis=1)
   starts = places + (_FACT - 1) * np.arange(count)
   at = (starts[:, :, None] + np.arange(_FACT)).reshape(rows, -1)
   np.put_along_axis(tokens_BS, at, facts.reshape(rows, -1), axis=1)
-  tokens_BS[:, body:] = question
-  return predict(tokens_BS, np.broadcast_to(np.arange(T + 1) == T, tokens_BS.shape))
+  tokens_BS[:, body:] = asked.reshape(rows, -1)
+  column_S = np.arange(T + 1)
+  is_answer_S = (column_S >= body) & ((T - column_S) % _FACT == 0)
+  return predict(tokens_BS, np.broadcast_to(is_answer_S, tokens_BS.shape))

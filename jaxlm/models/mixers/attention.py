@@ -14,6 +14,7 @@ from jaxlm.models.linear import Linear, Roles, declare_parts
 from jaxlm.models.mixers.context import Context
 from jaxlm.models.norms import RMSNorm
 from jaxlm.models.rope import apply_rope, rope_tables, sequence_lengths
+from jaxlm.quant.cache import quantize_heads
 from pallas_kernels.attention import attention
 from pallas_kernels.common.shards import check_not_sharded
 from sharding.context import hybrid_attention
@@ -21,7 +22,7 @@ from sharding.rules import all_gather, is_manual, is_sharded, own_part, shard, s
 
 
 class KVCache(NamedTuple):
-  """Holds keys and values of one layer; slot s holds position s.
+  """Holds keys and values of one layer, on the levels of their formats; slot s holds position s.
 
   Keys are rotated, except under dynamic scaling.
   """
@@ -93,6 +94,7 @@ class Attention(nn.Module):
       q_BTNH = apply_rope(q_BTNH, *tables)
       if cache is None or not dynamic:  # dynamic frequencies change, so cached keys turn when read
         k_BTKH = apply_rope(k_BTKH, *tables)
+    q_BTNH, k_BTKH, v_BTKH = quantize_heads(q_BTNH, k_BTKH, v_BTKH, self.config.quant, self.layers)
     if cache is None:
       name = self.compute.attention_implementation
       o_BTNH = hybrid_attention(

@@ -8,10 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import ComputeConfig, RopeConfig, decoder, revise
+from jaxlm.config import ComputeConfig, QuantRule, QuantSpec, RopeConfig, decoder, revise
+from jaxlm.config.formats import UniformFormat
 from jaxlm.decode import generation
 from jaxlm.models import Transformer
 from pallas_kernels.common.errors import UnsupportedError
+
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
 
 T, B = 13, 2
 PLAIN = decoder(V=32, D=16, F=24, N=4, K=2, H=4, layers=4, windows=(4, None))
@@ -28,10 +31,17 @@ def rope(config, scaling, **options):
   return revise(config, rope=RopeConfig(scaling=scaling, factor=4.0, **options))
 
 
+INT4 = UniformFormat(bits=4, grid="affine")
+CACHED_INT4 = (
+  QuantRule(match="cache.*keys", spec=QuantSpec(activation=INT4, hadamard=4)),
+  QuantRule(match="cache[.](0|3).values", spec=QuantSpec(activation=INT4)),
+)
 CONFIGS = {
   "window and full layers": PLAIN,
   "prefix and remainder": UNEVEN,
-  "yarn": rope(PLAIN, "yarn", original_length=8),
+  "yarn, int4 cache": dataclasses.replace(
+    rope(PLAIN, "yarn", original_length=8), quant=CACHED_INT4
+  ),
   "dynamic, within its length": rope(PLAIN, "dynamic", original_length=T),
   "dynamic, one layer, beyond": rope(ONE_LAYER[None], "dynamic", original_length=4),
   "dynamic, one window layer, beyond": rope(ONE_LAYER[4], "dynamic", original_length=4),
@@ -89,7 +99,16 @@ def full_logits(config, lengths):
   return [np.asarray(full(config, init(config), IDS_BT[:, :length])[:, -1]) for length in lengths]
 
 
-@pytest.mark.parametrize("name", ["window and full layers", "prefix and remainder", "yarn"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "window and full layers",
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ("prefix and remainder", "yarn, int4 cache")
+    ),
+  ],
+)
 def test_prefill_and_single_steps_equal_the_full_pass_for_every_split(name):
   """Row i prefills i + 1 of the T positions and decodes the others; ended rows are padding."""
   config = CONFIGS[name]
@@ -106,7 +125,14 @@ def test_prefill_and_single_steps_equal_the_full_pass_for_every_split(name):
     lengths_B = np.minimum(lengths_B + 1, T)
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("dynamic")])
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param("dynamic, within its length", marks=pytest.mark.slow),
+    "dynamic, one layer, beyond",
+    pytest.param("dynamic, one window layer, beyond", marks=pytest.mark.slow),
+  ],
+)
 def test_dynamic_scaling_follows_the_length(name):
   """Each step equals a full pass of just its length: keys are rotated when they are read."""
   config = CONFIGS[name]

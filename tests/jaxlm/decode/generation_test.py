@@ -12,6 +12,8 @@ from jaxlm.decode import NoDistribution, Sampler, generate, generation
 from jaxlm.models import Transformer
 from pallas_kernels.common.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 CONFIG = decoder(V=61, D=16, F=24, N=2, K=1, H=8, layers=2, windows=(4, None))
 MODEL = Transformer(CONFIG)
 DYNAMIC = revise(CONFIG, rope=RopeConfig(scaling="dynamic", factor=4.0, original_length=4))
@@ -125,6 +127,7 @@ def test_draws_depend_on_the_key_and_on_nothing_else(params):
   assert (first != other).any() and 0 <= first.min() and first.max() < CONFIG.V
 
 
+@pytest.mark.slow
 def test_draws_of_a_row_do_not_depend_on_the_others(params):
   sampler = Sampler(temperature=2.0)
   alone = run(params, PROMPTS[:1], sampler=sampler).ids_BM[0]
@@ -136,6 +139,7 @@ def test_draws_of_a_row_do_not_depend_on_the_others(params):
   assert (twice != same).any()
 
 
+@pytest.mark.slow
 def test_dynamic_rope_does_not_look_at_the_neighbours(params):
   """Beyond its original length of 4 the frequencies follow the length of each row."""
   model = Transformer(DYNAMIC)
@@ -160,7 +164,13 @@ def prefill_logits(model, params, prompts, T=16, padding=0):
   return np.asarray(prefill(model, params, ids_BT, np.array([len(prompt) for prompt in prompts])))
 
 
-@pytest.mark.parametrize("model", [MODEL, Transformer(DYNAMIC)], ids=["plain", "dynamic"])
+@pytest.mark.parametrize(
+  "model",
+  [
+    pytest.param(MODEL, id="plain"),
+    pytest.param(Transformer(DYNAMIC), id="dynamic", marks=pytest.mark.slow),
+  ],
+)
 def test_padding_changes_nothing(model, params):
   logits_BV = prefill_logits(model, params, PROMPTS)
   np.testing.assert_array_equal(prefill_logits(model, params, PROMPTS, padding=9), logits_BV)

@@ -12,6 +12,8 @@ from jaxlm.decode import Sampler, generate, generation
 from jaxlm.models import Transformer
 from sharding import MeshConfig, make_mesh
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 CONFIG = decoder(
   V=64, D=16, F=32, N=4, K=2, H=8, layers=2, windows=(4, None), qkv_bias=True, qk_norm=True
 )
@@ -66,8 +68,14 @@ def move(config, params):
   return jax.tree.map(put, params, wanted)
 
 
-CASES = [(mesh, "plain") for mesh in MESHES]
-CASES += [("all", name) for name in MODELS if name != "plain"]
+QUICK = ("plain", "dynamic")  # on the mesh with every axis
+CASES = [
+  pytest.param(mesh, name, marks=() if mesh == "all" and name in QUICK else pytest.mark.slow)
+  for mesh, name in [
+    *((mesh, "plain") for mesh in MESHES),
+    *(("all", name) for name in MODELS if name != "plain"),
+  ]
+]
 
 
 @pytest.mark.parametrize("mesh, name", CASES)
@@ -79,7 +87,7 @@ def test_logits_equal_those_of_one_device(mesh, name):
   chex.assert_trees_all_close(got, want, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("mesh", ["tensor", "data"])
+@pytest.mark.parametrize("mesh", ["tensor", pytest.param("data", marks=pytest.mark.slow)])
 def test_texts_equal_those_of_one_device(mesh):
   """Three prompts, which no mesh divides; drawn and greedy."""
   sampler = Sampler(temperature=2.0, top_k=20, top_p=0.9)

@@ -8,6 +8,8 @@ import pytest
 from jaxlm.interop import huggingface
 from sharding import MeshConfig, make_mesh
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 MESHES = {
   "data": MeshConfig(data=8),
   "fsdp": MeshConfig(data=1, fsdp=8),

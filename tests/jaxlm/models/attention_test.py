@@ -19,6 +19,8 @@ from pallas_kernels.common.errors import UserError
 from sharding import MeshConfig, make_mesh
 from sharding.context.order import permutation
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 CONFIG = presets.micro()
 MODEL = Transformer(CONFIG.model)
 CONTEXT = [

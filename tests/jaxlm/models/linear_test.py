@@ -20,6 +20,8 @@ from jaxlm.train.accumulate import accumulated_gradients
 from sharding import make_mesh
 from sharding.batches import globalize
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 AXES, OUT = (None, "mlp"), ("batch", "length", "act_mlp")
 BASE = decoder(V=32, D=16, F=24, N=4, K=2, H=4, layers=4, windows=(4, None))
 FULL, WINDOW = BASE.pattern[1], BASE.pattern[0]

@@ -9,6 +9,8 @@ from jaxlm.config import ComputeConfig, decoder
 from jaxlm.models import Transformer
 from jaxlm.objectives import next_token_loss
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 POLICIES = ("none", "dots", "names", "full")
 
 

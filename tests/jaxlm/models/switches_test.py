@@ -15,6 +15,8 @@ from jaxlm.train.accumulate import accumulated_gradients
 from sharding import MeshConfig, make_mesh
 from sharding.rules import shard
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 BASE = {"D": 16, "F": 24, "N": 4, "K": 2, "H": 6, "V": 40, "layers": 2}
 REFERENCE = ComputeConfig(attention_implementation="reference")
 GEMMA = {

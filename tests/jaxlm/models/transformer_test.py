@@ -15,6 +15,8 @@ from jaxlm.objectives import token_logprobs
 from sharding import MeshConfig, make_mesh
 from sharding.rules import shard
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 # 80 positions: two query blocks of the blocked attention; every id once, so that a row of the
 # embedding is a position
 T = 80
@@ -44,7 +46,11 @@ def logits(config, params, ids_BT, positions=None, segment_ids=None, compute=PLA
 
 @pytest.mark.parametrize(
   "windows, implementation",
-  [((None,), "xla"), ((5,), "xla"), ((5, None), "reference")],
+  [
+    pytest.param((None,), "xla", marks=pytest.mark.slow),
+    ((5,), "xla"),
+    pytest.param((5, None), "reference", marks=pytest.mark.slow),
+  ],
 )
 def test_no_gradient_reaches_a_later_position(windows, implementation):
   config = decoder(V=T, D=16, F=24, N=4, K=2, H=4, layers=2, windows=windows)
@@ -138,6 +144,7 @@ def test_a_permutation_across_segments_permutes_the_logits():
   np.testing.assert_allclose(got_BTV, want_BTV[:, order_T], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_positions_and_segments_in_any_order_are_those_of_one_device_on_a_mesh():
   draw = np.random.default_rng(8)
   ids_BT = draw.integers(0, T, (8, 24))
@@ -276,12 +283,24 @@ HEADS = {
   "head": {},
   "tied, capped": {"tied": True, "logit_cap": 3.0},
 }
-LOGPROB_MESHES = [None, MeshConfig(data=2, fsdp=2, tensor=2)]
+MESH = MeshConfig(data=2, fsdp=2, tensor=2)
+QUICK_LOGPROBS = {("head", "float32", MESH), ("tied, capped", "bfloat16", None)}
+LOGPROBS = [
+  pytest.param(
+    HEADS[name],
+    dtype,
+    tolerance,
+    mesh,
+    id=f"{name}, {dtype}, {'mesh' if mesh else 'one device'}",
+    marks=() if (name, dtype, mesh) in QUICK_LOGPROBS else pytest.mark.slow,
+  )
+  for name in HEADS
+  for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 1e-3))
+  for mesh in (None, MESH)
+]
 
 
-@pytest.mark.parametrize("mesh", LOGPROB_MESHES, ids=["one device", "mesh"])
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-3)])
-@pytest.mark.parametrize("fields", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("fields, dtype, tolerance, mesh", LOGPROBS)
 def test_logits_of_apply_agree_with_the_log_probabilities_of_the_loss(
   fields, dtype, tolerance, mesh
 ):
@@ -335,7 +354,7 @@ def run_by_hand(model, params, ids_BT, split):
   return model.finish(params, x_BTD)
 
 
-@pytest.mark.parametrize("scan", ["always", "never"])
+@pytest.mark.parametrize("scan", [pytest.param("always", marks=pytest.mark.slow), "never"])
 def test_apply_is_embed_the_stacks_and_finish_and_a_stack_is_its_slices(scan):
   model, params = Transformer(UNEVEN, ComputeConfig(scan=scan)), init(UNEVEN)
   ids_BT = np.random.default_rng(3).integers(0, T, (2, 12))
@@ -344,6 +363,7 @@ def test_apply_is_embed_the_stacks_and_finish_and_a_stack_is_its_slices(scan):
   np.testing.assert_allclose(got_BTV, want_BTV, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_run_in_their_order_however_many_stacks_there_are():
   """Twelve stacks, whose names as text sort otherwise: against the layers of one pattern."""
   order = (FEW, OTHER) * 6

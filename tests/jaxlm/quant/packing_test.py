@@ -20,8 +20,8 @@ from jaxlm.config.formats import (
   SparseFormat,
   UniformFormat,
 )
-from jaxlm.models import Transformer
-from jaxlm.quant import apply, packing, quest
+from jaxlm.models import Transformer, linear
+from jaxlm.quant import apply, packed_matmul, packing, quest
 from jaxlm.quant.pack_model import count_bytes, pack_model
 from pallas_kernels.common.errors import UnsupportedError, UserError
 
@@ -31,12 +31,18 @@ def test_every_code_comes_back_at_odd_lengths_too(levels):
   codes = packing.CodeRange(-(levels // 2), levels)
   every = np.arange(levels, dtype=np.int32) + codes.lowest
   rows = np.stack([np.resize(every, 13), np.resize(every[::-1], 13)])
-  for length in (1, 5, 7, 8, 13):
-    packed = packing.pack(jnp.asarray(rows[:, :length]), codes)
+  lengths = (1, 5, 7, 8, 13)
+
+  @jax.jit
+  def pack_and_unpack(rows):
+    every = [packing.pack(rows[:, :length], codes) for length in lengths]
+    return every, [packing.unpack(packed, codes, n) for packed, n in zip(every, lengths)]
+
+  for length, packed, unpacked in zip(lengths, *pack_and_unpack(rows)):
     assert packed.dtype == jnp.uint8
     size = -(-length // 5) if levels == 3 else -(-length * codes.bits // 8)
     assert packed.shape == (2, size)
-    np.testing.assert_array_equal(packing.unpack(packed, codes, length), rows[:, :length])
+    np.testing.assert_array_equal(unpacked, rows[:, :length])
 
 
 def test_the_layout_of_a_byte():
@@ -64,18 +70,39 @@ SIZES = {
 }
 
 
+def code_levels(format):
+  """Levels that lie in equal steps; 0 of others."""
+  sparse = getattr(format, "sparse", False)
+  unequal = sparse or isinstance(format, BlockFormat) or getattr(format, "levels", "") == "fp4"
+  return 0 if unequal else packing.code_range(format).levels
+
+
 @pytest.mark.parametrize("format", SIZES, ids=str)
 def test_a_weight_in_bytes_is_the_fake_quantised_weight(format):
   w_ZD = jnp.asarray(np.random.default_rng(0).normal(size=(6, 128)), jnp.float32)
-  learned = apply.init_scales(w_ZD, format) if apply.learned_names(format) else {}
-  packed = packing.pack_weight(w_ZD, format, learned)
+  w_ZD = w_ZD.at[2].set(0.0)
+  x_BTD = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 128)), jnp.float32)
+  stays_packed = packed_matmul.can_multiply_packed(format)
+  assert stays_packed == (code_levels(format) in (2, 4, 16, 256))
+
+  @jax.jit
+  def both_ways(w_ZD):
+    learned = apply.init_scales(w_ZD, format) if apply.learned_names(format) else {}
+    packed = packing.pack_weight(w_ZD, format, learned)
+    back_ZD = packing.unpack_weight(packed, format, 128)
+    if isinstance(format, QuestFormat):
+      back_ZD = quest.rotate(back_ZD, format)
+    spec, y_BTZ = QuantSpec(weight=format), None
+    if stays_packed:
+      y_BTZ = packed_matmul.packed_matmul(x_BTD, packed, spec, "float32")
+    return packed, back_ZD, apply.quantize(w_ZD, format, scales=learned, N=1), y_BTZ
+
+  packed, back_ZD, want_ZD, y_BTZ = both_ways(w_ZD)
   per_row, whole = SIZES[format]
   assert sum(array.nbytes for array in packed.values()) == 6 * per_row + whole
-  back_ZD = packing.unpack_weight(packed, format, 128)
-  if isinstance(format, QuestFormat):
-    back_ZD = quest.rotate(back_ZD, format)
-  want_ZD = apply.quantize(w_ZD, format, scales=learned, N=1)
   np.testing.assert_allclose(back_ZD, want_ZD, atol=1e-6)
+  if stays_packed:
+    np.testing.assert_allclose(y_BTZ, x_BTD @ want_ZD.T, atol=1e-5, rtol=1e-5)
 
 
 MODEL = decoder(V=32, D=32, F=64, N=4, K=2, H=8, layers=2)
@@ -96,7 +123,14 @@ def initial(config):
   return jax.jit(Transformer(config).init)(jax.random.key(0))
 
 
-def test_a_packed_model_gives_the_logits_of_the_fake_quantised_one():
+def test_a_packed_model_gives_the_logits_of_the_fake_quantised_one(monkeypatch):
+  stayed_packed = []
+
+  def multiply(x_BTD, packed, spec, dtype):
+    stayed_packed.append(spec)
+    return packed_matmul.packed_matmul(x_BTD, packed, spec, dtype)
+
+  monkeypatch.setattr(linear, "packed_matmul", multiply)
   config = dataclasses.replace(MODEL, quant=MIXED)
   params = initial(config)
   packed_config, packed = pack_model(config, params)
@@ -109,6 +143,9 @@ def test_a_packed_model_gives_the_logits_of_the_fake_quantised_one():
   chex.assert_trees_all_close(
     logits(packed_config, packed), logits(config, params), atol=1e-5, rtol=1e-5
   )
+  assert {spec.weight for spec in stayed_packed} == {
+    rule.spec.weight for rule in MIXED if packed_matmul.can_multiply_packed(rule.spec.weight)
+  }
   declared = jax.eval_shape(Transformer(packed_config).init, jax.random.key(0))
   chex.assert_trees_all_equal_shapes_and_dtypes(packed, declared)
   assert "weight" not in packed["stacks"]["0"]["0"]["mixer"]["q"]

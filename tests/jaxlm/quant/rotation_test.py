@@ -16,6 +16,8 @@ from jaxlm.quant.kurtosis import kurtosis
 from jaxlm.quant.learned_rotation import Rotations, cayley_step, learn_rotations, orthonormal
 from pallas_kernels.common.errors import UnsupportedError, UserError
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 MODEL = decoder(
   V=32, D=32, F=48, N=4, K=2, H=8, layers=2, tied=True, norm_offset=1, qkv_bias=True, out_bias=True,
   bias=True
@@ -75,6 +77,7 @@ def logits64(config, params, ids):
   return x @ (p["embed"]["weight"].T if config.tied else p["head"]["weight"])
 
 
+@pytest.mark.slow
 def test_logits_are_unchanged_to_1e_10_in_float64():
   with jax.enable_x64(True):
     params = drawn(jnp.float64)

@@ -35,6 +35,8 @@ from pallas_kernels.common.errors import UnsupportedError, UserError
 from sharding import make_mesh
 from sharding.batches import globalize
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 INT4, INT8 = UniformFormat(), UniformFormat(bits=8)
 W4 = QuantSpec(weight=INT4)
 SMALL = decoder(V=32, D=16, F=24, N=4, K=2, H=4, layers=4)
@@ -97,7 +99,7 @@ def rounded_beforehand():
   return params, rounded, loss_and_grads(SMALL, ComputeConfig(scan="always"), rounded)
 
 
-@pytest.mark.parametrize("scan", ["never", "always"])
+@pytest.mark.parametrize("scan", [pytest.param("never", marks=pytest.mark.slow), "always"])
 def test_rules_tell_the_layers_of_one_stack_apart(scan):
   """The same as a plain model whose weights are rounded beforehand, gradients included."""
   params, rounded, want = rounded_beforehand()
@@ -229,6 +231,8 @@ def test_a_mesh_gives_the_numbers_of_one_device(mesh):
     QuantRule(match=".*mixer.*", spec=spec),
     QuantRule(match="layers.*", spec=QuantSpec(product=product)),
     QuantRule(match="head", spec=W4),
+    QuantRule(match="cache.*keys", spec=QuantSpec(activation=INT8, hadamard=4)),
+    QuantRule(match="cache.*", spec=QuantSpec(activation=INT8)),
   )
   train = TrainConfig(batch=8, model=config, data=DataConfig(length=16))
   task = TextTask(train)

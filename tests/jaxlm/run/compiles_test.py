@@ -16,6 +16,8 @@ from jaxlm.run import resume, train
 from jaxlm.run.text import TextTask
 from jaxlm.train import init_state, make_train_step
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -53,6 +55,7 @@ def config(corpus, tmp_path_factory):
   )
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resume_compile_step_and_evaluation_once_each(config):
   with counted_compilations() as first:
     train(config)

@@ -23,6 +23,8 @@ from jaxlm.run.run_folder import RunFolder, read_records
 from jaxlm.run.saved_run import SavedRun
 from pallas_kernels.common.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 @pytest.fixture(scope="module")
 def tokenizer():

@@ -29,6 +29,8 @@ from jaxlm.run.convert import convert, tuning_config, write_checkpoint
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.saved_run import SavedRun
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 GREEDY = Sampler(temperature=0)
 TEXT = 'anna said "yes" and left.\nbert saw a fox, é€😀, in the garden.\n'
 PROMPTS = ("anna", " bert saw", "", "x  y\n")

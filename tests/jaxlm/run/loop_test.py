@@ -31,6 +31,8 @@ from jaxlm.run.text import TextTask
 from jaxlm.train import init_state
 from sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 @pytest.fixture(scope="module")
 def config(corpus) -> TrainConfig:

@@ -7,6 +7,8 @@ import pytest
 from jaxlm.cli import main
 from jaxlm.run import SavedRun
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["kda_hybrid", "nsa_tiny"])

@@ -14,6 +14,8 @@ from jaxlm.checkpoint.folder import finished_steps
 from jaxlm.run.run_folder import RunFolder, read_records
 from sharding.failure import SILENCE
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 FLAGS = (
   "--steps 6 --save_every 3 --eval_every 3 --eval_batches 2 --batch 8 --accumulate 2 --keep 5 "
   "--optimizer.warmup 1 --model.D 16 --model.pattern.0.feedforward.F 16 "

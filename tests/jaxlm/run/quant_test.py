@@ -15,6 +15,8 @@ from jaxlm.run import SavedRun, train
 from jaxlm.run.run_folder import RunFolder
 from pallas_kernels.common.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 RULES = (QuantRule(match="layers.*", spec=QuantSpec(weight=UniformFormat(bits=8))),)
 
 

@@ -16,6 +16,8 @@ from jaxlm.run.run_folder import RunFolder
 from pallas_kernels.common.errors import UserError
 from tests.jaxlm.fake_gcs import FakeGCS
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 _numbers = itertools.count()
 
 

@@ -14,6 +14,8 @@ from jaxlm.checkpoint.folder import checkpoint_path, finished_steps
 from jaxlm.cli import main
 from jaxlm.run.run_folder import RunFolder, read_records
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 FLAGS = [*SMALL, "--eval_every", "0", "--save_every", "0", "--ema", "0"]
 
 
@@ -104,6 +106,7 @@ def test_a_run_leaves_the_loggers_of_the_process_as_they_were(work, arguments, s
   assert {name: state for name, state in loggers().items() if name in before} == before
 
 
+@pytest.mark.slow
 def test_more_steps_say_what_the_learning_rate_does_and_let_choose(work, capsys):
   """Cosine from 3e-3 over two steps, of which one is warm-up, ends at 3e-4."""
 
@@ -125,6 +128,7 @@ def test_more_steps_say_what_the_learning_rate_does_and_let_choose(work, capsys)
   assert RunFolder(work / "kept").read_config().optimizer.cooldowns == (4, 6)
 
 
+@pytest.mark.slow
 def test_another_batch_goes_on_with_the_next_row(work):
   flags = ["--batch", "16", "--accumulate", "2"]
   assert main(["resume", "run", "--steps", "3", *flags]) == 0

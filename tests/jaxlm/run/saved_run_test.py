@@ -14,6 +14,8 @@ from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.saved_run import for_this_platform
 from pallas_kernels.common.errors import UnsupportedError
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 def with_kernels(config: TrainConfig, attention: str, loss: str) -> TrainConfig:
   compute = dataclasses.replace(config.compute, attention_implementation=attention)

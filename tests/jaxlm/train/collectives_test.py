@@ -25,6 +25,8 @@ from jaxlm.run.text import TextTask
 from jaxlm.train import accumulate, init_state
 from sharding.collectives import Collective, read_collectives
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 # One line per mesh: arrays that the step sends, outside loops + in one + inside two. These numbers
 # stay as they are; `WRITE_COLLECTIVES=1` writes them anew where a change of them is meant.
 GOLDEN = Path(__file__).with_name("collectives.txt")

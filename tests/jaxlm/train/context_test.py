@@ -23,6 +23,8 @@ from jaxlm.train import init_state
 from sharding import make_mesh
 from sharding.collectives import read_collectives
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 RING, ULYSSES = "context_ring", "context_ulysses"
 MESH = MeshConfig(data=2, context_ring=2, context_ulysses=2)
 # no dimension of a weight or an activation but T is a multiple of the whole length or of a half

@@ -11,6 +11,8 @@ from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig, dec
 from jaxlm.run import train
 from jaxlm.run.run_folder import RunFolder, read_records
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 @pytest.fixture
 def curve(corpus, tmp_path):
@@ -41,7 +43,10 @@ def curve(corpus, tmp_path):
 
 BYTES = pytest.param(0.0, {}, id="bytes", marks=pytest.mark.slow)
 LARGE = pytest.param(
-  1e-2, {"V": 5000, "tied": True, "logit_cap": 5.0}, id="large vocabulary, tied, capped, z-loss"
+  1e-2,
+  {"V": 5000, "tied": True, "logit_cap": 5.0},
+  id="large vocabulary, tied, capped, z-loss",
+  marks=pytest.mark.slow,
 )
 
 

@@ -21,6 +21,9 @@ from sharding.batches import globalize
 from sharding.collectives import read_collectives
 from tests.jaxlm.train.sharded_gradients_test import SCANNED, packed_batch
 
+# `stages_test.py` has all optimisations
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 # windows in turn: a stage has whole repeats of two layers. Packed rows, one of them empty, so that
 # micro-batches have unequal numbers of tokens, and one shard of one has none
 PATTERN = dataclasses.replace(
@@ -49,15 +52,6 @@ CASES = [
   (SMALL, MeshConfig(data=1, stage=2, context_ring=2, tensor=2), PipelineConfig()),
 ]
 QUICK = 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_in_less_time():
-  """Switches XLA's optimisations off in slow tests too; `stages_test.py` has all of them."""
-  before = jax.config.values["jax_disable_most_optimizations"]
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
 
 
 def loss_and_gradients(config, params, batch):

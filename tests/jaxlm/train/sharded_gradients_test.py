@@ -16,6 +16,8 @@ from jaxlm.train.accumulate import accumulated_gradients
 from sharding import make_mesh
 from sharding.batches import globalize
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 MESHES = [
   MeshConfig(data=8),
   MeshConfig(data=1, fsdp=8),
@@ -93,7 +95,7 @@ def run(config: TrainConfig, mesh: MeshConfig):
     return jax.device_get((params, results)), alike
 
 
-QUICK = (MESHES[0], MESHES[3])
+QUICK = (MESHES[3],)
 
 
 def cases(name: str, config: TrainConfig, meshes, quick) -> list:

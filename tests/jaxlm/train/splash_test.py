@@ -4,6 +4,8 @@ import pytest
 
 from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig, decoder
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 MESHES = {"data": MeshConfig(), "sharded": MeshConfig(data=1, tensor=2, fsdp=4)}
 CASES = [
   (128, 4, (None,), "data"),

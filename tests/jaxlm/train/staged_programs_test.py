@@ -19,7 +19,7 @@ from sharding.collectives import Collective
 from sharding.pipeline.table import make_table
 from tests.jaxlm.train.staged_programs import AXES, MESH, SCHEDULES, T, V, config_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_in_less_time")]
 
 # Arrays that the step of each schedule sends, outside loops + in its ticks. These numbers stay as
 # they are; `WRITE_COLLECTIVES=1` writes them anew where a change of them is meant.

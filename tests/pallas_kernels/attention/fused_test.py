@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.attention import api, attention, cudnn
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 CASES = {
   "grouped": dict(T=128, S=128, N=4, K=2, H=16),
   "packed, window, cap": dict(T=256, S=256, N=2, K=1, packed=True, window=100, cap=2.0, size=3),

@@ -9,6 +9,8 @@ import pytest
 
 from pallas_kernels.attention import attention
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 CASES = {
   "one position": dict(T=1, S=1),
   "odd": dict(T=73, S=73),

@@ -14,6 +14,8 @@ from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import log_once
 from pallas_kernels.delta_attention import delta_attention
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 INTERPRETED = functools.partial(dict, implementation="pallas_tpu", interpret=True)
 SLOW = {
   "one position": dict(T=1),

@@ -10,6 +10,8 @@ from jax.test_util import check_grads
 
 from pallas_kernels.delta_attention import delta_attention
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 CHUNKED = ["xla"]
 GATES = "decay", "erase", "write"
 SHAPES = {

@@ -27,7 +27,7 @@ ONES = jnp.ones((4, 8)), jnp.ones((8, 6))
     (ONES, dict(save="fp8"), "save='fp8': needs scale=\"pow2\""),
     (ONES, dict(block=-1), "block=-1: must be a positive integer"),
     (ONES, dict(out_dtype="int8"), "out_dtype='int8': must be floating"),
-    (ONES, dict(implementation="pallas_gpu"), "implementation='pallas_gpu': must be one of"),
+    (ONES, dict(implementation="cuda"), "implementation='cuda': must be one of"),
     (ONES, dict(interpret=True), "interpret=True: needs implementation="),
     ((ONES[0].astype(int), ONES[1]), dict(), "x_MK.dtype='int32': must be floating"),
     ((ONES[0], ONES[1].T), dict(), r"x_MK.shape=\(4, 8\): must be \(4, 6\)"),

@@ -116,7 +116,10 @@ def loss(q, k, v, lists, **options):
   return jnp.sum(o_BTNU.astype(jnp.float32)) + jnp.sum(lse_BTN)
 
 
-@pytest.mark.parametrize("devices, N, K, H, U", [(1, 16, 1, 192, 128), (2, 2, 2, 64, 64)])
+@pytest.mark.parametrize(
+  "devices, N, K, H, U",
+  [(1, 16, 1, 192, 128), pytest.param(2, 2, 2, 64, 64, marks=pytest.mark.slow)],
+)
 def test_the_default_lowers_for_hopper(devices, N, K, H, U):
   """Forward and both gradients of the paper's widths; and on a mesh that splits the heads."""
   with (

@@ -13,6 +13,8 @@ import pytest
 from pallas_kernels.attention import attention
 from pallas_kernels.sparse_attention import nsa_selected_attention
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 BASE = dict(T=70)
 CASES = {
   "several chunks": BASE,

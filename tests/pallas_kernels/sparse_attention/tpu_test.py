@@ -17,6 +17,8 @@ from pallas_kernels.schedule.compiler import compile_for
 from pallas_kernels.sparse_attention import nsa_selected_attention, pairs, unions
 from pallas_kernels.sparse_attention.places import make_places
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 CASES = {
   "several query blocks": dict(T=70),
   "packed": dict(T=40, packed=True),

@@ -21,6 +21,8 @@ from sharding.context import (
   ulysses_attention,
 )
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 WINDOWED = (("window", 5), ("cap", 3.0), ("scale", 0.7))
 CASES = {
   "contiguous ring": dict(mesh=MeshConfig(data=2, context_ring=4), order="contiguous"),

@@ -21,6 +21,8 @@ from sharding.pipeline.executor import Pipeline, pipelined_value_and_grad
 from sharding.pipeline.instructions import make_instructions
 from sharding.pipeline.table import make_table
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 M, B, D, V = 8, 4, 8, 16
 BY_STAGE = P("stage")
 SCHEDULES = {

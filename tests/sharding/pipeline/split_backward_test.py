@@ -55,7 +55,9 @@ def flops(function, *args):
   return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("remat", REMATS)
+@pytest.mark.parametrize(
+  "remat", [pytest.param(r, marks=pytest.mark.slow if r == "dots" else ()) for r in REMATS]
+)
 def test_parts_are_the_backward_pass(remat):
   stage = two_blocks(remat)
   layers, x, segments, key = arguments()

@@ -72,15 +72,20 @@ def test_pops_return_the_top_of_their_stack():
   assert not batch.inputs_BT[:, 60:].any() or batch.inputs_BT.shape[1] == 62
 
 
-def test_a_needle_is_found_by_its_name():
-  batch = long_context.needle(rng(), ROWS, V=64, T=40, needles=3)
-  starts = set()
+@pytest.mark.parametrize("questions", [1, 2])
+def test_a_needle_is_found_by_its_name(questions):
+  batch = long_context.needle(rng(), ROWS, V=64, T=40, needles=3, questions=questions)
+  assert (batch.weights_BT.sum(axis=1) == questions).all()
+  starts, asked = set(), []
   for seen, answer in answers(batch):
     facts = {tuple(seen[i : i + 2]): i for i in range(36) if seen[i] == long_context.STATE}
     assert len(facts) == 3 and seen[-2] == long_context.ASK
     at = facts[(long_context.STATE, seen[-1])]
     assert seen[at + 2] == answer
     starts.add(at)
+    asked.append(seen[-1])
+  rows = np.reshape(asked, (ROWS, questions))
+  assert all(len(set(names)) == questions for names in rows)
   assert len(starts) > 20  # needles stand anywhere
 
 
@@ -134,6 +139,7 @@ def test_the_generator_alone_decides_what_is_drawn(name):
     (lambda: stack.stack(rng(), 1, V=6, T=30, stacks=3), "V=6"),
     (lambda: long_context.needle(rng(), 1, V=64, T=5), "T=5"),
     (lambda: long_context.needle(rng(), 1, V=10, T=50), "V=10"),
+    (lambda: long_context.needle(rng(), 1, V=64, T=50, needles=2, questions=3), "questions=3"),
     (lambda: long_context.variable_tracking(rng(), 1, V=64, T=50, hops=0), "hops=0"),
     (lambda: long_context.aggregation(rng(), 1, V=64, T=20), "T=20"),
   ],

@@ -31,6 +31,8 @@ from pallas_kernels.common.errors import UserError
 from sharding import MeshConfig, make_mesh
 from sharding.rules import shard
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 B, T, V = 8, 16, 40
 SIZES = {"length": 4, "stride": 2, "block": 4, "count": 3, "window": 5}
 MIXERS = {
