@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,11 @@ from pallas_kernels.sparse_attention import nsa_selected_attention
 
 TOKENS, HEADS, KEY_HEADS, WIDTH, CHOSEN, BLOCK = 65_536, 64, 4, 128, 16, 64
 
-UNION = 28
+UNION = 27.5
 """Blocks that 8 queries select together: the mean of random walks with a memory of 50 tokens
 (`python -m benchmarks.sparse_unions`)."""
 
-TILES = (6.5, 2.0)
+TILES = (5.4, 3.0)
 """Tiles of 4 blocks of a step of 8 such query blocks, the longest of them, from the same table:
 those that compare no positions, and those that do."""
 
@@ -69,8 +70,9 @@ def splash_cases() -> Iterator[Case]:
   """
   mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((TOKENS, TOKENS))])
   names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+  blocks: dict[str, Any] = dict.fromkeys(names, 1024)
   sizes = splash_attention_kernel.BlockSizes(
-    **dict.fromkeys(names, 1024), block_kv_compute=512, block_kv_dkv_compute=512
+    **blocks, block_kv_compute=512, block_kv_dkv_compute=512
   )
   splash = splash_attention_kernel.make_splash_mha(
     mask, block_sizes=sizes, head_shards=1, q_seq_shards=1

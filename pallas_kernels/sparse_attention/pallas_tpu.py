@@ -170,7 +170,8 @@ def _backward(plan, residuals, cotangents):
   arrays = (q_ATH, do_ATU, k_ASH, v_ASU)
   of_rows = (known.positions_AX1R, lse_AX1R, mean_AX1R)
   lists, inverse = known.lists.rows(plan.stacked), unions.invert(known.lists, plan.S, plan.block)
-  dq_ATH = call_queries_gradient(*arrays, *(of_steps(x, plan) for x in of_rows), lists, plan)
+  positions_AX1Z, lse_AX1Z, mean_AX1Z = (of_steps(x_AX1R, plan) for x_AX1R in of_rows)
+  dq_ATH = call_queries_gradient(*arrays, positions_AX1Z, lse_AX1Z, mean_AX1Z, lists, plan)
   dk_ASH, dv_ASU = call_keys_gradient(*arrays, *of_rows, inverse, plan)
   dk_ASH, dv_ASU = pad_axis(dk_ASH, k_ASH.shape[1], 1), pad_axis(dv_ASU, v_ASU.shape[1], 1)
   return dq_ATH, dk_ASH, dv_ASU, None
