@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -36,15 +35,6 @@ from jaxlm.train.task import Batches, IndexedBatches, Start, Task
 Draw = Callable[[np.random.Generator, int], Batch]
 """(generator, rows) -> rows of a task"""
 _TRAINING, _HELD_OUT = 1, 2
-
-
-def disable_fused_sums() -> None:
-  """Keeps XLA on CPU from a crash of jax 0.10.2: in delta attention's gradient under vmap.
-
-  To be called before the first array is made, which is when XLA reads its flags.
-  """
-  flag = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def answers_config(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 

@@ -15,7 +15,6 @@ from experiments.study import Finding, Scale, Study, main, measure_points
 from experiments.synthetic import (
   AnswersTask,
   answers_config,
-  disable_fused_sums,
   mixer,
   stacked,
 )
@@ -238,5 +237,4 @@ STUDY = Study(
 )
 
 if __name__ == "__main__":
-  disable_fused_sums()
   main(STUDY)

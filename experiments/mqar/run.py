@@ -13,7 +13,6 @@ from experiments.study import Finding, Scale, Study, main
 from experiments.synthetic import (
   AnswersTask,
   answers_config,
-  disable_fused_sums,
   mixer,
   stacked,
 )
@@ -166,5 +165,4 @@ STUDY = Study(
 )
 
 if __name__ == "__main__":
-  disable_fused_sums()
   main(STUDY)

@@ -78,14 +78,16 @@ def load_transposed(ref: Any) -> jax.Array:
   )
 
 
-def multiply(a: Any, b: Any) -> jax.Array:
-  """Returns the product of two tiles in shared memory, float32."""
+def multiply(*pairs: tuple[Any, Any]) -> jax.Array:
+  """Returns the sum of the products of pairs of tiles in shared memory, float32."""
 
   def accumulate(acc: Any) -> jax.Array:
-    plgpu.wgmma(acc, a, b)
+    for a, b in pairs:
+      plgpu.wgmma(acc, a, b)
     return acc[...]
 
-  return pl.run_scoped(accumulate, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+  shape = pairs[0][0].shape[0], pairs[0][1].shape[1]
+  return pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
 
 
 def filled(shape: tuple[int, ...], value: float) -> jax.Array:

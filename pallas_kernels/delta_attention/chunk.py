@@ -7,7 +7,7 @@ is the difference of large numbers, and any log decay from 0 to minus infinity i
 """
 
 # C positions of a chunk, K width of keys, V width of values, L positions of a block, M blocks,
-# H halvings, R kinds of rows; X is K or 1
+# H halvings; X is K or 1
 from __future__ import annotations
 
 import functools
@@ -116,49 +116,54 @@ def _lower_blocks(
 ) -> tuple[list[jax.Array], Decays]:
   """Returns x_i . (decay_ij k_j) for j < i, else 0, [C, C] for each x of `rows`, and the decays."""
   C, L = k_CK.shape[0], min(SMALL_BLOCK, k_CK.shape[0])
-  rows_RCK = jnp.stack(rows)
-  products_RMLL, decays = _small_blocks(rows_RCK, k_CK, decay_CX, L)
+  products, decays = _small_blocks(rows, k_CK, decay_CX, L)
   while L < C:
     halves: Decays = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), decays)
     first, second = (jax.tree.map(lambda x, i=i: x[:, i], halves) for i in range(2))
     k_MLK = k_CK.reshape(-1, 2, L, k_CK.shape[1])[:, 0] * jnp.exp(first.to_end)
-    rows_RMLK = rows_RCK.reshape(len(rows), -1, 2, L, rows_RCK.shape[2])[:, :, 1]
-    lower_RMLL = _dot_rows(rows_RMLK * jnp.exp(second.to_here)[None], k_MLK)
-    products = products_RMLL.reshape(len(rows), -1, 2, L, L)
-    upper_RMLL = jnp.zeros_like(lower_RMLL)
-    products_RMLL = jnp.block([[products[:, :, 0], upper_RMLL], [lower_RMLL, products[:, :, 1]]])
+    to_here = jnp.exp(second.to_here)
+    lowers = _dot_rows([x.reshape(-1, 2, L, x.shape[1])[:, 1] * to_here for x in rows], k_MLK)
+    upper_MLL = jnp.zeros_like(lowers[0])
+    products = [
+      jnp.block([[x_MLL[::2], upper_MLL], [lower_MLL, x_MLL[1::2]]])
+      for x_MLL, lower_MLL in zip(products, lowers)
+    ]
     decays = Decays(
       to_here=jnp.concatenate([first.to_here, first.total + second.to_here], axis=1),
       to_end=jnp.concatenate([first.to_end + second.total, second.to_end], axis=1),
       total=first.total + second.total,
     )
     L = 2 * L
-  return [products_CC[0] for products_CC in products_RMLL], decays
+  return [products_MLL[0] for products_MLL in products], decays
 
 
 def _small_blocks(
-  rows_RCK: jax.Array, k_CK: jax.Array, decay_CX: jax.Array, L: int
-) -> tuple[jax.Array, Decays]:
-  """Returns the products inside of blocks of L positions, [R, M, L, L], and the blocks' decays."""
+  rows: list[jax.Array], k_CK: jax.Array, decay_CX: jax.Array, L: int
+) -> tuple[list[jax.Array], Decays]:
+  """Returns the products inside of blocks of L positions, [M, L, L], and the blocks' decays.
+
+  Halvings and kinds of rows are added one by one: on jax 0.10.2 XLA crashes on CPU in the sums
+  over such axes that a gradient under vmap has.
+  """
   sums, masks_HLL = halvings(L)
   g_MLX = decay_CX.reshape(-1, L, decay_CX.shape[1])
   sums_HMLX = _dot("hij,mjx->hmix", jnp.asarray(sums, g_MLX.dtype), g_MLX)
-  factor_HMLX = jnp.exp(sums_HMLX[:-2])
-  rows_RHMLK = rows_RCK.reshape(len(rows_RCK), 1, -1, L, rows_RCK.shape[2]) * factor_HMLX[None]
-  k_HMLK = k_CK.reshape(1, -1, L, k_CK.shape[1]) * factor_HMLX
-  products_RHMLL = _dot_rows(rows_RHMLK, k_HMLK)
-  masks = jnp.asarray(masks_HLL)[None, :, None]
-  products_RMLL = jnp.sum(jnp.where(masks, products_RHMLL, 0), axis=1)
+  rows = [x.reshape(-1, L, x.shape[1]) for x in rows]
+  k_MLK = k_CK.reshape(-1, L, k_CK.shape[1])
+  products = [jnp.zeros((x.shape[0], L, L), x.dtype) for x in rows]
+  for h, mask_LL in enumerate(masks_HLL):
+    factor_MLX = jnp.exp(sums_HMLX[h])
+    here = _dot_rows([x * factor_MLX for x in rows], k_MLK * factor_MLX)
+    products = [jnp.where(jnp.asarray(mask_LL)[None], x, y) for x, y in zip(here, products)]
   to_here, to_end = sums_HMLX[-2:]
-  return products_RMLL, Decays(to_here, to_end, to_here[:, -1:])
+  return products, Decays(to_here, to_end, to_here[:, -1:])
 
 
-def _dot_rows(rows: jax.Array, k: jax.Array) -> jax.Array:
-  """Returns [R, ..., L, L] of rows [R, ..., L, K] and k [..., L, K], with R L rows in a product."""
-  R, L, K = rows.shape[0], *rows.shape[-2:]
-  stacked = jnp.moveaxis(rows, 0, -3).reshape(*k.shape[:-2], R * L, K)
-  products = _dot("...ik,...jk->...ij", stacked, k)
-  return jnp.moveaxis(products.reshape(*k.shape[:-2], R, L, L), -3, 0)
+def _dot_rows(rows: list[jax.Array], k_MLK: jax.Array) -> list[jax.Array]:
+  """Returns [M, L, L] of each of the rows [M, L, K] and keys, with all rows in one product."""
+  L = k_MLK.shape[1]
+  products = _dot("mik,mjk->mij", jnp.concatenate(rows, axis=1), k_MLK)
+  return [products[:, i * L : (i + 1) * L] for i in range(len(rows))]
 
 
 @functools.cache

@@ -7,6 +7,7 @@ NaN is NaN. So chunks are computed without bad tokens, and NaN is put where it b
 # B batch, T positions, H heads of queries and keys, N heads of values
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -90,6 +91,12 @@ def reached_backward(
   next_reset_BT1 = jax.lax.cummin(next_reset_BT1, axis=1, reverse=True)
   after_BT1 = jnp.pad(next_reset_BT1[:, 1:], ((0, 0), (0, 1), (0, 0)), constant_values=T + 1)
   return next_bad_BTN < after_BT1, next_bad_BTN[:, 0] < next_reset_BT1[:, 0]
+
+
+def all_finite(arrays: Any) -> jax.Array:
+  """Tells whether no array of a tree holds NaN or infinities, bool []."""
+  flat = [x.reshape(*x.shape[:2], -1) for x in jax.tree.leaves(arrays)]  # as kernels write them
+  return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in flat])
 
 
 def put_nan(x: Any, where: jax.Array) -> Any:

@@ -24,7 +24,6 @@ from pallas_kernels.common.hopper import (
   multiply,
   swizzled,
 )
-from pallas_kernels.common.shards import varying_struct
 
 CHUNK = 64
 COLUMNS = 64
@@ -63,9 +62,9 @@ def scan_forward(
   The first and last state are float32, the others have the operands' dtype.
   """
   (M, T, V), (_, J, K) = operands.values.shape, decay_MJK.shape
-  dtype, like = operands.q.dtype, operands.q
-  outputs = [varying_struct((M, T, V), dtype, like), varying_struct((M, K, V), jnp.float32, like)]
-  outputs += [varying_struct((M, J, K, V), dtype, like)] if save else []
+  dtype = operands.q.dtype
+  outputs = [jax.ShapeDtypeStruct((M, T, V), dtype), jax.ShapeDtypeStruct((M, K, V), jnp.float32)]
+  outputs += [jax.ShapeDtypeStruct((M, J, K, V), dtype)] if save else []
   o_MTV, last_MKV, *states = launch(
     functools.partial(forward_kernel, save=save),
     interpret,
@@ -98,14 +97,14 @@ def forward_kernel(
     plgpu.barrier_wait(scratch.copied.at[slot])
     added_CW = load(tiles.values, layout=plgpu.Layout.WGMMA)
     if tiles.erased is not None:
-      added_CW = added_CW - multiply(tiles.erased, scratch.state_KW)
+      added_CW = added_CW - multiply((tiles.erased, scratch.state_KW))
     scratch.added_CW[...] = added_CW.astype(scratch.added_CW.dtype)
     plgpu.commit_smem()
-    o_CW = multiply_pairs((tiles.q, scratch.state_KW), (tiles.visible, scratch.added_CW))
+    o_CW = multiply((tiles.q, scratch.state_KW), (tiles.visible, scratch.added_CW))
     scratch.o_CW[...] = o_CW.astype(scratch.o_CW.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(scratch.o_CW, o_MTV.at[m, pl.ds(j * CHUNK, CHUNK), columns])
-    new_KW = multiply(tiles.k.transpose((1, 0)), scratch.added_CW)
+    new_KW = multiply((tiles.k.transpose((1, 0)), scratch.added_CW))
     pl.when(j + stages < J)(lambda: copy(j + stages, slot))
     plgpu.wait_smem_to_gmem(0)
     return state_KW * along_rows(load_rows(decay_MJK.at[m, j]), COLUMNS) + new_KW
@@ -122,14 +121,14 @@ def scan_backward(
   The first state's is float32, the others have the operands' dtype.
   """
   (M, T, V), (_, J, K) = operands.values.shape, decay_MJK.shape
-  dtype, like = operands.q.dtype, operands.q
+  dtype = operands.q.dtype
   return launch(
     backward_kernel,
     interpret,
     out_type=[
-      varying_struct((M, T, V), dtype, like),
-      varying_struct((M, J, K, V), dtype, like),
-      varying_struct((M, K, V), jnp.float32, like),
+      jax.ShapeDtypeStruct((M, T, V), dtype),
+      jax.ShapeDtypeStruct((M, J, K, V), dtype),
+      jax.ShapeDtypeStruct((M, K, V), jnp.float32),
     ],
     scratch_types=[make_scratch(operands, K)],
     grid=(M * (V // COLUMNS),),
@@ -160,7 +159,7 @@ def backward_kernel(
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(scratch.state_KW, dnext_MJKV.at[m, j, :, columns])
     plgpu.barrier_wait(scratch.copied.at[slot])
-    dadded_CW = multiply_pairs(
+    dadded_CW = multiply(
       (tiles.visible.transpose((1, 0)), tiles.values), (tiles.k, scratch.state_KW)
     )
     scratch.added_CW[...] = dadded_CW.astype(scratch.added_CW.dtype)
@@ -169,7 +168,7 @@ def backward_kernel(
     pairs = [(tiles.q.transpose((1, 0)), tiles.values)]
     if tiles.erased is not None:
       pairs.append((tiles.erased.transpose((1, 0)), scratch.added_CW))
-    new_KW = multiply_pairs(*pairs)
+    new_KW = multiply(*pairs)
     pl.when(i + stages < J)(lambda: copy(j - stages, slot))
     plgpu.wait_smem_to_gmem(0)
     return dstate_KW * along_rows(load_rows(decay_MJK.at[m, j]), COLUMNS) + new_KW
@@ -231,15 +230,3 @@ def copy_chunk(
 def chunk_tiles(scratch: Scratch, slot: Any) -> Operands:
   """Returns the tiles of one stage."""
   return Operands(*(None if tile is None else tile.at[slot] for tile in scratch.operands))
-
-
-def multiply_pairs(*pairs: tuple[Any, Any]) -> jax.Array:
-  """Returns the sum of the products of pairs of tiles, float32."""
-
-  def accumulate(acc: Any) -> jax.Array:
-    for a, b in pairs:
-      plgpu.wgmma(acc, a, b)
-    return acc[...]
-
-  shape = pairs[0][0].shape[0], pairs[0][1].shape[1]
-  return pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))

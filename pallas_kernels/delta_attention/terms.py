@@ -43,6 +43,8 @@ class Options:
   gate: str | None = None
   lower_bound: float = -5.0
   interpret: Any = False
+  coarse: bool = False
+  """Whether gates may be as exact as bfloat16 is, for which a TPU kernel asks."""
 
 
 class Gated(NamedTuple):
@@ -90,6 +92,14 @@ def normalise(x: jax.Array) -> jax.Array:
   return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
 
 
+def softplus(x: jax.Array, coarse: bool) -> jax.Array:
+  """Returns log(1 + exp(x)); with `coarse` to a thousandth, which takes few vector operations."""
+  if not coarse:
+    return jax.nn.softplus(x)
+  small = jnp.exp(-jnp.abs(x))
+  return jnp.maximum(x, 0) + jnp.where(small < 1e-3, small, jnp.log(1 + small))
+
+
 def log_decay(
   x: jax.Array, rate: jax.Array | None, bias: jax.Array | None, options: Options
 ) -> jax.Array:
@@ -102,7 +112,7 @@ def log_decay(
     assert rate is not None
     x = x if bias is None else x + bias
     if options.gate == "softplus":
-      x = -rate * jax.nn.softplus(x)
+      x = -rate * softplus(x, options.coarse)
     else:
       x = options.lower_bound * jax.nn.sigmoid(rate * x)
   return jnp.maximum(x, WIPE)

@@ -1,336 +1,251 @@
-"""Computes one chunk of one head from tiles in a TPU's vector memory; differentiable there.
+"""Computes one chunk of a head from tiles in a TPU's vector memory, and its gradient.
 
 What `chunk.py` does, in the form that a matrix unit likes: only two-dimensional arrays, blocks of
-positions told apart by masks, the state transposed so that a decay scales its lanes.
+positions told apart by masks, the state transposed so that a decay scales its lanes. What does not
+need the state (`prepare`) is apart from what does (`finish`).
 """
 
-# C positions of a chunk, K width of keys, V width of values, L halvings of the chunk
+# C positions of a chunk, K width of keys, V width of values, R kinds of rows: queries and, where
+# there is erasing, erased keys; lists hold groups of 8 rows
 from __future__ import annotations
 
-import functools
-from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels.delta_attention.chunk import halvings
 from pallas_kernels.delta_attention.terms import Gated
+from pallas_kernels.delta_attention.tile_decays import Decays, multiply_decays, pull_decays
+from pallas_kernels.delta_attention.tile_inverse import invert_unit_lower
+from pallas_kernels.delta_attention.tile_products import (
+  Steps,
+  Tables,
+  dot,
+  rows_behind,
+  scaled,
+  split_rows,
+)
 
 
-class Tables(NamedTuple):
-  """Holds constants of a chunk; kernels read them, since they may not capture arrays."""
+class Prepared(NamedTuple):
+  """Holds what a chunk of one head needs besides the state."""
 
-  sums: Any  # [L + 2, C, 2 C or C] of 0 and 1: sums of log decays, see `chunk.halvings`
-  sums_transposed: Any  # [L + 2, C, C]
-  level_CC: Any  # int32: which halving parts i > j; L on the diagonal, -1 above it
-  level_8C: Any  # int32: the same inside of each of C / 8 blocks of 8 positions, side by side
-
-  @property
-  def dtype(self) -> Any:
-    """Returns the dtype of operands of products."""
-    return self.sums[0].dtype
+  rows: Any  # [R C, K] of the products' dtype, decayed from the chunk's start
+  k: Any  # [C, K] of the products' dtype, decayed to the chunk's end
+  v: Any  # [C, V] float32
+  visible: Any  # [C, C] of the products' dtype: q_i . (decay_ij k_j) for j <= i
+  lower: Any  # None or [C, C] float32: (b k)_i . (decay_ij k_j) for j < i
+  total: Any  # None or [1, K] float32, the sum of log decays
 
 
-def make_tables(C: int, dtype: Any) -> Tables:
-  """Returns the constants for chunks of C positions.
-
-  For bfloat16 the sums are of two parts of each log decay, stacked.
-  """
-  sums, masks = halvings(C)
-  level_CC = np.full((C, C), -1, np.int32)
-  for level, mask_CC in enumerate(masks):
-    level_CC[mask_CC] = level
-  np.fill_diagonal(level_CC, len(masks))
-  level_8C = np.concatenate([level_CC[i : i + 8, i : i + 8] for i in range(0, C, 8)], axis=1)
-  doubled = sums if dtype == jnp.float32 else np.concatenate([sums, sums], axis=2)
-  return Tables(
-    jnp.asarray(doubled, dtype),
-    jnp.asarray(sums.swapaxes(1, 2), dtype),
-    jnp.asarray(level_CC),
-    jnp.asarray(level_8C),
-  )
-
-
-class Head(NamedTuple):
-  """Holds what a chunk of one head starts from."""
-
-  gated: Gated  # float32 [C, K] and [C, V]
-  state_VK: jax.Array
-
-
-def attend_to_chunks(
-  heads: list[Head], tables: Tables, together: int
-) -> tuple[list[jax.Array], list[jax.Array]]:
-  """Returns the outputs [C, V] of a chunk of several heads and the states after it, transposed.
-
-  Operands of products have the tables' dtype; all else is float32. The operations of groups of
-  `together` heads alternate, since a compiler hides the latency of one product behind its
-  neighbours in the program.
-  """
-  groups = [heads[i : i + together] for i in range(0, len(heads), together)]
-  of_groups = _alternate([_steps(group, tables) for group in groups])
-  results = [result for of_group in of_groups for result in of_group]
-  return [o_CV for o_CV, _ in results], [state_VK for _, state_VK in results]
-
-
-def _alternate(steps: list[Generator[None, None, Any]]) -> list[Any]:
-  """Runs generators in turn, up to the next `yield` of each; returns what they return."""
-  results: list[Any] = [None] * len(steps)
-  running = dict(enumerate(steps))
-  while running:
-    for i, step in list(running.items()):
-      try:
-        next(step)
-      except StopIteration as stop:
-        results[i] = stop.value
-        del running[i]
-  return results
-
-
-def _steps(
-  heads: list[Head], tables: Tables
-) -> Generator[None, None, list[tuple[jax.Array, jax.Array]]]:
-  """Returns each head's output and state; yields where other heads may go on."""
-  C, dtype = heads[0].gated.q.shape[0], tables.dtype
-  levels = len(tables.sums) - 2
-  decays = [head.gated.decay for head in heads]
-  pairs = [_Pairs(head.gated, tables.level_CC) for head in heads]
-  sums = _sum_decays(decays, tables, 0)
+def prepare(gated: Gated, tables: Tables) -> Steps:
+  """Returns what a chunk needs besides the state; yields where other heads may go on."""
+  dtype = tables.dtype
   yield
-  for level in range(levels):
-    factors = [_exp(x) for x in sums]
-    sums = _sum_decays(decays, tables, level + 1)  # a stage ahead of what needs them
-    for pair, factor_CK in zip(pairs, factors):
-      pair.multiply(level, factor_CK, dtype)
-    yield
-  from_start = [_exp(x) for x in sums]
-  to_end = _sum_decays(decays, tables, levels + 1)
-  reads, results = [], []
-  for (gated, state_VK), factor_CK in zip(heads, from_start):
-    rows = [gated.q] if gated.erased_k is None else [gated.q, gated.erased_k]
-    rows_RK = jnp.concatenate([_scaled(x_CK, factor_CK) for x_CK in rows])
-    reads.append(split_rows(dot(rows_RK, state_VK, 1, 1, dtype), C))
-  added = [head.gated.v for head in heads]
-  if heads[0].gated.erased_k is not None:
-    lowers = [pair.lower for pair in pairs]
-    inverses = yield from _invert_unit_lower(lowers, tables)
-    added = [
-      solve_unit_lower(jnp.concatenate(lower), v_CV - read[1], inverse_CC, tables.level_CC, dtype)
-      for lower, v_CV, read, inverse_CC in zip(lowers, added, reads, inverses)
-    ]
-    yield
-  for i, (gated, state_VK) in enumerate(heads):
-    o_CV = reads[i][0] + dot(jnp.concatenate(pairs[i].visible), added[i], 1, 0, dtype)
-    if gated.decay is not None:
-      state_VK = jnp.exp(jnp.sum(gated.decay, axis=0, keepdims=True)) * state_VK
-    k_CK = _scaled(gated.k, _exp(to_end[i]))
-    results.append((o_CV, state_VK + dot(added[i], k_CK, 0, 0, dtype)))
-  return results
-
-
-class _Pairs:
-  """Collects products of pairs of positions, by groups of 8 rows, over the halvings.
-
-  visible: q_i . (decay_ij k_j) for j <= i; lower: (b k)_i . (decay_ij k_j) for j < i.
-  """
-
-  def __init__(self, gated: Gated, level_CC: jax.Array):
-    C, levels = gated.q.shape[0], gated.q.shape[0].bit_length() - 1
-    self.k_CK, self.q = gated.k, split_rows(gated.q, 8)
-    self.erased = [] if gated.erased_k is None else split_rows(gated.erased_k, 8)
-    self.level = [level_CC[i : i + 8] for i in range(0, C, 8)]
-    diagonal_C1 = jnp.sum(gated.q * gated.k, axis=1, keepdims=True)
-    self.visible = [
-      jnp.where(level_8C == levels, x_81, 0.0)
-      for level_8C, x_81 in zip(self.level, split_rows(diagonal_C1, 8))
-    ]
-    self.lower = [jnp.zeros_like(x_8C) for x_8C in self.visible] if self.erased else []
-
-  def multiply(self, level: int, factor_CK: jax.Array | None, dtype: Any) -> None:
-    """Multiplies the pairs that a halving parts; `factor_CK` decays from or to the middle."""
-    rows = _rows_behind(level, len(self.q))
-    factors = [None] * len(self.q) if factor_CK is None else split_rows(factor_CK, 8)
-    operands = [_scaled(x[i], factors[i]) for x in (self.q, self.erased) if x for i in rows]
-    k_CK = _scaled(self.k_CK, factor_CK)
-    products = split_rows(dot(jnp.concatenate(operands), k_CK, 1, 1, dtype), 8)
-    for x, parts in ((self.visible, products), (self.lower, products[len(rows) :])):
-      for i, product_8C in zip(rows, parts if x else []):
-        x[i] = jnp.where(self.level[i] == level, product_8C, x[i])
-
-
-def _rows_behind(level: int, groups: int) -> list[int]:
-  """Returns the groups of 8 rows that have a row behind the middle of a block of 2^(level + 1)."""
-  return [i for i in range(groups) if level < 3 or i >> (level - 3) & 1]
-
-
-def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
-  return x if factor is None else x * factor
-
-
-def _exp(x: jax.Array | None) -> jax.Array | None:
-  return None if x is None else jnp.exp(x)
-
-
-def _sum_decays(decays: list[Any], tables: Tables, i: int) -> list[Any]:
-  """Returns the i-th sums of the heads' log decays."""
-  if decays[0] is None:
-    return decays
-  return _sum_lanes(tables.sums[i], tables.sums_transposed[i], decays)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def split_rows(x: jax.Array, size: int) -> list[jax.Array]:
-  """Returns the array in parts of `size` rows; their gradients are joined, not padded and added."""
-  return [x[i : i + size] for i in range(0, x.shape[0], size)]
-
-
-split_rows.defvjp(
-  lambda x, size: (split_rows(x, size), None),
-  lambda size, residuals, parts: (jnp.concatenate(parts),),
-)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int, dtype: Any) -> jax.Array:
-  """Contracts one axis of each; operands `dtype`, also in the backward pass, sums float32."""
-  precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-  axes = (((contract_a,), (contract_b,)), ((), ()))
-  return jax.lax.dot_general(
-    a.astype(dtype), b.astype(dtype), axes, precision=precision, preferred_element_type=jnp.float32
+  decays = None if gated.decay is None else multiply_decays(gated.decay)
+  yield
+  kinds = [split_rows(x) for x in (gated.q, gated.erased_k) if x is not None]
+  pairs = yield from _multiply_pairs(gated, kinds, decays, tables)
+  if decays is None:
+    rows, k_CK, total = kinds, gated.k, None
+  else:
+    rows = [[x * f for x, f in zip(kind, decays.from_start)] for kind in kinds]
+    k_CK = gated.k * jnp.concatenate(decays.to_end)
+    total = _sum_rows(gated.decay)
+  return Prepared(
+    rows=jnp.concatenate([x for kind in rows for x in kind]).astype(dtype),
+    k=k_CK.astype(dtype),
+    v=gated.v,
+    visible=jnp.concatenate(pairs[0]).astype(dtype),
+    lower=jnp.concatenate(pairs[1]) if len(pairs) > 1 else None,
+    total=total,
   )
 
 
-def _dot_forward(a, b, contract_a: int, contract_b: int, dtype: Any):
-  return dot(a, b, contract_a, contract_b, dtype), (a.astype(dtype), b.astype(dtype))
+def _sum_rows(x: Any) -> jax.Array:
+  """Returns the sum over positions, [1, width]."""
+  return jnp.sum(x, axis=0, keepdims=True)
 
 
-def _dot_backward(contract_a: int, contract_b: int, dtype: Any, residuals, dc: jax.Array):
-  a, b = residuals
-  if contract_a == 1:
-    da = dot(dc, b, 1, 1 - contract_b, dtype)
-  else:
-    da = dot(b, dc, 1 - contract_b, 1, dtype)
-  if contract_b == 0:
-    return da, dot(a, dc, 1 - contract_a, 0, dtype)
-  return da, dot(dc, a, 0, 1 - contract_a, dtype)
+def _multiply_pairs(
+  gated: Gated, kinds: list[list[jax.Array]], decays: Decays | None, tables: Tables
+) -> Steps:
+  """Returns the products of decayed rows and keys, for each kind of rows; yields at halvings."""
+  k, level_of = split_rows(gated.k), split_rows(tables.level_CC)
+  diagonal = split_rows(jnp.sum(gated.q * gated.k, axis=1, keepdims=True))
+  pairs = [[jnp.where(x == tables.levels, y, 0.0) for x, y in zip(level_of, diagonal)]]
+  if len(kinds) > 1:
+    pairs.append([jnp.zeros(x.shape, jnp.float32) for x in level_of])
+  for level in range(tables.levels):
+    rows, keys = _operands(kinds, k, decays, level)
+    behind = rows_behind(level, len(k))
+    products = split_rows(dot(jnp.concatenate(rows), jnp.concatenate(keys), 1, 1, tables.dtype))
+    for kind, part in enumerate(pairs):
+      for at, i in enumerate(behind):
+        product_8C = products[kind * len(behind) + at]
+        part[i] = jnp.where(level_of[i] == level, product_8C, part[i])
+    yield
+  return pairs
 
 
-dot.defvjp(_dot_forward, _dot_backward)
+def _operands(
+  kinds: list[list[jax.Array]], k: list[jax.Array], decays: Decays | None, level: int
+) -> tuple[list[jax.Array], list[jax.Array]]:
+  """Returns decayed rows behind the middles of a halving's blocks, and keys decayed to there."""
+  groups = len(k)
+  factors = [None] * groups if decays is None else decays.halves[level]
+  behind = rows_behind(level, groups)
+  rows = [scaled(kind[i], factors[i]) for kind in kinds for i in behind]
+  keys = [x if level >= 3 and i in behind else scaled(x, factors[i]) for i, x in enumerate(k)]
+  return rows, keys
 
 
-@jax.custom_vjp
-def _sum_lanes(
-  table: jax.Array, transposed_CC: jax.Array, decays: list[jax.Array]
-) -> list[jax.Array]:
-  """Returns sums of the heads' log decays [C, K], in one product.
+def solve(heads: list[Prepared], states: list[Any], tables: Tables) -> Steps:
+  """Returns what each head's queries read of the state, what is added to it, and the inverse.
 
-  Where operands are bfloat16 each log decay is two of them, which have 16 bits together.
+  [C, V], [C, V] and (I + lower)^-1 [C, C], or None where nothing is erased. Heads and states are
+  references. Yields where other computations may go on.
   """
-  wide_CX = jnp.concatenate(decays, axis=1)
-  if table.dtype != jnp.float32:
-    high_CX = wide_CX.astype(table.dtype)
-    low_CX = (wide_CX - high_CX.astype(jnp.float32)).astype(table.dtype)
-    wide_CX = jnp.concatenate([high_CX, low_CX])
-  return _split_lanes(dot(table, wide_CX, 1, 0, table.dtype), len(decays))
-
-
-def _split_lanes(x: jax.Array, parts: int) -> list[jax.Array]:
-  width = x.shape[1] // parts
-  return [x[:, i * width : (i + 1) * width] for i in range(parts)]
-
-
-def _sum_lanes_backward(residuals, dsums: list[jax.Array]):
-  table, transposed_CC = residuals
-  wide_CX = dot(transposed_CC, jnp.concatenate(dsums, axis=1), 1, 0, table.dtype)
-  zeros = jnp.zeros_like(table), jnp.zeros_like(transposed_CC)
-  return *zeros, _split_lanes(wide_CX, len(dsums))
-
-
-_sum_lanes.defvjp(
-  lambda table, transposed_CC, decays: (
-    _sum_lanes(table, transposed_CC, decays),
-    (table, transposed_CC),
-  ),
-  _sum_lanes_backward,
-)
-
-
-def _invert_unit_lower(
-  lowers: list[list[jax.Array]], tables: Tables
-) -> Generator[None, None, list[jax.Array]]:
-  """Returns (I + L)^-1 [C, C] of each L, given by groups of 8 rows; not to be differentiated.
-
-  Inverses of halves are joined: below them is - X_1 L_10 X_0. Powers of L, which may overflow, are
-  not needed. Inside of blocks of 8 the left operand is the blocks side by side, 8 rows in all.
-  """
-  lowers = jax.lax.stop_gradient(lowers)
   C, dtype = tables.level_CC.shape[0], tables.dtype
-  levels, groups = C.bit_length() - 1, range(C // 8)
-  level = [tables.level_CC[8 * i : 8 * i + 8] for i in groups]
-  block_8C = jax.lax.broadcasted_iota(jnp.int32, (8, C), 1) // 8
+  reads = [
+    split_rows(dot(head.rows[...], state_VK[...], 1, 1, dtype), C)
+    for head, state_VK in zip(heads, states)
+  ]
+  yield
+  if heads[0].lower is None:
+    return [(read[0], head.v[...], None) for head, read in zip(heads, reads)]
+  inverses = yield from invert_unit_lower([split_rows(head.lower[...]) for head in heads], tables)
+  solved = []
+  for head, read, inverse_CC in zip(heads, reads, inverses):
+    added_CV = dot(inverse_CC, head.v[...] - read[1], 1, 0, dtype)
+    solved.append((read[0], added_CV, inverse_CC))
+  yield
+  return solved
 
-  def spread(packed_8C: jax.Array) -> list[jax.Array]:
-    return [jnp.where(block_8C == i, packed_8C, 0.0) for i in groups]
 
-  def joined(lower: list[jax.Array], at: int, rows: list[int]) -> jax.Array:
-    parts = [jnp.where(level[i] == at, lower[i], 0.0) for i in groups if i in rows]
-    zeros = jnp.zeros_like(parts[0])
-    return jnp.concatenate([parts[rows.index(i)] if i in rows else zeros for i in groups])
+def attend(
+  head: Prepared, state_VK: jax.Array, read_CV: jax.Array, added_CV: jax.Array, tables: Tables
+) -> tuple[jax.Array, jax.Array]:
+  """Returns a head's output [C, V] and the state after the chunk."""
+  o_CV = read_CV + dot(head.visible[...], added_CV, 1, 0, tables.dtype)
+  if head.total is not None:
+    state_VK = jnp.exp(head.total[...]) * state_VK
+  return o_CV, state_VK + dot(added_CV, head.k[...], 0, 0, tables.dtype)
 
-  inverses = []
-  for lower in lowers:
-    packed_8C = sum(jnp.where(block_8C == i, lower[i], 0.0) for i in groups)
-    packed_8C = jnp.where(tables.level_8C == 0, -packed_8C, 0.0)
-    inverses.append(packed_8C + jnp.where(tables.level_8C == levels, 1.0, 0.0))
-  for at in (1, 2):
-    products = [
-      dot(packed_8C, joined(lower, at, list(groups)), 1, 0, dtype)
-      for packed_8C, lower in zip(inverses, lowers)
+
+class Saved(NamedTuple):
+  """Holds what the backward pass does not compute again, of the products' dtype."""
+
+  state_VK: jax.Array  # at the chunk's start
+  visible_CC: jax.Array
+  inverse_CC: Any  # None where nothing is erased
+
+
+def pull(
+  gated: Gated, saved: Saved, do_CV: jax.Array, dnext_VK: jax.Array, tables: Tables
+) -> Steps:
+  """Returns the gradients of a chunk's gated tokens and of the state at its start, transposed.
+
+  From those of its output and of the state after it; yields where other heads may go on.
+  """
+  dtype, C = tables.dtype, do_CV.shape[0]
+  erases = saved.inverse_CC is not None
+  decays = None if gated.decay is None else multiply_decays(gated.decay)
+  kinds = [split_rows(x) for x in (gated.q, gated.erased_k) if x is not None]
+  from_start: list[Any] = [None] * len(kinds[0])
+  if decays is not None:
+    from_start = decays.from_start
+  rows = [[scaled(x, f) for x, f in zip(kind, from_start)] for kind in kinds]
+  rows_RK = jnp.concatenate([x for kind in rows for x in kind]).astype(dtype)
+  to_end = None if decays is None else jnp.concatenate(decays.to_end)
+  k_CK, state_VK = scaled(gated.k, to_end), saved.state_VK
+  yield
+  added_CV = gated.v
+  if erases:
+    added_CV = gated.v - dot(rows_RK[C:], state_VK, 1, 1, dtype)
+  dadded_CV = dot(saved.visible_CC, do_CV, 0, 0, dtype) + dot(k_CK, dnext_VK, 1, 1, dtype)
+  yield
+  dright_CV, drows_CV = dadded_CV, [do_CV]
+  if erases:
+    added_CV = dot(saved.inverse_CC, added_CV, 1, 0, dtype)
+    dright_CV = dot(saved.inverse_CC, dadded_CV, 0, 0, dtype)
+    drows_CV.append(-dright_CV)
+  yield
+  drows_RV = jnp.concatenate(drows_CV)
+  dpairs_RC = dot(drows_RV, added_CV, 1, 1, dtype)
+  drows_RK = dot(drows_RV, state_VK, 1, 0, dtype)
+  dk_CK = dot(added_CV, dnext_VK, 1, 0, dtype)
+  dstate_VK = dot(drows_RV, rows_RK, 0, 0, dtype)
+  dtotal_1K: Any = None
+  if decays is not None:
+    total_1K = jnp.exp(_sum_rows(gated.decay))
+    kept_VK = total_1K * dnext_VK
+    dtotal_1K = _sum_rows(kept_VK * state_VK.astype(jnp.float32))
+    dnext_VK = kept_VK
+  yield
+  drows = [split_rows(x) for x in split_rows(drows_RK, C)]
+  dkinds = [[scaled(x, f) for x, f in zip(kind, from_start)] for kind in drows]
+  dk = split_rows(scaled(dk_CK, to_end))
+  halves = yield from _pull_pairs(gated, kinds, dkinds, dk, dpairs_RC, decays, tables)
+  ddecay_CK = None
+  if decays is not None:
+    products = [[x * dx for x, dx in zip(*of_kind)] for of_kind in zip(rows, drows)]
+    starts = products[0] if len(products) == 1 else [x + y for x, y in zip(*products)]
+    ends = split_rows(k_CK * dk_CK)
+    ddecay_CK = pull_decays(halves, starts, ends, tables) + dtotal_1K
+  dgated = Gated(
+    q=jnp.concatenate(dkinds[0]),
+    k=jnp.concatenate(dk),
+    erased_k=jnp.concatenate(dkinds[1]) if erases else None,
+    v=dright_CV,
+    decay=ddecay_CK,
+  )
+  return dgated, dnext_VK + dstate_VK
+
+
+def _pull_pairs(
+  gated: Gated,
+  kinds: list[list[jax.Array]],
+  dkinds: list[list[jax.Array]],
+  dk: list[jax.Array],
+  dpairs_RC: jax.Array,
+  decays: Decays | None,
+  tables: Tables,
+) -> Steps:
+  """Adds the gradients of pairs to those of rows and keys; yields at halvings.
+
+  Returns the gradients of the logarithms of the halvings' decays.
+  """
+  k, q, level_of = split_rows(gated.k), kinds[0], split_rows(tables.level_CC)
+  groups, halves = len(k), []
+  dpairs = split_rows(dpairs_RC)
+  for i in range(groups):
+    ddiagonal_8C = jnp.where(level_of[i] == tables.levels, dpairs[i], 0.0)
+    ddiagonal_81 = jnp.sum(ddiagonal_8C, axis=1, keepdims=True)
+    dkinds[0][i] = dkinds[0][i] + ddiagonal_81 * k[i]
+    dk[i] = dk[i] + ddiagonal_81 * q[i]
+  for level in range(tables.levels):
+    behind = rows_behind(level, groups)
+    rows, keys = _operands(kinds, k, decays, level)
+    masked = [
+      jnp.where(level_of[i] == level, dpairs[kind * groups + i], 0.0)
+      for kind in range(len(kinds))
+      for i in behind
     ]
+    masked_RC = jnp.concatenate(masked)
+    drows = split_rows(dot(masked_RC, jnp.concatenate(keys), 1, 0, tables.dtype))
+    dkeys = split_rows(dot(masked_RC, jnp.concatenate(rows), 0, 0, tables.dtype))
+    factors = [None] * groups if decays is None else decays.halves[level]
+    sums: list[Any] = [None] * groups
+    for kind, dkind in enumerate(dkinds):
+      for at, i in enumerate(behind):
+        x, dx = rows[kind * len(behind) + at], drows[kind * len(behind) + at]
+        dkind[i] = dkind[i] + scaled(dx, factors[i])
+        sums[i] = x * dx if sums[i] is None else sums[i] + x * dx
+    for i in range(groups):
+      if level < 3 or i not in behind:
+        dk[i] = dk[i] + scaled(dkeys[i], factors[i])
+        sums[i] = keys[i] * dkeys[i] if sums[i] is None else sums[i] + keys[i] * dkeys[i]
+    halves.append(sums)
     yield
-    inverses = [
-      packed_8C - dot(product_8C, jnp.concatenate(spread(packed_8C)), 1, 0, dtype)
-      for packed_8C, product_8C in zip(inverses, products)
-    ]
-    yield
-  rows_of = [spread(packed_8C) for packed_8C in inverses]
-  for at in range(3, levels):
-    behind = _rows_behind(at, C // 8)
-    products = [
-      dot(jnp.concatenate([rows[i] for i in behind]), joined(lower, at, behind), 1, 0, dtype)
-      for rows, lower in zip(rows_of, lowers)
-    ]
-    yield
-    for rows, product in zip(rows_of, products):
-      below = split_rows(dot(product, jnp.concatenate(rows), 1, 0, dtype), 8)
-      for i, below_8C in zip(behind, below):
-        rows[i] = rows[i] - below_8C
-    yield
-  return [jnp.concatenate(rows) for rows in rows_of]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def solve_unit_lower(
-  lower_CC: jax.Array, right_CV: jax.Array, inverse_CC: jax.Array, level_CC: jax.Array, dtype: Any
-) -> jax.Array:
-  """Returns (I + L)^-1 R for L below the diagonal, from the inverse; no gradient flows to that."""
-  return _solve_forward(lower_CC, right_CV, inverse_CC, level_CC, dtype)[0]
-
-
-def _solve_forward(lower_CC, right_CV, inverse_CC, level_CC, dtype: Any):
-  x_CV = dot(inverse_CC, right_CV, 1, 0, dtype)
-  return x_CV, (inverse_CC, x_CV, level_CC)
-
-
-def _solve_backward(dtype: Any, residuals, dx_CV: jax.Array):
-  inverse_CC, x_CV, level_CC = residuals
-  dright_CV = dot(inverse_CC, dx_CV, 0, 0, dtype)
-  levels = inverse_CC.shape[0].bit_length() - 1
-  below = (level_CC >= 0) & (level_CC < levels)
-  dlower_CC = jnp.where(below, -dot(dright_CV, x_CV, 1, 1, dtype), 0.0)
-  return dlower_CC, dright_CV, jnp.zeros_like(inverse_CC), None
-
-
-solve_unit_lower.defvjp(_solve_forward, _solve_backward)
+  return halves

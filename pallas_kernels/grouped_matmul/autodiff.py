@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.fp8_matmul import reference as quantized
+from pallas_kernels.common.padding import pad_axis, round_up
 from pallas_kernels.fp8_matmul.codes import FORMATS, Contraction, Quantized
 from pallas_kernels.grouped_matmul.segments import make_segments, pad_rows
 
@@ -34,24 +34,27 @@ class Options:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def product(x_TK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, options: Options) -> jax.Array:
   """Returns Y [T, N]; gradients pass through the rounding to codes as if there were none."""
-  return forward(x_TK, w_EKN, sizes_E, options)[0]
+  x: Any = x_TK
+  w: Any = w_EKN
+  if options.dtype is not None:
+    x = quantize(x_TK, (1, options.block), options.dtype, options)
+    w = quantize_matrices(w_EKN, options.dtype, options, transposed=True)
+  how = contraction((1, 0), options.out_dtype, options)
+  return options.implementation.rows(x, w, sizes_E, 0, how, options.interpret)
 
 
 def forward(
   x_TK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, options: Options
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-  """Returns Y and what the backward pass needs: X, the codes of W, and W's dtype."""
-  x: Any = x_TK
+  """Returns Y and what the backward pass needs: X, the codes of W, and W's dtype.
+
+  Kernels multiply W in another orientation backward, and its codes are made once for each.
+  """
   w: Any = w_EKN
   if options.dtype is not None:
-    x = quantize(x_TK, (1, options.block), options.dtype, options)
-    square = functools.partial(
-      quantize, block=(options.block,) * 2, dtype=options.dtype, options=options
-    )
-    w = jax.vmap(square)(w_EKN)
-  how = contraction((1, 0), options.out_dtype, options)
-  y_TN = options.implementation.rows(x, w, sizes_E, 0, how, options.interpret)
-  return y_TN, (x_TK, w, sizes_E, jnp.zeros(0, w_EKN.dtype))
+    w = quantize_matrices(w_EKN, options.dtype, options)
+  saved = x_TK, w, sizes_E, jnp.zeros(0, w_EKN.dtype)
+  return product(x_TK, w_EKN, sizes_E, options), saved
 
 
 def backward(
@@ -83,9 +86,24 @@ def backward(
 product.defvjp(forward, backward)
 
 
-def quantize(x: jax.Array, block: tuple[int, int], dtype: str, options: Options) -> Quantized:
-  """Returns codes with the scales of the blockwise recipe."""
-  return quantized.quantize(x, block, FORMATS[dtype], options.scale)
+def quantize(
+  x: jax.Array, block: tuple[int, int], dtype: str, options: Options, transposed: bool = False
+) -> Quantized:
+  """Returns codes with the scales of the blockwise recipe, in memory perhaps transposed."""
+  run = options.implementation.quantize
+  return run(x, block, FORMATS[dtype], options.scale, options.interpret, transposed)
+
+
+def quantize_matrices(
+  w_EKN: jax.Array, dtype: str, options: Options, transposed: bool = False
+) -> Quantized:
+  """Returns codes [E, K, N] and scales for square blocks, none of which has two matrices."""
+  E, K, N = w_EKN.shape
+  block = options.block
+  w_EKN = pad_axis(w_EKN, round_up(K, block), 1)
+  codes, scales = quantize(w_EKN.reshape(-1, N), (block, block), dtype, options, transposed)
+  codes_EKN = codes.reshape(E, -1, N)[:, :K]
+  return Quantized(codes_EKN, scales.reshape(E, -1, scales.shape[1]))
 
 
 def contraction(axes: tuple[int, int], out_dtype: Any, options: Options) -> Contraction:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +25,15 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.common.padding import pad_axis, round_up
 from pallas_kernels.common.platform import why_no_tpu
 from pallas_kernels.common.shards import varying_struct
+from pallas_kernels.fp8_matmul import blocks as fp8_blocks
 from pallas_kernels.fp8_matmul.codes import Contraction, Quantized
+from pallas_kernels.fp8_matmul.pallas_tpu import multiply, quantize, scale_blocks
 from pallas_kernels.grouped_matmul.segments import Segments
 
 megablox: Any = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
 LANES = 128
 
-
-class Tile(NamedTuple):
-  """Holds the sizes of a tile of the result."""
-
-  rows: int
-  columns: int
+__all__ = ["quantize", "rows", "unsupported", "weights"]
 
 
 def unsupported(
@@ -54,8 +51,8 @@ def unsupported(
   if not native:
     return f"dtype={dtype!r}: the kernel multiplies codes as they are, and this chip does not"
   if None in (
-    _rows_tile(x_TK.shape[0], K, N, interpret),
-    _rows_tile(x_TK.shape[0], N, K, interpret),
+    rows_tile(x_TK.shape[0], N, K, block, interpret),
+    rows_tile(x_TK.shape[0], K, N, block, interpret),
   ):
     return f"w_EKN.shape={w_EKN.shape}: rows of this width do not fit in VMEM"
   return None
@@ -65,14 +62,25 @@ def _vmem(interpret: Any) -> int:
   return 64 * 2**20 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
 
 
-def _rows_tile(T: int, inner: int, outer: int, interpret: Any) -> Tile | None:
-  """Returns the largest tile of the rows' product that fits in 80 % of VMEM with a whole row."""
-  for rows, columns in ((512, 512), (256, 512), (256, 256), (128, 128)):
-    rows, columns = (LANES, LANES) if interpret else (rows, columns)
-    scales = 4 * (rows * max(LANES, inner // LANES) + columns * inner // LANES)
-    moved = (rows + columns) * inner + 4 * rows * columns + scales
-    if outer % columns == 0 and 2 * moved + 12 * rows * columns < 0.8 * _vmem(interpret):
-      return Tile(min(rows, round_up(T, LANES)), columns)
+def rows_tile(T: int, P: int, C: int, size: int, interpret: Any) -> fp8_blocks.Tile | None:
+  """Returns the tile of the rows' product that fits in VMEM with all of C: `fp8_matmul`'s parts.
+
+  Q are rows, which groups cut: half as many as there leave less that is computed in vain.
+  """
+  chip = fp8_blocks.core(interpret)
+  whole = fp8_blocks.product_tile(P, T, C, size, True, chip)
+  blocks_of_c = C // size
+  steps = max(n for n in range(1, whole.C // size + 1) if blocks_of_c % n == 0)
+  for side in (1024, 512, 256, 128):
+    side_P = next(n for n in range(min(side, whole.P), 0, -LANES) if P % n == 0)
+    side_Q = min(side, 512, whole.Q)
+    moved = (side_P + side_Q) * C + 4 * side_P * side_Q + 4 * side_Q * blocks_of_c
+    if 2 * moved + 12 * side_P * side_Q < 0.8 * chip.vmem:
+      parts = (
+        max(n for n in range(LANES, min(most, length) + 1, LANES) if length % n == 0)
+        for length, most in ((side_P, whole.part_P), (side_Q, whole.part_Q))
+      )
+      return fp8_blocks.Tile(side_P, side_Q, steps * size, *parts)
   return None
 
 
@@ -117,92 +125,105 @@ def quantized_rows(
   how: Contraction,
   interpret: Any,
 ) -> jax.Array:
-  """Returns the product in codes; rows of no group are not written."""
-  T, K = left.codes.shape
-  N = right.codes.shape[2 - axis]
-  tile = _rows_tile(T, K, N, interpret)
+  """Returns the product in codes; rows of no group are not written.
+
+  A tile is made transposed, matrix times rows, so that the matrices' scales are numbers of whole
+  tiles and the rows' scales lie along the lanes.
+  """
+  (T, C), size = left.codes.shape, how.block
+  E, P = len(right.codes), right.codes.shape[2 - axis]
+  tile = rows_tile(T, P, C, size, interpret)
   assert tile is not None, "unsupported() has let through what does not fit"
-  left = Quantized(left.codes, pad_axis(left.scales, round_up(K // LANES, LANES), 1))
-  padded = jax.tree.map(lambda a: pad_axis(a, round_up(T, tile.rows), 0), left)
+  padded = round_up(T, tile.Q)
+  codes_CT, scales_ST = (pad_axis(a.T, padded, 1) for a in left)
+  per_tile = pl.cdiv(tile.P, size)
+  tiles_P = P // tile.P
+  scales_EPS = right.scales if axis == 1 else right.scales.swapaxes(1, 2)
+  scales_ESP = scales_EPS.reshape(E, tiles_P, per_tile, C // size).swapaxes(2, 3)
+  # [E P, C], or [P, E C], which the quantiser has written
+  codes = right.codes.reshape(-1, right.codes.shape[2])
+  codes = codes if axis == 1 else codes.T
+
+  def matrix_index(p: Any, v: Any, offsets: Any, group: Any, tiles: Any) -> tuple[Any, Any]:
+    return (group[v] * tiles_P + p, 0) if axis == 1 else (p, group[v])
+
   (offsets_E, group_V, tile_V), visits = megablox.make_group_metadata(
     group_sizes=sizes_E,
-    m=padded.codes.shape[0],
-    tm=tile.rows,
+    m=padded,
+    tm=tile.Q,
     start_group=jnp.zeros((), jnp.int32),
-    num_nonzero_groups=sizes_E.shape[0],
+    num_nonzero_groups=E,
     visit_empty_groups=False,
   )
-  # a scale for each 128 of K and each column
-  scales = right.scales if axis == 0 else right.scales.swapaxes(1, 2)
-  scales_ESN = jnp.repeat(scales, LANES, axis=2)
-  matrix_block = (1, K, tile.columns) if axis == 0 else (1, tile.columns, K)
-
-  def matrix_index(n: Any, v: Any, offsets: Any, group: Any, tiles: Any) -> tuple[Any, ...]:
-    return (group[v], 0, n) if axis == 0 else (group[v], n, 0)
-
-  def row_index(n: Any, v: Any, offsets: Any, group: Any, tiles: Any) -> tuple[Any, ...]:
-    return tiles[v], 0
-
+  chip = fp8_blocks.core(interpret)
   return pl.pallas_call(
-    functools.partial(rows_kernel, axis=axis),
+    functools.partial(rows_kernel, tile=tile, size=size),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=3,
-      grid=(N // tile.columns, visits),
+      grid=(tiles_P, visits),
       in_specs=[
-        pl.BlockSpec((tile.rows, K), row_index),
-        pl.BlockSpec((tile.rows, padded.scales.shape[1]), row_index),
-        pl.BlockSpec(matrix_block, matrix_index),
+        pl.BlockSpec((tile.P, C), matrix_index),
         pl.BlockSpec(
-          (1, K // LANES, tile.columns), lambda n, v, offsets, group, tiles: (group[v], 0, n)
+          (None, None, C // size, per_tile),
+          lambda p, v, offsets, group, tiles: (group[v], p, 0, 0),
         ),
+        pl.BlockSpec((C, tile.Q), lambda p, v, offsets, group, tiles: (0, tiles[v])),
+        pl.BlockSpec((C // size, tile.Q), lambda p, v, offsets, group, tiles: (0, tiles[v])),
       ],
-      scratch_shapes=[pltpu.VMEM(tuple(tile), jnp.float32)],
-      out_specs=pl.BlockSpec(tuple(tile), lambda n, v, offsets, group, tiles: (tiles[v], n)),
+      scratch_shapes=[pltpu.VMEM((tile.P, tile.Q), jnp.float32)],
+      out_specs=pl.BlockSpec((tile.Q, tile.P), lambda p, v, offsets, group, tiles: (tiles[v], p)),
     ),
-    out_shape=varying_struct((padded.codes.shape[0], N), how.out_dtype, left.codes),
+    out_shape=varying_struct((padded, P), how.out_dtype, left.codes),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=int(0.9 * _vmem(interpret))
+      dimension_semantics=("parallel", "arbitrary"),
+      vmem_limit_bytes=int(0.9 * chip.vmem),
+      flags=chip.flags,
     ),
     interpret=interpret,
     name="grouped_matmul_rows",
-  )(offsets_E, group_V, tile_V, padded.codes, padded.scales, right.codes, scales_ESN)
+  )(offsets_E, group_V, tile_V, codes, scales_ESP, codes_CT, scales_ST)
 
 
 def rows_kernel(
   offsets: Any,
   group: Any,
   tiles: Any,
-  x_RK: Any,
-  scales_RS: Any,
-  w: Any,
-  scales_1SC: Any,
-  y_RC: Any,
-  sum_RC: Any,
+  w_PC: Any,
+  w_scales: Any,
+  x_CQ: Any,
+  x_scales: Any,
+  y_QP: Any,
+  sums_PQ: Any,
   *,
-  axis: int,
+  tile: fp8_blocks.Tile,
+  size: int,
 ) -> None:
   """Computes a tile for one group and writes the rows of that group."""
-  visit, scale_count = pl.program_id(1), x_RK.shape[1] // LANES
-  unrolled = next(count for count in (4, 3, 2, 1) if scale_count % count == 0)
-  sum_RC[...] = jnp.zeros_like(sum_RC)
+  S = tile.C // size
 
-  def add(step: jax.Array, _: None) -> None:
-    first = step * unrolled
-    # the step's scales at the first lanes, where they can be read as columns
-    shift = scales_RS.shape[1] - first
-    scales = pltpu.roll(scales_RS[...], shift, axis=1)
-    total = sum_RC[...]
-    for s in range(unrolled):
-      at = pl.ds(pl.multiple_of((first + s) * LANES, LANES), LANES)
-      matrix = w[0, at] if axis == 0 else w[0, :, at]
-      scaled = code_product(x_RK[:, at], matrix, (1, axis)) * scales[:, s : s + 1]
-      total = total + scaled * scales_1SC[0, pl.ds(first + s, 1)]
-    sum_RC[...] = total
+  def add(step: Any, first: bool) -> None:
+    for p in range(0, tile.P, tile.part_P):
+      for q in range(0, tile.Q, tile.part_Q):
+        rows, columns = slice(p, p + tile.part_P), slice(q, q + tile.part_Q)
+        total = None if first else sums_PQ[rows, columns]
+        for s in range(S):
+          at = step * S + s
+          inner = pl.ds(at * size if first else pl.multiple_of(at * size, size), size)
+          product = multiply(w_PC[rows, inner], x_CQ[inner, columns], native=True)
+          scales = w_scales[pl.ds(at, 1)], x_scales[pl.ds(at, 1), columns]
+          scaled = scale_blocks(product, *scales, p, size)
+          total = scaled if total is None else total + scaled
+        sums_PQ[rows, columns] = total
 
-  jax.lax.fori_loop(0, scale_count // unrolled, add, None)
-  row_RC = jax.lax.broadcasted_iota(jnp.int32, y_RC.shape, 0) + tiles[visit] * y_RC.shape[0]
-  own_RC = (row_RC >= offsets[group[visit]]) & (row_RC < offsets[group[visit] + 1])
-  y_RC[...] = jnp.where(own_RC, sum_RC[...], y_RC[...].astype(jnp.float32)).astype(y_RC.dtype)
+  add(0, True)
+  steps = x_CQ.shape[0] // tile.C
+  if steps > 1:
+    jax.lax.fori_loop(1, steps, lambda step, _: add(step, False), None)
+  visit = pl.program_id(1)
+  row_QP = jax.lax.broadcasted_iota(jnp.int32, y_QP.shape, 0) + tiles[visit] * tile.Q
+  own_QP = (row_QP >= offsets[group[visit]]) & (row_QP < offsets[group[visit] + 1])
+  others_QP = y_QP[...].astype(jnp.float32)
+  y_QP[...] = jnp.where(own_QP, sums_PQ[...].T, others_QP).astype(y_QP.dtype)
 
 
 def code_product(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:

@@ -10,7 +10,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.fp8_matmul import reference as quantized
 from pallas_kernels.fp8_matmul.codes import Contraction, Quantized
+from pallas_kernels.fp8_matmul.reference import quantize
 from pallas_kernels.grouped_matmul.segments import Segments, pad_rows
+
+__all__ = ["quantize", "rows", "weights"]
 
 
 def rows(

@@ -15,10 +15,13 @@ import jax
 from pallas_kernels.common.shards import zeros_varying_like
 from pallas_kernels.fp8_matmul import xla as quantized
 from pallas_kernels.fp8_matmul.codes import Contraction, Quantized
+from pallas_kernels.fp8_matmul.reference import quantize
 from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.grouped_matmul.segments import Segments, make_segments, pad_rows, unpad_rows
 
 ROWS = 128
+
+__all__ = ["quantize", "rows", "weights"]
 
 
 def rows(

@@ -27,8 +27,8 @@ from pallas_kernels.hadamard.autodiff import Rotated, Setting
 from pallas_kernels.hadamard.codes import FORMATS, QUEST_BITS, Quantizer
 from pallas_kernels.hadamard.matrices import Rotation, plan_rotation
 
-Implementation = Literal["reference", "xla", "pallas_tpu"]
-KERNELS = {"tpu": "pallas_tpu"}
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
+KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 def hadamard(
@@ -51,9 +51,10 @@ def hadamard(
     block: rotates each `block` consecutive elements alone; by default n = W.
     base: 1, 12, 20, 28 or 40; n must be base times a power of two, and the matrix is
       H_base (x) H_{n / base}, symmetric too. Other sizes raise: nothing is padded.
-    implementation: None takes "pallas_tpu" on a TPU where it can run, else "xla". A named one runs
-      or raises. "pallas_tpu" takes float32 and bfloat16, W a multiple of 128.
-    interpret: True, or `pltpu.InterpretParams(...)`, runs a named "pallas_tpu" on CPU.
+    implementation: None takes "pallas_tpu" on a TPU and "pallas_gpu" on Hopper where they can run,
+      else "xla". A named one runs or raises. Both take float32 and bfloat16, "pallas_gpu" float16,
+      too, and W a multiple of 128; "pallas_gpu" takes orders up to 8192.
+    interpret: True, or the parameters of a simulator of its chip, runs a named kernel on CPU.
 
   Raises:
     UserError: shapes, dtypes, orders, and signs that are known not to be +-1.
@@ -85,8 +86,8 @@ def hadamard_quantize(
   """Returns the codes of `hadamard(x)`, without writing the rotated array to memory.
 
   Args:
-    x, signs, block, base, implementation, interpret: as of `hadamard`. "pallas_tpu" takes groups
-      that are multiples of 128, and not "mxfp4".
+    x, signs, block, base, implementation, interpret: as of `hadamard`. Kernels take groups that are
+      multiples of 128, and not "mxfp4"; "pallas_gpu" takes "quest" from jax 0.12 on.
     group: consecutive elements that share a scale; divides the last axis.
     dtype: "int8", "int4", "e4m3fn", "e5m2" or "mxfp4" (e2m1 with a power of two for scale; its
       groups are usually 32).

@@ -84,30 +84,81 @@ def scale_of_statistic(statistic: jax.Array, quantizer: Quantizer) -> jax.Array:
   return scale_of_block(statistic, quantizer.form.largest, mode)
 
 
-def round_to_codes(
-  ratio: jax.Array, quantizer: Quantizer, noise: jax.Array | None, compiled: bool = False
-) -> jax.Array:
+def round_to_codes(ratio: jax.Array, quantizer: Quantizer, noise: jax.Array | None) -> jax.Array:
   """Returns y / scale rounded to codes, in float32: half to even or, with noise, stochastically.
 
-  The noise is uniform in [0, 1). The code c of the mid-rise grid stands for c + 1/2. `compiled`
-  rounds by sums, which take a TPU a quarter of the operations; XLA would add their constants.
+  The noise is uniform in [0, 1). The code c of the mid-rise grid stands for c + 1/2.
   """
   dtype, largest = quantizer.form
-  whole = jnp.issubdtype(dtype, jnp.integer)
   if quantizer.scale == "quest":
-    ratio = jnp.clip(ratio, -quantizer.half_range, quantizer.half_range) + 0.5
-    return (round_by_sum(ratio, ROUNDER) if compiled else jnp.rint(ratio)) - 1
+    return jnp.rint(jnp.clip(ratio, -quantizer.half_range, quantizer.half_range) + 0.5) - 1
   if noise is not None:
     step = spacing(ratio, dtype)
-    ratio = jnp.clip(jnp.floor(ratio / step + noise) * step, -largest, largest)
-  if compiled:
-    return round_by_sum(ratio, ROUNDER if whole else spacing(ratio, dtype, ROUNDER))
+    return jnp.clip(floor(ratio / step + noise) * step, -largest, largest)
+  whole = jnp.issubdtype(dtype, jnp.integer)
   return jnp.rint(ratio) if whole else ratio.astype(dtype).astype(jnp.float32)
 
 
-def round_by_sum(x: jax.Array, rounder: jax.Array | float) -> jax.Array:
-  """Rounds float32 numbers to multiples of the step, a power of two, given ROUNDER * step."""
-  return (x + rounder) - rounder
+def floor(x: jax.Array) -> jax.Array:
+  """Rounds down, by rounding to nearest: Mosaic GPU has no other."""
+  nearest = jnp.rint(x)
+  return jnp.where(nearest > x, nearest - 1, nearest)
+
+
+def to_carrier(
+  ratio: jax.Array,
+  inverse: jax.Array,
+  quantizer: Quantizer,
+  noise: jax.Array | None,
+  compiled: bool,
+) -> jax.Array:
+  """Rounds y / scale to a code and returns bfloat16 numbers whose low byte is the code's byte.
+
+  A product with the identity moves them exactly, and `from_carrier` takes the bytes out. All of it
+  is sums and shifts of float32 bits: adding a large number rounds, and leaves a whole number in the
+  low bits. Where the inverse of the scale is 0 the ratio may be NaN, and the numbers are finite.
+  """
+  dtype = quantizer.form.dtype
+  if noise is not None:
+    ratio = round_to_codes(ratio, quantizer, noise)
+  if not jnp.issubdtype(dtype, jnp.integer):
+    bits = float_carrier(ratio, inverse, dtype)
+  else:
+    if quantizer.scale == "quest":
+      ratio = jnp.clip(ratio, -quantizer.half_range, quantizer.half_range) + 0.5
+    ratio = ratio if compiled else jnp.rint(ratio)  # XLA would add the constants
+    # code + 128 is a byte without sign; exponents from 135 up invert its first bit
+    bits = jax.lax.bitcast_convert_type(ratio + (ROUNDER + 0x4380 + 128), jnp.int32)
+    # shifts of 31 leave 0 or -0 of NaN
+    bits = (bits - 1 if quantizer.scale == "quest" else bits) << jnp.where(inverse == 0, 31, 16)
+  return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+
+def float_carrier(ratio: jax.Array, inverse: jax.Array, dtype: Any) -> jax.Array:
+  """Returns the bits of float32 numbers that carry the bytes of 8-bit floats.
+
+  In |ratio| + ROUNDER * spacing the low bits count spacings and the exponent is the code's but for
+  a constant; the code is the sum of both, also where it is subnormal. The sign becomes the last bit
+  of the carrier's exponent, and what is not of a carrier's 16 bits is rounded away.
+  """
+  info = jnp.finfo(dtype)
+  mask = jnp.where(inverse == 0, 0, 0x7FFFFFFF)  # |ratio|, or 0 for what is not finite
+  bits = jax.lax.bitcast_convert_type(ratio, jnp.int32) & mask
+  magnitude = jax.lax.bitcast_convert_type(bits, jnp.float32)
+  total = magnitude + spacing(magnitude, dtype, ROUNDER)
+  bits = jax.lax.bitcast_convert_type(total, jnp.int32)
+  first = ((127 + int(info.minexp) + 23 - info.nmant) << info.nmant) + (1 << (info.nmant - 1))
+  positive = 0x43000000 - (first << 16)
+  sign = jnp.where(ratio < 0, positive + 0x800000, positive)
+  return (bits >> (7 - info.nmant)) + (bits << 16) + sign
+
+
+def from_carrier(carrier: jax.Array, dtype: Any) -> jax.Array:
+  """Returns the codes that numbers of `to_carrier` carry."""
+  words = jax.lax.bitcast_convert_type(carrier.astype(jnp.bfloat16), jnp.int16)
+  if jnp.issubdtype(dtype, jnp.floating):
+    return jax.lax.bitcast_convert_type(words.astype(jnp.int8), dtype)
+  return words.astype(jnp.int8).astype(dtype)
 
 
 def cast(rounded: jax.Array, dtype: Any) -> jax.Array:

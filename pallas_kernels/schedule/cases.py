@@ -21,6 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.schedule.case import Case, array
 from pallas_kernels.schedule.compiler import chip_mesh
+from pallas_kernels.schedule.delta_cases import delta_attention_cases
 from pallas_kernels.schedule.quantized_cases import quantized_cases
 from pallas_kernels.schedule.sparse_cases import sparse_cases
 
@@ -37,6 +38,7 @@ def cases() -> Iterator[Case]:
     kernel="backward",
   )
   yield from quantized_cases()
+  yield from delta_attention_cases()
   yield from sparse_cases()
   yield matmul_case()
   yield splash_case()

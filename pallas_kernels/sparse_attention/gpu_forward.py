@@ -28,7 +28,6 @@ from pallas_kernels.common.hopper import (
   swizzled,
 )
 from pallas_kernels.common.padding import round_up
-from pallas_kernels.common.shards import varying_struct
 
 LANES = 64
 """Columns of a tile are whole swizzles of 16-bit numbers."""
@@ -96,7 +95,7 @@ def call_forward(
   return launch(
     functools.partial(forward_kernel, plan=plan),
     plan.interpret,
-    out_type=[varying_struct((Z, G, U), dtype, q_ZGH), varying_struct((Z, G), jnp.float32, q_ZGH)],
+    out_type=[jax.ShapeDtypeStruct((Z, G, U), dtype), jax.ShapeDtypeStruct((Z, G), jnp.float32)],
     scratch_types=[scratch],
     grid=(Z,),
     grid_names=("query",),
@@ -128,7 +127,7 @@ def forward_kernel(
     slot = jax.lax.rem(entry, jnp.int32(STAGES))
     pl.when(entry + 1 < count)(lambda: copy(entry + 1))
     plgpu.barrier_wait(tiles.k_copied.at[slot])
-    a_RY = plan.scale * multiply(scratch.q_RH, tiles.k.at[slot].transpose((1, 0)))
+    a_RY = plan.scale * multiply((scratch.q_RH, tiles.k.at[slot].transpose((1, 0))))
     a_RY = jnp.where(seen_keys(lists, z, entry, plan), a_RY, -jnp.inf)
     new_R = jnp.maximum(max_R, a_RY.max(axis=1))
     finite_R = jnp.where(new_R == -jnp.inf, 0.0, new_R)
@@ -137,7 +136,7 @@ def forward_kernel(
     scratch.p_RY[...] = p_RY.astype(scratch.p_RY.dtype)
     plgpu.commit_smem()
     plgpu.barrier_wait(tiles.v_copied.at[slot])
-    o_RU = o_RU * along_rows(kept_R, U) + multiply(scratch.p_RY, tiles.v.at[slot])
+    o_RU = o_RU * along_rows(kept_R, U) + multiply((scratch.p_RY, tiles.v.at[slot]))
     return new_R, mass_R * kept_R + p_RY.sum(axis=1), o_RU
 
   start = filled((ROWS,), -jnp.inf), filled((ROWS,), 0.0), filled((ROWS, U), 0.0)

@@ -29,7 +29,6 @@ from pallas_kernels.common.hopper import (
   swizzled,
 )
 from pallas_kernels.common.padding import pad_axis
-from pallas_kernels.common.shards import varying_struct
 from pallas_kernels.sparse_attention import pairs
 from pallas_kernels.sparse_attention.gpu_forward import (
   LANES,
@@ -78,7 +77,7 @@ def probabilities(
   q_RH: Any, k_YH: Any, lse_R: jax.Array, seen_RY: jax.Array, plan: Plan
 ) -> jax.Array:
   """Returns the probabilities of the keys of a tile, 0 for those that are not seen."""
-  a_RY = plan.scale * multiply(q_RH, k_YH.transpose((1, 0)))
+  a_RY = plan.scale * multiply((q_RH, k_YH.transpose((1, 0))))
   p_RY = jnp.exp(a_RY - along_rows(lse_R, k_YH.shape[0]))
   return jnp.where(seen_RY, p_RY, 0.0)
 
@@ -87,7 +86,7 @@ def logit_gradients(
   p_RY: jax.Array, do_RU: Any, v_YU: Any, mean_R: jax.Array, seen_RY: jax.Array
 ) -> jax.Array:
   """Returns the gradients of the logits."""
-  dp_RY = multiply(do_RU, v_YU.transpose((1, 0)))
+  dp_RY = multiply((do_RU, v_YU.transpose((1, 0))))
   da_RY = p_RY * (dp_RY - along_rows(mean_R, p_RY.shape[1]))
   return jnp.where(seen_RY, da_RY, 0.0)
 
@@ -122,7 +121,7 @@ def call_queries_gradient(
   return launch(
     functools.partial(queries_gradient_kernel, plan=plan),
     plan.interpret,
-    out_type=varying_struct(q_ZGH.shape, dtype, q_ZGH),
+    out_type=jax.ShapeDtypeStruct(q_ZGH.shape, dtype),
     scratch_types=[scratch],
     grid=(Z,),
     grid_names=("query",),
@@ -238,7 +237,7 @@ def call_keys_gradient(
   dk_ASH, dv_ASU = launch(
     functools.partial(keys_gradient_kernel, J=J, plan=plan),
     plan.interpret,
-    out_type=[varying_struct((A, J * LANES, width), dtype, q_ZGH) for width in (H, U)],
+    out_type=[jax.ShapeDtypeStruct((A, J * LANES, width), dtype) for width in (H, U)],
     scratch_types=[scratch],
     grid=(A * J,),
     grid_names=("tile",),

@@ -153,20 +153,21 @@ def _forward(q_ATH, k_ASH, v_ASU, known, plan):
   positions_AX1Z = of_steps(known.positions_AX1R, plan)
   lists = known.lists.rows(plan.stacked)
   o_ATU, lse_AX1Z = call_forward(q_ATH, k_ASH, v_ASU, positions_AX1Z, lists, plan)
-  lse_AX1R = lse_AX1Z.reshape(known.positions_AX1R.shape)
+  log2_AX1R = lse_AX1Z.reshape(known.positions_AX1R.shape)
   o_ATU += known.bad_AX1R.reshape(*o_ATU.shape[:2], 1).astype(o_ATU.dtype)
-  lse_AX1R += known.bad_key_AX1R
-  return (o_ATU, lse_AX1R), (q_ATH, k_ASH, v_ASU, known, o_ATU, lse_AX1R)
+  log2_AX1R += known.bad_key_AX1R
+  # to the base 2 also for the backward pass: of logits of 1e4 another rounding is 1e-3
+  return (o_ATU, log2_AX1R / LOG2E), (q_ATH, k_ASH, v_ASU, known, o_ATU, log2_AX1R)
 
 
 def _backward(plan, residuals, cotangents):
-  q_ATH, k_ASH, v_ASU, known, o_ATU, lse_AX1R = residuals
+  q_ATH, k_ASH, v_ASU, known, o_ATU, log2_AX1R = residuals
   do_ATU, dlse_AX1R = cotangents
   mean_AT = jnp.sum(do_ATU.astype(jnp.float32) * o_ATU.astype(jnp.float32), axis=-1)
-  blind_AX1R = jnp.isneginf(lse_AX1R)
-  mean_AX1R = mean_AT.reshape(lse_AX1R.shape) - jnp.where(blind_AX1R, 0, dlse_AX1R)
-  # in units of 2, and for a query that sees nothing so that exp2(logit - it) is 0
-  lse_AX1R = jnp.where(blind_AX1R, jnp.inf, lse_AX1R * LOG2E)
+  blind_AX1R = jnp.isneginf(log2_AX1R)
+  mean_AX1R = mean_AT.reshape(log2_AX1R.shape) - jnp.where(blind_AX1R, 0, dlse_AX1R)
+  # for a query that sees nothing so that exp2(logit - it) is 0
+  lse_AX1R = jnp.where(blind_AX1R, jnp.inf, log2_AX1R)
   arrays = (q_ATH, do_ATU, k_ASH, v_ASU)
   of_rows = (known.positions_AX1R, lse_AX1R, mean_AX1R)
   lists, inverse = known.lists.rows(plan.stacked), unions.invert(known.lists, plan.S, plan.block)

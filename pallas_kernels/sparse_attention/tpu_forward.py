@@ -18,7 +18,7 @@ from pallas_kernels.sparse_attention.tpu_tiles import LOG2E, Plan
 
 
 def call_forward(q_ATH, k_ASH, v_ASU, positions_AX1Z, lists, plan: Plan) -> Any:
-  """Returns the output [A, T * G, U] and the logsumexp [A, X, 1, Z]."""
+  """Returns the output [A, T * G, U] and the logsumexp [A, X, 1, Z], to the base 2."""
   (A, rows, H), U = q_ATH.shape, v_ASU.shape[2]
   X, Z = positions_AX1Z.shape[1], plan.step_rows
   lane_block = pl.BlockSpec((1, 1, 1, Z), lambda a, x: (a, x, 0, 0))
@@ -91,5 +91,4 @@ def forward_kernel(lists, q, k, v, positions, o, lse, sum_UZ, a_YZ, *, plan: Pla
     columns, blind_1R = plan.columns(number), mass_1R == 0
     mass_1R = jnp.where(blind_1R, 1.0, mass_1R)
     o[0, columns] = (sum_UZ[:, columns] / mass_1R).T.astype(o.dtype)
-    lse_1R = jnp.where(blind_1R, -jnp.inf, (max_1R + jnp.log2(mass_1R)) / LOG2E)
-    lse[0, 0, :, columns] = lse_1R
+    lse[0, 0, :, columns] = jnp.where(blind_1R, -jnp.inf, max_1R + jnp.log2(mass_1R))

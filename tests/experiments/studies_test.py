@@ -15,6 +15,8 @@ from jaxlm.scaling.grid import GridRun
 from jaxlm.scaling.sweep import read_table
 from pallas_kernels.common.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 TEXT = ["data_constrained", "isoflop", "kaplan_vs_chinchilla", "lr_horizon", "step_law"]
 TEXT.append("wsd_vs_cosine")
 

@@ -12,6 +12,8 @@ from benchmarks.reliability.processes import finish, run, start, start_python, w
 from jaxlm.cli import main
 from jaxlm.run.run_folder import RunFolder, read_records
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 SMALLER = (
   "--model.D 16 "
   "--model.pattern.0.feedforward.F 16 --model.pattern.0.mixer.H 8 "

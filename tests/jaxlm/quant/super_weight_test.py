@@ -56,6 +56,7 @@ def test_without_it_the_model_changes_more_than_without_the_next_largest_weights
   assert jnp.abs(states(ablated) - whole).mean() > 1.5 * jnp.abs(states(pruned) - whole).mean()
 
 
+@pytest.mark.slow
 def test_clipping_and_restoring_it_beats_rounding_to_the_nearest():
   params = planted()
   format = UniformFormat(bits=4, grid="affine", shared="tensor")

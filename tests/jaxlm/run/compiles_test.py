@@ -71,7 +71,7 @@ def test_other_numbers_in_state_batch_and_limit_do_not_trace_the_step_again():
   task = TextTask(config)
   chex.clear_trace_counter()
   step = jax.jit(chex.assert_max_traces(make_train_step(config, task), n=1))
-  state = init_state(config, task)
+  state = jax.jit(init_state, static_argnums=(0, 1))(config, task)
   for seed in range(3):
     ids_BX = np.random.default_rng(seed).integers(0, 256, (2, 9), np.int32)
     batch = Batch(ids_BX[:, :-1], ids_BX[:, 1:], np.ones((2, 8), np.float32))

@@ -36,6 +36,7 @@ def config_of(path, corpus, rules, steps=1):
   )
 
 
+@pytest.mark.slow
 def test_a_run_says_its_formats_and_goes_on_under_other_rules(tmp_path, corpus, capsys):
   path = tmp_path / "run"
   train(config_of(path, corpus, RULES))

@@ -82,11 +82,11 @@ def noisy():
 
 
 def test_intervals_cover_and_groups_widen_them(noisy):
-  by_run, by_group = bootstrap(noisy, 60), bootstrap(noisy, 60, by="group")
+  by_run, by_group = bootstrap(noisy, 30), bootstrap(noisy, 30, by="group")
   low, high = by_run.interval(lambda law: law.exponent)
   assert low < BESIROGLU.exponent < high and high - low < 0.2
-  assert by_group.by == "group" and len(by_group.laws) == 60
-  again = bootstrap(noisy, 60)
+  assert by_group.by == "group" and len(by_group.laws) == 30
+  again = bootstrap(noisy, 30)
   assert again.interval(lambda law: law.A) == by_run.interval(lambda law: law.A)
   text = "\n".join(summary(noisy, by_run, by_group, 1e24))
   assert "Huber delta 0.001" in text and "D / N there" in text and "95 % by group" in text

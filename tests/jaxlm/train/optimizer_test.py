@@ -1,6 +1,7 @@
 """Decay by role, and the update rules on small trees."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -73,6 +74,7 @@ def test_adafactor_clips_each_layer_of_a_stack_by_itself():
   grads = draw.normal(size=(3, 130, 140)).astype(np.float32)
   grads[1, 0, 0] = 1e4  # one outlier, which the clipping of its own layer alone may answer to
 
+  @functools.partial(jax.jit, static_argnums=2)
   def directions(params, grads, role):
     optimizer = make_optimizer(config, jax.tree.map(lambda _: role, params))
     state = optimizer.init(params)

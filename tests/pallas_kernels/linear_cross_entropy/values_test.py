@@ -244,9 +244,10 @@ def test_duplicate_rows_have_the_same_loss_and_gradient(implementation):
 
 def test_vmap():
   e_ND, c_VD, labels_N, _ = problem(12, 4, 20)
-  batched = jax.vmap(lambda e, c, y: call("xla", e, c, y), (0, None, 0))
+  batched = jax.jit(jax.vmap(lambda e, c, y: call("xla", e, c, y), (0, None, 0)))
   got = batched(e_ND.reshape(3, 4, 4), c_VD, labels_N.reshape(3, 4))
-  want = [call("reference", e_ND[i : i + 4], c_VD, labels_N[i : i + 4]) for i in (0, 4, 8)]
+  single = jax.jit(functools.partial(call, "reference"))
+  want = [single(e_ND[i : i + 4], c_VD, labels_N[i : i + 4]) for i in (0, 4, 8)]
   np.testing.assert_allclose(got, want, rtol=1e-6)
 
 

@@ -12,17 +12,21 @@ from sharding.pipeline.simulator import DeadlockError, inputs
 from tests.sharding.pipeline.published import ROWS
 
 GRID = [(1, 3), (2, 4), (3, 9), (4, 8), (4, 24), (8, 16)]
+PUBLISHED = [
+  pytest.param(row, id=f"{row.P}x{row.M}", marks=pytest.mark.slow if row.P == 32 else ())
+  for row in ROWS
+]
 UNEQUAL = Times(forward=1.0, input_gradient=1.25, weight_gradient=0.75)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.P}x{row.M}")
+@pytest.mark.parametrize("row", PUBLISHED)
 @pytest.mark.parametrize("name", ["one_f_one_b", "zb_h1", "zb_h2"])
 def test_published_bubble_rates(row, name):
   schedule = getattr(schedules, name)(row.P, row.M)
   assert round(simulate(schedule, row.times).bubble_rate, 4) == getattr(row, name)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.P}x{row.M}")
+@pytest.mark.parametrize("row", PUBLISHED)
 def test_published_bubble_rates_of_interleaved(row):
   v, t = row.chunks, row.times
   chunk = dataclasses.replace(
