@@ -22,6 +22,7 @@ from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.schedule.case import Case, array
 from pallas_kernels.schedule.compiler import chip_mesh
 from pallas_kernels.schedule.delta_cases import delta_attention_cases
+from pallas_kernels.schedule.fp8_cases import fp8_cases
 from pallas_kernels.schedule.quantized_cases import quantized_cases
 from pallas_kernels.schedule.sparse_cases import sparse_cases
 
@@ -37,6 +38,7 @@ def cases() -> Iterator[Case]:
     classifier=(VOCABULARY, WIDTH),
     kernel="backward",
   )
+  yield from fp8_cases()
   yield from quantized_cases()
   yield from delta_attention_cases()
   yield from sparse_cases()

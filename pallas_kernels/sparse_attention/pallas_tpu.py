@@ -34,8 +34,8 @@ from pallas_kernels.common.platform import why_no_tpu
 from pallas_kernels.sparse_attention import nonfinite, pairs, unions
 from pallas_kernels.sparse_attention.places import Options, Places
 from pallas_kernels.sparse_attention.tpu_forward import call_forward
-from pallas_kernels.sparse_attention.tpu_key_gradient import call_keys_gradient
-from pallas_kernels.sparse_attention.tpu_query_gradient import call_queries_gradient
+from pallas_kernels.sparse_attention.tpu_keys_gradient import call_keys_gradient
+from pallas_kernels.sparse_attention.tpu_queries_gradient import call_queries_gradient
 from pallas_kernels.sparse_attention.tpu_tiles import ALIGN, LANES, LOG2E, Plan
 
 STEP_ROWS = 1024  # of the query blocks that a grid step works on

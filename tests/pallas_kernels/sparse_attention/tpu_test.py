@@ -71,7 +71,8 @@ def test_empty_lists_blocks_that_nobody_selected_and_huge_keys(case, run, expect
   lists_BTKI = np.tile(np.array([2, 0, -1], np.int32), (2, 70, 2, 1))
   lists_BTKI[0, :30] = -1
   got = run(dict(T=70), "pallas_tpu", arrays, lists_BTKI, interpret=True)
-  assert_close(got, expected(dict(T=70), arrays, lists_BTKI), 1e-5)
+  # float32 holds a logit of 1e4 to 1e-3, and the gradients make it again
+  assert_close(got, expected(dict(T=70), arrays, lists_BTKI), 1e-5, 2e-3)
   assert np.all(np.asarray(got["o"])[0, :30] == 0) and np.all(np.isneginf(got["lse"][0, :30]))
   for key in ("dk", "dv"):
     reached_S = np.any(np.asarray(got[key]) != 0, axis=(0, 2, 3))
