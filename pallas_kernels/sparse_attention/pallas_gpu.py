@@ -1,9 +1,9 @@
 """Attends to selected blocks on Hopper (Pallas Mosaic GPU), a program for each query or key block.
 
 Queries, their outputs and their gradients go through each query's list (`gpu_forward`,
-`gpu_gradients`), keys and values through the queries that selected them, by the list's inverse:
-each gradient has one writer and sums have a fixed order. Operands of products are 16 bits wide,
-sums and softmax float32.
+`gpu_queries_gradient`), keys and values through the queries that selected them, by the lists'
+inverse (`gpu_keys_gradient`): each gradient has one writer and sums have a fixed order. Operands of
+products are 16 bits wide, sums and softmax float32.
 
 Values are tested in the simulator of a GPU (shared memory, TMA, barriers, races; jax 0.11 and
 later), and it lowers for Hopper on jax 0.10 to 0.12. No GPU has run it.
@@ -25,11 +25,8 @@ from pallas_kernels.common.padding import pad_axis, round_up
 from pallas_kernels.common.platform import why_no_hopper
 from pallas_kernels.sparse_attention import nonfinite, pairs
 from pallas_kernels.sparse_attention.gpu_forward import LANES, STAGES, Lists, Plan, call_forward
-from pallas_kernels.sparse_attention.gpu_gradients import (
-  RowValues,
-  call_keys_gradient,
-  call_queries_gradient,
-)
+from pallas_kernels.sparse_attention.gpu_keys_gradient import call_keys_gradient
+from pallas_kernels.sparse_attention.gpu_queries_gradient import RowValues, call_queries_gradient
 from pallas_kernels.sparse_attention.places import Options, Places
 
 

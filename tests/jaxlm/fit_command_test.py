@@ -14,6 +14,7 @@ def table(tmp_path):
   return path
 
 
+@pytest.mark.slow
 def test_a_law_of_a_table(table, tmp_path, capsys):
   picture = tmp_path / "fit.png"
   flags = ["--loss", "nats", "--counts", "body", "--samples", "20", "--budget", "1e22"]

@@ -180,6 +180,7 @@ def test_padding_changes_nothing(model, params):
     chex.assert_trees_all_close(logits_V, np.asarray(want_BTV[0, -1]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_many_lengths(params, monkeypatch):
   chex.clear_trace_counter()
   counted = chex.assert_max_traces(generation.generate_tokens.__wrapped__, n=2)

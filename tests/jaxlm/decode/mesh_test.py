@@ -87,7 +87,8 @@ def test_logits_equal_those_of_one_device(mesh, name):
   chex.assert_trees_all_close(got, want, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("mesh", ["tensor", pytest.param("data", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["tensor", "data"])
 def test_texts_equal_those_of_one_device(mesh):
   """Three prompts, which no mesh divides; drawn and greedy."""
   sampler = Sampler(temperature=2.0, top_k=20, top_p=0.9)

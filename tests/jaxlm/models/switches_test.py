@@ -183,7 +183,7 @@ def test_cached_decoding_equals_the_full_pass(prefilled):
 MESHES = [
   pytest.param(MeshConfig(data=8), marks=pytest.mark.slow),
   pytest.param(MeshConfig(data=1, fsdp=8), marks=pytest.mark.slow),
-  pytest.param(MeshConfig(data=1, fsdp=4, tensor=2)),
+  pytest.param(MeshConfig(data=1, fsdp=4, tensor=2), marks=pytest.mark.slow),
 ]
 
 

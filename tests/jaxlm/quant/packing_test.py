@@ -25,6 +25,8 @@ from jaxlm.quant import apply, packed_matmul, packing, quest
 from jaxlm.quant.pack_model import count_bytes, pack_model
 from pallas_kernels.common.errors import UnsupportedError, UserError
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 5, 8, 16, 64, 256])
 def test_every_code_comes_back_at_odd_lengths_too(levels):
@@ -123,6 +125,7 @@ def initial(config):
   return jax.jit(Transformer(config).init)(jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_a_packed_model_gives_the_logits_of_the_fake_quantised_one(monkeypatch):
   stayed_packed = []
 

@@ -12,6 +12,8 @@ from jaxlm.config.formats import UniformFormat
 from jaxlm.models import Transformer
 from jaxlm.quant import super_weight, uniform
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 MODEL = decoder(V=32, D=64, F=256, N=2, K=2, H=8, layers=6)
 IDS_BT = np.arange(16, dtype=np.int32)[None]
 LAYER, ROW, COLUMN, VALUE = 2, 7, 5, 3.0

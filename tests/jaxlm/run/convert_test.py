@@ -252,6 +252,7 @@ def test_a_checkpoint_is_measured_on_the_text_that_is_named(folder, tmp_path, ca
     SavedRun.open(folder).evaluate()
 
 
+@pytest.mark.slow
 def test_a_special_token_beyond_the_weights_is_never_drawn_and_no_fault(folder, tmp_path):
   """As of published models to whose tokenizer somebody added a token for padding."""
   model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))

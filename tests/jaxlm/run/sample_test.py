@@ -17,6 +17,8 @@ from jaxlm.models import Transformer
 from jaxlm.run.run_folder import RunFolder
 from jaxlm.run.saved_run import SavedRun
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 def saved_run(tokenizer, V, scale=1.0):
   config = presets.micro()
@@ -49,6 +51,7 @@ def test_ids_without_text_are_never_drawn(kind, monkeypatch):
   assert len(decoded) > 100 and set(decoded) <= set(tokenizer.list_ids().tolist())
 
 
+@pytest.mark.slow
 def test_weights_that_are_nan_are_named():
   run = saved_run(ByteTokenizer(), V=256)
   weight_VD = run.params["embed"]["weight"].at[3, 2].set(np.nan)

@@ -46,6 +46,7 @@ def read_events(folder: Path):
       content = content[16 + size :]
 
 
+@pytest.mark.slow
 def test_tensorboard_event_file_holds_the_last_loss(tmp_path):
   pytest.importorskip("tensorboardX")
   result = short_run(tmp_path, "tensorboard")
@@ -58,6 +59,7 @@ def test_tensorboard_event_file_holds_the_last_loss(tmp_path):
   assert values["heldout/bits_per_byte", 3] == pytest.approx(result.evaluation["bits_per_byte"])
 
 
+@pytest.mark.slow
 def test_wandb_writes_an_offline_run(tmp_path, monkeypatch):
   pytest.importorskip("wandb")
   monkeypatch.setenv("WANDB_MODE", "offline")

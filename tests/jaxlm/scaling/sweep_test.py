@@ -21,8 +21,6 @@ from jaxlm.scaling.sweep import read_table, sweep
 from jaxlm.train import IndexedBatches, Start, Task, Weighted
 from pallas_kernels.common.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("compile_in_less_time")
-
 CONFIG = TrainConfig(
   steps=6,
   batch=8,

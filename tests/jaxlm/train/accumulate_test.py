@@ -12,6 +12,8 @@ from jaxlm.run.text import TextTask
 from jaxlm.train import init_state
 from jaxlm.train.accumulate import accumulated_gradients, split_batch
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 CONFIG = TrainConfig(
   batch=12,
   z_loss=1e-2,
@@ -52,7 +54,7 @@ def flat(tree) -> np.ndarray:
   return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.mark.parametrize("microbatches", [3, 12])
+@pytest.mark.parametrize("microbatches", [3, pytest.param(12, marks=pytest.mark.slow)])
 def test_micro_batches_of_unequal_token_counts_equal_the_full_batch(params, microbatches):
   want_grads, want = gradients(params, UNEQUAL, 1)
   grads, loss = gradients(params, UNEQUAL, microbatches)

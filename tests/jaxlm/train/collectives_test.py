@@ -92,6 +92,7 @@ def test_each_gradient_crosses_the_data_axis_once_and_in_no_loop(lower_step):
   assert crossing == collections.Counter(local_shapes(config))
 
 
+@pytest.mark.slow
 def test_the_count_notices_gradients_reduced_in_every_layer_of_every_micro_batch(
   lower_step, monkeypatch
 ):

@@ -95,7 +95,9 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=() if name == "adamw" else pytest.mark.slow) for name in RULES]
+)
 def test_each_update_rule_lowers_the_loss_and_keeps_its_metrics(name):
   states, metrics, _ = run(RULES[name])
   losses = [m["loss"] for m in metrics]
@@ -125,6 +127,7 @@ def test_each_update_rule_on_eight_devices_equals_one(name):
       assert {other for name, other in moments.items() if name.endswith(path)} == {spec}, path
 
 
+@pytest.mark.slow
 def test_the_step_follows_its_schedule():
   config = with_optimizer(schedule="linear", warmup=2, final=0.1)
   rates = [m["learning_rate"] for m in run(config).metrics]

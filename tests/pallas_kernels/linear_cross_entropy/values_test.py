@@ -170,7 +170,10 @@ def test_float64(implementation):
       assert a.dtype == jnp.float64 and relative(a, b) < 1e-13
 
 
-@pytest.mark.parametrize("options", [PLAIN, ALL], ids=["plain", "all options"])
+@pytest.mark.parametrize(
+  "options",
+  [pytest.param(PLAIN, id="plain", marks=pytest.mark.slow), pytest.param(ALL, id="all options")],
+)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_scalar_reductions(implementation, reduction, options):

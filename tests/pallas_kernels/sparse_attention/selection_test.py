@@ -21,6 +21,8 @@ from pallas_kernels.sparse_attention import (
 from pallas_kernels.sparse_attention.places import Places
 from pallas_kernels.sparse_attention.selection import best_blocks, pool
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 SIZES = BlockSizes(length=8, stride=4, block=16, count=4, window=12)
 B, T, N, K, H, U = 2, 130, 4, 2, 8, 5
 
@@ -172,7 +174,8 @@ def test_whole_attention_with_segments_and_gradients():
     assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
 
 
-@pytest.mark.parametrize("name", [pytest.param("reference", marks=pytest.mark.slow), "xla"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["reference", "xla"])
 def test_a_packed_row_gives_what_its_segments_give_alone(name):
   """Segments shorter than a compressed block, and boundaries that no block falls on."""
   lengths = (37, 3, 90)
