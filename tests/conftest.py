@@ -88,8 +88,8 @@ def compile_in_less_time():
   jax.devices()  # XLA has read its flags for this process
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    flags = (f"--{name}={str(value).lower()}" for name, value in PLAIN.items())
-    patch.setenv("XLA_FLAGS", " ".join(flags))
+    flags = [f"--{name}={str(value).lower()}" for name, value in PLAIN.items()]
+    patch.setenv("XLA_FLAGS", " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip())
     yield
   jax.config.update("jax_disable_most_optimizations", before)
 
