@@ -46,16 +46,18 @@ class Tile(NamedTuple):
 def product_tile(P: int, Q: int, C: int, block: int, blockwise: bool, chip: Core) -> Tile:
   """Returns the tile of a product; `blockwise`: the left scales cover blocks, not single rows.
 
-  A part's sums stay in registers over the tile's C. Scales of single rows are spread over the lanes
-  once for all parts.
+  Scales of single rows are spread over the lanes, which keeps the cross-lane units busy for as long
+  as 256 columns keep the vector unit: a tile is wide where its rows have them.
   """
   if chip.interpret:
-    side, steps, part = 2 * LANES, 2, (LANES, LANES)
+    sides, steps, part = (2 * LANES, 2 * LANES), 2, (LANES, LANES)
   elif chip.mxu_side == LANES:
-    side, steps, part = 512, 8, (256, 256) if blockwise else (512, 512)
+    sides, steps, part = (512, 512), 8, (256, 256) if blockwise else (512, 512)
+  elif blockwise:
+    sides, steps, part = (1024, 1024), 8, (256, 256)
   else:
-    side, steps, part = 1024, 8, (256, 256) if blockwise else (256, 128)
-  P, Q = (min(side, round_up(size, LANES)) for size in (P, Q))
+    sides, steps, part = (512, 4096), 4, (512, 256)
+  P, Q = _side(P, sides[0]), _side(Q, sides[1])
   blocks_of_c = -(-C // block)
   divisors = [n for n in range(1, steps + 1) if blocks_of_c % n == 0]
   steps = divisors[-1] if 2 * divisors[-1] > steps else min(steps, blocks_of_c)
@@ -67,7 +69,20 @@ def _part(size: int, most: int) -> int:
   return max(n for n in range(LANES, min(size, most) + 1, LANES) if size % n == 0)
 
 
+def _side(size: int, most: int, unit: int = LANES) -> int:
+  """Returns a tile's side, at most `most`, for as little padding as equal tiles need."""
+  side = -(-size // -(-size // most))
+  return round_up(side, 2 * LANES if unit == LANES and side > 2 * LANES else unit)
+
+
 def quantizer_tile(M: int, N: int, block: int, chip: Core) -> tuple[int, int]:
-  """Returns the rows and columns that one step of a quantiser reads."""
-  side = max(block, 2 * LANES) if chip.interpret else 1024
-  return min(side, round_up(M, max(block, LANES))), min(side, round_up(N, max(block, LANES)))
+  """Returns the rows and columns that one step of a quantiser reads.
+
+  On tpu7x the 250 cycles in which a step starts its copies are a tenth of 1024 x 1024.
+  """
+  unit = max(block, LANES)
+  if chip.interpret:
+    sides = max(block, 2 * LANES), max(block, 2 * LANES)
+  else:
+    sides = (1024, 1024) if chip.mxu_side == LANES else (2048, 1024)
+  return _side(M, sides[0], unit), _side(N, sides[1], unit)

@@ -91,9 +91,16 @@ def _product(
     a_scales_block = pl.BlockSpec((None, S, tile.P), lambda p, q, c: (c, 0, p))
   shape = (columns, rows) if transposed else (rows, columns)
   out_block = (tile.Q, tile.P) if transposed else (tile.P, tile.Q)
+  sums_in_out = how.out_dtype == jnp.float32 and not transposed
   out = pl.pallas_call(
     functools.partial(
-      _kernel, tile=tile, size=size, native=how.native, blockwise=blockwise, transposed=transposed
+      _kernel,
+      tile=tile,
+      size=size,
+      native=how.native,
+      blockwise=blockwise,
+      transposed=transposed,
+      whole=tiles_C == 1,
     ),
     grid=(tiles_P, tiles_Q, tiles_C),
     in_specs=[
@@ -104,7 +111,7 @@ def _product(
     ],
     out_specs=pl.BlockSpec(out_block, lambda p, q, c: (q, p) if transposed else (p, q)),
     out_shape=varying_struct(shape, how.out_dtype, a_PC),
-    scratch_shapes=[pltpu.VMEM((tile.P, tile.Q), jnp.float32)],
+    scratch_shapes=[] if sums_in_out else [pltpu.VMEM((tile.P, tile.Q), jnp.float32)],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"),
       vmem_limit_bytes=int(0.9 * chip.vmem),
@@ -129,41 +136,51 @@ def _kernel(
   b: Any,
   b_scales: Any,
   out: Any,
-  sums: Any,
-  *,
+  *scratch: Any,
   tile: blocks.Tile,
   size: int,
   native: bool,
   blockwise: bool,
   transposed: bool,
+  whole: bool,
 ) -> None:
-  """Adds a tile's blocks of C to the sums, part by part, and writes them after the last."""
+  """Adds a tile's blocks of C to the sums, part by part, and writes them after the last.
 
-  @pl.when(pl.program_id(2) == 0)
-  def start() -> None:
-    sums[...] = jnp.zeros_like(sums)
+  Without scratch the sums are the result's own block. `whole`: the tile has all blocks of C, so
+  that sums start with a product; else they start with zeros at the first tile.
+  """
+  (sums,) = scratch or (out,)
+  if not whole:
+
+    @pl.when(pl.program_id(2) == 0)
+    def start() -> None:
+      sums[...] = jnp.zeros_like(sums)
 
   S = tile.C // size
-  spread = [] if blockwise else [spread_over_lanes(a_scales[s : s + 1]) for s in range(S)]
   for p in range(0, tile.P, tile.part_P):
+    rows = slice(p, p + tile.part_P)
+    spread = [] if blockwise else [spread_over_lanes(a_scales[s : s + 1, rows]) for s in range(S)]
     for q in range(0, tile.Q, tile.part_Q):
-      rows, columns = slice(p, p + tile.part_P), slice(q, q + tile.part_Q)
-      total = sums[rows, columns]
+      columns = slice(q, q + tile.part_Q)
+      total = None if whole else sums[rows, columns]
       for s in range(S):
         inner = slice(s * size, (s + 1) * size)
         product = multiply(a[rows, inner], b[inner, columns], native)
         b_scale = b_scales[s : s + 1, columns]
         if blockwise:
-          total += scale_blocks(product, a_scales[s : s + 1], b_scale, p, size)
+          scaled = scale_blocks(product, a_scales[s : s + 1], b_scale, p, size)
         else:
           repeats = tile.part_Q // blocks.LANES
-          total += product * b_scale * jnp.concatenate([spread[s][rows]] * repeats, axis=1)
+          scaled = product * b_scale * jnp.concatenate([spread[s]] * repeats, axis=1)
+        total = scaled if total is None else total + scaled
       sums[rows, columns] = total
 
-  @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
-  def finish() -> None:
-    total = sums[...]
-    out[...] = (total.T if transposed else total).astype(out.dtype)
+  if scratch:
+
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def finish() -> None:
+      total = sums[...]
+      out[...] = (total.T if transposed else total).astype(out.dtype)
 
 
 def multiply(a: jax.Array, b: jax.Array, native: bool) -> jax.Array:

@@ -22,6 +22,8 @@ class Case:
   kernel: str = ""
   trips: tuple[float, ...] = ()
   """Of the kernel's loops whose bounds depend on data, assumed."""
+  chips: tuple[str, ...] = ()
+  """The chips that the case is for; none: all."""
 
 
 def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:

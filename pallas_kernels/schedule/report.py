@@ -55,6 +55,8 @@ def report(
   rows = []
   for chip in chips:
     for case in chosen:
+      if case.chips and chip not in case.chips:
+        continue
       rows.append(row(case, chip))
       print(table(rows).splitlines()[-1], flush=True)
   print(f"\n{closing(rows)}")
