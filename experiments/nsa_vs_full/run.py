@@ -37,6 +37,7 @@ class Plan(NamedTuple):
   """of needles, of text"""
   batch: tuple[int, int]
   seeds: int
+  kinds: tuple[str, ...] = tuple(KINDS)
 
 
 def _sizes(length: int, block: int, count: int, window: int) -> dict[str, int]:
@@ -50,7 +51,7 @@ def _sizes(length: int, block: int, count: int, window: int) -> dict[str, int]:
 
 
 PLANS: dict[Scale, Plan] = {
-  "smoke": Plan(32, 8, 1, _sizes(4, 4, 3, 4), 24, 4, (20, 20), (8, 4), 1),
+  "smoke": Plan(32, 8, 1, _sizes(4, 4, 3, 4), 24, 4, (20, 20), (8, 4), 1, ("full", "nsa")),
   "cpu": Plan(128, 32, 1, _sizes(4, 8, 6, 16), 40, 8, (600, 300), (32, 16), 3),
   "gpu": Plan(4096, 256, 4, _sizes(32, 64, 16, 512), 1024, 32, (800, 400), (8, 8), 3),
 }
@@ -95,12 +96,14 @@ def measure(scale: Scale, table: Path, executor: Executor | None) -> None:
   needles = answers_config(
     steps=plan.steps[0], batch=plan.batch[0], length=plan.T, rate=rates[0], on_gpu=on_gpu
   )
-  needles = dataclasses.replace(needles, eval_batches=256 // plan.batch[0])
+  needles = dataclasses.replace(
+    needles, eval_batches=4 if scale == "smoke" else 256 // plan.batch[0]
+  )
   for task, config, steps, rate in zip(("needle", "text"), (needles, text), plan.steps, rates):
     points = [
       {"task.task": task, "task.kind": kind, "task.scale": scale, "seed": seed}
       | {"steps": steps, "optimizer.learning_rate": rate}
-      for kind in KINDS
+      for kind in plan.kinds
       for seed in range(plan.seeds)
     ]
     sweep(config, points, table, make_task=make_task, executor=executor)

@@ -112,6 +112,8 @@ def multiply(
   assert plan is not None, "unsupported() has let through what does not fit"
   x_UPJMI = arrange(x_MK, plan)
   packed = pad_axis(packed, plan.units * plan.inner // plan.form.per_byte, 0)
+  if interpret:  # XLA's folding of constants gives wrong numbers on CPU (jax 0.10.2)
+    packed = jax.lax.optimization_barrier(packed)
   group_count = max(plan.units * plan.shared, scales_GN.shape[0]) if plan.shared > 1 else 0
   scales_GN = pad_axis(scales_GN.astype(jnp.float32), group_count, 0)
   operands = [x_UPJMI, packed, scales_GN]

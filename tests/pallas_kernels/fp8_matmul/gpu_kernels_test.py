@@ -21,7 +21,10 @@ needs_simulator = pytest.mark.skipif(
   not hasattr(plgpu, "InterpretGPUParams"),
   reason=f"the GPU simulator came with jax 0.11, this is {jax.__version__}",
 )
-RECIPES = dict(), dict(bwd_dtype="e5m2", scale="pow2", save="fp8")
+RECIPES = (
+  (dict(), (130, 257, 100)),
+  (dict(bwd_dtype="e5m2", scale="pow2", save="fp8"), (100, 200, 100)),
+)
 
 
 def simulator():
@@ -35,10 +38,10 @@ def value_and_gradients(x, w, dy, **options):
 
 @pytest.mark.slow
 @needs_simulator
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
-def test_products(recipe):
+@pytest.mark.parametrize("recipe, sizes", RECIPES, ids=str)
+def test_products(recipe, sizes):
   """Several tiles and blocks, all ragged; a NaN in X reaches what depends on its tile alone."""
-  x, w, dy = oracle.problem(130, 257, 100)
+  x, w, dy = oracle.problem(*sizes)
   x[17, 130] = np.nan
   own = dict(implementation="pallas_gpu", interpret=simulator())
   run = jax.jit(lambda *arrays: value_and_gradients(*arrays, **own, **recipe))

@@ -109,6 +109,17 @@ def test_pallas_tpu(case):
   check_case(case, "pallas_tpu")
 
 
+def test_packed_weights_may_be_constants_of_a_jit():
+  """XLA's folding of constants gives wrong numbers on CPU (jax 0.10.2)."""
+  rng = np.random.default_rng()
+  codes_KN = jnp.asarray(rng.integers(-8, 8, (256, 128)), jnp.int8)
+  packed, scales_GN = pack(codes_KN, "int4"), jnp.ones((2, 128))
+  x_MK = jnp.asarray(rng.normal(size=(16, 256)), jnp.float32)
+  options = dict(dtype="int4", group=128, implementation="pallas_tpu", interpret=True)
+  y_MN = jax.jit(lambda x_MK: lowbit_matmul(x_MK, packed, scales_GN, **options))(x_MK)
+  assert relative(y_MN, np.float64(x_MK) @ np.float64(codes_KN)) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("K", [1, 8, 13])
 def test_packing_is_exact(dtype, K):
