@@ -19,7 +19,7 @@ def struct(*shape, dtype=jnp.bfloat16):
 
 @pytest.mark.parametrize("chip", CORES)
 def test_gradients_compile_within_memory(chip):
-  """Two heads of Kimi Linear; saved are the states at the chunks' starts, and half as much of pairs.
+  """Two heads of Kimi Linear; saved are states at the chunks' starts and half as much of pairs.
 
   What runs head by head holds half of the arrays here, where there are two heads.
   """
