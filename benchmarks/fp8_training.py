@@ -53,7 +53,8 @@ def final_loss(config: TrainConfig, recipe: str, seed: int) -> tuple[float, int]
   with tempfile.TemporaryDirectory() as folder:
     run = str(Path(folder) / "run")
     result = train(dataclasses.replace(config, model=model, seed=seed, run=run))
-  return result.evaluation["loss"], sum(leaf.size for leaf in jax.tree.leaves(result.params))
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(result.params))
+  return result.evaluation["heldout_loss"], parameters
 
 
 def main() -> None:

@@ -1,10 +1,9 @@
 """Every test sees 8 virtual CPU devices and strict broadcasting.
 
 Slow tests run the programs that users run, but for modules that ask for `compile_in_less_time`.
-Quick ones switch most of XLA's optimisations off and
-take its older code generator, where jax still has it: that leaves a fifth of compile time, which
-is most of what they take. A program that several tests need, such as the training step of the
-smallest preset, is compiled once per process.
+Quick ones switch most of XLA's optimisations off and take its older code generator, where jax still
+has it: that leaves a fifth of compile time, which is most of what they take. A program that several
+tests need, such as the training step of the smallest preset, is compiled once per process.
 """
 
 import os
@@ -81,15 +80,15 @@ def pytest_collection_finish(session):
 def compile_in_less_time():
   """Compiles slow tests like quick ones, here and in processes that they start.
 
-  For modules of which the numbers count, and that would compare those of any two programs alike.
+  For modules that compare numbers, whatever program of XLA computes them.
   """
   before = jax.config.values["jax_disable_most_optimizations"]
   jax.config.update("jax_disable_most_optimizations", True)
   jax.devices()  # XLA has read its flags for this process
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    flags = (f"--{name}={str(value).lower()}" for name, value in PLAIN.items())
-    patch.setenv("XLA_FLAGS", " ".join(flags))
+    flags = [f"--{name}={str(value).lower()}" for name, value in PLAIN.items()]
+    patch.setenv("XLA_FLAGS", " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip())
     yield
   jax.config.update("jax_disable_most_optimizations", before)
 

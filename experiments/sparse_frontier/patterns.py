@@ -41,15 +41,15 @@ def vertical_slash(q_BTNH: jax.Array, k_BSKH: jax.Array, share: float) -> jax.Ar
   """Returns half of the share as columns and half as diagonals."""
   S = k_BSKH.shape[1]
   lines = max(2, round(share * S / 2))
-  ends: dict[str, int] = {"last": S // 8, "first": 1, "near": min(lines, S // 64)}
-  return sparse.vertical_slash_mask(q_BTNH, k_BSKH, verticals=lines, slashes=lines, **ends)
+  forced = sparse.Lines(last=S // 8, first=1, near=min(lines, S // 64))
+  return sparse.vertical_slash_mask(q_BTNH, k_BSKH, verticals=lines, slashes=lines, lines=forced)
 
 
 def flex_prefill(q_BTNH: jax.Array, k_BSKH: jax.Array, share: float) -> jax.Array:
   """Returns each head's fewest lines with the mass that belongs to this share."""
   S = k_BSKH.shape[1]
-  ends: dict[str, int] = {"last": S // 8, "first": 1, "near": S // 64}
-  return sparse.flex_prefill_mask(q_BTNH, k_BSKH, mass=MASS[share], least=S // 64, **ends)
+  forced = sparse.Lines(last=S // 8, first=1, near=S // 64)
+  return sparse.flex_prefill_mask(q_BTNH, k_BSKH, mass=MASS[share], least=S // 64, lines=forced)
 
 
 def block_sparse(q_BTNH: jax.Array, k_BSKH: jax.Array, share: float) -> jax.Array:
@@ -70,14 +70,14 @@ def quest(q_BTNH: jax.Array, k_BSKH: jax.Array, share: float) -> jax.Array:
 def snapkv(q_BTNH: jax.Array, k_BSKH: jax.Array, share: float) -> jax.Array:
   """Returns the tokens that the last queries attend to most."""
   S = k_BSKH.shape[1]
-  token_BKC = sparse.snapkv_tokens(q_BTNH, k_BSKH, capacity=round(share * S), **_ends(S))
+  token_BKC = sparse.snapkv_tokens(q_BTNH, k_BSKH, capacity=round(share * S), kept=_kept(S))
   return _for_the_last(q_BTNH, k_BSKH, _named_by(token_BKC, jnp.arange(S)))
 
 
 def ada_snapkv(q_BTNH: jax.Array, k_BSKH: jax.Array, share: float) -> jax.Array:
   """Returns such tokens with a capacity that heads share."""
   S = k_BSKH.shape[1]
-  kept_BKS = sparse.ada_snapkv_mask(q_BTNH, k_BSKH, capacity=round(share * S), **_ends(S))
+  kept_BKS = sparse.ada_snapkv_mask(q_BTNH, k_BSKH, capacity=round(share * S), kept=_kept(S))
   return _for_the_last(q_BTNH, k_BSKH, kept_BKS)
 
 
@@ -93,8 +93,8 @@ def _page(k_BSKH: jax.Array) -> int:
   return max(4, k_BSKH.shape[1] // 64)
 
 
-def _ends(S: int) -> dict[str, int]:
-  return {"last": S // 16, "kernel": 5, "first": 1, "near": S // 64}
+def _kept(S: int) -> sparse.Kept:
+  return sparse.Kept(last=S // 16, kernel=5, first=1, near=S // 64)
 
 
 def _named_by(name_BKC: jax.Array, name_S: jax.Array) -> jax.Array:

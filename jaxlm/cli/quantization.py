@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -10,11 +11,18 @@ from jaxlm.config import ModelConfig, check
 from jaxlm.paths import local_path
 from jaxlm.recipes import Rules, load_rules
 
+if TYPE_CHECKING:
+  import jax
+
+  from jaxlm.run import SavedRun
+
 
 def quantize(
   run: tyro.conf.Positional[str],
   target: tyro.conf.Positional[str],
   recipe: str = "",
+  method: Literal["nearest", "gptq"] = "nearest",
+  text: str = "",
 ) -> int:
   """Write a model with its weights in as few bytes as its formats have, for sample and eval.
 
@@ -22,13 +30,19 @@ def quantize(
     run: folder of a run, or of a Hugging Face checkpoint, or hf:owner/name
     target: new folder
     recipe: as in int4:128, or a JSON file of rules; by default the rules that the run trained under
+    method: how codes are found: nearest levels, or GPTQ, which makes outputs alike on some text
+    text: file to calibrate gptq on; by default a run's held-out text
   """
   from jaxlm.run import SavedRun
   from jaxlm.run.quantize import describe_model, quantize
 
   rules = load_rules(recipe) if recipe else ()
+  check(not text or method == "gptq", "text", text, "is for --method gptq")
   saved = SavedRun.open(run)
-  written = quantize(saved, rules, target)
+  calibration_BT = _sample_ids(saved, text) if method == "gptq" else None
+  rule = "must name a file to calibrate gptq on: the model has no held-out text of its own"
+  check(method == "nearest" or calibration_BT is not None, "text", text, rule)
+  written = quantize(saved, rules, target, calibration_BT)
   model = dataclasses.replace(saved.config.model, quant=rules or saved.config.model.quant)
   for line in [*describe_model(model, saved.config.compute.dtype), *written]:
     print(line)
@@ -59,20 +73,24 @@ def describe(
       print(line)
     return 0
   from jaxlm.run import SavedRun
-  from jaxlm.run.quantize import describe_tails, encode_text, heldout_ids
+  from jaxlm.run.quantize import describe_tails
 
   saved = SavedRun.open(source)
   for line in describe_model(_revised(saved.config.model, rules), saved.config.compute.dtype):
     print(line)
-  if text:
-    ids_BT = encode_text(saved, local_path(text, "text").read_text())
-  elif saved.config.data.source:
-    ids_BT = heldout_ids(saved)
-  else:
-    return 0
-  for line in describe_tails(saved, ids_BT):
+  ids_BT = _sample_ids(saved, text)
+  for line in [] if ids_BT is None else describe_tails(saved, ids_BT):
     print(line)
   return 0
+
+
+def _sample_ids(saved: SavedRun, text: str) -> jax.Array | None:
+  """Returns ids of the text in a file, or of a run's held-out text; None where there is none."""
+  from jaxlm.run.quantize import encode_text, heldout_ids
+
+  if text:
+    return encode_text(saved, local_path(text, "text").read_text())
+  return heldout_ids(saved) if saved.config.data.source else None
 
 
 def _revised(model: ModelConfig, rules: Rules | None) -> ModelConfig:

@@ -3,9 +3,9 @@
 Scales lie along the lanes: tiles along rows are transposed before, by a product with the identity
 on the matrix unit, which is exact and leaves the vector unit free. So codes of tiles along rows
 leave the kernel transposed, [N, M], and with `transposed` those of tiles along columns, too: the
-orientations in which `pallas_tpu` multiplies them; a zero may lose its sign on the way. Codes in
-8-bit floats are transposed as they are where the matrix unit is 256 wide, which saves the vector
-unit a second cast.
+orientations in which `pallas_tpu` multiplies them; a zero may lose its sign on the way. Tiles along
+columns in 8-bit floats are transposed as codes where the matrix unit is 256 wide, which saves the
+vector unit a second cast; in squares it would keep the cross-lane units from the maxima.
 """
 
 # M rows, N columns
@@ -52,7 +52,7 @@ def quantize(
   tiles = pl.cdiv(M, rows), pl.cdiv(N, columns)
   x_MN = pad_axis(pad_axis(x_MN, tiles[0] * rows, 0), tiles[1] * columns, 1)
   transposed = transposed or block[0] == 1
-  turn = form.dtype != jnp.int8 and bool(interpret or chip.mxu_side > LANES)
+  turn = block[1] == 1 and form.dtype != jnp.int8 and bool(interpret or chip.mxu_side > LANES)
   how = Recipe(size, form, mode, transposed, turn, by_xla=bool(interpret))
   body: Any
   scales: tuple[int, ...]

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.interpreters.partial_eval import dce_jaxpr
 
 from pallas_kernels.common.checks import check, check_choice
 from pallas_kernels.common.chips import CHIPS, CORES, Chip
@@ -97,9 +96,7 @@ def analyse(
   leaves = [
     None if isinstance(a, jax.ShapeDtypeStruct) else np.asarray(a) for a in jax.tree.leaves(args)
   ]
-  # calls whose results nobody uses are not compiled
-  jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
-  calls = list(pallas_calls(jaxpr, closed.consts, leaves))
+  calls = list(pallas_calls(closed.jaxpr, closed.consts, leaves))
   compiled, listings = compile_with_listings(fn, args, chip)
   instructions = re.findall(
     r"%([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", compiled.as_text()

@@ -24,7 +24,7 @@ from pallas_kernels.schedule.compiler import chip_mesh
 from pallas_kernels.schedule.delta_cases import delta_attention_cases
 from pallas_kernels.schedule.fp8_cases import fp8_cases
 from pallas_kernels.schedule.quantized_cases import quantized_cases
-from pallas_kernels.sparse_attention import nsa_selected_attention
+from pallas_kernels.schedule.sparse_cases import sparse_cases
 
 # Gemma 2 2B with a batch of 8192 tokens, the shape of Table 1 of arXiv 2411.09009
 TOKENS, WIDTH, VOCABULARY = 8192, 2304, 256_000
@@ -41,7 +41,7 @@ def cases() -> Iterator[Case]:
   yield from fp8_cases()
   yield from quantized_cases()
   yield from delta_attention_cases()
-  yield from sparse_attention_cases()
+  yield from sparse_cases()
   yield matmul_case()
   yield splash_case()
   yield megablox_case()
@@ -100,32 +100,6 @@ def linear_cross_entropy_cases(
     flops=3 * product,
     kernel=kernel,
   )
-
-
-def sparse_attention_cases() -> Iterator[Case]:
-  """Yields the kernels of selected attention, for unions of 20 blocks of which a query chose 16.
-
-  One tile of four is masked. A block of keys has 40 query blocks, copied two at a time: one row of
-  a list, 20 rounds. FLOPs are those of the chosen tokens: two products, three and four.
-  """
-  T, N, K, H, chosen = 65_536, 64, 4, 128, 16
-  args = (array(1, T, N, H), *(array(1, T, K, H),) * 2, array(1, T, K, chosen, dtype=jnp.int32))
-  attend = functools.partial(nsa_selected_attention, implementation="pallas_tpu")
-
-  def loss(q, k, v, lists):
-    return jnp.sum(attend(q, k, v, lists)[0].astype(jnp.float32))
-
-  product = 2.0 * T * N * chosen * 64 * H
-  for kernel, products, trips in (("forward", 2, (4, 1)), ("dq", 3, (4, 1)), ("dkv", 4, (1, 20))):
-    yield Case(
-      name=f"sparse attention, {kernel}",
-      shape=f"{T} x {N} heads of {K} x {H}, {chosen} blocks of 64 bf16",
-      fn=jax.grad(loss, (0, 1, 2)) if products > 2 else lambda *args: attend(*args)[0],
-      args=args,
-      flops=products * product,
-      kernel=f"nsa_selected_{kernel}",
-      trips=trips,
-    )
 
 
 def matmul_case() -> Case:

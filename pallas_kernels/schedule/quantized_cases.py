@@ -3,12 +3,9 @@
 # R rows, W width of the rotated axis; M or T rows, K inner, N outer size of a matrix, E groups
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -58,29 +55,21 @@ def hadamard_cases() -> Iterator[Case]:
 
 
 def grouped_cases() -> Iterator[Case]:
-  """Yields the three products of 8 equal groups, in codes, at the shape of JAX's megablox."""
+  """Yields the forward product of 8 equal groups, in codes, at the shape of JAX's megablox."""
   T, K, N, E = 8192, 2048, 2048, 8
   sizes_E = np.full(E, T // E, np.int32)
   formats: tuple[CodesName, ...] = ("int8", "e4m3fn")
   for dtype in formats:
-    multiply = functools.partial(grouped_matmul, dtype=dtype, implementation="pallas_tpu")
-
-    def gradient(x, w, sizes, dy, multiply=multiply, of=0):
-      return jax.vjp(lambda x, w: multiply(x, w, sizes), x, w)[1](dy)[of]
-
-    def case(name: str, fn: Callable[..., Any], *more: Any, kernel: str, dtype=dtype) -> Case:
-      return Case(
-        name=f"grouped_matmul in {dtype}, {name}",
-        shape=f"{T} rows x {K} x {N}, {E} equal groups",
-        fn=fn,
-        args=(array(T, K), array(E, K, N), sizes_E, *more),
-        flops=2.0 * T * K * N,
-        kernel=f"grouped_matmul_{kernel}",
-      )
-
-    yield case("forward", multiply, kernel="rows")
-    yield case("dX", gradient, array(T, N), kernel="rows")
-    yield case("dW", functools.partial(gradient, of=1), array(T, N), kernel="weights")
+    yield Case(
+      name=f"grouped_matmul in {dtype}",
+      shape=f"{T} rows x {K} x {N}, {E} equal groups",
+      fn=lambda x, w, sizes, dtype=dtype: grouped_matmul(
+        x, w, sizes, dtype=dtype, implementation="pallas_tpu"
+      ),
+      args=(array(T, K), array(E, K, N), sizes_E),
+      flops=2.0 * T * K * N,
+      kernel="grouped_matmul",
+    )
 
 
 def lowbit_cases() -> Iterator[Case]:

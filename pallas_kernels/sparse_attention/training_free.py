@@ -11,12 +11,36 @@ Source: arXiv 2504.17768 with its code, PiotrNawrot/sparse-frontier; Quest: arXi
 # A last queries, X query blocks, J key blocks, P pages, C tokens that a cache keeps
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.checks import check, check_shape
 from pallas_kernels.common.padding import pad_axis, round_up
 from pallas_kernels.sparse_attention import reference
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lines:
+  """Says which queries score columns and diagonals, and which of these are always chosen."""
+
+  last: int = 256  # queries whose attention is summed
+  first: int = 4  # columns
+  near: int = 64  # diagonals, from the query itself on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+  """Says which queries score the tokens of a cache, and which of these always stay."""
+
+  last: int = 256  # queries whose attention is taken
+  kernel: int = 21  # neighbours that a score is averaged over
+  first: int = 4  # tokens
+  near: int = 128  # last tokens
+
+
+LINES, KEPT = Lines(), Kept()
 
 
 def masked_attention(
@@ -42,16 +66,10 @@ def vertical_slash_mask(
   *,
   verticals: int,
   slashes: int,
-  last: int = 256,
-  first: int = 4,
-  near: int = 64,
+  lines: Lines = LINES,
 ) -> jax.Array:
-  """Returns bool [B, T, N, S]: the heaviest columns and diagonals of the last queries' attention.
-
-  `verticals` columns, the `first` ones among them, and `slashes` diagonals, the `near` ones among
-  them, of each head.
-  """
-  columns_BNS, diagonals_BNS = _column_and_diagonal_mass(q_BTNH, k_BSKH, last, first, near)
+  """Returns bool [B, T, N, S]: each head's heaviest `verticals` columns and `slashes` diagonals."""
+  columns_BNS, diagonals_BNS = _column_and_diagonal_mass(q_BTNH, k_BSKH, lines)
   S = k_BSKH.shape[1]
   chosen = _top(columns_BNS, verticals), _top(diagonals_BNS, slashes)
   return _lines(*chosen, q_BTNH.shape[1], S)
@@ -63,9 +81,7 @@ def flex_prefill_mask(
   *,
   mass: float,
   least: int = 512,
-  last: int = 256,
-  first: int = 4,
-  near: int = 64,
+  lines: Lines = LINES,
 ) -> jax.Array:
   """Returns bool [B, T, N, S]: each head's smallest sets of columns and diagonals with this mass.
 
@@ -74,9 +90,10 @@ def flex_prefill_mask(
   """
   check(0 < mass <= 1, "mass", mass, "must be above 0 and at most 1")
   T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-  columns_BNS, diagonals_BNS = _column_and_diagonal_mass(q_BTNH, k_BSKH, last, 0, 0)
-  columns_BNS = _smallest(columns_BNS, mass, least) | _forced(S, first)[None, None]
-  diagonals_BNS = _smallest(diagonals_BNS, mass, least) | _forced(S, near)[None, None]
+  free = dataclasses.replace(lines, first=0, near=0)
+  columns_BNS, diagonals_BNS = _column_and_diagonal_mass(q_BTNH, k_BSKH, free)
+  columns_BNS = _smallest(columns_BNS, mass, least) | _forced(S, lines.first)[None, None]
+  diagonals_BNS = _smallest(diagonals_BNS, mass, least) | _forced(S, lines.near)[None, None]
   return _lines(columns_BNS, diagonals_BNS, T, S)
 
 
@@ -111,19 +128,16 @@ def snapkv_tokens(
   k_BSKH: jax.Array,
   *,
   capacity: int,
-  last: int = 256,
-  kernel: int = 21,
-  first: int = 4,
-  near: int = 128,
+  kept: Kept = KEPT,
 ) -> jax.Array:
   """Returns the tokens that each key head's cache keeps, int32 [B, K, C], ascending.
 
   Scores are the last queries' attention, averaged over a group's heads, summed over queries and
-  smoothed; the `first` tokens and the `near` last ones always stay.
+  smoothed.
   """
-  weight_BKGAS = _last_attention(q_BTNH, k_BSKH, last)
-  score_BKS = _smooth(jnp.sum(jnp.mean(weight_BKGAS, axis=2), axis=2), kernel)
-  score_BKS = jnp.where(_ends(score_BKS.shape[-1], first, near)[None, None], jnp.inf, score_BKS)
+  weight_BKGAS = _last_attention(q_BTNH, k_BSKH, kept.last)
+  score_BKS = _smooth(jnp.sum(jnp.mean(weight_BKGAS, axis=2), axis=2), kept.kernel)
+  score_BKS = jnp.where(_ends(score_BKS.shape[-1], kept)[None, None], jnp.inf, score_BKS)
   _, token_BKC = jax.lax.top_k(score_BKS, min(capacity, score_BKS.shape[-1]))
   return jnp.sort(token_BKC, axis=-1).astype(jnp.int32)
 
@@ -133,10 +147,7 @@ def ada_snapkv_mask(
   k_BSKH: jax.Array,
   *,
   capacity: int,
-  last: int = 256,
-  kernel: int = 21,
-  first: int = 4,
-  near: int = 128,
+  kept: Kept = KEPT,
   share: float = 0.2,
 ) -> jax.Array:
   """Returns bool [B, K, S]: which tokens stay, `capacity` a head on average.
@@ -145,10 +156,10 @@ def ada_snapkv_mask(
   keeps its own best `share` of the capacity; the heads together share the rest by score.
   """
   check(0 <= share <= 1, "share", share, "must be between 0 and 1")
-  weight_BKGAS = _last_attention(q_BTNH, k_BSKH, last)
-  score_BKS = _smooth(jnp.max(weight_BKGAS, axis=(2, 3)), kernel)
+  weight_BKGAS = _last_attention(q_BTNH, k_BSKH, kept.last)
+  score_BKS = _smooth(jnp.max(weight_BKGAS, axis=(2, 3)), kept.kernel)
   (B, K, S), capacity = score_BKS.shape, min(capacity, k_BSKH.shape[1])
-  score_BKS = jnp.where(_ends(S, first, near)[None, None], jnp.inf, score_BKS)
+  score_BKS = jnp.where(_ends(S, kept)[None, None], jnp.inf, score_BKS)
   own_BKS = _top(score_BKS, int(share * capacity))
   # a head's own tokens come before every other's
   rank_BKS = jnp.argsort(jnp.argsort(-score_BKS, axis=-1, stable=True), axis=-1, stable=True)
@@ -157,8 +168,8 @@ def ada_snapkv_mask(
   place = jnp.broadcast_to(jnp.arange(K * S, dtype=jnp.int32)[None], (B, K * S))
   *_, order = jax.lax.sort((*keys, place), num_keys=3, is_stable=True)
   rows = jnp.arange(B)[:, None]
-  kept = jnp.zeros((B, K * S), bool).at[rows, order[:, : capacity * K]].set(True)
-  return kept.reshape(B, K, S)
+  stays = jnp.zeros((B, K * S), bool).at[rows, order[:, : capacity * K]].set(True)
+  return stays.reshape(B, K, S)
 
 
 def quest_scores(q_BNH: jax.Array, k_BSKH: jax.Array, *, page: int = 16) -> jax.Array:
@@ -205,10 +216,10 @@ def _last_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, last: int) -> jax.Arra
 
 
 def _column_and_diagonal_mass(
-  q_BTNH: jax.Array, k_BSKH: jax.Array, last: int, first: int, near: int
+  q_BTNH: jax.Array, k_BSKH: jax.Array, lines: Lines
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the mass of columns and of diagonals, [B, N, S] each; infinite for forced ones."""
-  weight_BKGAS = _last_attention(q_BTNH, k_BSKH, last)
+  weight_BKGAS = _last_attention(q_BTNH, k_BSKH, lines.last)
   B, K, G, A, S = weight_BKGAS.shape
   weight_BNAS = weight_BKGAS.reshape(B, K * G, A, S)
   columns_BNS = jnp.sum(weight_BNAS, axis=2)
@@ -216,8 +227,8 @@ def _column_and_diagonal_mass(
   at_AS = jnp.where(behind_AS < 0, S, behind_AS).reshape(-1)
   flat_BNZ = weight_BNAS.reshape(B, K * G, A * S)
   diagonals_BNS = jnp.zeros((B, K * G, S + 1)).at[:, :, at_AS].add(flat_BNZ)[..., :S]
-  columns_BNS = jnp.where(_forced(S, first)[None, None], jnp.inf, columns_BNS)
-  return columns_BNS, jnp.where(_forced(S, near)[None, None], jnp.inf, diagonals_BNS)
+  columns_BNS = jnp.where(_forced(S, lines.first)[None, None], jnp.inf, columns_BNS)
+  return columns_BNS, jnp.where(_forced(S, lines.near)[None, None], jnp.inf, diagonals_BNS)
 
 
 def _lines(columns_BNS: jax.Array, diagonals_BNS: jax.Array, T: int, S: int) -> jax.Array:
@@ -262,8 +273,8 @@ def _forced(S: int, count: int) -> jax.Array:
   return jnp.arange(S) < count
 
 
-def _ends(S: int, first: int, near: int) -> jax.Array:
-  return (jnp.arange(S) < first) | (jnp.arange(S) >= S - near)
+def _ends(S: int, kept: Kept) -> jax.Array:
+  return (jnp.arange(S) < kept.first) | (jnp.arange(S) >= S - kept.near)
 
 
 def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -33,12 +33,18 @@ class Unions(NamedTuple):
     """Returns the number of entries of each union."""
     return jnp.sum(jnp.any(self.bits_AXUW != 0, axis=-1), axis=-1, dtype=jnp.int32)
 
-  def rows(self) -> jax.Array:
-    """Returns [A * X, 1, 2 + U (1 + W)]: count, full, the starts, the bits."""
-    A, X, _ = self.start_AXU.shape
-    bits = self.bits_AXUW.reshape(A, X, -1)
+  def rows(self, stacked: int) -> jax.Array:
+    """Returns [A * X, 1, 2 + U (1 + W)]: count, full, the starts, the bits; 0 after the last entry.
+
+    U is rounded up to tiles of `stacked` entries, and one more, which kernels read ahead.
+    """
+    A, X, U = self.start_AXU.shape
+    size = round_up(U, stacked) + stacked
+    selected_AXU = jnp.any(self.bits_AXUW != 0, axis=-1)
+    start_AXU = pad_axis(jnp.where(selected_AXU, self.start_AXU, 0), size, 2)
+    bits = pad_axis(self.bits_AXUW, size, 2).reshape(A, X, -1)
     head = jnp.stack([self.count_AX, self.full_AX], axis=-1)
-    return jnp.concatenate([head, self.start_AXU, bits], axis=-1).reshape(A * X, 1, -1)
+    return jnp.concatenate([head, start_AXU, bits], axis=-1).reshape(A * X, 1, -1)
 
 
 class Inverse(NamedTuple):
@@ -54,10 +60,12 @@ def entries_of_row(W: int) -> int:
   return ROW // (2 + W)
 
 
-def make_unions(start_BTKI: jax.Array, places: Places, S: int, block: int, Q: int) -> Unions:
-  """Returns the unions of blocks of Q queries, from the first tokens of each query's blocks."""
-  B, T, K, I = start_BTKI.shape
-  X, W = round_up(T, Q) // Q, -(-Q // 32)
+def make_unions(
+  start_BTKI: jax.Array, places: Places, S: int, block: int, Q: int, X: int
+) -> Unions:
+  """Returns the unions of X blocks of Q queries, from the first tokens of each query's blocks."""
+  B, _, K, I = start_BTKI.shape
+  W = -(-Q // 32)
   start_AXE = pad_axis(start_BTKI, X * Q, 1, S).transpose(0, 2, 1, 3).reshape(B * K, X, Q * I)
   query_E = jnp.repeat(jnp.arange(Q, dtype=jnp.int32), I)
   query_AXE = jnp.broadcast_to(query_E[None, None], start_AXE.shape)

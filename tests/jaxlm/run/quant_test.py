@@ -3,15 +3,18 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from jaxlm.cli import main
 from jaxlm.config import MeshConfig, QuantRule, QuantSpec
 from jaxlm.config.formats import LsqFormat, UniformFormat
+from jaxlm.models import Transformer
 from jaxlm.presets import micro
 from jaxlm.quant import apply, uniform
 from jaxlm.run import SavedRun, train
+from jaxlm.run.quantize import heldout_ids
 from jaxlm.run.run_folder import RunFolder
 from pallas_kernels.common.errors import UserError
 
@@ -72,7 +75,7 @@ def test_a_gradient_that_is_all_zero_ends_the_first_step(tmp_path, corpus, monke
 
 def test_a_rule_that_decides_nothing_ends_a_run_before_it_starts(tmp_path, corpus):
   rules = (QuantRule(match="layers[.]9.*"),)
-  with pytest.raises(UserError, match="matches none of the matmuls"):
+  with pytest.raises(UserError, match="matches none of the names"):
     train(config_of(tmp_path / "run", corpus, rules))
   assert not (tmp_path / "run").exists()
 
@@ -106,6 +109,30 @@ def test_learned_scales_start_from_the_first_batch_and_are_packed_and_sampled(
   printed = capsys.readouterr().out
   assert "5.000 bits each" in printed and "whole model:" in printed
   assert "layers.1" in printed and "normal values have 3" in printed
+
+
+@pytest.mark.slow
+def test_gptq_keeps_the_logits_closer_than_rounding_to_the_nearest(tmp_path, corpus, capsys):
+  path = tmp_path / "run"
+  train(config_of(path, corpus, ()))
+  assert main(["quantize", str(path), str(tmp_path / "a"), "--text", str(corpus)]) == 2
+  assert "is for --method gptq" in capsys.readouterr().err
+  flags = ["--method", "gptq"]
+  assert main(["quantize", str(path), str(tmp_path / "a"), "--recipe", "lsq:4:4", *flags]) == 2
+  assert "equally spaced levels that are not learned" in capsys.readouterr().err
+  saved = SavedRun.open(path)
+  ids_BT = heldout_ids(saved)
+
+  def logits(saved):
+    return jax.jit(Transformer(saved.config.model).apply)(saved.params, ids_BT)
+
+  want = logits(saved)
+  errors = []
+  for method in ("nearest", "gptq"):
+    flags = ["--recipe", "int4:16", "--method", method]
+    assert main(["quantize", str(path), str(tmp_path / method), *flags]) == 0
+    errors.append(float(jnp.linalg.norm(logits(SavedRun.open(tmp_path / method)) - want)))
+  assert errors[1] < 0.9 * errors[0], errors
 
 
 def test_a_recipe_that_does_not_exist_is_named(capsys):

@@ -63,6 +63,23 @@ def test_nan_reaches_the_queries_that_see_it_and_no_others(case, run):
 
 
 @pytest.mark.slow
+def test_empty_lists_blocks_that_nobody_selected_and_huge_keys(case, run, expected, assert_close):
+  """Lists of the first row's first 30 queries are empty; nobody selects block 1; one key is 1e4."""
+  q_BTNH, k_BSKH, v_BSKU, *rest = case(T=70).arrays()
+  k_BSKH[:, 5] *= 1e4
+  arrays = (q_BTNH, k_BSKH, v_BSKU, *rest)
+  lists_BTKI = np.tile(np.array([2, 0, -1], np.int32), (2, 70, 2, 1))
+  lists_BTKI[0, :30] = -1
+  got = run(dict(T=70), "pallas_tpu", arrays, lists_BTKI, interpret=True)
+  # float32 holds a logit of 1e4 to 1e-3, and the gradients make it again
+  assert_close(got, expected(dict(T=70), arrays, lists_BTKI), 1e-5, 2e-3)
+  assert np.all(np.asarray(got["o"])[0, :30] == 0) and np.all(np.isneginf(got["lse"][0, :30]))
+  for key in ("dk", "dv"):
+    reached_S = np.any(np.asarray(got[key]) != 0, axis=(0, 2, 3))
+    assert not np.any(reached_S[16:32]) and not np.any(reached_S[48:]), key
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("cores, seed", [(1, 0), (2, 1)])
 def test_simulator(cores, seed, run, expected, assert_close):
   """Both kinds of blocks, aligned (seed 0) and anywhere; grid order shuffled by the seed."""
@@ -89,7 +106,7 @@ def test_unions_and_their_inverse_are_the_lists(case):
   made = case(T=70, packed=True)
   places = make_places(70, 70, None, made.segment_ids())
   start_BTKI = pairs.selected_starts(jnp.asarray(made.lists()), places, 70, 16)
-  lists = unions.make_unions(start_BTKI, places, 70, 16, 40)  # two words of bits
+  lists = unions.make_unions(start_BTKI, places, 70, 16, 40, 2)  # two words of bits
   inverse = unions.invert(lists, 70, 16)
   start_AXU, bits_AXUW = np.asarray(lists.start_AXU), np.asarray(lists.bits_AXUW).astype(np.uint32)
   (A, X, _), E = start_AXU.shape, unions.entries_of_row(2)

@@ -16,12 +16,14 @@ from pallas_kernels.sparse_attention import nsa_selected_attention, training_fre
 B, T, N, K, H = 2, 50, 4, 2, 8
 rng = np.random.default_rng(0)
 q_BTNH, k_BTKH, v_BTKH = (rng.normal(size=(B, T, n, H)).astype(np.float32) for n in (N, K, K))
-LINES = dict(last=8, first=2, near=3)
+LINES = training_free.Lines(last=8, first=2, near=3)
 EAGER = {
   "vertical-slash": lambda n: training_free.vertical_slash_mask(
-    q_BTNH, k_BTKH, verticals=n, slashes=n, **LINES
+    q_BTNH, k_BTKH, verticals=n, slashes=n, lines=LINES
   ),
-  "flex": lambda n: training_free.flex_prefill_mask(q_BTNH, k_BTKH, mass=1e-6, least=n, **LINES),
+  "flex": lambda n: training_free.flex_prefill_mask(
+    q_BTNH, k_BTKH, mass=1e-6, least=n, lines=LINES
+  ),
   "block-sparse": lambda n: training_free.block_sparse_mask(q_BTNH, k_BTKH, blocks=n, block=4),
 }
 MASKS = {name: jax.jit(mask, static_argnums=0) for name, mask in EAGER.items()}
@@ -72,20 +74,20 @@ def test_block_sparse_forces_the_first_its_own_and_the_one_before():
 
 
 def test_snapkv_keeps_its_capacity_with_both_ends():
-  options = dict(last=8, kernel=5, first=2, near=6)
-  got_BKC = training_free.snapkv_tokens(q_BTNH, k_BTKH, capacity=20, **options)
+  kept = training_free.Kept(last=8, kernel=5, first=2, near=6)
+  got_BKC = training_free.snapkv_tokens(q_BTNH, k_BTKH, capacity=20, kept=kept)
   chex.assert_shape(got_BKC, (B, K, 20))
   assert np.all(np.diff(got_BKC, axis=-1) > 0)
   for token in (0, 1, *range(T - 6, T)):
     assert np.all(np.any(got_BKC == token, axis=-1))
-  everything = training_free.snapkv_tokens(q_BTNH, k_BTKH, capacity=99, **options)
+  everything = training_free.snapkv_tokens(q_BTNH, k_BTKH, capacity=99, kept=kept)
   assert np.array_equal(everything, np.broadcast_to(np.arange(T), (B, K, T)))
 
 
 def test_ada_snapkv_keeps_the_capacity_of_all_heads_together():
-  options = dict(last=8, kernel=5, first=1, near=2)
+  kept = training_free.Kept(last=8, kernel=5, first=1, near=2)
   uneven = k_BTKH * np.array([3.0, 0.1], np.float32)[:, None]  # one head is far more certain
-  ada_snapkv = functools.partial(training_free.ada_snapkv_mask, **options)
+  ada_snapkv = functools.partial(training_free.ada_snapkv_mask, kept=kept)
   keep = jax.jit(ada_snapkv, static_argnames="capacity")
   kept_BKS = keep(q_BTNH, uneven, capacity=20)
   assert np.all(kept_BKS.sum(axis=(1, 2)) == 20 * K)
@@ -124,7 +126,7 @@ def test_refused():
   with pytest.raises(UserError, match="mass=0: must be above 0 and at most 1"):
     training_free.flex_prefill_mask(q_BTNH, k_BTKH, mass=0)
   with pytest.raises(UserError, match="kernel=4: must be odd"):
-    training_free.snapkv_tokens(q_BTNH, k_BTKH, capacity=3, kernel=4)
+    training_free.snapkv_tokens(q_BTNH, k_BTKH, capacity=3, kept=training_free.Kept(kernel=4))
 
 
 def test_jit_changes_nothing():
