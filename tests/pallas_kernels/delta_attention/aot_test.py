@@ -19,7 +19,10 @@ def struct(*shape, dtype=jnp.bfloat16):
 
 @pytest.mark.parametrize("chip", CORES)
 def test_gradients_compile_within_memory(chip):
-  """Two heads of Kimi Linear; what is saved are the states at the chunks' starts."""
+  """Two heads of Kimi Linear; saved are states at the chunks' starts and half as much of pairs.
+
+  What runs head by head holds half of the arrays here, where there are two heads.
+  """
   B, T, N, K = 1, 4096, 2, 128
 
   def loss(q, k, v, decay, beta, a_log_N, dt_bias):
@@ -30,9 +33,10 @@ def test_gradients_compile_within_memory(chip):
   x, f32 = struct(B, T, N, K), jnp.float32
   args = (x, x, x, x, struct(B, T, N), struct(N, dtype=f32), struct(N, K, dtype=f32))
   program = compile_for(jax.grad(loss, tuple(range(7))), args, chip)
-  assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2
+  # forward and backward, and both head by head, which bad numbers need
+  assert program.as_text().count('custom_call_target="tpu_custom_call"') == 4
   states = 2 * B * N * K * K * T // 64
-  assert program.memory_analysis().temp_size_in_bytes < states + 12 * x.size * 2
+  assert program.memory_analysis().temp_size_in_bytes < 1.5 * states + 14 * x.size * 2
 
 
 def test_odd_sizes_and_every_option_compile():

@@ -232,5 +232,7 @@ def test_scan_equals_the_python_loop():
     lm = Transformer(config, ComputeConfig(scan=scan, remat="full" if scan == "always" else "none"))
     return jax.value_and_grad(lambda params: jnp.sum(jnp.cos(lm.apply(params, IDS_BT))))(params)
 
-  looped, scanned = (gradients(scan, init(config)) for scan in ("never", "always"))
-  chex.assert_trees_all_close(looped, scanned, atol=2e-4, rtol=2e-4)
+  looped, scanned = (jax.device_get(gradients(s, init(config))) for s in ("never", "always"))
+  scales = jax.tree.map(lambda g: max(1, np.abs(g).max()), looped)
+  looped, scanned = (jax.tree.map(np.divide, x, scales) for x in (looped, scanned))
+  chex.assert_trees_all_close(looped, scanned, atol=1e-4, rtol=0)
