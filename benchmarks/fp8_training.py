@@ -60,7 +60,7 @@ def final_loss(config: TrainConfig, recipe: str, seed: int) -> tuple[float, int]
 def main() -> None:
   """Runs every arm of every seed and writes the page."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--steps", type=int, default=300)
+  parser.add_argument("--steps", type=int, default=600)
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
   parser.add_argument("--write", type=Path, help="file for the page")
   arguments = parser.parse_args()
