@@ -44,8 +44,9 @@ def from_dict(kind: Any, values: dict[str, Any], path: str = "") -> Any:
   hints, arguments = _hints(kind), {}
   defaults = {field.name: type(field.default).__name__ for field in dataclasses.fields(kind)}
   for name, value in values.items():
-    near = ", ".join(difflib.get_close_matches(name, hints, n=3) or hints)
-    check(name in hints, f"{path}{name}", value, f"no such field; nearest: {near}")
+    if name not in hints:
+      near = ", ".join(difflib.get_close_matches(name, hints, n=3) or hints)
+      check(False, f"{path}{name}", value, f"no such field; nearest: {near}")
     arguments[name] = _from_plain(hints[name], value, f"{path}{name}", defaults[name])
   return kind(**arguments)
 
