@@ -99,4 +99,4 @@ def test_a_pattern_that_keeps_everything_reads_the_same(model, pattern, share):
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", PREFILL | CACHE)
 def test_a_small_share_keeps_few_keys(model, pattern):
-  assert 0.02 < read_answers(*model, IDS_BT, pattern=pattern, share=1 / 8)[1] < 0.6
+  assert 0.02 < read_answers(*model, IDS_BT, pattern=pattern, share=1 / 8)[1] < 0.75
