@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.attention import api, attention, cudnn
+from pallas_kernels.common import platform as common_platform
 
 pytestmark = pytest.mark.usefixtures("compile_in_less_time")
 
@@ -120,7 +121,7 @@ def test_cudnn_lowers_for_hopper(case, monkeypatch):
   """There is no GPU here: platform, and what jax asks cuDNN for, is told instead."""
   from jax._src.cudnn import fused_attention_stablehlo as library
 
-  for module in (api, cudnn):
+  for module in (common_platform, api, cudnn):
     monkeypatch.setattr(module, "platform", lambda: "gpu")
   monkeypatch.setattr(cudnn, "has_cudnn", lambda: True)
   monkeypatch.setattr(library, "check_cudnn_version", lambda: 91100)
