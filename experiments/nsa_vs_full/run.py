@@ -52,7 +52,7 @@ def _sizes(length: int, block: int, count: int, window: int) -> dict[str, int]:
 
 PLANS: dict[Scale, Plan] = {
   "smoke": Plan(32, 8, 1, _sizes(4, 4, 3, 4), 24, 4, (20, 20), (8, 4), 1, ("full", "nsa")),
-  "cpu": Plan(128, 32, 1, _sizes(4, 8, 6, 16), 40, 8, (600, 300), (32, 16), 3),
+  "cpu": Plan(128, 32, 1, _sizes(4, 8, 6, 16), 40, 8, (1100, 300), (32, 16), 3),
   "gpu": Plan(4096, 256, 4, _sizes(32, 64, 16, 512), 1024, 32, (800, 400), (8, 8), 3),
 }
 
@@ -180,7 +180,7 @@ STUDY = Study(
   "embedding, tied head. Sparse attention: blocks of 4 every 2, 6 selected blocks of 8, window "
   "16, a compression of its own for keys and for values, 128 positions; the windowed model sees "
   "16 keys. SwiGLU is wider where attention has fewer parameters, so that the models of a task "
-  "differ by less than 1 %. Needles: 4 facts among noise of 30 ids, 8 names, all asked for, 600 "
+  "differ by less than 1 %. Needles: 4 facts among noise of 30 ids, 8 names, all asked for, 1,100 "
   "steps of 32 fresh rows, AdamW, rate 0.005, cosine; accuracy over 256 held-out rows. Text: "
   "bytes of the interpreter's own standard library, 300 steps of 16 rows, warm-up, constant rate "
   "0.01 and decay; loss over 65,536 held-out bytes. 3 seeds. (GPU: D 256, 4096 positions, the "
