@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from jaxlm.config import ModelConfig, QuantSpec
+from jaxlm.config import ModelConfig
 from jaxlm.config.quant import Operands, find_spec
 from jaxlm.models.parts import list_cached, list_matmuls
 
@@ -32,14 +32,13 @@ def describe(config: ModelConfig, dtype: str) -> list[str]:
 def _cached(config: ModelConfig, dtype: str) -> list[tuple[str, ...]]:
   """Returns the cells of a heading and a line for each kind of what attention keeps, if ruled."""
   rows: dict[tuple[str, str, str], list[int]] = {}
+  specs = {name: find_spec(config.quant, name) for name in list_cached(config)}
+  if all(spec.is_plain for spec in specs.values()):
+    return []
   for name, (heads, width) in list_cached(config).items():
     _, layer, part = name.split(".")
-    spec = find_spec(config.quant, name)
-    turned = f"Hadamard-{spec.hadamard} " if spec.hadamard else ""
-    key = part, f"{heads} x {width}", turned + str(spec.activation or dtype)
-    rows.setdefault(key, []).append(int(layer))
-  if not any(find_spec(config.quant, name) != QuantSpec() for name in list_cached(config)):
-    return []
+    (kept, _), *_ = specs[name].operands(dtype)
+    rows.setdefault((part, f"{heads} x {width}", kept), []).append(int(layer))
   cells = [(f"cache.{_ranges(rows[key])}.{key[0]}", *key[1:]) for key in sorted(rows)]
   return [("cache", "K x H", f"kept, in {dtype}"), *cells]
 
