@@ -13,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import AttentionConfig, ModelConfig, check
+from jaxlm.data.loader import train_loader
+from jaxlm.data.packing import Batch
 from jaxlm.models import Transformer
 from jaxlm.quant.capture import capture
 from jaxlm.quant.rotation import fold_norms, rotate_residual
+from jaxlm.run.text import TextTask
 from pallas_kernels.common.errors import UnsupportedError
 
 Params = dict[str, Any]
@@ -23,6 +26,8 @@ FACTOR = 32.0
 """a power of two, so that scaling by it and back is exact"""
 SPACING = 32
 """of the inputs of `down` that stand out"""
+_CALIBRATION = 1000
+"""seed of the order of the training text in which calibration rows come"""
 TOLERANCE = 1e-5
 """by which logits may differ, of the largest one"""
 
@@ -43,6 +48,12 @@ def plant_outliers(
   planted = scale_channels(folded_config, turned, factor)
   check_same_logits((config, params), (folded_config, planted), ids_BT)
   return folded_config, planted
+
+
+def calibration_batches(task: TextTask, count: int, rows: Any) -> list[Batch]:
+  """Returns batches of training text, the same for models of all seeds."""
+  batches = train_loader(task.text, batch=task.config.batch, seed=_CALIBRATION, rows=rows)
+  return [next(batches) for _ in range(count)]
 
 
 def principal_axes(config: ModelConfig, params: Params, ids_BT: jax.Array) -> jax.Array:
