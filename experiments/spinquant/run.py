@@ -219,8 +219,8 @@ def conclude(rows: list[Row]) -> Finding:
     verdict, why = "reproduced", "Random rotations repair, learned ones repair more."
   share = interval((planted - hadamard) / (planted - before))
   return Finding(
-    ours=f"random Hadamard rotations lower the loss of W4A4KV4 by {repaired[0]:.3f} nats, "
-    f"learned ones by {gain[0]:.3f} more",
+    ours=f"random Hadamard rotations lower the loss of W4A4KV4 by {repaired[0]:.3f} nats, learned "
+    f"ones by {gain[0]:.3f} more",
     interval=f"{repaired[1]:.3f} to {repaired[2]:.3f} and {gain[1]:+.3f} to {gain[2]:+.3f}, 95 % "
     f"over {len(rows)} seeds",
     verdict=verdict,
@@ -298,24 +298,25 @@ STUDY = Study(
   "Hadamard rotations (QuaRot), with learned ones: LLaMA-2 7B 5.5, 2e3, 6.4, 5.9; LLaMA-3 8B 6.1, "
   "1e3, 8.0, 7.3. Random rotations differ by up to 13 points of zero-shot accuracy, learned ones "
   "hardly.",
-  setting=f"{SETTING} Here D 64, SwiGLU of width 128, 2 layers, 4 heads of 16, "
-  "1.1e5 parameters with the head, 2,000 steps of 1,024 bytes, rate 0.008, 3 seeds (on a GPU D 256, 8 layers, 3,000 steps of "
-  "32,768 tokens). Such a model has no outliers, so they are planted, with the same function: "
-  "norms are folded, the residual stream is turned to its principal axes, and one channel of each "
-  "head's values, a rotary pair of its keys and one of 32 inputs of `down` become 32 times as "
-  "large, what they meet 32 times as small. Logits must stay within 1e-5 of the largest one, here "
-  "and after every rotation, or the study stops. Weights are rounded per row to int4, inputs of "
-  "matmuls per token and keys and values per head to 16 levels from least to largest; embedding, "
-  "head and norms are not. R1 and R2 are folded, R3 (width of a head) and R4 (width F) computed "
-  "online. 4 random draws each of Hadamard and of uniform orthogonal matrices; each Hadamard draw "
-  "is also the start of 100 steps of Cayley SGD on the rounded network's loss (rate 1.5, cosine, "
-  "8 rows of training text a step). The calibration loss is that of the first 8 of these batches.",
+  setting=f"{SETTING} Here D 64, SwiGLU of width 128, 2 layers, 4 heads of 16, 1.1e5 parameters "
+  "with the head, 2,000 steps of 1,024 bytes, rate 0.008, 3 seeds (on a GPU D 256, 8 layers, "
+  "3,000 steps of 32,768 tokens). Such a model has no outliers, so they are planted, with the "
+  "same function: norms are folded, the residual stream is turned to its principal axes, and one "
+  "channel of each head's values, a rotary pair of its keys and one of 32 inputs of `down` become "
+  "32 times as large, what they meet 32 times as small. Logits must stay within 1e-5 of the "
+  "largest one, here and after every rotation, or the study stops. Weights are rounded per row to "
+  "int4, inputs of matmuls per token and keys and values per head to 16 levels from least to "
+  "largest; embedding, head and norms are not. R1 and R2 are folded, R3 (width of a head) and R4 "
+  "(width F) computed online. 4 random draws each of Hadamard and of uniform orthogonal matrices; "
+  "each Hadamard draw is also the start of 100 steps of Cayley SGD on the rounded network's loss "
+  "(rate 1.5, cosine, 8 rows of training text a step). The calibration loss is that of the first "
+  "8 of these batches.",
   refuted_by="All over seeds, from means over draws. Reproduced: the 95 % interval of the loss "
   "with outliers minus the loss with Hadamard rotations lies above 0; the mean kurtosis of what "
-  "matmuls read of the rotated residual stream is below 3; that of the Hadamard loss minus the learned "
-  "loss lies above 0, and on the calibration rows learned rotations are, in their mean, not worse "
-  "than the best random one of their seed. Direction only: the first holds, another does not. "
-  "Refuted: the first interval lies below 0. Undecided: it holds 0.",
+  "matmuls read of the rotated residual stream is below 3; that of the Hadamard loss minus the "
+  "learned loss lies above 0, and on the calibration rows learned rotations are, in their mean, "
+  "not worse than the best random one of their seed. Direction only: the first holds, another "
+  "does not. Refuted: the first interval lies below 0. Undecided: it holds 0.",
   cannot_show="How much rotations gain on outliers that grow by themselves: these have one size, "
   "and as much to say as any other channel. GPTQ or a search for clipping, which the paper adds "
   "for weights, and its accuracies.",

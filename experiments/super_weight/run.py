@@ -134,8 +134,8 @@ def conclude(rows: list[Row]) -> Finding:
   else:
     verdict, why = "undecided", "The intervals hold 0, or the search goes on after two weights."
   return Finding(
-    ours=f"without the super weight the loss is {pruned[0]:+.3f} nats above that without the 1,000 "
-    f"next largest; int4 loses {rounded[0]:+.3f} less where it is clipped and restored",
+    ours=f"without the super weight the loss is {pruned[0]:+.3f} nats above that without the "
+    f"1,000 next largest; int4 loses {rounded[0]:+.3f} less where it is clipped and restored",
     interval=f"{pruned[1]:+.3f} to {pruned[2]:+.3f} and {rounded[1]:+.3f} to {rounded[2]:+.3f}, "
     f"95 % over {len(rows)} seeds",
     verdict=verdict,
@@ -214,10 +214,10 @@ STUDY = Study(
   "7,000 next largest weights to 69.2 %; int4 in blocks of 1024 x 1024: 27.6 % rounded to the "
   "nearest, 45.4 % clipped and restored. At most six in any model; times 1.2 to 2 they give 0.3 "
   "points. Llama-7B's makes an input of -560 an output of 1313 where other layers have 1 to 10.",
-  setting=f"{SETTING} Here D 64, SwiGLU of width 128, 6 layers, heads of 16, 2.8e5 parameters with "
-  "the head, 500 steps of 1,024 bytes, rate 0.008, 4 seeds (on a GPU D 256, 12 layers, 3,000 steps "
-  "of 32,768 tokens); a start token is in the place of each row's first byte. Such a model has no "
-  "super weight (the search is run before, too), so one is planted without a change of the "
+  setting=f"{SETTING} Here D 64, SwiGLU of width 128, 6 layers, heads of 16, 2.8e5 parameters "
+  "with the head, 500 steps of 1,024 bytes, rate 0.008, 4 seeds (on a GPU D 256, 12 layers, 3,000 "
+  "steps of 32,768 tokens); a start token is in the place of each row's first byte. Such a model "
+  "has no super weight (the search is run before, too), so one is planted without a change of the "
   "function: logits must stay within 1e-5 of the largest, or the study stops. In the first "
   "position every row has the same states. There the start token gets 15 channels of its own in "
   "place of its embedding, they open a hidden unit of layer 1 to 60 times the median of layers, "
@@ -227,12 +227,12 @@ STUDY = Study(
   "matmuls in the layers. int4 is affine per tensor, for these same weights; z of "
   f"{', '.join(f'{z:g}' for z in CLIPS)} standard deviations is chosen by 8 batches of training "
   "text. A published checkpoint joins the table by `python -m experiments.super_weight.natural`.",
-  refuted_by="Reproduced: in every seed the planted weight is the first found and at most two are; "
-  "the 95 % interval over seeds of the loss without it minus the loss without the 1,000 next "
+  refuted_by="Reproduced: in every seed the planted weight is the first found and at most two "
+  "are; the 95 % interval over seeds of the loss without it minus the loss without the 1,000 next "
   "largest lies above 0; and so does that of int4 rounded to the nearest minus clipped and "
   "restored. Direction only: it is found, and one of the intervals lies above 0. Refuted: it is "
-  "not found, or both lie below 0. Undecided: anything else. Published checkpoints are listed "
-  "and decide nothing.",
+  "not found, or both lie below 0. Undecided: anything else. Published checkpoints are listed and "
+  "decide nothing.",
   cannot_show="How super weights come about, and that models need them: this one carries what the "
   "model reads of the first position because it was planted to. That is why its loss says how "
   "much a model of this size needs its first position.",
