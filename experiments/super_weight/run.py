@@ -124,11 +124,10 @@ def conclude(rows: list[Row]) -> Finding:
     verdict, why = "reproduced", "One forward pass shows it, it matters most, int4 has to spare it."
   elif is_found and (pruned[1] > 0 or rounded[1] > 0):
     verdict = "direction only"
-    why = "It is found, but " + (
-      "restoring it does not help int4 for sure."
-      if pruned[1] > 0
-      else "a thousand other weights matter as much."
-    )
+    why = "It is found, but restoring it does not help int4 for sure."
+    if pruned[1] <= 0:
+      more = "more" if pruned[2] < 0 else "as much"
+      why = f"It is found and spoils int4, but a thousand other weights matter {more}."
   elif pruned[2] < 0 and rounded[2] < 0:
     why = "A thousand other weights matter more, and int4 is better without sparing it."
   else:
