@@ -93,12 +93,12 @@ def scale_channels(config: ModelConfig, params: Params, factor: float) -> Params
 
 
 def _scale_outputs(linear: Params, factor_Z: np.ndarray) -> None:
-  for name in linear:  # weight [R, D, Z], bias [R, Z]
-    linear[name] = linear[name] * jnp.asarray(factor_Z, jnp.float32)
+  for name, w in linear.items():  # weight [R, D, Z], bias [R, Z]
+    linear[name] = w * jnp.asarray(factor_Z, jnp.float32).reshape((1,) * (w.ndim - 1) + (-1,))
 
 
 def _scale_inputs(linear: Params, factor_Z: np.ndarray) -> None:
-  linear["weight"] = linear["weight"] * jnp.asarray(factor_Z, jnp.float32)[:, None]
+  linear["weight"] = linear["weight"] * jnp.asarray(factor_Z, jnp.float32)[None, :, None]
 
 
 def check_same_logits(
