@@ -1,12 +1,13 @@
 """Trains a million parameters in blockwise FP8 and in float32, and compares where they end.
 
-    python -m benchmarks.fp8_training [--steps N] [--seeds 0 1] [--write PATH]
+    python -m benchmarks.fp8_training [--steps N] [--seeds 1 2 3] [--write PATH]
 
 On a CPU the codes are emulated, exactly: e4m3 with a float32 scale for each 1 x 128 tile or 128 x
 128 block in all three products of every matmul of the layers (`--quantize fp8:1`); embedding, norms
 and head stay in float32. Both arms of a seed start from the same weights and read the same rows in
-the same order. The exit status is 1 where the final held-out loss is further than 0.5 % from
-float32's.
+the same order. The number of steps was chosen by what seed 0 does after 160, 400 and 600 of them,
+so that by default other seeds are trained. The exit status is 1 where the final held-out loss of a
+seed is further than 0.5 % from float32's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import jax
 
 from benchmarks.table import publish, report, table
+from experiments.small_text import interval
 from jaxlm.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig, decoder
 from jaxlm.recipes import load_rules
 from jaxlm.run import train
@@ -61,11 +63,11 @@ def main() -> None:
   """Runs every arm of every seed and writes the page."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--steps", type=int, default=600)
-  parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+  parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
   parser.add_argument("--write", type=Path, help="file for the page")
   arguments = parser.parse_args()
   config = configuration(arguments.steps)
-  rows, errors = [], []
+  rows, errors = [], []  # errors of the last arm
   for seed in arguments.seeds:
     losses: list[float] = []
     for name, recipe in ARMS.items():
@@ -73,20 +75,25 @@ def main() -> None:
       loss, parameters = final_loss(config, recipe, seed)
       losses.append(loss)
       error = losses[-1] / losses[0] - 1
-      errors.append(abs(error))
       seconds = f"{time.perf_counter() - start:.0f}"
       rows.append([seed, name, f"{losses[-1]:.4f}", f"{error:+.2%}", seconds])
       print(rows[-1], flush=True)
+    errors.append(error)
   tokens = config.steps * config.batch * config.data.length
   setting = (
     f"{parameters:,} parameters, {config.steps} steps of {config.batch} rows of "
     f"{config.data.length} bytes of Python's standard library ({tokens:,} targets), AdamW; the "
     f"loss is of {config.eval_batches * config.batch * config.data.length:,} held-out targets."
   )
-  body = f"{setting}\n\n{table(COLUMNS, rows)}"
+  body = f"{setting}\n\n{table(COLUMNS, rows)}\n\n{name} against {next(iter(ARMS))}: "
+  if len(errors) > 1:
+    mean, low, high = interval(errors)
+    seeds = f"95 % over {len(errors)} paired seeds, Student's t"
+    body += f"{mean:+.2%} ({low:+.2%} to {high:+.2%}, {seeds}); "
+  body += f"furthest {max(errors, key=abs):+.2%}, allowed {TOLERANCE:.1%} for every seed."
   page = report("Blockwise FP8 in training", body, "jax", "jaxlib")
   publish(page, arguments.write)
-  sys.exit(max(errors) > TOLERANCE)
+  sys.exit(max(map(abs, errors)) > TOLERANCE)
 
 
 if __name__ == "__main__":
