@@ -76,10 +76,8 @@ SIZES = {
 
 def code_levels(format):
   """Levels that lie in equal steps; 0 of others."""
-  sparse = getattr(format, "sparse", False)
-  unequal = (
-    sparse or isinstance(format, BlockFormat | Fp8Format) or getattr(format, "levels", "") == "fp4"
-  )
+  unequal = getattr(format, "sparse", False) or getattr(format, "levels", "") == "fp4"
+  unequal |= isinstance(format, BlockFormat | Fp8Format)
   return 0 if unequal else packing.code_range(format).levels
 
 
