@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -34,19 +35,23 @@ def token_error(format: str, imbalance: float) -> dict[str, float]:
   Gradients are normal, times a log-normal size for each of 4096 tokens whose logarithm has
   `imbalance` for its standard deviation; the weight is not rounded.
   """
+  tiles, squares = map(float, _median_errors(format, imbalance))
+  return {"tiles": round(tiles, 6), "squares": round(squares, 6)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _median_errors(name: str, imbalance: jax.Array) -> list[jax.Array]:
   keys = jax.random.split(jax.random.key(0), 3)
   size_Z1 = jnp.exp(imbalance * jax.random.normal(keys[0], (4096, 1)))
   dy_ZF = size_Z1 * jax.random.normal(keys[1], (4096, 128))
   w_DF = jax.random.normal(keys[2], (64, 128))
   dx_ZD = dy_ZF @ w_DF.T
 
-  def error(format: Format) -> float:
+  def error(format: Format) -> jax.Array:
     off_ZD = quantize(dy_ZF, format) @ w_DF.T - dx_ZD
-    off_Z = jnp.linalg.norm(off_ZD, axis=-1) / jnp.linalg.norm(dx_ZD, axis=-1)
-    return round(float(jnp.median(off_Z)), 6)
+    return jnp.median(jnp.linalg.norm(off_ZD, axis=-1) / jnp.linalg.norm(dx_ZD, axis=-1))
 
-  tiles, squares = FORMATS[format]
-  return {"tiles": error(tiles), "squares": error(squares)}
+  return [error(format) for format in FORMATS[name]]
 
 
 def threshold(imbalances: list[float], ratios: list[float]) -> float:
