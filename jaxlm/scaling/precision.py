@@ -1,19 +1,21 @@
 """Loss laws of training in few bits: what share of its parameters a quantised model is worth."""
 
-# N parameters, D training tokens, P bits, X runs; [P] fitted numbers, S starts
+# N parameters, D training tokens, P bits, X runs; [P] fitted numbers, S starts, F formats,
+# R resamples, U units that are drawn
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import check
+from jaxlm.scaling.bootstrap import members
 from jaxlm.scaling.laws import Counts, SumLaw
 from jaxlm.scaling.runs import Run, column
 from jaxlm.scaling.solver import minimize
@@ -167,29 +169,26 @@ def fit_efficiency(
 
 
 def bootstrap_efficiency(
-  fit: EfficiencyFit, samples: int = 1000, *, seed: int = 0
+  fit: EfficiencyFit, samples: int = 1000, *, by: Literal["run", "group"] = "run", seed: int = 0
 ) -> list[EfficiencyLaw]:
   """Returns the laws of `samples` tables drawn with replacement, each fitted again from the fit.
 
-  The runs of a format are drawn among themselves, so that each format keeps its number of runs:
-  without any its eff would mean nothing. An interval says nothing of what the law itself misses.
+  By "group", runs of one group (of one size, unless they name theirs) are drawn together: runs that
+  differ in their format alone, with the same weights at the start and the same text, share what is
+  random in their loss. A table that lacks a format is drawn again.
   """
   check(samples > 0, "samples", samples, "must be positive")
-  rng = np.random.default_rng(seed)
-  formats = np.array([run.precision for run in fit.runs])
+  counts, rng = fit.law.base.counts, np.random.default_rng(seed)
+  members_UX, data = members(fit.runs, counts, by), _shared_data(fit.runs, fit.reference, counts)
+  units = len(members_UX)
+  is_other_XF = data["format"]
+  formats_XF = np.concatenate([is_other_XF, 1.0 - is_other_XF.sum(axis=1, keepdims=True)], axis=1)
   weights_RX = np.zeros((samples, len(fit.runs)))
-  for name in dict.fromkeys(formats):
-    places = np.flatnonzero(formats == name)
-    share = np.full(len(places), 1 / len(places))
-    weights_RX[:, places] = rng.multinomial(len(places), share, size=samples)
-  counts = fit.law.base.counts
-  ends = minimize(
-    _residual,
-    np.tile(fit.numbers_P, (samples, 1)),
-    _shared_data(fit.runs, fit.reference, counts),
-    weights_RX,
-    delta=fit.delta,
-  )
+  while (lacks_R := ((weights_RX @ formats_XF) == 0).any(axis=1)).any():
+    draws_RU = rng.multinomial(units, np.full(units, 1 / units), size=int(lacks_R.sum()))
+    weights_RX[lacks_R] = draws_RU @ members_UX
+  starts_SP = np.tile(fit.numbers_P, (samples, 1))
+  ends = minimize(_residual, starts_SP, data, weights_RX, delta=fit.delta)
   return [_law_of(numbers_P, fit.runs, fit.reference, counts) for numbers_P in ends.numbers_P]
 
 

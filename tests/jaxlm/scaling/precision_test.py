@@ -27,9 +27,14 @@ def test_precision_laws():
     PANFEROV.loss(1e9, 2e10, "5")
 
 
-def test_published_efficiencies_are_found_again():
-  """Squared errors, as the paper fits: every eff within 0.01 of the printed one."""
-  fit = fit_efficiency(quest(), delta=1.0)
+@pytest.fixture(scope="module")
+def fit_of_published():
+  """Takes squared errors, as the paper does."""
+  return fit_efficiency(quest(), delta=1.0)
+
+
+def test_published_efficiencies_are_found_again(fit_of_published):
+  fit = fit_of_published
   for name, value in PANFEROV.efficiency.items():
     assert fit.law.efficiency[name] == pytest.approx(value, abs=0.01), name
   assert fit.law.base.alpha == pytest.approx(PANFEROV.base.alpha, abs=2e-3)
@@ -45,13 +50,24 @@ def test_one_run_says_what_its_format_is_worth():
 
 
 def test_intervals_hold_what_a_noisy_table_was_drawn_from():
-  rng = np.random.default_rng(0)
-  runs = []
-  for name, N, ratio in itertools.product(("16", "4", "2"), (3e7, 1e8, 3e8), (25, 100)):
-    loss = PANFEROV.loss(N, ratio * N, name) * math.exp(rng.normal(0, 2e-3))
-    runs.append(Run(loss=loss, tokens=ratio * N, body=N, precision=name))
-  laws = bootstrap_efficiency(fit_efficiency(runs, delta=1.0), samples=100)
-  for name in ("4", "2"):
-    low, high = np.quantile([law.efficiency[name] for law in laws], [0.005, 0.995])
-    assert low < PANFEROV.efficiency[name] < high and 0.01 < high - low < 0.1, name
-  assert all(law.efficiency["16"] == 1 for law in laws)
+  """Also where the formats at one size and duration share most of their noise."""
+  rng, runs = np.random.default_rng(0), []
+  for N, ratio in itertools.product((3e7, 1e8, 3e8), (25, 100)):
+    shared = rng.normal(0, 2e-3)
+    for name in ("16", "4", "2"):
+      loss = PANFEROV.loss(N, ratio * N, name) * math.exp(shared + rng.normal(0, 1e-3))
+      run = Run(loss=loss, tokens=ratio * N, body=N, precision=name, group=f"{N} {ratio}")
+      runs.append(run)
+  fit = fit_efficiency(runs, delta=1.0)
+  for by in ("run", "group"):
+    laws = bootstrap_efficiency(fit, samples=100, by=by)
+    low, high = np.quantile([law.efficiency["4"] for law in laws], [0.005, 0.995])
+    assert 0.5 < low < PANFEROV.efficiency["4"] < high < 0.9 and high - low > 0.01, by
+
+
+def test_each_drawn_table_has_all_formats(fit_of_published):
+  in_8_bits = [run for run in fit_of_published.runs if run.precision == "8"]
+  assert len(in_8_bits) == 3  # of 104: often none of them is drawn
+  laws = bootstrap_efficiency(fit_of_published, samples=40)
+  worth = [law.efficiency["8"] for law in laws]
+  assert all(0.9 < value < 1.15 for value in worth) and max(worth) - min(worth) > 0.02
