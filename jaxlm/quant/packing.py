@@ -20,6 +20,7 @@ from jaxlm.config.formats import (
   BitnetFormat,
   BlockFormat,
   Format,
+  Fp8Format,
   LsqFormat,
   MatquantFormat,
   PactFormat,
@@ -76,6 +77,8 @@ def code_range(format: Format) -> CodeRange:
       return CodeRange(0, 2**format.bits + format.extra)
     case BlockFormat():
       return CodeRange(0, 2 ** block_formats.ELEMENTS[format.elements].bits)
+    case Fp8Format():
+      return CodeRange(0, 256)
     case SparseFormat():
       check(False, "quant.weight", str(format), "has no codes: its weights stay floats")
   raise AssertionError(format)
