@@ -114,6 +114,7 @@ def save_checkpoint(folder):
   made = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(letters)}, []))
   made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   made.decoder = tokenizers.decoders.ByteLevel()
+  made.add_special_tokens(["<|endoftext|>"])
   made.save(str(folder / "tokenizer.json"))
 
 
