@@ -47,8 +47,9 @@ from pallas_kernels.delta_attention.tile_layout import (
 )
 from pallas_kernels.delta_attention.tile_products import Steps, in_turn, run, slowed
 
-DELAY = 3
-"""Stages by which a head is behind the one before it."""
+FORWARD_DELAY = 3
+BACKWARD_DELAY = 1
+"""Stages by which a head is behind the one before it: fewer hide products better, and spill more."""
 VMEM_BYTES = 48 * 2**20
 """What every chip has for blocks, states and values that do not fit into registers."""
 
@@ -194,7 +195,7 @@ def forward_kernel(
       o[0, :, i * plan.V : (i + 1) * plan.V] = o_CV.astype(o.dtype)
       yield
 
-  preparing = in_turn([prepare(head) for head in range(plan.A)], DELAY)
+  preparing = in_turn([prepare(head) for head in range(plan.A)], FORWARD_DELAY)
   run(in_turn([preparing, slowed(finish(), 1)]))
 
   @pl.when(j == plan.J)
@@ -305,7 +306,7 @@ def backward_kernel(
     (dtile,) = pull_gates(dgated)
     write_head(dparts, dtile, head, plan)
 
-  run(in_turn([pull(head) for head in range(plan.A)], DELAY))
+  run(in_turn([pull(head) for head in range(plan.A)], BACKWARD_DELAY))
 
   @pl.when(j == plan.J - 1)
   def finish() -> None:

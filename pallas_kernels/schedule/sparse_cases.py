@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,54 +13,63 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from pallas_kernels.schedule.case import Case, array
-from pallas_kernels.sparse_attention import nsa_selected_attention
+from pallas_kernels.sparse_attention.pallas_tpu import make_plan
+from pallas_kernels.sparse_attention.places import BlockSizes, Options, Places
+from pallas_kernels.sparse_attention.tpu_forward import call_forward
+from pallas_kernels.sparse_attention.tpu_gradients import call_gradients
+from pallas_kernels.sparse_attention.tpu_tiles import ALIGN, LANES, Plan
+from pallas_kernels.sparse_attention.unions import Unions
 
 TOKENS, HEADS, KEY_HEADS, WIDTH, CHOSEN, BLOCK = 65_536, 64, 4, 128, 16, 64
 
-UNION = 28.3
-"""Blocks that 8 queries select together: the mean of random walks with a memory of 50 tokens
-(`python -m benchmarks.sparse_unions`)."""
-
 TILES = (6.3, 1.4)
-"""Tiles of 4 blocks of a group of 8 such query blocks, the longest of them, from the same table:
-those that compare no positions, and those that do."""
+"""Tiles of 4 blocks of a group of 8 query blocks, without and with a comparison of positions: of
+random walks with a memory of 50 tokens (`python -m benchmarks.sparse_unions`)."""
 
 
 def sparse_cases() -> Iterator[Case]:
   """Yields the kernels of selected attention for measured unions, and splash attention's.
 
-  Where the gradients of a head's keys do not fit in VMEM, two kernels make the gradients: that of
-  the keys goes through the query blocks of each block, 8 at a time. FLOPs are those of the chosen
-  tokens: two products, five, and in two kernels three and four.
+  The kernels alone, whose steps do not depend on what makes the lists: sorting these at full length
+  takes minutes to compile. FLOPs are those of the chosen tokens: two products, and five.
   """
-  keys = (array(1, TOKENS, KEY_HEADS, WIDTH),) * 2
-  args = (
-    array(1, TOKENS, HEADS, WIDTH),
-    *keys,
-    array(1, TOKENS, KEY_HEADS, CHOSEN, dtype=jnp.int32),
-  )
-  attend = functools.partial(nsa_selected_attention, implementation="pallas_tpu")
-
-  def loss(q: jax.Array, k: jax.Array, v: jax.Array, lists: jax.Array) -> jax.Array:
-    return jnp.sum(attend(q, k, v, lists)[0].astype(jnp.float32))
-
   product = 2.0 * TOKENS * HEADS * CHOSEN * BLOCK * WIDTH
-  query_blocks = UNION * TOKENS / 8 / (TOKENS / BLOCK)
-  large, small = ("v5e", "v6e"), ("v5p", "tpu7x")  # VMEM of 128 and of 64 MiB
-  for kernel, products, trips, chips in (
-    ("forward", 2, TILES, ()),
-    ("gradients", 5, TILES, large),
-    ("dq", 3, TILES, small),
-    ("dkv", 4, (1, query_blocks / 8), small),
+  G = HEADS // KEY_HEADS
+  q = array(KEY_HEADS, TOKENS * G, WIDTH)
+  keys = (array(KEY_HEADS, TOKENS + ALIGN, WIDTH),) * 2
+  shape = (KEY_HEADS, TOKENS * G // LANES, 1, LANES)
+  positions, numbers = array(*shape, dtype=jnp.int32), array(*shape, dtype=jnp.float32)
+  start_AXU = array(*shape[:2], CHOSEN * LANES // G, dtype=jnp.int32)
+  bits_AXUW = array(*start_AXU.shape, 1, dtype=jnp.int32)
+  unions = Unions(start_AXU, bits_AXUW, array(*shape[:2], dtype=jnp.int32))
+
+  def plan() -> Plan:
+    calls = (array(1, TOKENS, heads, WIDTH) for heads in (HEADS, KEY_HEADS))
+    options = Options(sizes=BlockSizes(block=BLOCK, count=CHOSEN), scale=WIDTH**-0.5)
+    return make_plan(*calls, CHOSEN, Places(jnp.zeros((1, TOKENS), jnp.int32)), options)
+
+  def forward(*args: Any) -> Any:
+    return call_forward(*args[:-1], lists_of(args[-1]), plan())
+
+  def gradients(*args: Any) -> Any:
+    return call_gradients(*args[:-1], lists_of(args[-1]), plan())
+
+  def lists_of(unions: Unions) -> jax.Array:
+    return unions.rows(plan().stacked, plan().step_blocks)
+
+  for kernel, fn, arrays, products, chips in (
+    ("forward", forward, (q, *keys, positions), 2, ()),
+    # elsewhere the gradients of so many keys do not fit in VMEM
+    ("gradients", gradients, (q, q, *keys, positions, numbers, numbers), 5, ("v5e", "v6e")),
   ):
     yield Case(
       name=f"sparse attention, {kernel}",
       shape=f"{TOKENS} x {HEADS} heads of {KEY_HEADS} x {WIDTH}, {CHOSEN} blocks of {BLOCK} bf16",
-      fn=jax.grad(loss, (0, 1, 2)) if products > 2 else lambda *args: attend(*args)[0],
-      args=args,
+      fn=fn,
+      args=(*arrays, unions),
       flops=products * product,
       kernel=f"nsa_selected_{kernel}",
-      trips=trips,
+      trips=TILES,
       chips=chips,
     )
   yield from splash_cases()
