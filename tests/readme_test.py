@@ -83,7 +83,7 @@ def test_the_commands_run_as_written_but_smaller(tmp_path, monkeypatch):
   ]
   smaller = {
     "train": "--steps 4 --model.D 32 --model.pattern.0.feedforward.F 32 "
-    "--model.pattern.0.mixer.H 16 --batch 2 --data.length 32 --optimizer.warmup 1",
+    "--model.pattern.0.mixer.H 16 --batch 2 --data.length 32 --optimizer.warmup 1 --mesh.data 1",
     "resume": "--steps 6",
     "sample": "--max-new 5",
     "eval": "--batches 1",

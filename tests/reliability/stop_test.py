@@ -28,12 +28,12 @@ def test_sigterm_saves_and_says_that_the_run_can_be_resumed_however_often_it_com
 
 @pytest.mark.slow
 def test_a_limit_of_time_does_the_same_and_holds_for_each_process_that_resumes(folder):
-  stop = by_clock(folder, "6s")
+  stop = by_clock(folder)
   assert stop.statuses == (RESUMABLE,) and stop.saved == stop.last > 0, stop.printed
   assert f"stopped and saved at step {stop.last} of 100000 (stop_after)" in stop.printed
   again = resumed(folder, "clock")
   assert again.statuses == (RESUMABLE,) and f"resuming at step {stop.last}" in again.printed
-  assert again.saved == again.last > stop.last and again.seconds > 6
+  assert again.saved == again.last > stop.last and again.seconds > 10
 
 
 @pytest.mark.slow
