@@ -36,7 +36,7 @@ class Plan(NamedTuple):
 
 PLANS: dict[Scale, Plan] = {
   "smoke": Plan(16, 2, 40, 8, 2),
-  "cpu": Plan(32, 4, 800, 160, 3),
+  "cpu": Plan(32, 4, 1500, 300, 3),
   "gpu": Plan(128, 8, 1200, 240, 3),
 }
 WIDTHS = (8, 6, 4, 3, 2)
@@ -318,8 +318,8 @@ STUDY = Study(
   "at int8, int4, int2; int8 sliced to int2 10.217; MatQuant 2.449, 2.499, 3.055; sliced to int6 "
   "and int3 2.453, 2.734, alone 2.460, 2.678. Of one int2 training on int8 codes 3.054. Pyramids, "
   "int2 at both ends and int8 in the middle, beat the other orders.",
-  setting=f"{finetuned.SETTING} D 32, four layers, 4.1e4 parameters in them; 800 steps in full "
-  "precision (20 bytes for each of these), then 160 for each training (on a GPU D 128, 8 layers, "
+  setting=f"{finetuned.SETTING} D 32, four layers, 4.1e4 parameters in them; 1,500 steps in full "
+  "precision (37 bytes for each of these), then 300 for each training (on a GPU D 128, 8 layers, "
   "1200 and 240). Codes are affine from the smallest to the largest weight of a row. Weights of "
   "the losses at 8, 4, 2 bits: (0.1, 0.1, 1), or 1 each, then also with a level more above; 2, "
   "8->2 averages the text and the int8 output as target of int2; 2 of int8 trains int2 slices "

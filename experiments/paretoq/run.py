@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 
 PLANS: dict[Scale, Plan] = {
   "smoke": Plan(16, 1, 50, (0, 80, 100), 2),
-  "cpu": Plan(32, 2, 600, (0, 50, 80, 90, 100), 3),
+  "cpu": Plan(32, 2, 1500, (0, 50, 80, 90, 100), 3),
   "gpu": Plan(128, 8, 1200, (0, 50, 80, 90, 100), 3),
 }
 BITS = ("1", "ternary", "2", "3", "4")
@@ -267,8 +267,8 @@ STUDY = Study(
   "(MobileLLM-125M); the relative change of the weights is 10 to 20 % from 3 bits on and about "
   "40 % at 2 bits and below (as reported by others; which norm is not stated). Wiki2 perplexity "
   "at 125M: 25.8, 20, 18.2, 15, 14.1 for 1, 1.58, 2, 3, 4 bits, 15.1 for bf16.",
-  setting=f"{finetuned.SETTING} D 32, two layers, 2.0e4 parameters in them, 600 steps in both "
-  "phases together, 30 bytes for each of these parameters (on a GPU D 128, 8 layers). Functions "
+  setting=f"{finetuned.SETTING} D 32, two layers, 2.0e4 parameters in them, 1,500 steps in both "
+  "phases together, 75 bytes for each of these parameters (on a GPU D 128, 8 layers). Functions "
   "and the change of weights are compared after 80 % in full precision, at one rate, beside "
   "full precision that trains on at that rate. At 0 % the run starts from drawn weights, at 100 % "
   "weights are rounded without training. One for all: LSQ with steps per row and a level at 0 (2 "
