@@ -136,10 +136,14 @@ def conclude(rows: list[Row]) -> Finding:
   curves = {bits: split_curve(rows, bits) for bits in SPLIT_BITS}
   best = {bits: min(curve, key=lambda full: curve[full].mean()) for bits, curve in curves.items()}
   verdict, why = judge(order, ratio, gain, curves, best)
-  lines = [f"{bits}: {_changes(rows, bits, ratio[bits])}" for bits in BITS]
-  lines.append(f"full precision, trained on likewise: {_changes(rows, FULL)}")
+  lines = [
+    f"{bits}: {_changes(rows, OWN, bits)}, {mean:.2f} times the drift ({low:.2f} to {high:.2f})"
+    for bits, (mean, low, high) in ratio.items()
+  ]
+  lines.append(f"full precision, trained on likewise: {_changes(rows, FULL, '16')}")
   lines += [
-    f"{name} at {bits} bits instead: {_signed(value)} nats" for (name, bits), value in gain.items()
+    f"{name} in place of its own function at {bits} bits: {_signed(value)} nats"
+    for (name, bits), value in gain.items()
   ]
   lines += [
     f"{bits} bits after so many per cent in full precision: "
@@ -210,18 +214,13 @@ def split_curve(rows: list[Row], bits: str) -> dict[int, np.ndarray]:
   return {full: values for full, values in losses.items() if len(values)}
 
 
-def _changes(rows: list[Row], bits: str, ratio: Interval | None = None) -> str:
-  method = FULL if bits == FULL else OWN
-  width = "16" if bits == FULL else bits
+def _changes(rows: list[Row], method: str, bits: str) -> str:
   before, after, l1, l2 = (
-    by_seed(rows, method, width, column=column).mean()
+    by_seed(rows, method, bits, column=column).mean()
     for column in ("before", "heldout_loss", "l1", "l2")
   )
   text = f"loss {before:.3f} before, {after:.3f} after; "
-  text += f"weights change by {l1:.3f} (L1), {l2:.3f} (L2)"
-  if ratio is None:
-    return text
-  return f"{text}, {ratio[0]:.2f} times the drift ({ratio[1]:.2f} to {ratio[2]:.2f})"
+  return f"{text}weights change by {l1:.3f} (L1), {l2:.3f} (L2)"
 
 
 def _signed(value: Interval) -> str:
@@ -236,7 +235,7 @@ def draw(rows: list[Row], figure: Any) -> None:
   plain = by_seed(rows, FULL, "16", 100).mean()
   splits.axhline(plain, color="gray", linestyle=":", label="16")
   splits.set(xlabel="% in full precision, then few bits", ylabel="held-out loss, nats per byte")
-  splits.set_ylim(top=min(splits.get_ylim()[1], plain + 1.5))
+  splits.set_ylim(plain - 0.05, plain + 0.6)  # weights that are only rounded may lie far above
   splits.legend(title="bits", frameon=False)
   places = {bits: place for place, bits in enumerate(BITS)}
   for name, widths in ({OWN: BITS} | ONE_FOR_ALL).items():
@@ -252,7 +251,8 @@ def draw(rows: list[Row], figure: Any) -> None:
   drift = by_seed(rows, FULL, "16", column="l1").mean()
   changes.axhline(drift, color="gray", linestyle=":")
   changes.set_xticks(range(len(BITS)), BITS)
-  changes.set(xlabel="bits (o L1, x L2; dotted: full precision)", ylabel="change of the weights")
+  changes.set(xlabel="bits", ylabel="change of the weights: o L1, x L2")
+  changes.text(0, drift, "full precision, L1", color="gray", fontsize=7, va="top")
   changes.set_ylim(bottom=0)
 
 
