@@ -71,6 +71,7 @@ def train(
   table: Path,
   *,
   make_task: MakeTask | None = None,
+  together: bool = True,
   executor: Executor | None = None,
 ) -> list[Row]:
   """Trains runs of text by `sweep`; raises UserError where one would read text more than once."""
@@ -80,7 +81,7 @@ def train(
     read = run.steps * run.batch
     rule = f"reads {read} rows, the text has {rows_of_text}: repeated text is another study"
     check(read <= rows_of_text, "steps", run.steps, rule)
-  return sweep(config, points, table, make_task=make_task, executor=executor)
+  return sweep(config, points, table, make_task=make_task, together=together, executor=executor)
 
 
 @functools.cache
