@@ -311,7 +311,7 @@ def draw(rows: list[Row], figure: Any) -> None:
 STUDY = Study(
   name="matquant",
   title="One training for 8, 4 and 2 bits",
-  source="arXiv:2502.06786, sections 3 to 5",
+  source="arXiv:2502.06786, tables 2, 5 and 7",
   claim="Trained together, 8, 4 and 2 bits of the same codes are as good as each trained alone, 2 "
   "bits better; 6 and 3 bits come without training; layers of different widths give every mean.",
   published="Log perplexity on C4 of Gemma-2 2B (QAT of feed-forwards): alone 2.458, 2.512, 3.433 "

@@ -259,7 +259,7 @@ def draw(rows: list[Row], figure: Any) -> None:
 STUDY = Study(
   name="paretoq",
   title="Weights of one to four bits, trained after full precision",
-  source="arXiv:2502.02631, sections 3 and 4",
+  source="arXiv:2502.02631",
   claim="Each width needs a function of its own; full precision for most of the training and few "
   "bits for the rest is better than either alone; between 3 and 2 bits training stops "
   "compensating for rounding and starts to find other weights.",

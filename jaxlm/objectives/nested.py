@@ -1,6 +1,6 @@
 """Trains nested precisions at once: a sum of the losses of slices of the same int8 codes.
 
-Nair et al. 2025, Matryoshka Quantization, arXiv 2502.06786, equations 5 to 7.
+Nair et al. 2025, Matryoshka Quantization, arXiv 2502.06786.
 """
 
 # B batch, T positions, D model, V vocabulary

@@ -1,6 +1,6 @@
 """Takes another number of bits from the same int8 codes: of all layers, or of each layer.
 
-Mix'n'Match of Nair et al. 2025, arXiv 2502.06786, section 4.3: no training, any mean width.
+Mix'n'Match of Nair et al. 2025, arXiv 2502.06786: any mean width without training.
 """
 
 # L layers
