@@ -93,12 +93,21 @@ def _round(w_DF: jax.Array, format: Format) -> jax.Array:
 
 def stored_bits(params: Any, bits: int) -> float:
   """Returns the bits per weight with one level more above: one bit more where it is used."""
-  top, total = 0, 0
-  for leaf in jax.tree.leaves(params["stacks"]):
-    for w_DF in leaf if leaf.ndim == 3 else ():
-      codes = matquant.encode(jnp.asarray(w_DF).T, MatquantFormat(bits=bits, extra=True)).codes
-      top, total = top + int(jnp.sum(codes == 2**bits)), total + codes.size
-  return bits + top / total
+  tops, sizes = zip(
+    *(
+      (float(_count_top(w_DF, bits)), w_DF.size)
+      for leaf in jax.tree.leaves(params["stacks"])
+      if leaf.ndim == 3
+      for w_DF in leaf
+    )
+  )
+  return bits + sum(tops) / sum(sizes)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _count_top(w_DF: jax.Array, bits: int) -> jax.Array:
+  """Returns how many weights have the level that is one more."""
+  return jnp.sum(matquant.encode(w_DF.T, MatquantFormat(bits=bits, extra=True)).codes == 2**bits)
 
 
 def measure_training(scale: Scale, training: str, tuned: int, **setup: int) -> dict[str, Any]:
