@@ -14,7 +14,8 @@ import numpy as np
 
 from experiments import finetuned
 from experiments.finetuned import Setup
-from experiments.small_text import interval
+from experiments.matquant import mixing
+from experiments.small_text import interval, signed
 from experiments.study import Finding, Scale, Study, Verdict, main, measure_points
 from jaxlm.config import NestedConfig, QuantRule, QuantSpec, check
 from jaxlm.config.formats import Format, MatquantFormat, UniformFormat
@@ -49,7 +50,6 @@ NESTED = {
   "2 of int8": NestedConfig(bits=(2,), weights=(1.0,)),
 }
 SLICED, UNTRAINED, PLAIN = "int8 alone", "not trained", "full precision"
-ORDERS: tuple[Order, ...] = ("pyramid", "reverse pyramid", "increasing", "decreasing")
 MIX_BATCHES = 16
 """held-out batches of a mix; a width is evaluated on all"""
 
@@ -117,14 +117,11 @@ def measure_training(scale: Scale, training: str, tuned: int, **setup: int) -> d
   config = finetuned.from_trained(scale, run, tuned)
   if training == PLAIN:
     return {"full": finetuned.heldout_loss(config, params)}
+  extra, single = training == "extra precision", training in ALONE and training != SLICED
   losses = {}
-  extra = training == "extra precision"
-  widths = WIDTHS
-  if training in ALONE and training != SLICED:
-    widths = (ALONE[training],)
-  for bits in widths:
+  for bits in (ALONE[training],) if single else WIDTHS:
     format: Format = MatquantFormat(bits=bits, extra=extra)
-    if training in ALONE and training != SLICED:
+    if single:
       format = UniformFormat(bits=bits, grid="affine")
     losses[f"int{bits}"] = finetuned.heldout_loss(config, rounded(params, [format] * run.layers))
   if training == UNTRAINED:
@@ -159,7 +156,7 @@ def measure(scale: Scale, table: Path, executor: Executor | None) -> None:
     measure_points(points, table, functools.partial(measure_training, scale))
     points = [
       {"task.order": order, "task.mix": "-".join(map(str, mix))} | of_seed
-      for order in ORDERS
+      for order in mixing.ORDERS
       for mix in mixes(plan.layers, order)
     ]
     measure_points(points, table, functools.partial(measure_mix, scale))
@@ -189,14 +186,14 @@ def conclude(rows: list[Row]) -> Finding:
   lines = [f"{name}: {_losses(rows, name)}" for name in needed]
   lines += [
     f"{name} over each width alone: "
-    + ", ".join(f"int{bits} {_signed(over_alone(name, bits))}" for bits in (8, 4, 2))
+    + ", ".join(f"int{bits} {signed(over_alone(name, bits))}" for bits in (8, 4, 2))
     for name in NESTED
     if name != "2 of int8"
   ]
-  lines.append(f"int8 alone sliced to int2, over MatQuant's: {_signed(sliced)}")
+  lines.append(f"int8 alone sliced to int2, over MatQuant's: {signed(sliced)}")
   bits2, bits4 = (by_seed(rows, "extra precision", f"bits{r}").mean() for r in (2, 4))
   lines.append(f"extra precision stores {bits2:.3f} bits for int2, {bits4:.3f} for int4")
-  lines += mixed_lines(rows)
+  lines += mixing.describe(rows)
   two = excess[2]
   return Finding(
     ours=f"MatQuant int2 {two[0]:+.3f} nats over int2 alone; int8 {excess[8][0]:+.3f}, int4 "
@@ -226,67 +223,10 @@ def judge(
   return "undecided", "The intervals at int2 hold 0.01, or those of slicing hold 0."
 
 
-def mixed_lines(rows: list[Row]) -> list[str]:
-  """Returns what each order costs beside the pyramid at equal bits, and the pyramid's curve."""
-  losses = mixed_losses(rows)
-  seeds = sorted({seed for _, _, seed in losses})
-  lines = []
-  for order in ORDERS[1:]:
-    pairs = [(bits, mix) for o, bits, mix in _mixes_of(rows) if o == order and len(set(mix)) > 1]
-    gaps = [
-      np.mean([losses[order, mix, s] - losses["pyramid", _as_pyramid(mix), s] for _, mix in pairs])
-      for s in seeds
-    ]
-    lines.append(f"Mix'n'Match, {order} over pyramid at equal bits: {_signed(interval(gaps))}")
-  curve = curve_of(rows, "pyramid")
-  lines.append("pyramid: " + ", ".join(f"{bits:g} bits {loss:.3f}" for bits, loss in curve.items()))
-  return lines
-
-
-def mixed_losses(rows: list[Row]) -> dict[tuple[str, tuple[int, ...], int], float]:
-  """Returns (order, bits of the layers, seed) -> loss."""
-  return {
-    (row["task.order"], _bits(row), row["task.seed"]): row["mix_loss"]
-    for row in rows
-    if row.get("task.order")
-  }
-
-
-def _mixes_of(rows: list[Row]) -> list[tuple[str, float, tuple[int, ...]]]:
-  """Returns (order, mean bits, bits of the layers) of the mixes, each once."""
-  mixed = [row for row in rows if row.get("task.order")]
-  return sorted({(row["task.order"], row["mean_bits"], _bits(row)) for row in mixed})
-
-
-def _bits(row: Row) -> tuple[int, ...]:
-  return tuple(int(bits) for bits in row["task.mix"].split("-"))
-
-
-def _as_pyramid(mix: tuple[int, ...]) -> tuple[int, ...]:
-  """Returns the pyramid with as many layers of each width."""
-  return next(m for m in mixes(len(mix), "pyramid") if sorted(m) == sorted(mix))
-
-
-def curve_of(rows: list[Row], order: str) -> dict[float, float]:
-  """Returns mean bits -> loss of the best mix of an order, mean over seeds."""
-  losses = mixed_losses(rows)
-  seeds = {seed for _, _, seed in losses}
-  curve: dict[float, float] = {}
-  for own, bits, mix in _mixes_of(rows):
-    if own == order:
-      loss = float(np.mean([losses[order, mix, seed] for seed in seeds]))
-      curve[bits] = min(loss, curve.get(bits, math.inf))
-  return curve
-
-
 def _losses(rows: list[Row], training: str) -> str:
   (first, *_) = [row for row in rows if row.get("task.training") == training]
   names = [name for name in ("full", *(f"int{bits}" for bits in WIDTHS)) if first.get(name)]
   return ", ".join(f"{name} {by_seed(rows, training, name).mean():.3f}" for name in names)
-
-
-def _signed(value: tuple[float, float, float]) -> str:
-  return f"{value[0]:+.3f} ({value[1]:+.3f} to {value[2]:+.3f})"
 
 
 def draw(rows: list[Row], figure: Any) -> None:
@@ -305,16 +245,7 @@ def draw(rows: list[Row], figure: Any) -> None:
   widths.set_xticks(places, [f"int{bits}" for bits in WIDTHS])
   widths.set(ylabel="held-out loss, nats per byte")
   widths.legend(frameon=False, fontsize=7)
-  losses = mixed_losses(rows)
-  seeds = {seed for _, _, seed in losses}
-  for order, mark in zip(ORDERS, "o^<>"):
-    own = [(bits, mix) for o, bits, mix in _mixes_of(rows) if o == order]
-    means = [np.mean([losses[order, mix, seed] for seed in seeds]) for _, mix in own]
-    mixed.plot([bits for bits, _ in own], means, mark, label=order, markersize=4, alpha=0.7)
-  curve = curve_of(rows, "pyramid")
-  mixed.plot(list(curve), list(curve.values()), "k-", linewidth=0.8)
-  mixed.set(xlabel="mean bits of a weight", ylabel="loss of mixes, nats per byte")
-  mixed.legend(frameon=False, fontsize=7)
+  mixing.draw(rows, mixed)
 
 
 STUDY = Study(

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments import finetuned
 from experiments.finetuned import Setup
-from experiments.small_text import interval
+from experiments.small_text import Interval, interval, signed
 from experiments.study import Finding, Scale, Study, Verdict, main, measure_points
 from jaxlm.config import QuantRule, QuantSpec, check
 from jaxlm.config.formats import Format, LsqFormat, UniformFormat
@@ -142,7 +142,7 @@ def conclude(rows: list[Row]) -> Finding:
   ]
   lines.append(f"full precision, trained on likewise: {_changes(rows, FULL, '16')}")
   lines += [
-    f"{name} in place of its own function at {bits} bits: {_signed(value)} nats"
+    f"{name} in place of its own function at {bits} bits: {signed(value)} nats"
     for (name, bits), value in gain.items()
   ]
   lines += [
@@ -159,9 +159,6 @@ def conclude(rows: list[Row]) -> Finding:
     why=why,
     lines=tuple(lines),
   )
-
-
-Interval = tuple[float, float, float]
 
 
 def judge(
@@ -221,10 +218,6 @@ def _changes(rows: list[Row], method: str, bits: str) -> str:
   )
   text = f"loss {before:.3f} before, {after:.3f} after; "
   return f"{text}weights change by {l1:.3f} (L1), {l2:.3f} (L2)"
-
-
-def _signed(value: Interval) -> str:
-  return f"{value[0]:+.3f} ({value[1]:+.3f} to {value[2]:+.3f})"
 
 
 def draw(rows: list[Row], figure: Any) -> None:
