@@ -55,7 +55,7 @@ def affine(bits: int = 4) -> Rules:
 def minmax(weight_bits: int = 4, activation_bits: int = 8) -> Rules:
   """Rounds weights per row and activations per token, straight through: minmax:WEIGHT:ACTIVATION.
 
-  It is plain QAT, and LLM-QAT (arXiv 2305.17888) without its data.
+  It is plain QAT, and on the text of `jaxlm own_text` LLM-QAT (arXiv 2305.17888).
   """
   return _layers(UniformFormat(bits=weight_bits), UniformFormat(bits=activation_bits))
 

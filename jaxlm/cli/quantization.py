@@ -1,4 +1,4 @@
-"""Defines the commands of low precision: `jaxlm quantize` and `jaxlm describe`."""
+"""Defines the commands of low precision: `jaxlm quantize`, `describe` and `own_text`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from jaxlm.config import ModelConfig, check
+from jaxlm.config import ModelConfig, check, check_seed
 from jaxlm.paths import local_path
 from jaxlm.recipes import Rules, load_rules
 
@@ -83,6 +83,38 @@ def describe(
   ids_BT = _sample_ids(saved, text)
   for line in [] if ids_BT is None else describe_tails(saved, ids_BT):
     print(line)
+  return 0
+
+
+def own_text(
+  run: tyro.conf.Positional[str],
+  target: tyro.conf.Positional[str],
+  documents: int = 1024,
+  length: int = 256,
+  greedy: int = 4,
+  batch: int = 32,
+  seed: int = 0,
+) -> int:
+  """Write text that a model samples from itself, as LLM-QAT does, to train it in few bits on.
+
+  Train from it with --data.source TARGET.
+
+  Args:
+    run: folder of a run, or of a Hugging Face checkpoint, or hf:owner/name
+    target: new file of JSON lines
+    documents: how many
+    length: tokens of a document, unless it ends before
+    greedy: after a first token that is drawn from the vocabulary, take so many most likely ones
+    batch: documents at a time
+    seed: of the draws
+  """
+  check_seed(seed)
+  from jaxlm.run import SavedRun
+  from jaxlm.run.own_text import write_own_text
+
+  saved = SavedRun.open(run)
+  sizes = {"documents": documents, "length": length, "greedy": greedy, "batch": batch}
+  print(write_own_text(saved, target, seed=seed, **sizes))
   return 0
 
 
