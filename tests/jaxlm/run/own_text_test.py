@@ -61,7 +61,7 @@ def test_it_is_written_as_a_source_of_text(params, tmp_path):
   assert "5 documents" in write_own_text(saved, path, **sizes)
   texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
   assert len(texts) == 5 and all(texts)
-  text = load_text(dataclasses.replace(DataConfig(), source=str(path), holdout=0.5))
+  text = load_text(dataclasses.replace(DataConfig(), source=str(path), holdout=0.5, length=4))
   assert text.store.train.documents + text.store.heldout.documents >= 5
   with pytest.raises(UserError, match="must not exist"):
     write_own_text(saved, path, **sizes)
