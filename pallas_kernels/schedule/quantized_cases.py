@@ -77,7 +77,7 @@ def lowbit_cases() -> Iterator[Case]:
   M, K, N = 16, 4096, 14336
   formats: tuple[PackedName, ...] = ("int8", "int4", "int2", "binary")
   for dtype in formats:
-    packed = array(K * FORMATS[dtype].bits // 8, N, dtype=jnp.uint8)
+    packed = array(FORMATS[dtype].bytes_of(K), N, dtype=jnp.uint8)
     yield Case(
       name=f"lowbit_matmul, {dtype}",
       shape=f"{M} x {K} x {N}, groups of 128",
