@@ -113,9 +113,12 @@ def _scale_inputs(
 
 def _divide(config: ModelConfig, maker: Params, row: Any, s_D: jax.Array) -> None:
   """Divides the outputs of a norm, whose factor is offset + weight, or of a linear layer."""
-  weight, is_norm = maker["weight"], set(maker) == {"weight"} and maker["weight"][row].ndim == 1
-  offset = config.norm_offset if is_norm else 0
-  maker["weight"] = weight.at[row].set((weight[row] + offset) / s_D - offset)
+  weight = maker["weight"][row]
+  if weight.ndim == 1:
+    weight = (weight + config.norm_offset) / s_D - config.norm_offset
+  else:
+    weight = weight / s_D[None]
+  maker["weight"] = maker["weight"].at[row].set(weight)
   if "bias" in maker:
     maker["bias"] = maker["bias"].at[row].divide(s_D)
 

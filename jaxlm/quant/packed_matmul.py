@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +59,7 @@ def packed_matmul(
     x_BTD = quest.rotate(x_BTD, format)  # the weight is packed as it was rotated
   levels = code_range(format).levels
   group = format.size if format.shared in ("group", "block") else D
-  step_GZ, first_GZ = _levels(packed, format, D, group)
+  step_GZ, first_GZ = levels_of_groups(packed, format, D, group)
   lowest, codes_NZ = -(levels // 2), packed["codes"].T
   if levels == 2:  # set bits are +1, clear ones -1
     step_GZ = step_GZ / 2
@@ -76,7 +78,9 @@ def packed_matmul(
   )
 
 
-def _levels(packed: Packed, format: Format, D: int, group: int) -> tuple[jax.Array, jax.Array]:
+def levels_of_groups(
+  packed: Mapping[str, jax.Array], format: Format, D: int, group: int
+) -> tuple[jax.Array, jax.Array]:
   """Returns the step between levels and the lowest level, [G, Z], of each group of entries."""
   codes, Z = code_range(format), packed["codes"].shape[0]
 
