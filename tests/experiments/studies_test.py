@@ -18,7 +18,7 @@ from pallas_kernels.common.errors import UserError
 pytestmark = pytest.mark.usefixtures("compile_in_less_time")
 
 TEXT = ["data_constrained", "isoflop", "kaplan_vs_chinchilla", "lr_horizon", "step_law"]
-TEXT.append("wsd_vs_cosine")
+TEXT += ["quest_scaling", "wsd_vs_cosine", "spinquant", "super_weight", "optimizer_8bit"]
 
 
 def rows_of(config, points):
