@@ -174,7 +174,11 @@ def save(
   weights = list(list_weights(config))  # refuses the model before its parameters
   formats = packed_formats(config) if config.quant else {}
   config = dataclasses.replace(config, quant=())
-  packed = [weight for weight in weights if formats.get(weight.path[:-1]) and _is_matrix(weight)]
+  packed = {
+    weight: format
+    for weight in weights
+    if _is_matrix(weight) and (format := formats.get(weight.path[:-1])) is not None
+  }
   leaves = {weight: _checked_leaf(params, weight) for weight in weights if weight not in packed}
   dtypes = {np.dtype(leaf.dtype) for leaf in leaves.values()}
   if len(dtypes) > 1 or not dtypes <= set(safetensors.DTYPES.values()):
@@ -191,9 +195,9 @@ def save(
       else:
         part = _leaf_at(params, weight.path[:-1])
         own = {n.removeprefix("packed_"): x[row] if weight.stacked else x for n, x in part.items()}
-        tensors |= packed_tensors(name, own, formats[weight.path[:-1]], weight.shape[0])
+        tensors |= packed_tensors(name, own, packed[weight], weight.shape[0])
   if packed:
-    linear = {n: formats[w.path[:-1]] for w in weights if _is_matrix(w) for n in w.names}
+    linear = {name: packed.get(w) for w in weights if _is_matrix(w) for name in w.names}
     linear |= {"lm_head.weight": None} if config.tied else {}
     description["quantization_config"] = quantization_config(linear)
 

@@ -85,7 +85,7 @@ def pack(codes_KN: jax.Array, dtype: FormatName) -> jax.Array:
   return packed[: form.bytes_of(K)]
 
 
-_POWERS = np.int32([1, 3, 9, 27, 81])
+_POWERS = np.array([1, 3, 9, 27, 81], np.int32)
 
 
 def unpack(packed: jax.Array, dtype: FormatName, K: int) -> jax.Array:
