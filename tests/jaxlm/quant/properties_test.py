@@ -244,6 +244,7 @@ def test_a_scale_that_is_recomputed_from_the_mean_square_is_not_idempotent():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compile_in_less_time")
 @pytest.mark.parametrize("axes", [("fsdp", None), (None, "fsdp")], ids=["rows", "contracted"])
 def test_it_is_the_same_where_a_mesh_splits_the_array(axes):
   """The 64 contracted entries lie as 2 x 32, which are whole blocks of each format here."""
