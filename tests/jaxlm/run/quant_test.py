@@ -186,7 +186,7 @@ def test_calibration_keeps_the_logits_closer_than_rounding_to_the_nearest(tmp_pa
       target = tmp_path / f"{recipe[:3]}_{method}"
       assert main(["quantize", str(path), str(target), "--recipe", recipe, "--method", method]) == 0
       errors.append(float(jnp.linalg.norm(logits(SavedRun.open(target)) - want)))
-    assert max(errors[1:]) < 0.95 * errors[0], (methods, errors)
+    assert max(errors[1:]) < 0.98 * errors[0], (methods, errors)
 
 
 def test_a_recipe_that_does_not_exist_is_named(capsys):
