@@ -152,8 +152,12 @@ def draw(rows: list[Row], figure: Any) -> None:
   for name, of_arm in arms(rows).items():
     dearest = max(row["flops"] for row in of_arm)
     members = [row for row in of_arm if row["flops"] > 0.95 * dearest]
-    sizes = [row["body"] + row["head"] for row in members]
-    valleys.plot(sizes, [row["heldout_loss"] for row in members], "o-", label=name)
+    losses: dict[float, list[float]] = {}
+    for row in members:
+      losses.setdefault(row["body"] + row["head"], []).append(row["heldout_loss"])
+    (line,) = valleys.plot(list(losses), [np.mean(of) for of in losses.values()], label=name)
+    for size, of_seeds in losses.items():
+      valleys.plot([size] * len(of_seeds), of_seeds, ".", color=line.get_color())
   valleys.set(xscale="log", xlabel="N with head, largest budget", ylabel="held-out loss, nats/byte")
   valleys.legend(frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
