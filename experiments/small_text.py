@@ -25,9 +25,9 @@ from jaxlm.config import (
 )
 from jaxlm.data.loader import load_text
 from jaxlm.scaling.flops import train_flops_per_token
-from jaxlm.scaling.grid import with_fields
+from jaxlm.scaling.grid import GridRun, with_fields
 from jaxlm.scaling.runs import Run
-from jaxlm.scaling.sweep import Executor, Row, sweep
+from jaxlm.scaling.sweep import Executor, MakeTask, Row, sweep
 
 EVALUATED = 65536
 """held-out tokens, the same ones for every run"""
@@ -70,16 +70,18 @@ def train(
   points: Sequence[Mapping[str, Any]],
   table: Path,
   *,
+  make_task: MakeTask | None = None,
+  together: bool = True,
   executor: Executor | None = None,
 ) -> list[Row]:
   """Trains runs of text by `sweep`; raises UserError where one would read text more than once."""
   rows_of_text = count_rows(config.data)
   for point in points:
-    run = with_fields(config, point)
+    run = GridRun.of(config, point).config
     read = run.steps * run.batch
     rule = f"reads {read} rows, the text has {rows_of_text}: repeated text is another study"
     check(read <= rows_of_text, "steps", run.steps, rule)
-  return sweep(config, points, table, executor=executor)
+  return sweep(config, points, table, make_task=make_task, together=together, executor=executor)
 
 
 @functools.cache

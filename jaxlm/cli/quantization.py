@@ -44,7 +44,7 @@ def quantize(
   check(method == "nearest" or calibration_BT is not None, "text", text, rule)
   written = quantize(saved, rules, target, calibration_BT)
   model = dataclasses.replace(saved.config.model, quant=rules or saved.config.model.quant)
-  for line in [*describe_model(model, saved.config.compute.dtype), *written]:
+  for line in [*describe_model(model, saved.config.compute), *written]:
     print(line)
   return 0
 
@@ -69,14 +69,14 @@ def describe(
 
     config = parse_config("describe", source, [], TrainFlags)
     check(not text, "text", text, "needs weights to measure: a run or a checkpoint")
-    for line in describe_model(_revised(config.model, rules), config.compute.dtype):
+    for line in describe_model(_revised(config.model, rules), config.compute):
       print(line)
     return 0
   from jaxlm.run import SavedRun
   from jaxlm.run.quantize import describe_tails
 
   saved = SavedRun.open(source)
-  for line in describe_model(_revised(saved.config.model, rules), saved.config.compute.dtype):
+  for line in describe_model(_revised(saved.config.model, rules), saved.config.compute):
     print(line)
   ids_BT = _sample_ids(saved, text)
   for line in [] if ids_BT is None else describe_tails(saved, ids_BT):

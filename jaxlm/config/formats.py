@@ -205,6 +205,23 @@ class BlockFormat:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Fp8Format:
+  """Configures 8-bit floats with float32 scales (`jaxlm.quant.fp8`; DeepSeek-V3, 2412.19437)."""
+
+  elements: Literal["e4m3fn", "e5m2"] = "e4m3fn"
+  shared: Shared = "group"
+  """what shares one scale; the paper has groups of inputs and gradients and blocks of weights"""
+  size: int = 128
+  """entries along the contracted axis of a group, or along both of a block"""
+
+  def __post_init__(self) -> None:
+    check(self.size >= 1, "format.size", self.size, "must be at least 1")
+
+  def __str__(self) -> str:
+    return f"{self.elements} {_describe_sharing(self.shared, self.size)}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseFormat:
   """Configures 2:4 sparsity (`jaxlm.quant.sparse`): of 4 neighbours the 2 largest are kept."""
 
@@ -226,6 +243,7 @@ Format = (
   | QuestFormat
   | MatquantFormat
   | BlockFormat
+  | Fp8Format
   | SparseFormat
 )
 """A number format, with the gradient of its paper."""

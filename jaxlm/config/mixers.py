@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from jaxlm.config.checks import check, check_finite
 from jaxlm.config.rope import RopeConfig
+
+Heads = dict[str, tuple[int, int]]
+"""Heads and width, by name, of keys and values that decoding keeps and rules can round."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,7 @@ class AttentionConfig:
   """attention divides q.k by the root of this; by default of H"""
   cap: float | None = None
   """soft cap c of attention's logits a before the mask, c tanh(a / c); None: not capped"""
+  states: ClassVar[tuple[str, ...]] = ()
 
   def __post_init__(self) -> None:
     check_finite(self, "mixer.")
@@ -45,6 +49,16 @@ class AttentionConfig:
     for name in ("window", "query_width", "cap"):
       value = getattr(self, name)
       check(value is None or value > 0, f"mixer.{name}", value, "must be above 0, or None")
+
+  @property
+  def cached(self) -> Heads:
+    """Returns the keys and values of a position that decoding keeps.
+
+    Keys that are rotated when they are read, under dynamic scaling, are left out: they cannot be
+    rounded as they are used.
+    """
+    dynamic = self.rope is not None and self.rope.scaling == "dynamic"
+    return ({} if dynamic else {"keys": (self.K, self.H)}) | {"values": (self.K, self.H)}
 
 
 class Recurrence(NamedTuple):
@@ -95,6 +109,9 @@ class KdaConfig:
   gate); None: softplus, without a bound"""
   negative_eigenvalues: bool = False
   """erase and write with a strength of up to 2 instead of 1"""
+  cached: ClassVar[Heads] = {}
+  states: ClassVar[tuple[str, ...]] = ("state", "inputs")
+  """what decoding keeps instead of keys and values, as large for any number of positions"""
 
   def __post_init__(self) -> None:
     check_finite(self, "mixer.")
@@ -158,6 +175,7 @@ class NsaConfig:
   """one set of keys and values serves the three branches, in place of one each"""
   rope: RopeConfig | None = RopeConfig()
   """rotary position embedding; a compressed key has the position of its first token; None: none"""
+  states: ClassVar[tuple[str, ...]] = ()
 
   def __post_init__(self) -> None:
     check_finite(self, "mixer.")
@@ -183,6 +201,13 @@ class NsaConfig:
     return self.H if self.U is None else self.U
 
   @property
+  def cached(self) -> Heads:
+    """Returns the keys and values of a compressed block, and of a position, that decoding keeps."""
+    widths = {"keys": self.H, "values": self.value_width}
+    branches = ("compressed", "selected", "window")
+    return {f"{b}.{part}": (self.K, width) for b in branches for part, width in widths.items()}
+
+  @property
   def compression_shapes(self) -> dict[str, tuple[int, int, int]]:
     """Returns the shapes of the parameters that compress blocks of keys and values, by name."""
     shapes: dict[str, tuple[int, int, int]] = {}
@@ -202,6 +227,8 @@ class ConvConfig:
 
   taps: int = 3
   """tokens that a channel sees, itself included"""
+  cached: ClassVar[Heads] = {}
+  states: ClassVar[tuple[str, ...]] = ("inputs",)
 
   def __post_init__(self) -> None:
     check(self.taps >= 2, "mixer.taps", self.taps, "must be at least 2")

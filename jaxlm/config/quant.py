@@ -1,8 +1,9 @@
 """Configures low precision: the rules that give number formats to matmuls by name.
 
-A matmul with a weight is called by its path, as in "layers.3.mixer.q" or "head", and what attention
-keeps of a layer "cache.3.keys" and "cache.3.values". `ModelConfig.quant` is a list of rules; the
-first whose expression matches the whole name says how it is computed.
+A matmul with a weight is called by its path, as in "layers.3.mixer.q" or "head", and what decoding
+keeps of a layer "cache.3.keys" and "cache.3.values", or by its branch in native sparse attention,
+as in "cache.3.selected.keys". `ModelConfig.quant` is a list of rules; the first whose expression
+matches the whole name says how it is computed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jaxlm.config.formats import (
   MatquantFormat,
   PactFormat,
   ParetoqFormat,
+  QuestFormat,
   SparseFormat,
 )
 from pallas_kernels.common.checks import check_choice
@@ -154,6 +156,8 @@ class QuantSpec:
       check(not isinstance(format, WEIGHTS_ONLY), f"quant.{name}", format, rule)
     learns = isinstance(self.gradient, LsqFormat | PactFormat)
     check(not learns, "quant.gradient", self.gradient, "a gradient cannot learn its scale")
+    sparse = isinstance(self.activation, QuestFormat) and self.activation.sparse
+    check(not sparse, "quant.activation", self.activation, "only weights are pruned")
     per_row = isinstance(self.activation, LsqFormat) and self.activation.shared == "row"
     rule = "an input can learn one step for the tensor, not one per row"
     check(not per_row, "quant.activation", self.activation, rule)
@@ -197,12 +201,38 @@ def find_spec(rules: Sequence[QuantRule], name: str) -> QuantSpec:
   return QuantSpec()
 
 
+def cache_name(layer: int, part: str) -> str:
+  """Returns the name by which rules know a part of what decoding keeps of a layer."""
+  return f"cache.{layer}.{part}"
+
+
 def shared_spec(rules: Sequence[QuantRule], names: Sequence[str]) -> QuantSpec:
   """Returns the spec of all these names; raises UnsupportedError where theirs differ."""
   first, *others = {find_spec(rules, name) for name in names}
   if others:
     raise UnsupportedError(f"model.quant: {' and '.join(names)} are computed by one scan")
   return first
+
+
+def check_cache(
+  rules: Sequence[QuantRule], layer: int, cached: Iterable[str], states: Iterable[str]
+) -> None:
+  """Raises UserError where rules say what the cache of one layer cannot do.
+
+  `cached` are the parts with keys and values, `states` those that no rule can round.
+  """
+  for part in states:
+    name = cache_name(layer, part)
+    rule = "is a state that each token changes, which decoding keeps as it is; name keys and values"
+    check(find_spec(rules, name).is_plain, "model.quant", name, rule)
+  rotations = {}
+  for part in cached:
+    name = cache_name(layer, part)
+    check_cached(find_spec(rules, name), name)
+    if name.endswith("keys"):
+      rotations[name] = find_spec(rules, name).hadamard
+  rule = "the same queries meet all keys of a layer, which are rotated alike"
+  check(len(set(rotations.values())) <= 1, "quant.hadamard", rotations, rule)
 
 
 def check_cached(spec: QuantSpec, name: str) -> None:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from jaxlm.config import AttentionConfig, ComputeConfig, ModelConfig, QuantSpec, check
-from jaxlm.config.quant import check_cached, check_rules, find_spec
+from jaxlm.config import ComputeConfig, ModelConfig, QuantSpec, check
+from jaxlm.config.quant import cache_name, check_cache, check_rules, find_spec
 from jaxlm.models.block import Block
 from jaxlm.models.linear import Linear
 from jaxlm.quant.apply import learned_names
@@ -85,29 +85,30 @@ def list_matmuls(config: ModelConfig) -> tuple[Matmul, ...]:
   learns = learned_names(find_spec(config.quant, "head").weight)
   rule = "the head is the embedding, which is looked up too: its format can learn no scales"
   check(not (config.tied and learns), "model.tied", True, rule)
-  cached = list_cached(config)
-  check_rules(config.quant, [*(name for matmul in found for name in matmul.names), *cached])
-  for name in cached:
-    check_cached(find_spec(config.quant, name), name)
+  for layer, spec in enumerate(config.layer_specs):
+    check_cache(config.quant, layer, spec.mixer.cached, spec.mixer.states)
+  names = [name for matmul in found for name in matmul.names]
+  check_rules(config.quant, [*names, *(cached.name for cached in list_cached(config))])
   return tuple(found)
 
 
-def list_cached(config: ModelConfig) -> dict[str, tuple[int, int]]:
-  """Returns the names of keys and values that attention keeps, with their heads and width.
+class Cached(NamedTuple):
+  """Describes keys or values that decoding keeps of one layer."""
 
-  Keys that are rotated when they are read, under dynamic scaling, have no name: they cannot be
-  rounded as they are used.
-  """
-  names, layer = {}, 0
-  for specs, repeats in config.stacks:
-    for spec in specs * repeats:
-      mixer = spec.mixer
-      if isinstance(mixer, AttentionConfig):
-        if mixer.rope is None or mixer.rope.scaling != "dynamic":
-          names[f"cache.{layer}.keys"] = (mixer.K, mixer.H)
-        names[f"cache.{layer}.values"] = (mixer.K, mixer.H)
-      layer += 1
-  return names
+  name: str
+  layer: int
+  part: str
+  heads: int
+  width: int
+
+
+def list_cached(config: ModelConfig) -> list[Cached]:
+  """Returns all keys and values that decoding keeps and that rules can round, by layers."""
+  return [
+    Cached(cache_name(layer, part), layer, part, *size)
+    for layer, spec in enumerate(config.layer_specs)
+    for part, size in spec.mixer.cached.items()
+  ]
 
 
 @functools.cache
@@ -116,7 +117,7 @@ def formats_of_repeats(config: ModelConfig, index: int) -> tuple[tuple[QuantSpec
   matmuls = [m for m in list_matmuls(config) if m.path[:2] == ("stacks", str(index))]
   names = [matmul.names for matmul in matmuls]
   for block in make_blocks(config, ComputeConfig(), index).values():
-    for part in ("keys", "values"):
-      names.append(tuple(f"cache.{layer}.{part}" for layer in block.layers))
+    for part in block.spec.mixer.cached:
+      names.append(tuple(cache_name(layer, part) for layer in block.layers))
   specs = [[find_spec(config.quant, name) for name in of_part] for of_part in names]
   return tuple(zip(*specs))

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -174,29 +174,28 @@ class Transformer:
     stack = gather_layers(stack)
     repeats = jax.tree.leaves(stack)[0].shape[0]
     outs = []
-    for start, stop, part in self._runs(index, repeats, (stack, cache)):
+    runs = self._runs(index, repeats)
+    caches = cache if len(runs) > 1 and cache is not None else (cache,) * len(runs)
+    for (start, stop), part, before in zip(runs, _cut(stack, runs), caches):
       blocks = self.blocks(index, start, stop)
       own = dataclasses.replace(context, key=_fold_in(context.key, index, start))
-      x_BTD, out = self._run_repeats(blocks, part, x_BTD, own)
+      x_BTD, out = self._run_repeats(blocks, (part, before), x_BTD, own)
       outs.append(out)
-    updated, statistics = _join(outs)
-    return x_BTD, None if cache is None else updated, statistics
+    updated, statistics = zip(*outs)
+    if cache is not None:
+      cache = updated if len(runs) > 1 else updated[0]
+    return x_BTD, cache, _join(statistics)
 
-  def _runs(self, index: int, repeats: int, tree: Any) -> list[tuple[int, int, Any]]:
-    """Cuts a stack where the formats of its matmuls change.
-
-    Returns for each part its first repeat, the one after its last, and its arrays.
-    """
+  def _runs(self, index: int, repeats: int) -> list[tuple[int, int]]:
+    """Returns the first repeat, and the one after the last, of runs with the same formats."""
     if not self.config.quant:
-      return [(0, repeats, tree)]
+      return [(0, repeats)]
     formats = formats_of_repeats(self.config, index)
     cuts = [r for r in range(1, len(formats)) if formats[r] != formats[r - 1]]
-    if not cuts:
-      return [(0, repeats, tree)]
-    if repeats < len(formats):
+    if cuts and repeats < len(formats):
       rule = "tell layers apart, which stages of a pipeline, and other slices of a stack, cannot"
       raise UnsupportedError(f"model.quant: rules {rule}")
-    return list(zip([0, *cuts], [*cuts, repeats], _cut(tree, cuts)))
+    return list(zip([0, *cuts], [*cuts, repeats]))
 
   def _run_repeats(
     self, blocks: dict[str, Block], stack_and_cache: Any, x_BTD: jax.Array, context: Context
@@ -247,22 +246,34 @@ class Transformer:
     return Head(w_DV, "dv", self.config.logit_cap)
 
   def init_cache(self, batch: int, length: int) -> Any:
-    """Returns empty decode caches, in the compute type, in the structure of the stacks.
+    """Returns empty decode caches, in the structure of the stacks.
 
-    They hold `length` positions of `batch` rows in every layer.
+    They hold `length` positions of `batch` rows in every layer, in the compute type, or in bytes
+    where a rule rounds them. Of a stack whose repeats have different formats there is a tuple with
+    one entry for each run of equal ones.
     """
+    caches: dict[str, Any] = {}
+    sizes = (batch, length, self.compute.dtype)
+    for index, (_, repeats) in enumerate(self.config.stacks):
+      runs = tuple(
+        {
+          name: self._init_caches(block, *sizes)
+          for name, block in self.blocks(index, start, stop).items()
+        }
+        for start, stop in self._runs(index, repeats)
+      )
+      caches[str(index)] = runs if len(runs) > 1 else runs[0]
+    return caches
 
-    def stacked(spec: Any, repeats: int) -> Any:
-      def one_layer(_: jax.Array) -> Any:
-        mixer, dtype = spec.mixer, self.compute.dtype
-        return MIXERS[type(mixer)].init_cache(mixer, self.config, batch, length, dtype)
+  def _init_caches(self, block: Block, batch: int, length: int, dtype: str) -> Any:
+    """Returns the empty caches of the layers that a block computes, stacked."""
+    mixer = block.spec.mixer
 
-      return jax.vmap(one_layer)(jnp.arange(repeats))  # keeps the sharding of one layer's
+    def one_layer(_: jax.Array) -> Any:
+      make = MIXERS[type(mixer)].init_cache
+      return make(mixer, self.config, batch, length, dtype, block.layers)
 
-    return {
-      str(index): {str(place): stacked(spec, repeats) for place, spec in enumerate(specs)}
-      for index, (specs, repeats) in enumerate(self.config.stacks)
-    }
+    return jax.vmap(one_layer)(jnp.arange(len(block.layers)))  # keeps the sharding of one layer's
 
   def blocks(self, index: int, start: int = 0, stop: int | None = None) -> dict[str, Block]:
     """Returns the blocks of one repeat of stack `index`, in order; each knows its layers.
@@ -353,14 +364,16 @@ def _fold_in(key: jax.Array | None, *data: int) -> jax.Array | None:
   return key
 
 
-def _cut(tree: Any, cuts: list[int]) -> list[Any]:
-  """Cuts the leading axis of every leaf before these rows."""
+def _cut(tree: Any, runs: list[tuple[int, int]]) -> list[Any]:
+  """Cuts the leading axis of every leaf into these runs."""
+  if len(runs) == 1:
+    return [tree]
   leaves, structure = jax.tree.flatten(tree)
-  columns = [jnp.split(leaf, cuts) for leaf in leaves]
+  columns = [jnp.split(leaf, [start for start, _ in runs[1:]]) for leaf in leaves]
   return [jax.tree.unflatten(structure, part) for part in zip(*columns)]
 
 
-def _join(trees: list[Any]) -> Any:
+def _join(trees: Sequence[Any]) -> Any:
   """Joins the leading axes of trees that are alike."""
   return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *trees)
 

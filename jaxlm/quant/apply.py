@@ -19,6 +19,7 @@ from jaxlm.config.formats import (
   BitnetFormat,
   BlockFormat,
   Format,
+  Fp8Format,
   LsqFormat,
   MatquantFormat,
   PactFormat,
@@ -31,6 +32,7 @@ from jaxlm.config.quant import QuantSpec
 from jaxlm.quant import (
   bitnet,
   block_formats,
+  fp8,
   lsq,
   matquant,
   pact,
@@ -51,6 +53,7 @@ FORMATS: dict[type, ModuleType] = {
   QuestFormat: quest,
   MatquantFormat: matquant,
   BlockFormat: block_formats,
+  Fp8Format: fp8,
   SparseFormat: sparse,
 }
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
-from jaxlm.config import ModelConfig
+import jax
+
+from jaxlm.config import ComputeConfig, ModelConfig
 from jaxlm.config.quant import Operands, find_spec
+from jaxlm.models import Transformer
 from jaxlm.models.parts import list_cached, list_matmuls
+from jaxlm.quant.cache import empty
 
 _HEADINGS = ("matmul", "D x F", "y = x w", "dx = dy w^T", "dw = x^T dy")
 
@@ -29,18 +35,45 @@ def describe(config: ModelConfig, dtype: str) -> list[str]:
   return [*_align(cells), *_align(_cached(config, dtype))]
 
 
+def describe_cache(config: ModelConfig, compute: ComputeConfig, positions: int = 1024) -> list[str]:
+  """Returns a line with the bytes of a whole decode cache of one row, where a rule rounds any.
+
+  All layers count, also with what they keep as it is: states, and inputs of convolutions.
+  """
+  if not _cached(config, compute.dtype):
+    return []
+  length = config.max_length or positions
+
+  def count(config: ModelConfig) -> int:
+    model = Transformer(config, compute)
+    return _count_bytes(jax.eval_shape(lambda: model.init_cache(1, length)))
+
+  size, plain = count(config), count(dataclasses.replace(config, quant=()))
+  words = f"{size:,} bytes, of {plain:,} in {compute.dtype} ({size / plain:.1%})"
+  return [f"cache of a row of {length:,} positions: {words}"]
+
+
+def _count_bytes(tree: Any) -> int:
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def _cached(config: ModelConfig, dtype: str) -> list[tuple[str, ...]]:
-  """Returns the cells of a heading and a line for each kind of what attention keeps, if ruled."""
-  rows: dict[tuple[str, str, str], list[int]] = {}
-  specs = {name: find_spec(config.quant, name) for name in list_cached(config)}
+  """Returns the cells of a heading and a line for each kind of what decoding keeps, if ruled.
+
+  Bytes are of one position, or of one block of compressed ones.
+  """
+  rows: dict[tuple[str, str, str, str], list[int]] = {}
+  specs = {cached.name: find_spec(config.quant, cached.name) for cached in list_cached(config)}
   if all(spec.is_plain for spec in specs.values()):
     return []
-  for name, (heads, width) in list_cached(config).items():
-    _, layer, part = name.split(".")
-    (kept, _), *_ = specs[name].operands(dtype)
-    rows.setdefault((part, f"{heads} x {width}", kept), []).append(int(layer))
+  for cached in list_cached(config):
+    spec, shape = specs[cached.name], (1, 1, cached.heads, cached.width)
+    (kept, _), *_ = spec.operands(dtype)
+    held = jax.eval_shape(lambda shape=shape, spec=spec: empty(shape, spec, dtype))
+    key = (cached.part, f"{cached.heads} x {cached.width}", kept, f"{_count_bytes(held):,}")
+    rows.setdefault(key, []).append(cached.layer)
   cells = [(f"cache.{_ranges(rows[key])}.{key[0]}", *key[1:]) for key in sorted(rows)]
-  return [("cache", "K x H", f"kept, in {dtype}"), *cells]
+  return [("cache", "K x H", "kept", "bytes"), *cells]
 
 
 def _align(cells: list[tuple[str, ...]]) -> list[str]:

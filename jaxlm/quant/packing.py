@@ -20,6 +20,7 @@ from jaxlm.config.formats import (
   BitnetFormat,
   BlockFormat,
   Format,
+  Fp8Format,
   LsqFormat,
   MatquantFormat,
   PactFormat,
@@ -76,6 +77,8 @@ def code_range(format: Format) -> CodeRange:
       return CodeRange(0, 2**format.bits + format.extra)
     case BlockFormat():
       return CodeRange(0, 2 ** block_formats.ELEMENTS[format.elements].bits)
+    case Fp8Format():
+      return CodeRange(0, 256)
     case SparseFormat():
       check(False, "quant.weight", str(format), "has no codes: its weights stay floats")
   raise AssertionError(format)
@@ -100,6 +103,10 @@ def unpack(packed_ZN: jax.Array, codes: CodeRange, D: int) -> jax.Array:
     bytes_ZN1 = packed_ZN[..., None].astype(jnp.int32)
     trits = bytes_ZN1 // _last([1, 3, 9, 27, 81], bytes_ZN1) % 3
     return trits.reshape(*lead, -1)[..., :D] + codes.lowest
+  if 8 % codes.bits == 0:
+    bytes_ZN1 = packed_ZN[..., None].astype(jnp.int32)
+    fields = bytes_ZN1 >> _last(range(0, 8, codes.bits), bytes_ZN1) & (2**codes.bits - 1)
+    return fields.reshape(*lead, -1)[..., :D] + codes.lowest
   flat = jnp.unpackbits(packed_ZN, axis=-1, bitorder="little")[..., : D * codes.bits]
   bits = flat.reshape(*lead, D, codes.bits).astype(jnp.int32)
   return jnp.sum(bits << _last(range(codes.bits), bits), axis=-1) + codes.lowest
@@ -178,10 +185,14 @@ def _spread(packed: Packed, format: QuestFormat, D: int) -> jax.Array:
 def unpack_operand(packed: Packed, spec: QuantSpec, D: int) -> jax.Array:
   """Returns the float32 weight [Z, D] that a matmul of this spec multiplies by."""
   assert spec.weight is not None
-  w_ZD = unpack_weight(packed, spec.weight, D)
-  if isinstance(spec.weight, QuestFormat) and not shares_rotation(spec):
-    return quest.rotate(w_ZD, spec.weight)
-  return w_ZD
+  unpack = unpack_weight if shares_rotation(spec) else unpack_values
+  return unpack(packed, spec.weight, D)
+
+
+def unpack_values(packed: Packed, format: Format, D: int) -> jax.Array:
+  """Returns the float32 values [Z, D] that were packed, those of QuEST rotated back."""
+  x_ZD = unpack_weight(packed, format, D)
+  return quest.rotate(x_ZD, format) if isinstance(format, QuestFormat) else x_ZD
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import ModelConfig, check
+from jaxlm.config import ComputeConfig, ModelConfig, check
 from jaxlm.config.formats import Format, UniformFormat
 from jaxlm.config.quant import find_spec
 from jaxlm.data.loader import heldout_batches, load_text
@@ -19,7 +19,7 @@ from jaxlm.paths import local_path
 from jaxlm.quant import gptq
 from jaxlm.quant.apply import turn
 from jaxlm.quant.capture import capture
-from jaxlm.quant.describe import describe
+from jaxlm.quant.describe import describe, describe_cache
 from jaxlm.quant.groups import Encoded
 from jaxlm.quant.kurtosis import kurtosis_of_inputs
 from jaxlm.quant.pack_model import Solve, count_bytes, pack_model, packed_config
@@ -103,9 +103,9 @@ def _without_none(tree: Any) -> Any:
   return {name: _without_none(part) for name, part in tree.items() if part is not None}
 
 
-def describe_model(model: ModelConfig, dtype: str) -> list[str]:
-  """Returns the table of matmuls, and the bits and bytes of weights that could be packed."""
-  lines = describe(model, dtype)
+def describe_model(model: ModelConfig, compute: ComputeConfig) -> list[str]:
+  """Returns the table of matmuls, and the bytes of caches and of weights that could be packed."""
+  lines = [*describe(model, compute.dtype), *describe_cache(model, compute)]
   if not any(rule.spec.weight for rule in model.quant):
     return lines
   sizes = count_bytes(model)

@@ -29,7 +29,7 @@ from pallas_kernels.delta_attention import (
   reference,
   xla,
 )
-from pallas_kernels.delta_attention.terms import GateParameters, Options, Tokens, apply_gates
+from pallas_kernels.delta_attention.terms import GateParameters, Options, Tokens
 
 Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
@@ -126,38 +126,26 @@ def delta_attention(
 
 
 def delta_step(
-  q_BHK: jax.Array,
-  k_BHK: jax.Array,
-  v_BNV: jax.Array,
-  state_BNKV: jax.Array,
-  *,
-  decay: jax.Array | None = None,
-  erase: jax.Array | None = None,
-  write: jax.Array | None = None,
-  gate: Gate | None = None,
-  a_log_N: jax.Array | None = None,
-  dt_bias: jax.Array | None = None,
-  lower_bound: float = -5.0,
-  l2norm: bool = False,
-  scale: float | None = None,
+  q_BHK: jax.Array, k_BHK: jax.Array, v_BNV: jax.Array, state_BNKV: jax.Array, **gates: Any
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the output [B, N, V] of one token, and the state after it, as in decoding.
 
-  Arguments are those of `delta_attention` without T, and the state before the token. Any mesh
-  layout of rows and heads will do.
+  Arguments are those of `delta_attention` without T, and the state before the token; `gates` are
+  its options from decay to scale.
   """
   q, k, v = (jnp.asarray(x)[:, None] for x in (q_BHK, k_BHK, v_BNV))
-  checks.check_arrays(q, k, v)
-  options = checks.check_options(scale, l2norm, gate, lower_bound, q.shape[-1])
-  decay, erase, write = (
-    None if x is None else jnp.asarray(x)[:, None] for x in (decay, erase, write)
+  of_tokens = {name: gates.get(name) for name in ("decay", "erase", "write")}
+  gates |= {name: jnp.asarray(x)[:, None] for name, x in of_tokens.items() if x is not None}
+  o_BTNV, state_BNKV = delta_attention(
+    q,
+    k,
+    v,
+    **gates,
+    initial_state_BNKV=state_BNKV,
+    return_state=True,
+    implementation="reference",
   )
-  tokens = Tokens(q, k, v, decay, erase, write, None)
-  tokens, parameters = checks.check_gates(tokens, a_log_N, dt_bias, options)
-  gated = apply_gates(tokens, parameters, options)
-  token = jax.tree.map(lambda x: x[:, 0], gated)
-  o_BNV, state_BNKV = reference.update(token, checks.check_state(state_BNKV, q, v))
-  return o_BNV.astype(v.dtype), state_BNKV
+  return o_BTNV[:, 0], state_BNKV
 
 
 def choose(implementation: Implementation | None, tokens: Tokens, options: Options) -> str:

@@ -11,9 +11,10 @@ SOLVED = {"full": 0.8, "3 kda + 1 full": 0.9, "kda": 0.88, "decay only": 0.5}
 TIMES = {"full": 5.0, "3 kda + 1 full": 2.0, "kda": 1.1}
 
 
-def rows_of(recall, times, memory=0.255):
+def rows_of(recall, times, memory=0.255, unlearnt=()):
   rows = [
-    {"task.task": task, "task.layers": layers, "seed": seed, "accuracy": accuracy + 0.01 * seed}
+    {"task.task": task, "task.layers": layers, "seed": seed}
+    | {"accuracy": 0.1 if task in unlearnt else accuracy + 0.01 * seed}
     for task in run.TASKS
     for layers, accuracy in recall.items()
     for seed in (0, 1)
@@ -44,16 +45,44 @@ def test_the_verdict_follows_the_rows(recall, times, memory, verdict):
   assert any(line.startswith("a token of kda: 1.00 ms and 10.00 MB") for line in finding.lines)
 
 
-def test_tasks_that_are_not_learnt_or_missing_decide_nothing():
-  with pytest.raises(UserError, match="no stack of layers has learnt"):
-    run.conclude(rows_of(dict.fromkeys(SOLVED, 0.3), TIMES))
+@pytest.mark.parametrize(
+  "recall, times, unlearnt, verdict",
+  [
+    ({}, {}, ("stack",), "direction only"),
+    ({"3 kda + 1 full": 0.7}, {}, ("stack",), "refuted"),
+    ({}, {}, run.TASKS, "undecided"),
+    ({}, {"kda": 2.0}, run.TASKS, "refuted"),
+  ],
+)
+def test_a_task_that_nothing_learns_is_named_and_left_out(recall, times, unlearnt, verdict):
+  rows = rows_of(SOLVED | recall, TIMES | times, unlearnt=unlearnt)
+  finding = run.conclude(rows)
+  assert finding.verdict == verdict
+  assert "stack: no layers have learnt it" in finding.lines
+  palindrome = finding.lines[0]
+  assert palindrome.endswith("learnt it") == ("palindrome" in unlearnt)
+  figure = pytest.importorskip("matplotlib.figure").Figure()
+  run.draw(rows, figure)  # of whatever was measured
+  assert len(figure.axes) == 3
+
+
+def test_a_line_of_each_task_says_what_erasing_and_full_attention_do():
+  (line, *_) = run.conclude(rows_of(SOLVED | {"3 kda + 1 full": 0.7}, TIMES)).lines
+  assert (
+    line.startswith("palindrome: erasing helps, +0.380") and "hybrid is worse than full" in line
+  )
+
+
+def test_missing_rows_decide_nothing():
   with pytest.raises(UserError, match="two seeds or more"):
     run.conclude(rows_of({"kda": 0.9}, TIMES))
 
 
 @pytest.mark.parametrize("task, answers", [("palindrome", 16), ("mqar", 4), ("stack", None)])
 def test_each_task_has_its_rows(task, answers):
-  _, made = run.make_task(run.answers_config(steps=40, batch=8, length=32), task, "kda", "cpu")
+  config, made = run.make_task(run.answers_config(steps=40, batch=8, length=32), task, "kda", "cpu")
+  names = [type(spec.mixer).__name__ for spec in config.model.layer_specs]
+  assert names == ["ConvConfig"] + ["KdaConfig"] * 4
   batch = next(made.batches(slice(0, 8)))
   assert batch.inputs_BT.shape == (8, 32) and batch.inputs_BT.max() < 32
   counts = batch.weights_BT.sum(axis=1)

@@ -35,12 +35,20 @@ def rows_of(recall, step=600):
     ({"conv + attention": (0.8, 0.97), "kda": (0.5, 0.9)}, "direction only"),
     ({"linear": (0.95, 1.0)}, "refuted"),
     ({"conv": (0.9, 0.9)}, "refuted"),
+    ({"conv + attention": (0.1, 0.4)}, "undecided"),
   ],
 )
 def test_the_verdict_follows_the_rows(changed, verdict):
   finding = run.conclude(rows_of(SOLVED | changed))
   assert finding.verdict == verdict
   assert any(line.startswith("kda: D 16") for line in finding.lines)
+
+
+def test_each_part_of_the_claim_has_a_line_on_all_widths():
+  lines = run.conclude(rows_of(SOLVED)).lines
+  assert "attention after a convolution recalls 0.980 of the pairs at its worst width" in lines
+  assert "kda recalls at least +0.400 more than linear, at the same width" in lines
+  assert "kda recalls at least +0.000 more than gated delta, at the same width" in lines
 
 
 def test_runs_that_are_too_short_or_missing_decide_nothing():
@@ -52,11 +60,11 @@ def test_runs_that_are_too_short_or_missing_decide_nothing():
 
 @pytest.mark.parametrize("layers", run.LAYERS)
 def test_each_run_has_its_model_and_rows_that_repeat(layers):
-  config, task = run.make_task(run.base("cpu"), layers, D=16, V=128, pairs=16)
+  config, task = run.make_task(run.base("cpu"), layers, D=16, V=64, pairs=16)
   assert [spec.feedforward.F for spec in config.model.layer_specs] == [16, 16]
-  first, again = (next(task.batches(slice(0, 64))) for _ in range(2))
+  first, again = (next(task.batches(slice(0, 32))) for _ in range(2))
   np.testing.assert_array_equal(first.inputs_BT, again.inputs_BT)
-  assert first.weights_BT.sum() == 64 * 16
+  assert first.weights_BT.sum() == 32 * 16
   states = {"attention": 2 * 2 * 64 * 16, "conv": 2 * 2 * 16}
   states["kda"] = states["gated delta"] = states["linear"] = 2 * (16 * 16 + 3 * 3 * 16)
   if layers in states:

@@ -1,20 +1,28 @@
-"""Computes grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245), with rotation."""
+"""Computes grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245), with rotation.
+
+Keys and values that rules round are held in the bytes of their formats in a cache.
+"""
 
 # B batch, T query positions, S key positions, D model, N query heads, K key heads, H head width
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
-from jaxlm.config import AttentionConfig, ComputeConfig, ModelConfig
+from jaxlm.config import AttentionConfig, ComputeConfig, ModelConfig, QuantSpec
 from jaxlm.models.linear import Linear, Roles, declare_parts
 from jaxlm.models.mixers.context import Context
+from jaxlm.models.mixers.steps import write_places
 from jaxlm.models.norms import RMSNorm
 from jaxlm.models.rope import apply_rope, rope_tables, sequence_lengths
-from jaxlm.quant.cache import quantize_heads
+from jaxlm.quant.apply import turn
+from jaxlm.quant.cache import Held, cache_specs, empty, hold, read, round_heads
+from jaxlm.quant.packing import Packed
 from pallas_kernels.attention import attention
 from pallas_kernels.common.shards import check_not_sharded
 from sharding.context import hybrid_attention
@@ -22,13 +30,13 @@ from sharding.rules import all_gather, is_manual, is_sharded, own_part, shard, s
 
 
 class KVCache(NamedTuple):
-  """Holds keys and values of one layer, on the levels of their formats; slot s holds position s.
+  """Holds keys and values of one layer, or their codes and scales; slot s holds position s.
 
   Keys are rotated, except under dynamic scaling.
   """
 
-  k_BSKH: jax.Array
-  v_BSKH: jax.Array
+  k_BSKH: Held
+  v_BSKH: Held
 
 
 class Attention(nn.Module):
@@ -65,12 +73,20 @@ class Attention(nn.Module):
 
   @staticmethod
   def init_cache(
-    spec: AttentionConfig, config: ModelConfig, batch: int, length: int, dtype: str
+    spec: AttentionConfig,
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    dtype: str,
+    layers: Sequence[int],
   ) -> KVCache:
-    """Returns an empty cache of one layer; a windowed layer keeps all `length` positions too."""
-    zeros = jnp.zeros((batch, length, spec.K, spec.H), dtype)
-    zeros = shard(zeros, "batch", None, "act_heads", None)
-    return KVCache(zeros, zeros)
+    """Returns an empty cache of any of `layers`; a windowed one keeps all `length` positions too.
+
+    These layers have the same formats.
+    """
+    shape = (batch, length, spec.K, spec.H)
+    held = [empty(shape, quant, dtype) for quant in _formats(spec, config, layers)]
+    return KVCache(*jax.tree.map(lambda x: shard(x, *_AXES[: x.ndim]), held))
 
   def __call__(
     self, x_BTD: jax.Array, context: Context, cache: KVCache | None = None
@@ -94,8 +110,10 @@ class Attention(nn.Module):
       q_BTNH = apply_rope(q_BTNH, *tables)
       if cache is None or not dynamic:  # dynamic frequencies change, so cached keys turn when read
         k_BTKH = apply_rope(k_BTKH, *tables)
-    q_BTNH, k_BTKH, v_BTKH = quantize_heads(q_BTNH, k_BTKH, v_BTKH, self.config.quant, self.layers)
+    keys, values = _formats(c, self.config, self.layers)
+    q_BTNH, k_BTKH = (turn(x, keys.hadamard) for x in (q_BTNH, k_BTKH))
     if cache is None:
+      k_BTKH, v_BTKH = round_heads(k_BTKH, keys), round_heads(v_BTKH, values)
       name = self.compute.attention_implementation
       o_BTNH = hybrid_attention(
         q_BTNH,
@@ -111,13 +129,25 @@ class Attention(nn.Module):
       )
     else:
       cache, o_BTNH = _attend_cached(
-        q_BTNH, k_BTKH, v_BTKH, cache, context.positions_BT, lengths_BT, c
+        q_BTNH, k_BTKH, v_BTKH, cache, context.positions_BT, lengths_BT, c, keys, values
       )
     o_BTNH = checkpoint_name(o_BTNH, "attention_out")
     return self.o(o_BTNH.reshape(B, T, o_BTNH.shape[2] * c.H)), cache, {}
 
 
 _HEADS = ("batch", "length", "act_heads")
+
+
+_AXES = ("batch", None, "act_heads", None)
+"""of [B, T], [B, S, K] or [B, S, K, X] in a cache"""
+
+
+def _formats(
+  c: AttentionConfig, config: ModelConfig, layers: Sequence[int]
+) -> tuple[QuantSpec, QuantSpec]:
+  """Returns how these layers round keys and values; keys that turn when they are read, not."""
+  specs = cache_specs(c, config.quant, layers)
+  return specs.get("keys", QuantSpec()), specs["values"]
 
 
 def _scale(c: AttentionConfig) -> float:
@@ -149,6 +179,8 @@ def _attend_cached(
   positions_BT: jax.Array,
   lengths_B1: jax.Array | None,
   c: AttentionConfig,
+  keys: QuantSpec,
+  values: QuantSpec,
 ) -> tuple[KVCache, jax.Array]:
   """Writes T positions into the cache and attends to all positions up to each query's own.
 
@@ -157,17 +189,18 @@ def _attend_cached(
   """
   check_not_sharded("q_BTNH", q_BTNH, 1)
   cache = KVCache(
-    _write_positions(cache.k_BSKH, k_BTKH, positions_BT),
-    _write_positions(cache.v_BSKH, v_BTKH, positions_BT),
+    _write_positions(cache.k_BSKH, k_BTKH, positions_BT, keys),
+    _write_positions(cache.v_BSKH, v_BTKH, positions_BT, values),
   )
-  k_BSKH = cache.k_BSKH
+  k_BSKH = _read_positions(cache.k_BSKH, k_BTKH, keys)
+  v_BSKH = _read_positions(cache.v_BSKH, v_BTKH, values)
   s_1S = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None]
   if c.rope is not None and c.rope.scaling == "dynamic":
     k_BSKH = apply_rope(k_BSKH, *rope_tables(c.rope, s_1S, c.H, lengths_B1))
   o_BTNH = attention(
     q_BTNH,
     k_BSKH,
-    cache.v_BSKH,
+    v_BSKH,
     q_positions_BT=positions_BT,
     k_positions_BS=s_1S,
     window=c.window,
@@ -179,21 +212,36 @@ def _attend_cached(
 
 
 def _write_positions(
-  cached_BSKH: jax.Array, x_BTKH: jax.Array, positions_BT: jax.Array
-) -> jax.Array:
+  cached: Held, x_BTKH: jax.Array, positions_BT: jax.Array, quant: QuantSpec
+) -> Held:
   """Writes each row's T entries at their positions; those at position -1, padding, nowhere.
 
   On a mesh every device writes its own rows and heads, without communication.
   """
 
-  def write(cached_BSKH: jax.Array, x_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    slots_BT = jnp.where(positions_BT < 0, cached_BSKH.shape[1], positions_BT)
-    rows_B1 = jnp.arange(len(x_BTKH))[:, None]
-    return cached_BSKH.at[rows_B1, slots_BT].set(x_BTKH.astype(cached_BSKH.dtype), mode="drop")
+  def write(cached: Held, x_BTKH: jax.Array, positions_BT: jax.Array) -> Held:
+    return write_places(cached, hold(x_BTKH, quant), positions_BT)
 
   if not is_sharded():
-    return write(cached_BSKH, x_BTKH, positions_BT)
-  cached = spec(cached_BSKH.shape, "batch", None, "act_heads", None)
-  rows = spec(positions_BT.shape, "batch", None)
-  write = jax.shard_map(write, in_specs=(cached, cached, rows), out_specs=cached)
-  return write(cached_BSKH, x_BTKH, positions_BT)
+    return write(cached, x_BTKH, positions_BT)
+  layouts = jax.tree.map(_layout, (cached, x_BTKH, positions_BT))
+  return jax.shard_map(write, in_specs=layouts, out_specs=layouts[0])(cached, x_BTKH, positions_BT)
+
+
+def _read_positions(cached: Held, like_BTKH: jax.Array, quant: QuantSpec) -> jax.Array:
+  """Returns all that is cached, [B, S, K, H], in the dtype of what is written."""
+  if isinstance(cached, jax.Array):
+    return cached
+
+  def read_codes(cached: Packed) -> jax.Array:
+    return read(cached, quant, like_BTKH.shape[3], like_BTKH.dtype)
+
+  if not is_sharded():
+    return read_codes(cached)
+  layouts = jax.tree.map(_layout, cached)
+  return jax.shard_map(read_codes, in_specs=(layouts,), out_specs=layouts["codes"])(cached)
+
+
+def _layout(x: jax.Array) -> P:
+  """Returns how a mesh splits an array of a cache, or one that is written into it."""
+  return spec(x.shape, *_AXES[: x.ndim])

@@ -8,7 +8,7 @@ Multiplies a causal convolution over a few tokens by a gate, channel by channel.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -59,9 +59,14 @@ class Conv(nn.Module):
 
   @staticmethod
   def init_cache(
-    spec: ConvConfig, config: ModelConfig, batch: int, length: int, dtype: str
+    spec: ConvConfig,
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    dtype: str,
+    layers: Sequence[int],
   ) -> ConvCache:
-    """Returns an empty cache of one layer, which is as large for any `length`."""
+    """Returns an empty cache of any of `layers`, which is as large for any `length`."""
     inputs_BPZ = jnp.zeros((batch, spec.taps - 1, config.D), dtype)
     seen_B = shard(jnp.zeros(batch, jnp.int32), "batch")
     return ConvCache(seen_B, shard(inputs_BPZ, "batch", None, "act_heads"))

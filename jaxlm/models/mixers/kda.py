@@ -12,7 +12,7 @@ attention: 2401.04658, with the same slopes in all layers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -122,9 +122,14 @@ class Kda(nn.Module):
 
   @staticmethod
   def init_cache(
-    spec: KdaConfig, config: ModelConfig, batch: int, length: int, dtype: str
+    spec: KdaConfig,
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    dtype: str,
+    layers: Sequence[int],
   ) -> KdaCache:
-    """Returns an empty cache of one layer, which is as large for any `length`."""
+    """Returns an empty cache of any of `layers`, which is as large for any `length`."""
     c, past = spec, max(spec.conv - 1, 0)
     state_BNHU = jnp.zeros((batch, c.N, c.H, c.value_width), jnp.float32)
     zeros = [jnp.zeros((batch, past, c.K * c.H), dtype)] * 2

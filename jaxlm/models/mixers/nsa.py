@@ -12,19 +12,28 @@ compressed before they are rotated, and a compressed key turns with the position
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import ComputeConfig, ModelConfig, NsaConfig
+from jaxlm.config import ComputeConfig, ModelConfig, NsaConfig, QuantSpec
 from jaxlm.models.linear import Linear, Roles, declare_parts, sharded_normal, sharded_zeros
 from jaxlm.models.mixers.context import Context
 from jaxlm.models.mixers.shards import check_whole_rows, run_on_rows_and_heads
-from jaxlm.models.mixers.steps import bring_back, bring_to_front, join, last_inputs, order_steps
+from jaxlm.models.mixers.steps import (
+  bring_back,
+  bring_to_front,
+  join,
+  last_inputs,
+  order_steps,
+  write_places,
+)
 from jaxlm.models.rope import apply_rope, rope_tables
+from jaxlm.quant.apply import turn
+from jaxlm.quant.cache import Held, Specs, cache_specs, empty, hold, read, round_heads
 from pallas_kernels.attention import attention
 from pallas_kernels.sparse_attention import (
   BlockSizes,
@@ -44,19 +53,22 @@ _NOWHERE = 2**30
 
 
 class NsaCache(NamedTuple):
-  """Holds what the three branches of one layer read; rotated, but for `raw`."""
+  """Holds what the three branches of one layer read; rotated, but for `raw`.
+
+  Keys and values that rules round are held as codes and scales.
+  """
 
   seen_B: jax.Array
   """int32, the position that comes next"""
-  k_compressed_BCKH: jax.Array
-  v_compressed_BCKU: jax.Array
+  k_compressed_BCKH: Held
+  v_compressed_BCKU: Held
   k_raw_BLKH: jax.Array
-  """last tokens of the compressed branch, from which the next block is made"""
+  """last tokens of the compressed branch, from which the next block is made: not rounded"""
   v_raw_BLKU: jax.Array
-  k_selected_BSKH: jax.Array
-  v_selected_BSKU: jax.Array
-  k_window_BWKH: jax.Array
-  v_window_BWKU: jax.Array
+  k_selected_BSKH: Held
+  v_selected_BSKU: Held
+  k_window_BWKH: Held
+  v_window_BWKU: Held
 
 
 class Nsa(nn.Module):
@@ -103,16 +115,25 @@ class Nsa(nn.Module):
 
   @staticmethod
   def init_cache(
-    spec: NsaConfig, config: ModelConfig, batch: int, length: int, dtype: str
+    spec: NsaConfig,
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    dtype: str,
+    layers: Sequence[int],
   ) -> NsaCache:
-    """Returns an empty cache of one layer for `length` positions."""
-    c = spec
+    """Returns an empty cache of any of `layers`, which have the same formats."""
+    c, specs = spec, cache_specs(spec, config.quant, layers)
     blocks = max(0, (length - c.length) // c.stride + 1)
-    zeros = [
-      shard(jnp.zeros((batch, size, c.K, width), dtype), "batch", None, "act_heads", None)
-      for size in (blocks, c.length, length, min(c.window, length))
-      for width in (c.H, c.value_width)
+    sizes = {"compressed": blocks, "raw": c.length, "selected": length}
+    sizes |= {"window": min(c.window, length)}
+    held = [
+      empty((batch, size, c.K, width), specs.get(f"{branch}.{part}", QuantSpec()), dtype)
+      for branch, size in sizes.items()
+      for part, width in (("keys", c.H), ("values", c.value_width))
     ]
+    axes = ("batch", None, "act_heads", None)
+    zeros = jax.tree.map(lambda x: shard(x, *axes[: x.ndim]), held)
     return NsaCache(shard(jnp.zeros(batch, jnp.int32), "batch"), *zeros)
 
   def __call__(
@@ -133,21 +154,36 @@ class Nsa(nn.Module):
         weight = all_gather_weight(getattr(self, name), ("kv_heads", None, None), *compute)
         arrays[f"{name}_KXF"] = weight
     arrays["positions_BT"] = context.positions_BT
+    quant = cache_specs(self.spec, self.config.quant, self.layers)
     if cache is None:
       arrays["segment_ids_BT"] = context.segment_ids_BT
-      outs = run_on_rows_and_heads(functools.partial(_attend, self.spec), arrays, ("o_BTZ",))
+      attend = functools.partial(_attend, self.spec, quant)
+      outs = run_on_rows_and_heads(attend, arrays, ("o_BTZ",))
       return self.o(outs["o_BTZ"]), None, {}
-    results = ("o_BTZ", *NsaCache._fields)
-    attend = functools.partial(_attend_cached, self.spec)
-    outs = run_on_rows_and_heads(attend, arrays | cache._asdict(), results)
-    return self.o(outs.pop("o_BTZ")), NsaCache(**outs), {}
+    held = {_name(path, x): x for path, x in jax.tree_util.tree_leaves_with_path(cache)}
+    structure = jax.tree.structure(cache)
+
+    def attend_cached(**arrays: jax.Array) -> dict[str, jax.Array]:
+      before = jax.tree.unflatten(structure, [arrays.pop(name) for name in held])
+      o_BTZ, after = _attend_cached(self.spec, quant, before, **arrays)
+      return {"o_BTZ": o_BTZ, **dict(zip(held, jax.tree.leaves(after)))}
+
+    outs = run_on_rows_and_heads(attend_cached, arrays | held, ("o_BTZ", *held))
+    return self.o(outs.pop("o_BTZ")), jax.tree.unflatten(structure, list(outs.values())), {}
 
 
 _MATRIX = ("kv_heads", "embed", None)
 
 
+def _name(path: tuple[Any, ...], x: jax.Array) -> str:
+  """Returns the name of an array of the cache, with a letter for each axis."""
+  field, letters = path[0].name.rsplit("_", 1)
+  return "_".join((field, *(part.key for part in path[1:]), letters[: x.ndim]))
+
+
 def _attend(
   c: NsaConfig,
+  quant: Specs,
   positions_BT: jax.Array,
   segment_ids_BT: jax.Array | None = None,
   **arrays: jax.Array,
@@ -164,15 +200,22 @@ def _attend(
     axis=1,
   )
   k_BCKH, v_BCKU = _compress(c, arrays, *branches["compressed"], starts_BC)
-  turned = {
-    branch: KeysValues(_rotate(c, k_BSKH, positions_BT), v_BSKU)
-    for branch, (k_BSKH, v_BSKU) in branches.items()
+  pairs = {"compressed": (_rotate(c, k_BCKH, first_BC), v_BCKU)}
+  for branch in BRANCHES[1:]:
+    k_BSKH, v_BSKU = branches[branch]
+    pairs[branch] = (_rotate(c, k_BSKH, positions_BT), v_BSKU)
+  rounded = {
+    branch: KeysValues(
+      round_heads(_turn(k_BSKH, quant), quant[f"{branch}.keys"]),
+      round_heads(v_BSKU, quant[f"{branch}.values"]),
+    )
+    for branch, (k_BSKH, v_BSKU) in pairs.items()
   }
   o_BTNU = nsa_attention(
-    _rotate(c, q_BTNH, positions_BT),
-    KeysValues(_rotate(c, k_BCKH, first_BC), v_BCKU),
-    turned["selected"],
-    turned["window"],
+    _turn(_rotate(c, q_BTNH, positions_BT), quant),
+    rounded["compressed"],
+    rounded["selected"],
+    rounded["window"],
     gates_BTNX,
     sizes=_sizes(c),
     segment_ids_BS=segment_ids_BT,
@@ -182,52 +225,53 @@ def _attend(
 
 def _attend_cached(
   c: NsaConfig,
+  quant: Specs,
+  cache: NsaCache,
   positions_BT: jax.Array,
-  seen_B: jax.Array,
   **arrays: jax.Array,
-) -> dict[str, jax.Array]:
-  """Returns the heads' outputs and the updated arrays of the cache."""
+) -> tuple[jax.Array, NsaCache]:
+  """Returns the heads' outputs, o [B, T, N * U], and the updated cache."""
+  seen_B = cache.seen_B
   steps = order_steps(positions_BT, seen_B)
   arrays = {n: bring_to_front(x, steps) if "_BT" in n else x for n, x in arrays.items()}
   q_BTNH, gates_BTNX, branches = _split(c, arrays)
   index_1T = jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None]
   at_BT = jnp.where(steps.is_token_BT, seen_B[:, None] + index_1T, -1)
-  q_BTNH = _rotate(c, q_BTNH, at_BT)
-  new = {"seen_B": steps.seen_B}
+  q_BTNH = _turn(_rotate(c, q_BTNH, at_BT), quant)
 
-  raw = [join(arrays[f"{n}_raw_BL{x}"], y) for n, x, y in _named(branches["compressed"])]
-  new |= {f"{n}_raw_BL{x}": last_inputs(y, steps) for n, x, y in _named(raw)}
+  def hold_pair(branch: str, k_BTKH: jax.Array, v_BTKU: jax.Array) -> list[Held]:
+    specs = quant[f"{branch}.keys"], quant[f"{branch}.values"]
+    return [hold(x, s) for x, s in zip((_turn(k_BTKH, quant), v_BTKU), specs)]
+
+  def read_pair(branch: str, held: Sequence[Held]) -> list[jax.Array]:
+    specs, widths = (quant[f"{branch}.keys"], quant[f"{branch}.values"]), (c.H, c.value_width)
+    return [read(x, s, width, q_BTNH.dtype) for x, s, width in zip(held, specs, widths)]
+
+  raw = [join(*pair) for pair in zip((cache.k_raw_BLKH, cache.v_raw_BLKU), branches["compressed"])]
   index_BC, compressed = _compress_next(c, arrays, raw[0], raw[1], seen_B, steps.count_B)
-  for n, x, y_BCKZ in _named(compressed):
-    name = f"{n}_compressed_BC{x}"
-    new[name] = _write(arrays[name], y_BCKZ, index_BC)
-  chosen = nsa_select(
-    q_BTNH,
-    new["k_compressed_BCKH"],
-    new["v_compressed_BCKU"],
-    sizes=_sizes(c),
-    positions_BT=at_BT,
-  )
+  blocks = [cache.k_compressed_BCKH, cache.v_compressed_BCKU]
+  blocks = write_places(blocks, hold_pair("compressed", *compressed), index_BC)
+  k_BCKH, v_BCKU = read_pair("compressed", blocks)
+  chosen = nsa_select(q_BTNH, k_BCKH, v_BCKU, sizes=_sizes(c), positions_BT=at_BT)
 
   k_BTKH, v_BTKU = branches["selected"]
-  for n, x, y_BTKZ in _named((_rotate(c, k_BTKH, at_BT), v_BTKU)):
-    name = f"{n}_selected_BS{x}"
-    new[name] = _write(arrays[name], y_BTKZ, at_BT)
-  selected = (new["k_selected_BSKH"], new["v_selected_BSKU"])
+  selected = hold_pair("selected", _rotate(c, k_BTKH, at_BT), v_BTKU)
+  selected = write_places([cache.k_selected_BSKH, cache.v_selected_BSKU], selected, at_BT)
+  k_BSKH, v_BSKU = read_pair("selected", selected)
   o_selected_BTNU, _ = nsa_selected_attention(
-    q_BTNH, *selected, chosen.indices_BTKI, block=c.block, positions_BT=at_BT
+    q_BTNH, k_BSKH, v_BSKU, chosen.indices_BTKI, block=c.block, positions_BT=at_BT
   )
 
   k_BTKH, v_BTKU = branches["window"]
-  window = [
-    join(arrays[f"{n}_window_BW{x}"], y) for n, x, y in _named((_rotate(c, k_BTKH, at_BT), v_BTKU))
-  ]
-  new |= {f"{n}_window_BW{x}": last_inputs(y, steps) for n, x, y in _named(window)}
-  past_1W = jnp.arange(-arrays["k_window_BWKH"].shape[1], 0, dtype=jnp.int32)[None]
-  keys_at_BS = jnp.concatenate((seen_B[:, None] + past_1W, at_BT), axis=1)
+  window = hold_pair("window", _rotate(c, k_BTKH, at_BT), v_BTKU)
+  window = jax.tree.map(join, [cache.k_window_BWKH, cache.v_window_BWKU], window)
+  k_BWKH, v_BWKU = read_pair("window", window)
+  past_1W = jnp.arange(k_BWKH.shape[1] - at_BT.shape[1], dtype=jnp.int32)[None]
+  keys_at_BS = jnp.concatenate((seen_B[:, None] - past_1W[:, ::-1] - 1, at_BT), axis=1)
   o_window_BTNU = attention(
     q_BTNH,
-    *window,
+    k_BWKH,
+    v_BWKU,
     q_positions_BT=at_BT,
     k_positions_BS=jnp.where(keys_at_BS < 0, _NOWHERE, keys_at_BS),
     window=c.window,
@@ -235,9 +279,11 @@ def _attend_cached(
   outputs = (chosen.o_BTNU, o_selected_BTNU, o_window_BTNU)
   parts = [gates_BTNX[..., i, None] * o.astype(jnp.float32) for i, o in enumerate(outputs)]
   o_BTNU = sum(parts[1:], parts[0]).astype(q_BTNH.dtype)
-  has_room_BT = at_BT < selected[0].shape[1]
+  has_room_BT = at_BT < k_BSKH.shape[1]
   o_BTNU = jnp.where(has_room_BT[..., None, None], o_BTNU, jnp.nan)
-  return {"o_BTZ": bring_back(o_BTNU.reshape(*o_BTNU.shape[:2], -1), steps), **new}
+  last = functools.partial(last_inputs, steps=steps)
+  after = NsaCache(steps.seen_B, *blocks, *map(last, raw), *selected, *jax.tree.map(last, window))
+  return bring_back(o_BTNU.reshape(*o_BTNU.shape[:2], -1), steps), after
 
 
 def _sizes(c: NsaConfig) -> BlockSizes:
@@ -261,6 +307,11 @@ def _split(
 
 def _rotate(c: NsaConfig, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
   return x_BTNH if c.rope is None else apply_rope(x_BTNH, *rope_tables(c.rope, positions_BT, c.H))
+
+
+def _turn(x_BTNH: jax.Array, quant: Specs) -> jax.Array:
+  """Returns queries or keys rotated as the rules say, which is the same for all branches."""
+  return turn(x_BTNH, quant[f"{BRANCHES[0]}.keys"].hadamard)
 
 
 def _compress(
@@ -309,15 +360,3 @@ def _compress_next(
   k_BCKH, v_BCKU = _compress(c, arrays, k_BSKH, v_BSKU, starts_BC)
   k_BCKH = _rotate(c, k_BCKH, index_BC * c.stride)
   return jnp.where(exists_BC, index_BC, -1), [k_BCKH, v_BCKU]
-
-
-def _named(pair: Any) -> list[tuple[str, str, jax.Array]]:
-  """Returns ("k", "KH", keys) and ("v", "KU", values), to name them in the cache."""
-  return [("k", "KH", pair[0]), ("v", "KU", pair[1])]
-
-
-def _write(cached_BSKZ: jax.Array, x_BTKZ: jax.Array, at_BT: jax.Array) -> jax.Array:
-  """Writes each row's entries at these places, those at -1 nowhere."""
-  at_BT = jnp.where(at_BT < 0, cached_BSKZ.shape[1], at_BT)
-  rows_B1 = jnp.arange(len(x_BTKZ))[:, None]
-  return cached_BSKZ.at[rows_B1, at_BT].set(x_BTKZ.astype(cached_BSKZ.dtype), mode="drop")

@@ -9,7 +9,7 @@ columns. They take one device's shards.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,17 @@ def last_inputs(joined_BSZ: jax.Array, steps: Steps) -> jax.Array:
   """Returns the inputs before the next position, [B, P, ...], of what `join` returned."""
   P = joined_BSZ.shape[1] - steps.order_BT.shape[1]
   return _take(joined_BSZ, steps.count_B[:, None] + jnp.arange(P, dtype=jnp.int32)[None])
+
+
+def write_places(cached: Any, new: Any, at_BT: jax.Array) -> Any:
+  """Writes each row's entries at these places of all arrays [B, S, ...], those at -1 nowhere."""
+  rows_B1 = jnp.arange(len(at_BT))[:, None]
+
+  def write(cached_BSZ: jax.Array, x_BTZ: jax.Array) -> jax.Array:
+    places_BT = jnp.where(at_BT < 0, cached_BSZ.shape[1], at_BT)
+    return cached_BSZ.at[rows_B1, places_BT].set(x_BTZ.astype(cached_BSZ.dtype), mode="drop")
+
+  return jax.tree.map(write, cached, new)
 
 
 def mask_padding(x_BTZ: jax.Array, steps: Steps) -> jax.Array:

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import ComputeConfig, RopeConfig, decoder, revise
+from jaxlm.config import ComputeConfig, QuantRule, QuantSpec, RopeConfig, decoder, revise
+from jaxlm.config.formats import UniformFormat
 from jaxlm.decode import Sampler, generate, generation
 from jaxlm.models import Transformer
 from sharding import MeshConfig, make_mesh
@@ -19,11 +20,13 @@ CONFIG = decoder(
 )
 DYNAMIC = revise(CONFIG, rope=RopeConfig(scaling="dynamic", factor=4.0, original_length=4))
 TIED = revise(CONFIG, tied=True, out_bias=True, post_norms=True, cap=5.0)
+INT4 = QuantSpec(activation=UniformFormat(), hadamard=8)
+ROUNDED = revise(TIED, quant=(QuantRule(match="cache.*keys", spec=INT4),))
 MODELS = {
   "plain": Transformer(CONFIG),
   "scanned": Transformer(CONFIG, ComputeConfig(scan="always")),
   "dynamic": Transformer(DYNAMIC),
-  "tied": Transformer(TIED),
+  "tied, keys in int4": Transformer(ROUNDED),
 }
 MESHES = {
   "tensor": MeshConfig(data=4, tensor=2),

@@ -65,7 +65,7 @@ def test_the_first_layer_gives_the_states_of_transformers(block):
   positions_BT = np.broadcast_to(np.arange(T), (B, T))
   np.testing.assert_allclose(run(x_BTD, positions_BT, None)[0], want_BTD, atol=3e-5)
   spec, config = module.spec, module.config
-  cache = type(module.bind({}).mixer).init_cache(spec.mixer, config, B, T, "float32")
+  cache = type(module.bind({}).mixer).init_cache(spec.mixer, config, B, T, "float32", (0,))
   start, parts = 0, []
   for size in (T // 2, T // 2):  # the second piece goes on from the state
     piece = slice(start, start + size)

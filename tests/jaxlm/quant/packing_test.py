@@ -13,6 +13,7 @@ from jaxlm.config import QuantRule, QuantSpec, decoder
 from jaxlm.config.formats import (
   BitnetFormat,
   BlockFormat,
+  Fp8Format,
   LsqFormat,
   MatquantFormat,
   ParetoqFormat,
@@ -69,13 +70,14 @@ SIZES = {
   MatquantFormat(bits=2): (32 + 4 + 4, 0),
   BlockFormat(): (64 + 4, 0),  # 4.25 bits
   BlockFormat(elements="nvfp4"): (64 + 8, 4),  # 4.5 bits
+  Fp8Format(size=64): (128 + 8, 0),
 }
 
 
 def code_levels(format):
   """Levels that lie in equal steps; 0 of others."""
-  sparse = getattr(format, "sparse", False)
-  unequal = sparse or isinstance(format, BlockFormat) or getattr(format, "levels", "") == "fp4"
+  unequal = getattr(format, "sparse", False) or getattr(format, "levels", "") == "fp4"
+  unequal |= isinstance(format, BlockFormat | Fp8Format)
   return 0 if unequal else packing.code_range(format).levels
 
 

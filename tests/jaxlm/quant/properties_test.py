@@ -11,6 +11,7 @@ import pytest
 from jaxlm.config.formats import (
   BitnetFormat,
   BlockFormat,
+  Fp8Format,
   LsqFormat,
   MatquantFormat,
   PactFormat,
@@ -48,6 +49,8 @@ COUNTED = [
   (BlockFormat(elements="mxfp4", shared="block", ceil_scale=True), 16),
   *((BlockFormat(elements=e), 64) for e in ("mxfp6_e2m3", "mxfp6_e3m2")),
   *((BlockFormat(elements=e), 256) for e in ("mxfp8_e4m3", "mxfp8_e5m2")),
+  (Fp8Format(size=16), 255),
+  (Fp8Format(elements="e5m2", shared="tensor"), 256),
 ]
 CASES = [case for case, _ in COUNTED]
 SHAPE = (32, 64)
@@ -113,7 +116,7 @@ def test_it_is_the_same_under_vmap_in_bfloat16_and_at_zero(format):
 STRAIGHT = [
   case
   for case in CASES
-  if isinstance(case, BitnetFormat | MatquantFormat | BlockFormat)
+  if isinstance(case, BitnetFormat | MatquantFormat | BlockFormat | Fp8Format)
   or (isinstance(case, UniformFormat) and not case.clips_gradient)
 ]
 

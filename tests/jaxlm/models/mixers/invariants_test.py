@@ -1,6 +1,7 @@
 """What every mixer must keep: caches, pieces, padding, segments and causality change no logits."""
 
 # B rows, T positions, D model
+import dataclasses
 import functools
 
 import chex
@@ -18,7 +19,10 @@ from jaxlm.config import (
   MlpConfig,
   ModelConfig,
   NsaConfig,
+  QuantRule,
+  QuantSpec,
 )
+from jaxlm.config.formats import UniformFormat
 from jaxlm.models import Transformer
 from jaxlm.models.mixers import MIXERS
 from jaxlm.models.mixers.context import Context
@@ -51,10 +55,16 @@ MODELS = {
     KdaConfig(rule="lightning", N=2, K=2, H=8),
     KdaConfig(rule="linear", N=2, K=2, H=8),
   ),
-  "sparse and window": model(
-    NsaConfig(N=2, K=1, H=6, compression="linear", shared=True, rope=None, **SIZES),
-    NsaConfig(N=2, K=2, H=6, compression="mean", **SIZES),
-    AttentionConfig(N=2, K=1, H=8, window=5),
+  "sparse and window": dataclasses.replace(
+    model(
+      NsaConfig(N=2, K=1, H=6, compression="linear", shared=True, rope=None, **SIZES),
+      NsaConfig(N=2, K=2, H=8, U=6, compression="mean", **SIZES),
+      AttentionConfig(N=2, K=1, H=8, window=5),
+    ),
+    quant=(
+      QuantRule(match="cache.1.*keys", spec=QuantSpec(activation=UniformFormat(), hadamard=8)),
+      QuantRule(match="cache.[12].*values", spec=QuantSpec(activation=UniformFormat(bits=8))),
+    ),
   ),
 }
 CASES = [pytest.param(name, marks=[] if name == "hybrid" else pytest.mark.slow) for name in MODELS]
@@ -203,7 +213,7 @@ def test_caches_hold_as_many_bytes_as_their_formulas(dtype, wide):
   }
   for mixer, of_row in numbers.items():
     init_cache = MIXERS[type(mixer)].init_cache
-    cache = jax.eval_shape(lambda m=mixer, f=init_cache: f(m, HYBRID, rows, length, dtype))
+    cache = jax.eval_shape(lambda m=mixer, f=init_cache: f(m, HYBRID, rows, length, dtype, (0,)))
     stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     assert stored == rows * of_row, mixer
 

@@ -21,7 +21,10 @@ from jaxlm.config import (
   NsaConfig,
   OptimizerConfig,
   PipelineConfig,
+  QuantRule,
+  QuantSpec,
 )
+from jaxlm.config.formats import UniformFormat
 from jaxlm.data.packing import Batch
 from jaxlm.models import Transformer
 from jaxlm.run.resolve import check_mesh
@@ -106,7 +109,12 @@ def decode(lm, params, ids_BT, positions_BT):
 @pytest.mark.slow
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
 def test_cached_logits_equal_those_of_one_device(names):
-  lm = Transformer(model(*names))
+  """Of native sparse attention with a rounded cache."""
+  rounded = tuple(
+    QuantRule(match=f"cache.*{part}", spec=QuantSpec(activation=UniformFormat(bits=8)))
+    for part in ("selected.keys", "compressed.values")
+  )
+  lm = Transformer(dataclasses.replace(model(*names), quant=rounded * ("nsa" in names)))
   lengths_B1 = np.array([5, 16, 1, 9, 2, 7, 12, 3])[:, None]
   positions_BT = np.where(np.arange(T) < lengths_B1, np.arange(T), -1).astype(np.int32)
   params = jax.jit(lm.init)(jax.random.key(3))
