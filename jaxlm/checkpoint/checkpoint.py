@@ -30,7 +30,8 @@ from jaxlm.checkpoint.folder import (
   size_of,
 )
 from jaxlm.checkpoint.manifest import write_manifest
-from jaxlm.checkpoint.read_back import Shapes, check_readable, shapes_of
+from jaxlm.checkpoint.read_back import Shapes, check_readable, names_of, shapes_of
+from jaxlm.config import check
 from jaxlm.paths import literal_path
 from jaxlm.train.state import TrainState, merge
 from sharding.failure import Attempt
@@ -178,8 +179,16 @@ def restore(path: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
 
 
 def restore_weights(path: Path, like: TrainState) -> Any:
-  """Returns the weights for use alone: the average, if there is one, with the frozen ones."""
+  """Returns the weights for use alone: the average, if there is one, with the frozen ones.
+
+  Raises UserError for parameters that the checkpoint does not have.
+  """
   trained = "ema" if (path / "ema").exists() else "params"
+  leaves = jax.tree_util.tree_leaves_with_path(like.params)
+  wanted = {jax.tree_util.keystr(key, simple=True, separator=".") for key, _ in leaves}
+  missing = sorted(wanted - names_of(path / trained))
+  rule = f"lacks {', '.join(missing[:4])}, which config.json asks for; resume the run to add them"
+  check(not missing, "checkpoint", str(path), rule)
   items = {trained: like.params}
   if jax.tree.leaves(like.frozen):
     items["frozen"] = like.frozen

@@ -1,4 +1,7 @@
-"""Reads back a checkpoint that was just written, so that none is certified that cannot be read."""
+"""Reads back a checkpoint that was just written, so that none is certified that cannot be read.
+
+And lists what an older one holds.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,13 @@ def check_readable(path: Path, written: Shapes) -> None:
     wanted = jax.tree.map(functools.partial(_placeholder_but_for, smallest), tree)
     as_array = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     handler.restore(path / item, args=ocp.args.PyTreeRestore(wanted, restore_args=as_array))
+
+
+def names_of(item: Path) -> set[str]:
+  """Returns the dotted names of the arrays that one item of a checkpoint holds."""
+  tree = ocp.PyTreeCheckpointHandler().metadata(item.absolute()).tree
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves}
 
 
 def _placeholder_but_for(wanted: Any, leaf: Any) -> Any:

@@ -89,6 +89,8 @@ class _ResumeConfig(TrainConfig):
   """of the learning rate, with other --steps: extend it over them (default), keep it, or decay"""
   other_text: bool = False
   """go on though the text is not the one that the run was trained on"""
+  quantize: str = ""
+  """rules for model.quant from here on, as for train; scales that they learn start now"""
 
 
 def resume(arguments: list[str]) -> int:
@@ -111,6 +113,8 @@ def resume(arguments: list[str]) -> int:
   flags = tyro.cli(_ResumeConfig, default=default, args=arguments[1:], prog=prog, config=options)
   values = _fields(flags)
   other_text, schedule = values.pop("other_text"), values.pop("schedule")
+  if recipe := values.pop("quantize"):
+    values["model"] = dataclasses.replace(flags.model, quant=load_rules(recipe))
   check(flags.run == run, "run", flags.run, f"a resumed run stays in its folder {run}")
   from jaxlm.run import resume
   from sharding.multihost import joined_processes

@@ -56,7 +56,7 @@ def rotate_residual(config: ModelConfig, params: Params, r1_DD: jax.Array) -> Pa
 
   Norms must have been folded; raises UserError where they have not.
   """
-  _check_folded(config, params)
+  check_folded(config, params)
   params = jax.tree.map(lambda w: w, params)
 
   def reads(linear: Params) -> None:  # w [.., D, F]
@@ -163,7 +163,8 @@ def _check_layers(config: ModelConfig) -> None:
       raise UnsupportedError(f"model: {rule}, not {names}")
 
 
-def _check_folded(config: ModelConfig, params: Params) -> None:
+def check_folded(config: ModelConfig, params: Params) -> None:
+  """Raises UserError where norms still have gains; of traced parameters it cannot tell."""
   _check_layers(config)
   check(not config.tied, "model.tied", True, "fold the norms first: `fold_norms`")
   norms = [

@@ -48,14 +48,22 @@ def check_compatible(
 
 
 def _check_scales(folder: RunFolder, before: Mapping[str, Any], config: TrainConfig) -> None:
-  """Raises UserError where the rules learn other scales than those that the checkpoints hold."""
+  """Raises UserError where the rules do without scales that the checkpoints hold, or change one.
+
+  Scales that are new start from the weights and the next batch (`jaxlm.run.restore`).
+  """
   quant = before.get("model", {}).get("quant", [])
   rules = from_dict(ModelConfig, {"quant": quant}).quant
   saved = learned_scales(dataclasses.replace(config.model, quant=rules))
-  if saved != (now := learned_scales(config.model)):
-    names = sorted(saved.keys() ^ now.keys()) or sorted(now)
-    rule = "learn scales that the checkpoints do not hold; export the run and start from that by"
-    raise UserError(f"{folder.config}: model.quant: rules {rule} --init: {', '.join(names[:4])}")
+  now = learned_scales(config.model)
+  wrong = [
+    f"{name} ({format} -> {now.get(name, 'none')})"
+    for name, format in saved.items()
+    if now.get(name) != format
+  ]
+  if wrong:
+    rule = "the checkpoints hold learned scales of other formats (saved -> now)"
+    raise UserError(f"{folder.config}: model.quant: {rule}: {', '.join(wrong[:4])}")
 
 
 def _fixed_fields(

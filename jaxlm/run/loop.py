@@ -7,12 +7,11 @@ import importlib.util
 import logging
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxlm.checkpoint.checkpoint import Checkpoints, restore
+from jaxlm.checkpoint.checkpoint import Checkpoints
 from jaxlm.checkpoint.folder import checkpoint_path
 from jaxlm.config import TrainConfig
 from jaxlm.run.environment import record_start
@@ -20,10 +19,11 @@ from jaxlm.run.guard import Guard
 from jaxlm.run.interrupt import StopRequest
 from jaxlm.run.metrics import Reporter, print_status
 from jaxlm.run.plot import draw_loss
+from jaxlm.run.restore import restore_or_init
 from jaxlm.run.run_folder import RunFolder, log_to
 from jaxlm.run.watch import Watch
 from jaxlm.train.schedule import describe_change
-from jaxlm.train.state import Hyper, TrainState, init_state
+from jaxlm.train.state import TrainState
 from jaxlm.train.step import make_train_step
 from jaxlm.train.task import Batches, Task
 from sharding import make_mesh
@@ -75,35 +75,6 @@ def train_from(
     jax.set_mesh(make_mesh(config.mesh)),
   ):
     return _Run(config, task, folder, stop, watch, first_step_done).train(newest, before)
-
-
-def restore_or_init(
-  config: TrainConfig, task: Task, checkpoint: Path | None
-) -> tuple[TrainState, Batches]:
-  """Returns (state, iterator over this process's rows of each batch), from a checkpoint or anew.
-
-  Hyperparameters are the configuration's, not the checkpoint's, so that a resumed run can change
-  them.
-  """
-  batches = task.batches(local_rows(config.batch))
-  if checkpoint is None:
-    start = task.pretrained()
-    initialize = jax.jit(lambda start: init_state(config, task, start), donate_argnums=0)
-    return _calibrated(config, task, initialize(start), batches), batches
-  state, position = restore(checkpoint, jax.eval_shape(lambda: init_state(config, task)))
-  batches.set_state(position)
-  return state._replace(hyper=jax.jit(lambda: Hyper.of(config))()), batches
-
-
-def _calibrated(config: TrainConfig, task: Task, state: TrainState, batches: Batches) -> TrainState:
-  """Returns the state with what the task makes of its first batch, which is still the next one."""
-  if not task.calibrates:
-    return state
-  position = batches.get_state()
-  batch = globalize(next(batches), config.batch)
-  batches.set_state(position)
-  params = task.calibrate(state.params, batch)
-  return state._replace(params=params, ema=None if state.ema is None else params)
 
 
 @dataclasses.dataclass(frozen=True)

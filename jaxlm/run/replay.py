@@ -25,9 +25,9 @@ from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.models.transformer import Block, Transformer
 from jaxlm.objectives import Weighted
 from jaxlm.run.guard import Guard, load_batch
-from jaxlm.run.loop import restore_or_init
 from jaxlm.run.remote import working_copy
 from jaxlm.run.resolve import check_mesh
+from jaxlm.run.restore import restore_or_init
 from jaxlm.run.run_folder import RunFolder, log_to, read_records
 from jaxlm.run.text import TextTask
 from jaxlm.run.text_identity import changed_text

@@ -4,14 +4,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from jaxlm.config import check
 from jaxlm.scaling.fit import RESIDUALS, Fit, law_of, shared_data, starting_points
-from jaxlm.scaling.laws import SumLaw
+from jaxlm.scaling.laws import Counts, SumLaw
+from jaxlm.scaling.runs import Run
 from jaxlm.scaling.solver import minimize
 from pallas_kernels.common.checks import check_choice
 
@@ -40,11 +41,9 @@ def bootstrap(
   squared errors (a delta above the noise) hold the true exponent as often as they say; those of
   nearly absolute errors more often: 90 % ones in 96 % of 200 simulated tables of 50 runs.
   """
-  check_choice("by", by, ("run", "group"))
   check(samples > 0, "samples", samples, "must be positive")
-  members_UX = _members(fit, by)
+  members_UX = members(fit.runs, fit.law.counts, by)
   units = len(members_UX)
-  check(units > 1, "by", by, "the table has one group only")
   rng = np.random.default_rng(seed)
   draws_RU = rng.multinomial(units, np.full(units, 1 / units), size=samples)
   weights_RX = draws_RU @ members_UX
@@ -63,9 +62,15 @@ def bootstrap(
   return Resamples(laws, by)
 
 
-def _members(fit: Fit, by: str) -> np.ndarray:
-  """Returns which runs belong to which unit, 0 or 1 of [U, X]."""
-  if by == "run":
-    return np.eye(len(fit.runs))
-  groups = [run.group or f"{run.parameters(fit.law.counts):.6g}" for run in fit.runs]
-  return np.array([[float(g == unit) for g in groups] for unit in dict.fromkeys(groups)])
+def members(runs: Sequence[Run], counts: Counts, by: Literal["run", "group"]) -> np.ndarray:
+  """Returns which runs belong to which unit that is drawn, 0 or 1 of [U, X].
+
+  Raises UserError where all are of one group.
+  """
+  check_choice("by", by, ("run", "group"))
+  groups = [str(x) for x in range(len(runs))]
+  if by == "group":
+    groups = [run.group or f"{run.parameters(counts):.6g}" for run in runs]
+  units = dict.fromkeys(groups)
+  check(len(units) > 1, "by", by, "the table has one group only")
+  return np.array([[float(group == unit) for group in groups] for unit in units])

@@ -1,19 +1,21 @@
 """Loss laws of training in few bits: what share of its parameters a quantised model is worth."""
 
-# N parameters, D training tokens, P bits, X runs; [P] fitted numbers, S starts
+# N parameters, D training tokens, P bits, X runs; [P] fitted numbers, S starts, F formats,
+# R resamples, U units that are drawn
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import check
+from jaxlm.scaling.bootstrap import members
 from jaxlm.scaling.laws import Counts, SumLaw
 from jaxlm.scaling.runs import Run, column
 from jaxlm.scaling.solver import minimize
@@ -84,7 +86,7 @@ class EfficiencyLaw:
 
   base: SumLaw
   efficiency: dict[str, float]
-  """by format, such as "4" for 4-bit weights and activations"""
+  """by format, such as "4" for 4-bit weights and activations, "4NOH" without the rotation"""
   source: str
 
   def loss(self, N: Any, D: Any, precision: str) -> Any:
@@ -92,6 +94,10 @@ class EfficiencyLaw:
     known = ", ".join(self.efficiency)
     check(precision in self.efficiency, "precision", precision, f"must be one of {known}")
     return self.base.loss(N * self.efficiency[precision], D)
+
+  def efficiency_of(self, N: Any, excess: Any) -> Any:
+    """Returns the eff of one run of N parameters whose loss exceeds that in 16 bits so much."""
+    return (1 + N**self.base.alpha * excess / self.base.A) ** (-1 / self.base.alpha)
 
 
 PANFEROV = EfficiencyLaw(
@@ -113,17 +119,27 @@ PANFEROV = EfficiencyLaw(
     "8": 1.0162,
     "FP4": 0.6296,
     "INT4_2:4": 0.3812,
+    "1NOH": 0.0156,
+    "2NOH": 0.0784,
+    "3NOH": 0.3221,
+    "4NOH": 0.6033,
+    "8NOH": 0.9376,
   },
   source="arXiv:2502.05003; digits of its repository",
 )
 
 
 class EfficiencyFit(NamedTuple):
-  """Holds a fitted law of efficiency and its objective."""
+  """Holds a fitted law of efficiency, its objective, and what it was fitted to."""
 
   law: EfficiencyLaw
   objective: float
   """sum over runs of the Huber loss of residuals in ln loss"""
+  numbers_P: np.ndarray
+  """ln E, ln A and ln B at the mean ln N and ln D, alpha, beta; ln eff of the other formats"""
+  runs: tuple[Run, ...]
+  reference: str
+  delta: float
 
 
 def fit_efficiency(
@@ -134,17 +150,7 @@ def fit_efficiency(
   `reference` has eff 1. E often ends at 0: then only eff means something. Squared errors, as that
   paper's own fit takes them, are those of a large `delta`, such as 1.
   """
-  formats = sorted({run.precision for run in runs})
-  check(reference in formats, "reference", reference, f"must be one of {', '.join(formats)}")
-  others = [name for name in formats if name != reference]
-  log_N_X = np.log([run.parameters(counts) for run in runs])
-  log_D_X = np.log(column(runs, "tokens"))
-  data = {
-    "N": log_N_X - log_N_X.mean(),
-    "D": log_D_X - log_D_X.mean(),
-    "loss": np.log(column(runs, "loss")),
-    "format": np.array([[run.precision == name for name in others] for run in runs]),
-  }
+  others = _other_formats(runs, reference)
   least = float(column(runs, "loss").min())
   starts_SP = np.array(
     [
@@ -154,21 +160,75 @@ def fit_efficiency(
       for alpha in (0.07, 0.2)
     ]
   )
+  data = _shared_data(runs, reference, counts)
   ends = minimize(_residual, starts_SP, data, np.ones((len(starts_SP), len(runs))), delta=delta)
   best = int(np.argmin(ends.objective))
-  log_E, log_A, alpha, log_B, beta, *log_eff = ends.numbers_P[best].tolist()
+  numbers_P = ends.numbers_P[best]
+  law = _law_of(numbers_P, runs, reference, counts)
+  return EfficiencyFit(law, float(ends.objective[best]), numbers_P, tuple(runs), reference, delta)
+
+
+def bootstrap_efficiency(
+  fit: EfficiencyFit, samples: int = 1000, *, by: Literal["run", "group"] = "run", seed: int = 0
+) -> list[EfficiencyLaw]:
+  """Returns the laws of `samples` tables drawn with replacement, each fitted again from the fit.
+
+  By "group", runs of one group (of one size, unless they name theirs) are drawn together: runs that
+  differ in their format alone, with the same weights at the start and the same text, share what is
+  random in their loss. A table that lacks a format is drawn again.
+  """
+  check(samples > 0, "samples", samples, "must be positive")
+  counts, rng = fit.law.base.counts, np.random.default_rng(seed)
+  members_UX, data = members(fit.runs, counts, by), _shared_data(fit.runs, fit.reference, counts)
+  units = len(members_UX)
+  is_other_XF = data["format"]
+  formats_XF = np.concatenate([is_other_XF, 1.0 - is_other_XF.sum(axis=1, keepdims=True)], axis=1)
+  weights_RX = np.zeros((samples, len(fit.runs)))
+  while (lacks_R := ((weights_RX @ formats_XF) == 0).any(axis=1)).any():
+    draws_RU = rng.multinomial(units, np.full(units, 1 / units), size=int(lacks_R.sum()))
+    weights_RX[lacks_R] = draws_RU @ members_UX
+  starts_SP = np.tile(fit.numbers_P, (samples, 1))
+  ends = minimize(_residual, starts_SP, data, weights_RX, delta=fit.delta)
+  return [_law_of(numbers_P, fit.runs, fit.reference, counts) for numbers_P in ends.numbers_P]
+
+
+def _other_formats(runs: Sequence[Run], reference: str) -> list[str]:
+  formats = sorted({run.precision for run in runs})
+  check(reference in formats, "reference", reference, f"must be one of {', '.join(formats)}")
+  return [name for name in formats if name != reference]
+
+
+def _shared_data(runs: Sequence[Run], reference: str, counts: Counts) -> dict[str, np.ndarray]:
+  """Returns centred ln N and ln D, ln loss [X], and which format a run has [X, formats]."""
+  log_N_X = np.log([run.parameters(counts) for run in runs])
+  log_D_X = np.log(column(runs, "tokens"))
+  others = _other_formats(runs, reference)
+  return {
+    "N": log_N_X - log_N_X.mean(),
+    "D": log_D_X - log_D_X.mean(),
+    "loss": np.log(column(runs, "loss")),
+    "format": np.array([[run.precision == name for name in others] for run in runs]),
+  }
+
+
+def _law_of(
+  numbers_P: np.ndarray, runs: Sequence[Run], reference: str, counts: Counts
+) -> EfficiencyLaw:
+  log_N = np.log([run.parameters(counts) for run in runs]).mean()
+  log_D = np.log(column(runs, "tokens")).mean()
+  log_E, log_A, alpha, log_B, beta, *log_eff = numbers_P.tolist()
   base = SumLaw(
     E=math.exp(log_E),
-    A=math.exp(log_A + alpha * log_N_X.mean()),
-    B=math.exp(log_B + beta * log_D_X.mean()),
+    A=math.exp(log_A + alpha * log_N),
+    B=math.exp(log_B + beta * log_D),
     alpha=alpha,
     beta=beta,
     counts=counts,
     source=f"fit of {len(runs)} runs",
   )
-  efficiency = {reference: 1.0, **{n: math.exp(value) for n, value in zip(others, log_eff)}}
-  law = EfficiencyLaw(base=base, efficiency=efficiency, source=base.source)
-  return EfficiencyFit(law, float(ends.objective[best]))
+  others = _other_formats(runs, reference)
+  efficiency = {reference: 1.0} | {name: math.exp(v) for name, v in zip(others, log_eff)}
+  return EfficiencyLaw(base=base, efficiency=efficiency, source=base.source)
 
 
 def _residual(numbers_P: jax.Array, data: dict[str, jax.Array]) -> jax.Array:

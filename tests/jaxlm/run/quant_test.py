@@ -3,20 +3,29 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jaxlm.checkpoint.folder import checkpoint_path
 from jaxlm.cli import main
 from jaxlm.config import MeshConfig, QuantRule, QuantSpec
 from jaxlm.config.formats import LsqFormat, UniformFormat
+from jaxlm.data.loader import load_text
 from jaxlm.models import Transformer
 from jaxlm.presets import micro
-from jaxlm.quant import apply, uniform
+from jaxlm.quant import apply, lsq, uniform
+from jaxlm.quant.scales import learned_scales
+from jaxlm.recipes import load_rules
 from jaxlm.run import SavedRun, train
 from jaxlm.run.quantize import heldout_ids
+from jaxlm.run.restore import restore_or_init
 from jaxlm.run.run_folder import RunFolder
+from jaxlm.run.text import TextTask
 from pallas_kernels.common.errors import UserError
+from sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("compile_in_less_time")
 
@@ -87,7 +96,7 @@ def test_learned_scales_start_from_the_first_batch_and_are_packed_and_sampled(
   """From training through bytes to text, by the commands."""
   flags = "--steps 1 --batch 2 --eval_every 0 --eval_batches 1 --mesh.data 1 --optimizer.warmup 0"
   flags += f" --data.length 16 --data.source {corpus} --run {tmp_path / 'run'}"
-  flags += " --quantize lsq:4:8 --optimizer.learning_rate 1e-9"
+  flags += " --quantize lsq:4:8 --optimizer.learning_rate 1e-9 --ema 0.9"
   assert main(["train", "micro", *flags.split()]) == 0
   saved = SavedRun.open(tmp_path / "run")
   steps = saved.params["stacks"]["0"]["0"]["feedforward"]["down"]["activation_step"]
@@ -109,6 +118,50 @@ def test_learned_scales_start_from_the_first_batch_and_are_packed_and_sampled(
   printed = capsys.readouterr().out
   assert "5.000 bits each" in printed and "whole model:" in printed
   assert "layers.1" in printed and "normal values have 3" in printed
+
+
+@pytest.mark.slow
+def test_scales_of_rules_that_are_new_start_where_a_run_goes_on(tmp_path, corpus, capsys):
+  """What the checkpoint has is restored: weights, average, moments, key and place in the text."""
+  path, flags = tmp_path / "run", ["--mesh.data", "1", "--steps"]
+  train(dataclasses.replace(config_of(path, corpus, (), steps=2), ema=0.9))
+  capsys.readouterr()
+  folder = RunFolder(path)
+  config = dataclasses.replace(folder.read_config(), steps=4)
+  checkpoint = checkpoint_path(folder.checkpoints, 2)
+  rules = load_rules("lsq:4:8")
+  quantized = dataclasses.replace(config, model=dataclasses.replace(config.model, quant=rules))
+  text = load_text(config.data)
+  with jax.set_mesh(make_mesh(config.mesh)):
+    before, batches = restore_or_init(config, TextTask(config, text), checkpoint)
+    after, same = restore_or_init(quantized, TextTask(quantized, text), checkpoint)
+  assert same.get_state() == batches.get_state()
+  names = learned_scales(quantized.model)
+  assert all(name in capsys.readouterr().out for name in list(names)[:1])
+
+  def split(state):
+    leaves = jax.tree_util.tree_leaves_with_path(state._replace(key=jax.random.key_data(state.key)))
+    named = {jax.tree_util.keystr(key): np.asarray(x) for key, x in leaves}
+    new = {name for name in named if "_step" in name}
+    return {n: x for n, x in named.items() if n not in new}, {n: named[n] for n in new}
+
+  (old, none), (kept, new) = split(before), split(after)
+  chex.assert_trees_all_equal(kept, old)
+  assert not none and len(new) == 4 * len(names)  # parameters, average and two moments
+  for name, value in new.items():
+    assert (value == 0).all() if ".opt_state" in name else (value > 0).all(), name
+  down = after.params["stacks"]["0"]["0"]["feedforward"]["down"]
+  want = [lsq.init_scales(w.T, LsqFormat(bits=4))["step"] for w in down["weight"]]
+  chex.assert_trees_all_close(down["weight_step"], jnp.stack(want))
+  assert (down["activation_step"] < 0.1).all()  # of the batch, whose values are small there
+
+  assert main(["resume", str(path), *flags, "3", "--quantize", "lsq:4:8"]) == 0
+  assert "scales that the checkpoint lacks start anew: stacks.0.0" in capsys.readouterr().out
+  assert main(["resume", str(path), *flags, "4"]) == 0
+  assert "start anew" not in capsys.readouterr().out
+  for recipe, words in (("lsq:2:8", "int4 symmetric per tensor -> LSQ int2"), ("int8", "-> none")):
+    assert main(["resume", str(path), *flags, "5", "--quantize", recipe]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from pallas_kernels.lowbit_matmul.packing import FORMATS
 from pallas_kernels.schedule.compiler import compile_for
 from tests.pallas_kernels.lowbit_matmul.values_test import Case, relative
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_in_less_time")]
 
 
 @pytest.mark.parametrize("cores, seed", [(1, 0), (2, 1)])
