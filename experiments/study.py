@@ -172,7 +172,9 @@ def label_logarithms(figure: Any) -> None:
     for axis in (axes.xaxis, axes.yaxis):
       if axis.get_scale() == "log":
         axis.set_major_locator(ticker.LogLocator(subs=(1.0, 3.0)))
-        axis.set_major_formatter(lambda value, _: f"{value:.0e}" if value >= 1e4 else f"{value:g}")
+        axis.set_major_formatter(
+          lambda value, _: (f"{value:.0e}" if value >= 1e4 else f"{value:g}").replace("e+0", "e")
+        )
         axis.set_minor_formatter(ticker.NullFormatter())
 
 

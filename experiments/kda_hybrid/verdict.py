@@ -101,16 +101,19 @@ def conclude(rows: list[Row]) -> Finding:
 def judge(recall: dict[str, np.ndarray]) -> tuple[str, str]:
   """Returns the verdict on accuracies [tasks, seeds] of tasks that some layers learn, and why."""
   erasing_TR = recall["kda"] - recall["decay only"]
-  _, low, high = interval(erasing_TR.mean(axis=0))
-  _, low_full, high_full = interval((recall[HYBRID] - recall["full"]).mean(axis=0))
+  erasing, low, high = interval(erasing_TR.mean(axis=0))
+  over_full, low_full, high_full = interval((recall[HYBRID] - recall["full"]).mean(axis=0))
   if low > 0 and erasing_TR.mean(axis=1).min() > 0.02 and low_full > -0.02:
-    return "reproduced", (
-      "Erasing helps on every task, the hybrid is no worse than full attention, and decoding costs "
-      "what the layers promise."
-    )
-  if high < 0 or high_full < -0.02:
-    return "refuted", "Erasing hurts, or the hybrid is worse than full attention."
-  return "direction only", "Decoding is as claimed; the tasks do not all say so much."
+    verdict, why = "reproduced", "Erasing helps on every task and the hybrid is no worse"
+  elif high < 0 or high_full < -0.02:
+    verdict, why = "refuted", "Erasing hurts, or the hybrid is worse"
+  else:
+    verdict, why = "direction only", "Tasks leave open whether erasing helps or the hybrid is worse"
+  return verdict, (
+    f"Decoding costs what is claimed. {why} than full attention: erasing adds {erasing:+.3f} "
+    f"({low:+.3f} to {high:+.3f}) to the accuracy, mean of the tasks, and the hybrid is at "
+    f"{over_full:+.3f} ({low_full:+.3f} to {high_full:+.3f}) against full attention."
+  )
 
 
 def describe(recall: dict[str, np.ndarray]) -> str:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
-from jaxlm.quant.rotation import draw_rotations, rotate_heads, rotate_residual
+from jaxlm.quant.rotation import check_folded, draw_rotations, rotate_heads, rotate_residual
 
 Params = dict[str, Any]
 Loss = Callable[[Params, Any], jax.Array]
@@ -74,25 +74,34 @@ def learn_rotations(
   quantised model, whose formats pass gradients through. `start` is by default random Hadamard
   matrices.
   """
+  check_folded(config, params)
   if start is None:
     start = Rotations(*draw_rotations(config, key))
   rotations = start
-
-  @jax.jit
-  def step(rotations: Rotations, batch: Any, rate: jax.Array) -> Rotations:
-    def rotated_loss(rotations: Rotations) -> jax.Array:
-      turned = rotate_residual(config, params, rotations.r1)
-      return loss(rotate_heads(config, turned, rotations.r2), batch)
-
-    gradients = jax.grad(rotated_loss)(rotations)
-    move = functools.partial(cayley_step, rate=rate)
-
-    def move_stack(x: jax.Array, g: jax.Array) -> jax.Array:
-      return move(x, g) if x.ndim == 2 else jax.vmap(move)(x, g)
-
-    return jax.tree.map(move_stack, rotations, gradients)
-
   for index, batch in zip(range(steps), batches):
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * index / steps))
-    rotations = step(rotations, batch, rate * cosine)
+    rotations = _step(config, loss, params, rotations, batch, rate * cosine)
   return jax.tree.map(orthonormal, rotations)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step(
+  config: ModelConfig,
+  loss: Loss,
+  params: Params,
+  rotations: Rotations,
+  batch: Any,
+  rate: jax.Array,
+) -> Rotations:
+  """Returns the rotations one step down the gradient; compiled once for each `loss`."""
+
+  def rotated_loss(rotations: Rotations) -> jax.Array:
+    turned = rotate_residual(config, params, rotations.r1)
+    return loss(rotate_heads(config, turned, rotations.r2), batch)
+
+  move = functools.partial(cayley_step, rate=rate)
+
+  def move_stack(x: jax.Array, g: jax.Array) -> jax.Array:
+    return move(x, g) if x.ndim == 2 else jax.vmap(move)(x, g)
+
+  return jax.tree.map(move_stack, rotations, jax.grad(rotated_loss)(rotations))

@@ -8,6 +8,7 @@ Yu et al. 2024 (The Super Weight in Large Language Models, arXiv 2411.07191): on
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -65,20 +66,23 @@ def find_super_weights(
 
 def _spikes(config: ModelConfig, params: Params, ids_BT: jax.Array) -> list[SuperWeight]:
   """Returns of every `down` its largest input and output, with their channels, in layer order."""
-
-  def read(name: str, x_BTF: jax.Array, y_BTD: jax.Array) -> Any:
-    if not name.endswith("feedforward.down"):
-      return None
-    return [_largest(array) for array in (x_BTF, y_BTD)]
-
-  kept = capture(config, params, ids_BT, read)
   spikes = []
-  for name, value in jax.device_get(kept).items():
+  for name, value in jax.device_get(_read_downs(config, params, ids_BT)).items():
     if value is not None:
       (row, input_spike), (column, output_spike) = value
       entry = SuperWeight(name, int(row), int(column), 0.0, float(input_spike), float(output_spike))
       spikes.append(entry)
   return sorted(spikes, key=lambda s: int(s.name.split(".")[1]))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # one program for all searches in a model
+def _read_downs(config: ModelConfig, params: Params, ids_BT: jax.Array) -> dict[str, Any]:
+  def read(name: str, x_BTF: jax.Array, y_BTD: jax.Array) -> Any:
+    if not name.endswith("feedforward.down"):
+      return None
+    return [_largest(array) for array in (x_BTF, y_BTD)]
+
+  return capture(config, params, ids_BT, read)
 
 
 def _largest(x_BTZ: jax.Array) -> tuple[jax.Array, jax.Array]:

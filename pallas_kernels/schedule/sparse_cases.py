@@ -18,20 +18,21 @@ from pallas_kernels.sparse_attention import nsa_selected_attention
 
 TOKENS, HEADS, KEY_HEADS, WIDTH, CHOSEN, BLOCK = 65_536, 64, 4, 128, 16, 64
 
-UNION = 27.5
+UNION = 28.3
 """Blocks that 8 queries select together: the mean of random walks with a memory of 50 tokens
 (`python -m benchmarks.sparse_unions`)."""
 
-TILES = (5.4, 3.0)
-"""Tiles of 4 blocks of a step of 8 such query blocks, the longest of them, from the same table:
+TILES = (6.3, 1.4)
+"""Tiles of 4 blocks of a group of 8 such query blocks, the longest of them, from the same table:
 those that compare no positions, and those that do."""
 
 
 def sparse_cases() -> Iterator[Case]:
   """Yields the kernels of selected attention for measured unions, and splash attention's.
 
-  A block of keys has as many query blocks as it is in unions of, and multiplies 8 at a time. FLOPs
-  are those of the chosen tokens: two products, three and four.
+  Where the gradients of a head's keys do not fit in VMEM, two kernels make the gradients: that of
+  the keys goes through the query blocks of each block, 8 at a time. FLOPs are those of the chosen
+  tokens: two products, five, and in two kernels three and four.
   """
   keys = (array(1, TOKENS, KEY_HEADS, WIDTH),) * 2
   args = (
@@ -46,10 +47,12 @@ def sparse_cases() -> Iterator[Case]:
 
   product = 2.0 * TOKENS * HEADS * CHOSEN * BLOCK * WIDTH
   query_blocks = UNION * TOKENS / 8 / (TOKENS / BLOCK)
-  for kernel, products, trips in (
-    ("forward", 2, TILES),
-    ("dq", 3, TILES),
-    ("dkv", 4, (1, query_blocks / 8)),
+  large, small = ("v5e", "v6e"), ("v5p", "tpu7x")  # VMEM of 128 and of 64 MiB
+  for kernel, products, trips, chips in (
+    ("forward", 2, TILES, ()),
+    ("gradients", 5, TILES, large),
+    ("dq", 3, TILES, small),
+    ("dkv", 4, (1, query_blocks / 8), small),
   ):
     yield Case(
       name=f"sparse attention, {kernel}",
@@ -59,6 +62,7 @@ def sparse_cases() -> Iterator[Case]:
       flops=products * product,
       kernel=f"nsa_selected_{kernel}",
       trips=trips,
+      chips=chips,
     )
   yield from splash_cases()
 

@@ -2,15 +2,17 @@
 
 The keys and values of one key head stay in VMEM. A query block is so few positions Q that with
 their G heads they fill the lanes, for its union grows with Q and everything in a union is
-multiplied. A grid step works on several query blocks, each with its own union, so that the MXU
-multiplies for one while the vector unit works on another. Blocks of a union are read by their place
-and stacked to a tile of keys. Tiles are transposed, [keys, R], so that what belongs to a query lies
-along the lanes. A query that did not select a block subtracts infinity there in place of its
-maximum: the mask costs nothing per entry, and only blocks that reach past the first query compare
-positions.
+multiplied. A group of query blocks, each with its own union, is worked on at one time, so that the
+MXU multiplies for one while the vector unit works on another. A grid step has several groups and
+sorts its query blocks by their unions, since a group lasts as long as its longest. Blocks of a
+union are read by their place and stacked to a tile of keys. Tiles are transposed, [keys, R], so
+that what belongs to a query lies along the lanes. A query that did not select a block subtracts
+infinity there in place of its maximum: the mask costs nothing per entry, and only blocks that reach
+past the first query compare positions.
 
-Backward: one kernel makes the gradient of the queries by the same unions; another goes through the
-query blocks of each block of keys. Each gradient has one writer and sums have a fixed order.
+Backward: one kernel makes all gradients by the same unions, and holds those of a head's keys and
+values in VMEM. Where they do not fit, it makes the queries' alone, and another kernel goes through
+the query blocks of each block of keys. Each gradient has one writer and sums have a fixed order.
 
 Values are tested in Pallas's interpreter and in the simulator of a TPU; compiled ahead of time for
 v5e, v5p, v6e and tpu7x. No TPU has run it.
@@ -18,7 +20,7 @@ v5e, v5p, v6e and tpu7x. No TPU has run it.
 
 # B batch, T query positions, S key positions, K key heads, N query heads, H width of queries and
 # keys, U width of values, A = B * K, G heads of a group, Q queries and R = Q * G rows of a query
-# block, X query blocks
+# block, X query blocks of a row and head
 from __future__ import annotations
 
 import functools
@@ -34,11 +36,13 @@ from pallas_kernels.common.platform import why_no_tpu
 from pallas_kernels.sparse_attention import nonfinite, pairs, unions
 from pallas_kernels.sparse_attention.places import Options, Places
 from pallas_kernels.sparse_attention.tpu_forward import call_forward
+from pallas_kernels.sparse_attention.tpu_gradients import call_gradients
 from pallas_kernels.sparse_attention.tpu_keys_gradient import call_keys_gradient
-from pallas_kernels.sparse_attention.tpu_queries_gradient import call_queries_gradient
 from pallas_kernels.sparse_attention.tpu_tiles import ALIGN, LANES, LOG2E, Plan
 
-STEP_ROWS = 1024  # of the query blocks that a grid step works on
+GROUP_ROWS = 1024  # of the query blocks that a kernel works on beside each other
+GROUPS = 8  # of a grid step
+STEP_SHARE = 32  # one of so many parts of VMEM is for its queries, as wide as keys and values
 TILE_KEYS = 256
 LIST_ENTRIES = 2**14  # of their unions, which are in scalar memory
 
@@ -64,19 +68,30 @@ def unsupported(
   return None
 
 
-def make_plan(S: int, G: int, I: int, places: Places, options: Options) -> Plan:
-  """Returns the sizes of the kernels for G heads of a group and lists of I blocks.
+def make_plan(
+  q_BTNH: jax.Array, v_BSKU: jax.Array, I: int, places: Places, options: Options
+) -> Plan:
+  """Returns the sizes of the kernels for lists of I blocks.
 
   A query block has the fewest queries whose rows are whole lanes: unions grow with the queries.
   """
-  block = options.sizes.block
+  (_, T, N, H), (_, S, K, U) = q_BTNH.shape, v_BSKU.shape
+  G, block, itemsize = N // K, options.sizes.block, q_BTNH.dtype.itemsize
+  together = True
   if options.interpret:  # few of everything, which compiles soon
-    Q, abreast, stacked = 8, 2, 2
+    Q, abreast, groups, stacked = 8, 2, 2, 2
   else:
     Q, stacked = LANES // math.gcd(G, LANES), max(1, TILE_KEYS // block)
-    abreast = max(1, min(STEP_ROWS // (Q * G), LIST_ENTRIES // (Q * I)))
+    abreast = max(1, min(GROUP_ROWS // (Q * G), LIST_ENTRIES // (Q * I)))
+    width = round_up(H, LANES) + round_up(U, LANES)
+    group_bytes = abreast * Q * G * width * itemsize
+    vmem = pltpu.get_tpu_info().vmem_capacity_bytes
+    most = min(vmem // STEP_SHARE // group_bytes, LIST_ENTRIES // (abreast * Q * I))
+    groups = max(1, min(GROUPS, most, -(-T // (abreast * Q))))
+    together = S * width * (itemsize + 4) <= 0.8 * vmem  # with sums in float32
   packed, scale = places.firsts_BT is not None, abs(options.scale)
-  return Plan(S, G, Q, abreast, stacked, block, packed, scale, options.interpret)
+  sizes = (S, G, Q, abreast, groups, stacked, block)
+  return Plan(*sizes, packed, scale, together, options.interpret)
 
 
 def attend(
@@ -91,9 +106,9 @@ def attend(
   B, T, N, H = q_BTNH.shape
   S, K, U = v_BSKU.shape[1:]
   G, block = N // K, options.sizes.block
-  plan = make_plan(S, G, indices_BTKI.shape[3], places, options)
+  plan = make_plan(q_BTNH, v_BSKU, indices_BTKI.shape[3], places, options)
   Q = plan.Q
-  X = round_up(T, Q * plan.abreast) // Q
+  X = round_up(T, Q * plan.step_blocks) // Q
   q_BTNH = -q_BTNH if options.scale < 0 else q_BTNH
   start_BTKI = pairs.selected_starts(indices_BTKI, places, S, block)
   lists = unions.make_unions(start_BTKI, places, S, block, Q, X)
@@ -139,21 +154,14 @@ def lanes(width: int, plan: Plan) -> int:
   return width if plan.interpret else round_up(width, LANES)
 
 
-def of_steps(x_AX1R: jax.Array, plan: Plan) -> jax.Array:
-  """Returns the rows of the query blocks of each grid step, [A, X / abreast, 1, abreast * R]."""
-  return x_AX1R.reshape(x_AX1R.shape[0], -1, 1, plan.step_rows)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q_ATH, k_ASH, v_ASU, known, plan):
   return _forward(q_ATH, k_ASH, v_ASU, known, plan)[0]
 
 
 def _forward(q_ATH, k_ASH, v_ASU, known, plan):
-  positions_AX1Z = of_steps(known.positions_AX1R, plan)
-  lists = known.lists.rows(plan.stacked)
-  o_ATU, lse_AX1Z = call_forward(q_ATH, k_ASH, v_ASU, positions_AX1Z, lists, plan)
-  log2_AX1R = lse_AX1Z.reshape(known.positions_AX1R.shape)
+  lists = known.lists.rows(plan.stacked, plan.step_blocks)
+  o_ATU, log2_AX1R = call_forward(q_ATH, k_ASH, v_ASU, known.positions_AX1R, lists, plan)
   o_ATU += known.bad_AX1R.reshape(*o_ATU.shape[:2], 1).astype(o_ATU.dtype)
   log2_AX1R += known.bad_key_AX1R
   # to the base 2 also for the backward pass: of logits of 1e4 another rounding is 1e-3
@@ -170,12 +178,15 @@ def _backward(plan, residuals, cotangents):
   lse_AX1R = jnp.where(blind_AX1R, jnp.inf, log2_AX1R)
   arrays = (q_ATH, do_ATU, k_ASH, v_ASU)
   of_rows = (known.positions_AX1R, lse_AX1R, mean_AX1R)
-  lists, inverse = known.lists.rows(plan.stacked), unions.invert(known.lists, plan.S, plan.block)
-  positions_AX1Z, lse_AX1Z, mean_AX1Z = (of_steps(x_AX1R, plan) for x_AX1R in of_rows)
-  dq_ATH = call_queries_gradient(*arrays, positions_AX1Z, lse_AX1Z, mean_AX1Z, lists, plan)
-  dk_ASH, dv_ASU = call_keys_gradient(*arrays, *of_rows, inverse, plan)
-  dk_ASH, dv_ASU = pad_axis(dk_ASH, k_ASH.shape[1], 1), pad_axis(dv_ASU, v_ASU.shape[1], 1)
-  return dq_ATH, dk_ASH, dv_ASU, None
+  lists = known.lists.rows(plan.stacked, plan.step_blocks)
+  dq_ATH, *of_keys = call_gradients(*arrays, *of_rows, lists, plan)
+  if plan.together:
+    dk_ASH, dv_ASU = plan.scale * of_keys[0], of_keys[1]
+  else:
+    inverse = unions.invert(known.lists, plan.S, plan.block)
+    dk_ASH, dv_ASU = call_keys_gradient(*arrays, *of_rows, inverse, plan)
+    dk_ASH, dv_ASU = pad_axis(dk_ASH, k_ASH.shape[1], 1), pad_axis(dv_ASU, v_ASU.shape[1], 1)
+  return dq_ATH, dk_ASH.astype(k_ASH.dtype), dv_ASU.astype(v_ASU.dtype), None
 
 
 _attend.defvjp(_forward, _backward)

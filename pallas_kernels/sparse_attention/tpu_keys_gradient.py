@@ -49,7 +49,7 @@ def call_keys_gradient(
   of_rows = (positions_AX1R.astype(jnp.float32), lse_AX1R, mean_AX1R)
   k_block = pl.BlockSpec((1, block, H), lambda a, j, *_: (a, j, 0))
   v_block = pl.BlockSpec((1, block, U), lambda a, j, *_: (a, j, 0))
-  dtype, Z = q_ATH.dtype, plan.abreast * R
+  dtype, Z = q_ATH.dtype, plan.group_rows
   return pl.pallas_call(
     functools.partial(keys_gradient_kernel, X=X, plan=plan),
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -181,7 +181,7 @@ def add_query_blocks(arrays, members: Group, j, k, v, dk_LH, dv_LU, plan: Plan) 
   token_LR = j * plan.block + jax.lax.broadcasted_iota(jnp.int32, (plan.block, plan.rows), 0)
   probabilities, gradients = [], []
   for i, (start, words) in enumerate(zip(members.starts, members.words)):
-    columns = plan.columns(i)
+    columns = slice(i * plan.rows, (i + 1) * plan.rows)
     positions_1R, lse_1R, mean_1R = (rows_3Z[n : n + 1, columns] for n in range(3))
     seen_LR = token_LR.astype(jnp.float32) <= positions_1R
     if plan.packed:

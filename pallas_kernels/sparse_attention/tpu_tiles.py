@@ -2,17 +2,20 @@
 
 # B batch, T query positions, S key positions, H width of queries and keys, U width of values,
 # A = B * K rows and key heads, G heads of a group, Q queries and R = Q * G rows of a query block,
-# X query blocks, W words of a query block's bits, L keys that are read of a block, Y keys of a tile
+# X query blocks, Z rows of a group of them, W words of a query block's bits, L keys that are read
+# of a block, Y keys of a tile
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.sparse_attention import unions
 
 LANES = 128
 ALIGN = 16  # rows of bfloat16 in a register: where a block of a packed row may be read from
@@ -25,11 +28,13 @@ class Plan(NamedTuple):
   S: int
   G: int
   Q: int
-  abreast: int  # query blocks that a kernel works on beside each other
+  abreast: int  # query blocks of a group, which a kernel works on beside each other
+  groups: int  # of a grid step
   stacked: int  # blocks of keys of a tile
   block: int
   packed: bool  # blocks start anywhere
   scale: float
+  together: bool  # the backward pass holds the gradients of one head's keys and values in VMEM
   interpret: Any
 
   @property
@@ -38,8 +43,13 @@ class Plan(NamedTuple):
     return self.Q * self.G
 
   @property
-  def step_rows(self) -> int:
-    """Returns Z, the rows of a grid step."""
+  def step_blocks(self) -> int:
+    """Returns the query blocks of a grid step."""
+    return self.abreast * self.groups
+
+  @property
+  def group_rows(self) -> int:
+    """Returns Z, the rows of a group."""
     return self.abreast * self.rows
 
   @property
@@ -52,9 +62,13 @@ class Plan(NamedTuple):
     """Returns L: an unaligned block is read with what stands around it."""
     return self.block + ALIGN * self.packed
 
-  def columns(self, number: int) -> slice:
-    """Returns where the rows of a grid step's query block stand along the lanes."""
-    return slice(number * self.rows, (number + 1) * self.rows)
+
+class Member(NamedTuple):
+  """Describes a query block of a group, the one that a grid step's order names."""
+
+  number: Any  # in the grid step
+  rows: Any  # where its rows are in the step's
+  columns: slice  # where they are along the lanes of the group's
 
 
 class Entry(NamedTuple):
@@ -64,14 +78,25 @@ class Entry(NamedTuple):
   words: tuple[Any, ...]
 
 
-def entries_of(lists: Any, number: int, tile: Any, plan: Plan) -> list[Entry]:
+def members_of(lists: Any, group: Any, plan: Plan) -> list[Member]:
+  """Returns the query blocks of a group, by the order in `Unions.rows()`."""
+  members = []
+  for i in range(plan.abreast):
+    number = lists[group * plan.abreast + i, 0, 2]
+    rows = pl.ds(pl.multiple_of(number * plan.rows, plan.rows), plan.rows)
+    members.append(Member(number, rows, slice(i * plan.rows, (i + 1) * plan.rows)))
+  return members
+
+
+def entries_of(lists: Any, number: Any, tile: Any, plan: Plan) -> list[Entry]:
   """Reads a tile's entries of a query block's `Unions.rows()`."""
-  size = (lists.shape[2] - 2) // (1 + plan.words)
+  size = (lists.shape[2] - unions.HEAD) // (1 + plan.words)
   entries = []
   for i in range(plan.stacked):
     index = tile * plan.stacked + i
-    words = (lists[number, 0, 2 + size + index * plan.words + w] for w in range(plan.words))
-    entries.append(Entry(lists[number, 0, 2 + index], tuple(words)))
+    at_words = unions.HEAD + size + index * plan.words
+    words = (lists[number, 0, at_words + w] for w in range(plan.words))
+    entries.append(Entry(lists[number, 0, unions.HEAD + index], tuple(words)))
   return entries
 
 
@@ -115,9 +140,28 @@ def dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Arr
   return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
-def over_tiles(lists: Any, plan: Plan, body: Any, carry: Any) -> Any:
+def over_groups(lists: Any, plan: Plan, multiply: Any, body: Any) -> None:
+  """Runs `body(members)` over the groups of a step, each after `multiply(member, 0)`.
+
+  The next group is multiplied beside the end of this one.
+  """
+
+  def begin(group: Any) -> None:
+    for member in members_of(lists, group, plan):
+      multiply(member, 0)
+
+  def step(group: Any, _: Any) -> int:
+    body(members_of(lists, group, plan))
+    begin(jnp.minimum(group + 1, plan.groups - 1))
+    return 0
+
+  begin(0)
+  jax.lax.fori_loop(0, plan.groups, step, 0)
+
+
+def over_tiles(lists: Any, members: list[Member], plan: Plan, body: Any, carry: Any) -> Any:
   """Runs `body(tile, carry, masked)` over the tiles of the longest union, masked ones last."""
-  numbers = range(plan.abreast)
+  numbers = [member.number for member in members]
   tiles = functools.reduce(jnp.maximum, [pl.cdiv(lists[n, 0, 0], plan.stacked) for n in numbers])
   plain = functools.reduce(jnp.minimum, [lists[n, 0, 1] // plan.stacked for n in numbers])
   plain = jnp.int32(0) if plan.packed else plain
@@ -127,19 +171,35 @@ def over_tiles(lists: Any, plan: Plan, body: Any, carry: Any) -> Any:
 
 def in_specs(X: int, lists: jax.Array, widths: tuple[int, ...], k, v, plan: Plan) -> list[Any]:
   """Returns the blocks of lists, of queries with these widths, of all keys and all values."""
-  once = pl.Buffered(1)
-  of_lists = (plan.abreast, 1, lists.shape[2])
+  of_lists = (plan.step_blocks, 1, lists.shape[2])
   return [
     pl.BlockSpec(of_lists, lambda a, x: (a * X + x, 0, 0), memory_space=pltpu.SMEM),
-    *(pl.BlockSpec((1, plan.step_rows, width), lambda a, x: (a, x, 0)) for width in widths),
-    pl.BlockSpec((1, *k.shape[1:]), lambda a, x: (a, 0, 0), pipeline_mode=once),
-    pl.BlockSpec((1, *v.shape[1:]), lambda a, x: (a, 0, 0), pipeline_mode=once),
+    *(rows_spec(width, plan) for width in widths),
+    whole_spec(k),
+    whole_spec(v),
   ]
 
 
-def compiler_params(plan: Plan) -> pltpu.CompilerParams:
-  """Returns the kernels' parameters: no step depends on another."""
+def rows_spec(width: int, plan: Plan) -> pl.BlockSpec:
+  """Returns the block of a grid step's rows, of [A, X * rows, width]."""
+  return pl.BlockSpec((1, plan.groups * plan.group_rows, width), lambda a, x: (a, x, 0))
+
+
+def lanes_spec(plan: Plan) -> pl.BlockSpec:
+  """Returns the block of a number for each of a grid step's rows, of [A, X, 1, R]."""
+  return pl.BlockSpec((1, plan.step_blocks, 1, plan.rows), lambda a, x: (a, x, 0, 0))
+
+
+def whole_spec(x_ASH: jax.Array) -> pl.BlockSpec:
+  """Returns the block of everything of one row and head, which is in VMEM once."""
+  return pl.BlockSpec((1, *x_ASH.shape[1:]), lambda a, x: (a, 0, 0), pipeline_mode=pl.Buffered(1))
+
+
+def compiler_params(
+  plan: Plan, steps: Literal["parallel", "arbitrary"] = "parallel"
+) -> pltpu.CompilerParams:
+  """Returns the kernels' parameters; `steps` of one row and head may be "arbitrary", in order."""
   vmem = 64 * 2**20 if plan.interpret else pltpu.get_tpu_info().vmem_capacity_bytes
   return pltpu.CompilerParams(
-    dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=int(0.95 * vmem)
+    dimension_semantics=("parallel", steps), vmem_limit_bytes=int(0.95 * vmem)
   )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from pallas_kernels.common.padding import pad_axis, round_up
 from pallas_kernels.sparse_attention.places import Places
 
+HEAD = 3  # numbers at the head of a union's row: count, full, order
 ROW = 1024  # integers of a row of the inverted list, which is copied as a whole
 
 
@@ -33,17 +34,20 @@ class Unions(NamedTuple):
     """Returns the number of entries of each union."""
     return jnp.sum(jnp.any(self.bits_AXUW != 0, axis=-1), axis=-1, dtype=jnp.int32)
 
-  def rows(self, stacked: int) -> jax.Array:
-    """Returns [A * X, 1, 2 + U (1 + W)]: count, full, the starts, the bits; 0 after the last entry.
+  def rows(self, stacked: int, step: int) -> jax.Array:
+    """Returns [A * X, 1, HEAD + U (1 + W)]: count, full, order, the starts, the bits; 0 after them.
 
-    U is rounded up to tiles of `stacked` entries, and one more, which kernels read ahead.
+    U is rounded up to tiles of `stacked` entries, and one more, which kernels read ahead. The order
+    of the i-th row of a grid step of `step` query blocks is the number in the step of the one with
+    the i-th shortest union, so that a kernel works at one time on blocks that end together.
     """
     A, X, U = self.start_AXU.shape
     size = round_up(U, stacked) + stacked
     selected_AXU = jnp.any(self.bits_AXUW != 0, axis=-1)
     start_AXU = pad_axis(jnp.where(selected_AXU, self.start_AXU, 0), size, 2)
     bits = pad_axis(self.bits_AXUW, size, 2).reshape(A, X, -1)
-    head = jnp.stack([self.count_AX, self.full_AX], axis=-1)
+    order_AX = jnp.argsort(self.count_AX.reshape(A, -1, step), axis=-1).reshape(A, X)
+    head = jnp.stack([self.count_AX, self.full_AX, order_AX], axis=-1)
     return jnp.concatenate([head, start_AXU, bits], axis=-1).reshape(A * X, 1, -1)
 
 

@@ -8,13 +8,14 @@ from experiments.synthetic import cache_numbers
 from pallas_kernels.common.errors import UserError
 
 SOLVED = {"full": 0.8, "3 kda + 1 full": 0.9, "kda": 0.88, "decay only": 0.5}
+UNLEARNT = {"full": 0.45, "3 kda + 1 full": 0.1, "kda": 0.1, "decay only": 0.1}
 TIMES = {"full": 5.0, "3 kda + 1 full": 2.0, "kda": 1.1}
 
 
 def rows_of(recall, times, memory=0.255, unlearnt=()):
   rows = [
     {"task.task": task, "task.layers": layers, "seed": seed}
-    | {"accuracy": 0.1 if task in unlearnt else accuracy + 0.01 * seed}
+    | {"accuracy": UNLEARNT[layers] if task in unlearnt else accuracy + 0.01 * seed}
     for task in run.TASKS
     for layers, accuracy in recall.items()
     for seed in (0, 1)

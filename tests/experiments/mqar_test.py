@@ -21,9 +21,10 @@ SOLVED = {
 def rows_of(recall, step=600):
   return [
     {"task.layers": layers, "task.D": D, "task.pairs": 16, "seed": seed, "step": step}
-    | {"accuracy": accuracy, "state": 100 * D}
+    | {"accuracy": accuracy - lost, "state": 100 * D, "optimizer.learning_rate": rate}
     for layers, accuracies in recall.items()
     for D, accuracy in zip((16, 32), accuracies)
+    for rate, lost in ((0.005, 0.3 * (D == 16)), (0.01, 0.3 * (D == 32)))
     for seed in (0, 1)
   ]
 
@@ -41,14 +42,16 @@ def rows_of(recall, step=600):
 def test_the_verdict_follows_the_rows(changed, verdict):
   finding = run.conclude(rows_of(SOLVED | changed))
   assert finding.verdict == verdict
+  assert ("does not recall 0.1 more than linear" in finding.why) == ("linear" in changed)
   assert any(line.startswith("kda: D 16") for line in finding.lines)
 
 
 def test_each_part_of_the_claim_has_a_line_on_all_widths():
   lines = run.conclude(rows_of(SOLVED)).lines
+  assert "kda: D 16 0.700 at rate 0.01, D 32 0.990 at rate 0.005" in lines
   assert "attention after a convolution recalls 0.980 of the pairs at its worst width" in lines
-  assert "kda recalls at least +0.400 more than linear, at the same width" in lines
-  assert "kda recalls at least +0.000 more than gated delta, at the same width" in lines
+  assert "kda minus linear: D 16 +0.400, D 32 +0.490" in lines
+  assert "kda minus gated delta: D 16 +0.100, D 32 +0.000" in lines
 
 
 def test_runs_that_are_too_short_or_missing_decide_nothing():

@@ -113,6 +113,8 @@ def test_what_cannot_be_rotated_is_refused():
   untied = dataclasses.replace(MODEL, tied=False)
   with pytest.raises(UserError, match="fold the norms first"):
     rotation.rotate_residual(untied, drawn() | {"head": {}}, jnp.eye(32))
+  with pytest.raises(UserError, match="fold the norms first"):
+    learn_rotations(untied, drawn() | {"head": {}}, None, [], key=jax.random.key(0))
   with pytest.raises(UserError, match="hadamard=36"):
     rotation.random_hadamard(jax.random.key(0), 36)
 
