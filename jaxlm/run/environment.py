@@ -66,6 +66,13 @@ def environment() -> dict[str, Any]:
   }
 
 
+def count_cores() -> int:
+  """Returns how many processor cores this process may use, as taskset or a container limits it."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
 @functools.cache
 def hardware() -> str:
   """Returns the accelerator if there is one, the processor and how many cores this process has."""
@@ -75,8 +82,7 @@ def hardware() -> str:
     about = dict(re.findall(r"^(.*?)\s*:\s*(.*)$", first, re.MULTILINE))
     numbers = f"family {about.get('cpu family')}, model {about.get('model')}"
     processor = f"{about.get('model name', processor)} ({numbers})"
-  limited = hasattr(os, "sched_getaffinity")  # by taskset or a container
-  cores = len(os.sched_getaffinity(0)) if limited else os.cpu_count()
+  cores = count_cores()
   machine = f"{cores} core{'' if cores == 1 else 's'} of {processor}"
   if jax.default_backend() != "cpu":
     machine = f"{jax.devices()[0].device_kind}, {machine}"

@@ -172,7 +172,7 @@ def test_what_two_cores_train_fits_their_time(study):
   smoke, rows = planned(study, "smoke"), planned(study, "cpu")
   assert len({row["run"].shape for row in smoke}) <= 12
   assert sum(row["flops"] for row in smoke) < 2e11
-  assert sum(row["flops"] for row in rows) < 1.5e13  # at 20 GFLOP/s 12.5 minutes
+  assert sum(row["flops"] for row in rows) < 3e13  # at 20 GFLOP/s 25 minutes
   assert max(row["tokens"] for row in rows) < 9e6  # the standard library, once
   assert min(row["step"] for row in rows) >= 60
 
