@@ -22,7 +22,8 @@ test: $(VENV)/dev  ## quick tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not tpu" $(TESTS)
 
 test-slow: $(VENV)/dev  ## the tests marked slow
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu and not tpu and not slurm" $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	  -m "slow and not gpu and not tpu and not slurm" $(TESTS)
 
 test-gpu: $(VENV)/dev  ## the tests that need a GPU (install jax's CUDA plugin first: extra cuda)
 	JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu $(TESTS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import os
 import platform
 import statistics
 import sys
@@ -35,9 +34,11 @@ def hardware() -> str:
   """Returns a short name for file names: the accelerator's kind, or "cpu" and its cores."""
   import jax
 
+  from jaxlm.run.environment import count_cores
+
   device = jax.devices()[0]
   if device.platform == "cpu":
-    return f"cpu{os.cpu_count()}"
+    return f"cpu{count_cores()}"
   return device.device_kind.replace(" ", "_").lower()
 
 

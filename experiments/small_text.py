@@ -165,8 +165,17 @@ def minimum(x_K: Sequence[float], y_K: Sequence[float], window: float = 1.5) -> 
   return Minimum(math.exp(vertex + centre), float(c - b**2 / (4 * a)), float(2 * a), True)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
+Interval = tuple[float, float, float]
+"""a mean with the ends of its 95 % interval"""
+
+
+def interval(values: Sequence[float]) -> Interval:
   """Returns the mean of independent values with its 95 % interval by Student's t."""
   values = np.asarray(values, float)
   half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
   return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+
+
+def signed(value: Interval) -> str:
+  """Returns a difference with its interval in words, as in "+0.012 (-0.001 to +0.025)"."""
+  return f"{value[0]:+.3f} ({value[1]:+.3f} to {value[2]:+.3f})"

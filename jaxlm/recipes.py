@@ -47,10 +47,15 @@ def int8() -> Rules:
   return _layers(UniformFormat(bits=8))
 
 
+def affine(bits: int = 4) -> Rules:
+  """Rounds weights to levels from the least to the largest of each row: affine:BITS."""
+  return _layers(UniformFormat(bits=bits, grid="affine"))
+
+
 def minmax(weight_bits: int = 4, activation_bits: int = 8) -> Rules:
   """Rounds weights per row and activations per token, straight through: minmax:WEIGHT:ACTIVATION.
 
-  It is plain QAT, and LLM-QAT (arXiv 2305.17888) without its data.
+  It is plain QAT, and on the text of `jaxlm own_text` LLM-QAT (arXiv 2305.17888).
   """
   return _layers(UniformFormat(bits=weight_bits), UniformFormat(bits=activation_bits))
 
@@ -138,6 +143,7 @@ RECIPES: dict[str, Callable[..., Rules]] = {
   for function in (
     int4,
     int8,
+    affine,
     minmax,
     lsq,
     quest,

@@ -33,9 +33,13 @@ class Repeats:
 
   def on_mesh(self, mesh: MeshConfig) -> RunFolder:
     """Repeats the first run, which had one device, on so many."""
-    name = mesh.describe().replace(" ", "_")
-    axes = [f"--mesh.{axis}={size}" for axis, size in mesh.sizes().items()]
-    return _train(self.folder, "first/config.json", "--run", name, *axes, devices="8")
+    return _train(self.folder, "first/config.json", *mesh_flags(mesh), devices="8")
+
+
+def mesh_flags(mesh: MeshConfig) -> list[str]:
+  """Returns the flags of a run on a mesh: `--run`, a name for it, and its axes."""
+  axes = [f"--mesh.{axis}={size}" for axis, size in mesh.sizes().items()]
+  return ["--run", mesh.describe().replace(" ", "_"), *axes]
 
 
 def first_run(folder: Path, steps: int, *flags: str) -> Repeats:

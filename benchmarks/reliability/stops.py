@@ -59,10 +59,10 @@ def by_signals(folder: Path, *signals: str) -> Stop:
   return _leave(ours, (folder, process))
 
 
-def by_clock(folder: Path) -> Stop:
+def by_clock(folder: Path, limit: str = "10s") -> Stop:
   return _leave(
     RunFolder(folder / "clock"),
-    (folder, start(folder, *ENDLESS, "--run", "clock", "--stop_after", "10s")),
+    (folder, start(folder, *ENDLESS, "--run", "clock", "--stop_after", limit)),
   )
 
 
@@ -77,15 +77,15 @@ def twice(folder: Path) -> Stop:
   return _leave(ours, (folder, process))
 
 
-def second_of_two(folder: Path, how: str) -> Stop:
+def second_of_two(folder: Path, how: str, limit: str = "20s") -> Stop:
   """The request has to travel to the first process, which writes the checkpoint."""
   ours, other = RunFolder(folder / f"two {how}"), folder / f"second {how}"
   other.mkdir()
   flags = ["--mesh.data", "2", "--data.source", str(folder / "text"), "--run", str(ours.path)]
   processes = []
   for where, shared in zip((folder, other), cluster(2)):
-    limit = "20s" if where == other and how == "--stop_after" else ""
-    processes.append((where, start(where, *ENDLESS, *flags, "--stop_after", limit, **shared)))
+    own = limit if where == other and how == "--stop_after" else ""
+    processes.append((where, start(where, *ENDLESS, *flags, "--stop_after", own, **shared)))
   wait_until(lambda: last_step(ours) >= 3, processes[0][1])
   if how != "--stop_after":
     processes[1][1].send_signal(signal.Signals[how])

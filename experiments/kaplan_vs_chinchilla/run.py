@@ -35,11 +35,14 @@ class Plan:
   long_warmup: int
   horizon: int
   """steps of the one schedule"""
+  seeds: int = 1
 
 
 PLANS = {
   "smoke": Plan(LADDER[:4], {1.5e9: (0, 3), 3e9: (0, 3), 6e9: (0, 3)}, 0.02, 20, 400),
-  "cpu": Plan(LADDER, {2e10: (0, 5), 5e10: (0, 6), 1.25e11: (1, 7), 3e11: (2, 8)}, 0.02, 100, 6000),
+  "cpu": Plan(
+    LADDER, {2e10: (0, 5), 5e10: (0, 6), 1.25e11: (1, 7), 3e11: (2, 8)}, 0.02, 100, 6000, 2
+  ),
   "gpu": Plan(
     GPU_LADDER, {1e13: (0, 4), 2.5e13: (1, 5), 1e14: (3, 7), 3e14: (4, 8)}, 0.012, 200, 4000
   ),
@@ -59,7 +62,7 @@ def measure(scale: Scale, table: Path, executor: Executor | None) -> None:
         schedule = {"optimizer.warmup": warmup, "optimizer.schedule_steps": horizon}
         steps = steps_within(config, shape(*model), budget)
         run = {"steps": steps, "optimizer.learning_rate": rate}
-        points.append(shape(*model) | schedule | run)
+        points += [shape(*model) | schedule | run | {"seed": seed} for seed in range(plan.seeds)]
   train(config, points, table, executor=executor)
 
 
@@ -122,8 +125,19 @@ def conclude(rows: list[Row]) -> Finding:
       f"{sum(v.verdict == MINIMUM for v in fit.vertices)} of {len(fit.vertices)} budgets"
       for name, fit in lines.items()
       if isinstance(fit, IsoflopFit)
-    ),
+    )
+    + (exponents_of_seeds(rows),),
   )
+
+
+def exponents_of_seeds(rows: list[Row]) -> str:
+  """Returns a line with the first and last exponent of each seed by itself."""
+  spans = []
+  for seed in sorted({row["seed"] for row in rows}):
+    first, *_, last = ladder([row for row in rows if row["seed"] == seed]).values()
+    ends = [f"{f.exponent:.3f}" if isinstance(f, IsoflopFit) else "none" for f in (first, last)]
+    spans.append(" to ".join(ends))
+  return f"by seed, first to last exponent: {'; '.join(spans)}"
 
 
 def draw(rows: list[Row], figure: Any) -> None:
@@ -138,8 +152,12 @@ def draw(rows: list[Row], figure: Any) -> None:
   for name, of_arm in arms(rows).items():
     dearest = max(row["flops"] for row in of_arm)
     members = [row for row in of_arm if row["flops"] > 0.95 * dearest]
-    sizes = [row["body"] + row["head"] for row in members]
-    valleys.plot(sizes, [row["heldout_loss"] for row in members], "o-", label=name)
+    losses: dict[float, list[float]] = {}
+    for row in members:
+      losses.setdefault(row["body"] + row["head"], []).append(row["heldout_loss"])
+    (line,) = valleys.plot(list(losses), [np.mean(of) for of in losses.values()], label=name)
+    for size, of_seeds in losses.items():
+      valleys.plot([size] * len(of_seeds), of_seeds, ".", color=line.get_color())
   valleys.set(xscale="log", xlabel="N with head, largest budget", ylabel="held-out loss, nats/byte")
   valleys.legend(frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
@@ -153,10 +171,10 @@ STUDY = Study(
   published="0.84, 0.71 with the head counted, 0.60 with a short warm-up, 0.57 with schedules that "
   "end, 0.50 with tuned rates (RefinedWeb).",
   setting=f"{SETTING} Nine models from D 8 with one layer to D 40 with three, 2e10 to 3e11 "
-  "exact FLOPs, six or seven sizes a budget, one seed. The same grid three times: one cosine of "
-  "6,000 steps for all, read where a run's budget ends, with 100 and with 20 steps of warm-up; "
-  "then a cosine that ends with each run. Learning rates fall with the root of D. Parabolas within "
-  "1.5 in ln N.",
+  "exact FLOPs, six or seven sizes a budget, two seeds, resampled run by run. The same grid three "
+  "times: one cosine of 6,000 steps for all, read where a run's budget ends, with 100 and with 20 "
+  "steps of warm-up; then a cosine that ends with each run. Learning rates fall with the root of "
+  "D. Parabolas within 1.5 in ln N.",
   refuted_by="Reproduced: every correction lowers a, and the last 95 % interval lies below the "
   "first. Direction only: the ends are apart, some step does not lower a. Refuted: the last a is "
   "not below the first. Undecided: their intervals overlap.",

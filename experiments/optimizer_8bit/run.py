@@ -156,7 +156,7 @@ def draw(rows: list[Row], figure: Any) -> None:
     values = differences(*both)
     losses.plot([x] * len(values), values, "k.")
     mean, low, high = interval(values)
-    losses.errorbar([x + 0.1], [mean], [[mean - low], [high - mean]], fmt="o", capsize=4)
+    losses.errorbar([x + 0.1], [mean], [[mean - low], [high - mean]], fmt="ko", capsize=4)
   losses.axhspan(-MARGIN, MARGIN, color="gray", alpha=0.15)
   losses.axhline(0, color="gray", linewidth=0.8)
   losses.set(ylabel="loss in 8 bits - in 32 bits, nats", xlabel="parameters")
@@ -165,7 +165,8 @@ def draw(rows: list[Row], figure: Any) -> None:
     states = [both[place][0]["state bytes"] / size for size, both in by_size.items()]
     sizes.bar(np.arange(len(labels)) + 0.4 * place - 0.2, states, 0.4, label=label)
   sizes.set(ylabel="bytes of state a parameter, embedding included", xlabel="parameters")
-  sizes.legend(frameon=False)
+  sizes.set_ylim(top=10)
+  sizes.legend(frameon=False, ncols=2, loc="upper center")
   for axes in (losses, sizes):
     axes.set_xticks(range(len(labels)), labels)
 

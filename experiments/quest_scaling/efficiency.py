@@ -96,23 +96,25 @@ def interval_of(laws: list[EfficiencyLaw], over: str, under: str = FULL) -> tupl
   return float(low), float(high)
 
 
-def gaps(rows: list[Row]) -> dict[str, dict[float, float]]:
-  """Returns label -> tokens per parameter -> loss above that of 16 bits, of the largest size.
+def excess(rows: list[Row], over: str, under: str = FULL) -> dict[tuple[int, float], list[float]]:
+  """Returns (N, tokens per N) -> loss of one label above the other's, for each seed of both.
 
-  A gap is the mean over the seeds that both have.
+  Tokens per N have two digits: steps are whole numbers.
   """
-  largest = max(row["body"] for row in rows)
-  losses = {
-    (label(row), round(row["tokens"] / largest, 1), row["seed"]): row["heldout_loss"]
-    for row in rows
-    if row["body"] == largest
-  }
-  pairs: dict[str, dict[float, list[float]]] = {}
-  for (name, ratio, seed), loss in losses.items():
-    plain = losses.get((FULL, ratio, seed))
-    if name != FULL and plain is not None:
-      pairs.setdefault(name, {}).setdefault(ratio, []).append(loss - plain)
-  return {
-    name: {ratio: float(np.mean(values)) for ratio, values in sorted(of_ratio.items())}
-    for name, of_ratio in pairs.items()
-  }
+  losses: dict[str, dict[tuple[int, int, int], float]] = {over: {}, under: {}}
+  for row in rows:
+    if label(row) in losses:
+      losses[label(row)][row["body"], row["tokens"], row["seed"]] = row["heldout_loss"]
+  differences: dict[tuple[int, float], list[float]] = {}
+  for N, tokens, seed in sorted(losses[over].keys() & losses[under].keys()):
+    run = (N, tokens, seed)
+    cell = differences.setdefault((N, float(f"{tokens / N:.2g}")), [])
+    cell.append(losses[over][run] - losses[under][run])
+  return differences
+
+
+def gaps(rows: list[Row], name: str) -> dict[float, float]:
+  """Returns tokens per parameter -> loss above that of 16 bits, mean of seeds, largest size."""
+  cells = excess(rows, name)
+  largest = max(N for N, _ in cells)
+  return {ratio: float(np.mean(values)) for (N, ratio), values in cells.items() if N == largest}

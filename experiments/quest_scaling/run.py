@@ -8,17 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from experiments.quest_scaling.efficiency import (
   BITS,
+  LONG,
   PUBLISHED,
   best_bits,
+  excess,
   fit,
   gaps,
   interval_of,
   refit_line,
 )
 from experiments.small_quantized import FULL, make_task, shape
-from experiments.small_text import SETTING, base, train
+from experiments.small_text import SETTING, base, interval, train
 from experiments.study import Finding, Scale, Study, main
 from jaxlm.scaling.flops import parameter_count
 from jaxlm.scaling.grid import with_fields
@@ -58,7 +62,10 @@ PLANS: dict[Scale, Plan] = {
 
 
 def measure(scale: Scale, table: Path, executor: Executor | None) -> None:
-  """Trains every size for every ratio in every cell, with the short runs of the largest size."""
+  """Trains every size for every ratio in every cell, with the short runs of the largest size.
+
+  Baselines have one seed at the largest ratio.
+  """
   plan = PLANS[scale]
   config = base(scale, schedule="cosine", warmup=10)
   if scale == "cpu":  # more steps for the same tokens
@@ -73,10 +80,11 @@ def measure(scale: Scale, table: Path, executor: Executor | None) -> None:
     N = parameter_count(model).blocks + model.D
     for ratio in plan.ratios[(size != plan.sizes[-1]) :]:
       steps = round(ratio * N / (config.batch * config.data.length))
+      fewer = method in BASELINES and ratio == plan.ratios[-1]
       cell = {"task.method": method, "task.precision": precision, "steps": steps}
       points += [
         shape(*size) | cell | {"optimizer.learning_rate": plan.rate, "seed": seed}
-        for seed in range(plan.seeds)
+        for seed in range(1 if fewer else plan.seeds)
       ]
   together = scale == "gpu"
   train(config, points, table, make_task=make_task, together=together, executor=executor)
@@ -110,17 +118,18 @@ def conclude(rows: list[Row]) -> Finding:
     interval=f"{low:.3f} to {high:.3f}, 95 % of {len(laws)} resampled tables",
     verdict=verdict,  # type: ignore[arg-type]
     why=why.strip(),
-    lines=(refit_line(), *_lines(rows, fitted, laws, shares, ratios)),
+    lines=(
+      refit_line(),
+      *_lines_of_law(fitted, laws, shares),
+      *_lines_of_losses(rows, ratios),
+    ),
   )
 
 
-def _lines(
-  rows: list[Row],
-  fitted: EfficiencyFit,
-  laws: list[EfficiencyLaw],
-  shares: dict[int, float],
-  ratios: dict[str, list[tuple[float, float]]],
+def _lines_of_law(
+  fitted: EfficiencyFit, laws: list[EfficiencyLaw], shares: dict[int, float]
 ) -> list[str]:
+  """Returns the law's numbers, the eff of each cell beside the published one, and the best bits."""
   law = fitted.law
   base_law, error = law.base, (2 * fitted.objective / len(fitted.runs)) ** 0.5
   lines = [
@@ -136,25 +145,35 @@ def _lines(
       f"{published:.3f}; 16 eff / P {16 / bits * law.efficiency[name]:.2f}, published "
       f"{16 / bits * published:.2f}"
     )
-  lines.append(
-    "most eff per bit, share of resamples: "
-    + ", ".join(f"{bits} bits {share:.1%}" for bits, share in shares.items())
-  )
-  lines += [
-    f"eff of QuEST over that of {method}: "
-    + ", ".join(f"{p} {low:.2f} to {high:.2f}" for p, (low, high) in zip(CELLS[method], both))
-    for method, both in ratios.items()
-  ]
-  lines += [
-    f"{name}, largest model: "
-    + ", ".join(f"{gap:+.3f} nats at D/N {ratio:g}" for ratio, gap in of_ratio.items())
-    for name, of_ratio in gaps(rows).items()
-  ]
+  of_bits = ", ".join(f"{bits} bits {share:.1%}" for bits, share in shares.items())
+  return [*lines, f"most eff per bit, share of resamples: {of_bits}"]
+
+
+def _lines_of_losses(rows: list[Row], ratios: dict[str, list[tuple[float, float]]]) -> list[str]:
+  """Returns QuEST against each method, and what each cell costs by duration and by size."""
+  lines = []
+  for method, both in ratios.items():
+    for precision, (low, high) in zip(CELLS[method], both):
+      cells = excess(rows, f"QuEST {precision}", f"{method} {precision}")
+      pairs = [x for (_, ratio), values in cells.items() if ratio >= LONG for x in values]
+      mean, least, most = interval(pairs)
+      lines.append(
+        f"{precision}, QuEST over {method}: eff times {low:.2f} to {high:.2f}; loss {mean:+.4f} "
+        f"({least:+.4f} to {most:+.4f}, 95 % over {len(pairs)} pairs of equal runs)"
+      )
+  for name in PUBLISHED:
+    durations = ", ".join(f"{gap:+.3f} at D/N {ratio:g}" for ratio, gap in gaps(rows, name).items())
+    cells = excess(rows, name)
+    longest = max(ratio for _, ratio in cells)
+    sizes = ", ".join(f"{np.mean(x):+.3f}" for (_, r), x in cells.items() if r == longest)
+    lines.append(
+      f"{name}, nats above 16 bits: largest model {durations}; all sizes at the longest {sizes}"
+    )
   return lines
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-  worth, short = figure.subplots(1, 2)
+  worth, short = figure.subplots(1, 2, width_ratios=[3, 2])
   fitted, laws = fit(rows)
   names = list(PUBLISHED)
   for place, name in enumerate(names):
@@ -163,18 +182,20 @@ def draw(rows: list[Row], figure: Any) -> None:
   worth.plot(measured, range(len(names)), "k.", label="measured, 95 %")
   worth.plot(list(PUBLISHED.values()), range(len(names)), "C1o", mfc="none", label="published")
   worth.set(xscale="log", xlabel="eff: share of its parameters that a model is worth")
-  worth.set_yticks(range(len(names)), names)
+  worth.set_yticks(range(len(names)), [name.removeprefix("QuEST, ") for name in names])
   worth.invert_yaxis()
-  worth.legend(frameon=False)
+  worth.legend(frameon=False, loc="upper left")
   colors, styles = {"W1A1": "C3", "W2A2": "C0", "W4A4": "C2"}, {"LSQ": "--", "STE": ":"}
-  for name, of_ratio in gaps(rows).items():
+  for name in PUBLISHED:
     method, precision = name.rsplit(" ", 1)
     if precision in colors and method != "QuEST, no Hadamard":
-      x, y = list(of_ratio), list(of_ratio.values())
-      short.plot(x, y, "." + styles.get(method, "-"), color=colors[precision], label=name)
+      gap = gaps(rows, name)
+      style = "." + styles.get(method, "-")
+      short.plot(list(gap), list(gap.values()), style, color=colors[precision], label=name)
   short.set(xscale="log", xlabel="training bytes per parameter", ylabel="nats above 16 bits")
   short.axhline(0, color="gray", lw=0.5)
-  short.legend(frameon=False)
+  short.set_ylim(top=1.15)
+  short.legend(frameon=False, fontsize="small", loc="upper left", ncols=2)
 
 
 STUDY = Study(
@@ -193,12 +214,13 @@ STUDY = Study(
   "bytes in batches of 8; rate 0.01 for all, 10 steps of warm-up, cosine to 0. Hadamard blocks of "
   "the model's width. STE: absmax of each row and token. LSQ: a step for each matrix and input, "
   "started for normal values, not decayed. None of the three has a level at 0. Two seeds, for "
-  "weights and order of the text. Left out: LSQ and STE at FP4, which is not equally spaced; LSQ, "
-  "STE and no Hadamard at 1, 3 and 8 bits, and no Hadamard at FP4, for time. Intervals: runs of "
-  "one size, duration and seed are drawn together, with replacement. The largest model is also "
-  "trained on 1.5 bytes per parameter: a run as short as those that let bits look free. Runs go "
-  "one after another on CPU (two seeds under vmap took 0.8 of the time per step at D 16, and no "
-  "less at 32), together on a GPU (D 128 and 256, 20 and 40 bytes for each parameter).",
+  "weights and order of the text; one for LSQ, STE and no Hadamard at 60. Left out: LSQ and STE at "
+  "FP4, which is not equally spaced; LSQ, STE and no Hadamard at 1, 3 and 8 bits, and no Hadamard "
+  "at FP4, for time. Intervals: runs of one size, duration and seed are drawn together, with "
+  "replacement. The largest model is also trained on 1.5 bytes per parameter: a run as short as "
+  "those that let bits look free. Runs go one after another on CPU (two seeds under vmap took 0.8 "
+  "of the time per step at D 16, and no less at 32), together on a GPU (D 128 and 256, 20 and 40 "
+  "bytes for each parameter).",
   refuted_by="Reproduced: in 95 % of resamples 4 bits have the largest eff(P) / P of 1, 2, 3, 4, 8 "
   "and 16, and the 95 % intervals of QuEST's eff over that of LSQ, STE and no Hadamard lie above 1 "
   "at 2 and at 4 bits. Refuted: another P is best in 95 %, or the intervals of a method lie below "

@@ -84,7 +84,7 @@ def conclude(rows: list[Row]) -> Finding:
   share = interval((planted - hadamard) / (planted - before))
   return Finding(
     ours=f"random Hadamard rotations lower the loss of W4A4KV4 by {repaired[0]:.3f} nats, learned "
-    f"ones by {gain[0]:.3f} more",
+    f"ones by {gain[0]:+.3f} beyond that",
     interval=f"{repaired[1]:.3f} to {repaired[2]:.3f} and {gain[1]:+.3f} to {gain[2]:+.3f}, 95 % "
     f"over {len(rows)} seeds",
     verdict=verdict,
@@ -120,6 +120,9 @@ def _numbers(rows: list[Row], of: dict[str, np.ndarray]) -> list[str]:
       f"R1 to R4, {words}: loss {values.mean():.3f}, spread over draws {spread:.3f}, on "
       f"calibration rows {seen:.3f}"
     )
+    if method not in RANDOM:
+      gain = interval(of["Hadamard"].mean(axis=1) - values.mean(axis=1))
+      lines[-1] += "; lower than random by {:+.3f} ({:+.3f} to {:+.3f})".format(*gain)
   for place in (*PLACES, "largest"):
     values = (np.mean([r[f"{m} {place} kurtosis"] for r in rows]) for m in _STATES)
     each = ", ".join(f"{method} {value:.2f}" for method, value in zip(_STATES, values))

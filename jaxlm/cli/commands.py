@@ -14,7 +14,7 @@ from jaxlm.cli.inspection import checkpoint, evaluate, kernels, plot, replay
 from jaxlm.cli.planning import compile_step, plan
 from jaxlm.cli.presets import list_presets, nearest
 from jaxlm.cli.programs import keep_compiled_programs
-from jaxlm.cli.quantization import describe, quantize
+from jaxlm.cli.quantization import describe, own_text, quantize
 from jaxlm.cli.report import report
 from jaxlm.cli.tokenize import tokenize
 from jaxlm.cli.training import RESUMABLE, resume, train
@@ -38,6 +38,7 @@ usage: jaxlm COMMAND ...
   convert FROM TO        a run to a Hugging Face checkpoint, or a checkpoint to a run to be tuned
   quantize FROM TO       weights in few bits and bytes, for sample and eval (--recipe int4)
   describe PRESET        every matmul with its formats, bits and bytes; of a run also the tails
+  own_text FROM FILE     text that a model samples from itself, to train it in few bits on
   checkpoint verify DIR  whether the files of a run's checkpoints are as they were written; show
                          lists what they hold
   tokenize SOURCE STORE  text of any size into a token store, for --data.source STORE
@@ -65,6 +66,7 @@ BY_SIGNATURE: dict[str, Callable[..., int]] = {
   "fit": fit,
   "quantize": quantize,
   "describe": describe,
+  "own_text": own_text,
   "report": report,
 }
 """Commands whose flags are the parameters of a function, and whose help is its docstring."""
@@ -79,7 +81,7 @@ BY_ARGUMENTS: dict[str, Callable[[list[str]], int]] = {
 }
 """Commands that parse their arguments themselves."""
 COMMANDS = (*BY_ARGUMENTS, *BY_SIGNATURE)
-COMPILING = ("train", "resume", "sample", "eval", "replay", "quantize", "describe")
+COMPILING = ("train", "resume", "sample", "eval", "replay", "quantize", "describe", "own_text")
 """Commands that run what they compile."""
 
 

@@ -1,4 +1,4 @@
-"""Defines the commands of low precision: `jaxlm quantize` and `jaxlm describe`."""
+"""Defines the commands of low precision: `jaxlm quantize`, `describe` and `own_text`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from jaxlm.config import ModelConfig, check
+from jaxlm.config import ModelConfig, check, check_seed
 from jaxlm.paths import local_path
 from jaxlm.recipes import Rules, load_rules
 
@@ -21,7 +21,7 @@ def quantize(
   run: tyro.conf.Positional[str],
   target: tyro.conf.Positional[str],
   recipe: str = "",
-  method: Literal["nearest", "gptq"] = "nearest",
+  method: Literal["nearest", "gptq", "awq", "omniquant"] = "nearest",
   text: str = "",
 ) -> int:
   """Write a model with its weights in as few bytes as its formats have, for sample and eval.
@@ -30,19 +30,21 @@ def quantize(
     run: folder of a run, or of a Hugging Face checkpoint, or hf:owner/name
     target: new folder
     recipe: as in int4:128, or a JSON file of rules; by default the rules that the run trained under
-    method: how codes are found: nearest levels, or GPTQ, which makes outputs alike on some text
-    text: file to calibrate gptq on; by default a run's held-out text
+    method: nearest levels, or codes by which outputs stay alike on some text: GPTQ, AWQ's scaled
+      channels, OmniQuant's learned clipping
+    text: file to calibrate these on; by default a run's held-out text
   """
   from jaxlm.run import SavedRun
   from jaxlm.run.quantize import describe_model, quantize
 
   rules = load_rules(recipe) if recipe else ()
-  check(not text or method == "gptq", "text", text, "is for --method gptq")
+  rule = "is for --method gptq, awq and omniquant"
+  check(not text or method != "nearest", "text", text, rule)
   saved = SavedRun.open(run)
-  calibration_BT = _sample_ids(saved, text) if method == "gptq" else None
-  rule = "must name a file to calibrate gptq on: the model has no held-out text of its own"
+  calibration_BT = None if method == "nearest" else _sample_ids(saved, text)
+  rule = "must name a file to calibrate on: the model has no held-out text of its own"
   check(method == "nearest" or calibration_BT is not None, "text", text, rule)
-  written = quantize(saved, rules, target, calibration_BT)
+  written = quantize(saved, rules, target, method, calibration_BT)
   model = dataclasses.replace(saved.config.model, quant=rules or saved.config.model.quant)
   for line in [*describe_model(model, saved.config.compute), *written]:
     print(line)
@@ -81,6 +83,38 @@ def describe(
   ids_BT = _sample_ids(saved, text)
   for line in [] if ids_BT is None else describe_tails(saved, ids_BT):
     print(line)
+  return 0
+
+
+def own_text(
+  run: tyro.conf.Positional[str],
+  target: tyro.conf.Positional[str],
+  documents: int = 1024,
+  length: int = 256,
+  greedy: int = 4,
+  batch: int = 32,
+  seed: int = 0,
+) -> int:
+  """Write text that a model samples from itself, as LLM-QAT does, to train it in few bits on.
+
+  Train from it with --data.source TARGET.
+
+  Args:
+    run: folder of a run, or of a Hugging Face checkpoint, or hf:owner/name
+    target: new file of JSON lines
+    documents: how many
+    length: tokens of a document, unless it ends before
+    greedy: after a first token that is drawn from the vocabulary, take so many most likely ones
+    batch: documents at a time
+    seed: of the draws
+  """
+  check_seed(seed)
+  from jaxlm.run import SavedRun
+  from jaxlm.run.own_text import write_own_text
+
+  saved = SavedRun.open(run)
+  sizes = {"documents": documents, "length": length, "greedy": greedy, "batch": batch}
+  print(write_own_text(saved, target, seed=seed, **sizes))
   return 0
 
 

@@ -11,6 +11,7 @@ from jaxlm.config.data import DataConfig
 from jaxlm.config.layers import decoder, rearrange, revise
 from jaxlm.config.mixers import AttentionConfig, ConvConfig, KdaConfig, MixerConfig, NsaConfig
 from jaxlm.config.model import LayerSpec, MlpConfig, ModelConfig
+from jaxlm.config.nested import NestedConfig
 from jaxlm.config.optimizer import OnNewSteps, OptimizerConfig
 from jaxlm.config.pipeline import PipelineConfig
 from jaxlm.config.quant import QuantRule, QuantSpec
@@ -29,6 +30,7 @@ __all__ = [
   "MixerConfig",
   "MlpConfig",
   "ModelConfig",
+  "NestedConfig",
   "NsaConfig",
   "OnNewSteps",
   "OptimizerConfig",

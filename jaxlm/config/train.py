@@ -10,6 +10,7 @@ from jaxlm.config.checks import check, check_finite, check_seed
 from jaxlm.config.compute import ComputeConfig
 from jaxlm.config.data import DataConfig
 from jaxlm.config.model import ModelConfig
+from jaxlm.config.nested import NestedConfig
 from jaxlm.config.optimizer import OptimizerConfig
 from jaxlm.config.pipeline import PipelineConfig
 from sharding.mesh import MeshConfig
@@ -21,8 +22,8 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 class TrainConfig:
   """Configures a whole run: written to its folder as config.json, and enough to repeat it.
 
-  `model`, `compute`, `data`, `init`, `z_loss` and `loss_implementation` belong to text; other tasks
-  of `jaxlm.run.fit` leave them alone.
+  `model`, `compute`, `data`, `init`, `z_loss`, `loss_implementation` and `nested` belong to text;
+  other tasks of `jaxlm.run.fit` leave them alone.
   """
 
   steps: int = 400
@@ -77,6 +78,7 @@ class TrainConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
   pipeline: PipelineConfig = PipelineConfig()
+  nested: NestedConfig = NestedConfig()
 
   def __post_init__(self) -> None:
     check_finite(self, "")

@@ -61,7 +61,7 @@ def with_own_tokenizer(config: ModelConfig, params: Any) -> tuple[ModelConfig, A
   biased = revise(config, out_bias=True)
   if _compare(biased, _write(biased, "llama", "float32")):
     return config, params
-  (dtype,) = {leaf.dtype for leaf in jax.tree.leaves(params)}
+  dtype = params["embed"]["weight"].dtype
   params = jax.tree.map(lambda leaf: leaf, params)  # other dicts with the same arrays
   for weight in list_weights(biased):
     if weight.path[-3:] == ("mixer", "o", "bias"):

@@ -5,7 +5,10 @@ Only safetensors are read; pickle never is.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +22,12 @@ from jax.typing import DTypeLike
 
 from jaxlm.config import ModelConfig, check
 from jaxlm.interop import safetensors
+from jaxlm.interop.compressed_tensors import (
+  Tensor,
+  packed_formats,
+  packed_tensors,
+  quantization_config,
+)
 from jaxlm.interop.hub_config import read_config
 from jaxlm.interop.hub_export import write_config
 from jaxlm.interop.hub_folder import (
@@ -150,6 +159,8 @@ def save(
 ) -> None:
   """Writes a checkpoint folder that transformers and other tools open, as `load` does.
 
+  Weights that are in bytes under `config.quant` are written as compressed-tensors has them, which
+  `load` does not read.
   Weights keep their dtype; a tree of gradients can be saved likewise. More than `max_file_bytes`
   of weights go to several files with an index. `text_files` are the tokenizer and what belongs to
   it. config.json is written last, so that an interrupted folder does not load.
@@ -161,28 +172,43 @@ def save(
   folder = local_path(path, "checkpoint")
   check_new(folder)
   weights = list(list_weights(config))  # refuses the model before its parameters
-  leaves = {weight: _checked_leaf(params, weight) for weight in weights}
+  formats = packed_formats(config) if config.quant else {}
+  config = dataclasses.replace(config, quant=())
+  packed = {
+    weight: format
+    for weight in weights
+    if _is_matrix(weight) and (format := formats.get(weight.path[:-1])) is not None
+  }
+  leaves = {weight: _checked_leaf(params, weight) for weight in weights if weight not in packed}
   dtypes = {np.dtype(leaf.dtype) for leaf in leaves.values()}
   if len(dtypes) > 1 or not dtypes <= set(safetensors.DTYPES.values()):
     listed = ", ".join(sorted(map(str, dtypes)))
     raise UserError(f"params: types {listed}, must be one of float32, bfloat16, float16")
   dtype = dtypes.pop()
   description = write_config(config, str(dtype)) | text_files.token_ids
-  needed = {name: (weight, row) for weight in leaves for row, name in enumerate(weight.names)}
-
-  def read(name: str) -> np.ndarray:
-    weight, row = needed[name]
-    values = np.asarray(leaves[weight][row] if weight.stacked else leaves[weight])
-    return values.T if weight.transposed else values
+  tensors: dict[str, Tensor] = {}
+  for weight in weights:
+    for row, name in enumerate(weight.names):
+      if weight in leaves:
+        read = functools.partial(_read_row, leaves[weight], weight, row)
+        tensors[name] = Tensor(dtype, weight.file_shape, read)
+      else:
+        part = _leaf_at(params, weight.path[:-1])
+        own = {n.removeprefix("packed_"): x[row] if weight.stacked else x for n, x in part.items()}
+        tensors |= packed_tensors(name, own, packed[weight], weight.shape[0])
+  if packed:
+    linear = {name: packed.get(w) for w in weights if _is_matrix(w) for name in w.names}
+    linear |= {"lm_head.weight": None} if config.tied else {}
+    description["quantization_config"] = quantization_config(linear)
 
   folder.mkdir(parents=True, exist_ok=True)
-  sizes = {name: weight.size * dtype.itemsize for name, (weight, _) in needed.items()}
+  sizes = {name: math.prod(t.shape) * t.dtype.itemsize for name, t in tensors.items()}
   groups = list(plan_files(sizes, max_file_bytes))
   files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
   files = files if len(groups) > 1 else [SINGLE]
   for file, names in zip(files, groups):
-    shapes = {name: (dtype, needed[name][0].file_shape) for name in names}
-    safetensors.write(folder / file, shapes, read)
+    shapes = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
+    safetensors.write(folder / file, shapes, lambda name: tensors[name].read())
   if len(groups) > 1:
     weight_map = {name: file for file, names in zip(files, groups) for name in names}
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -198,6 +224,16 @@ def check_new(folder: Path) -> None:
     raise UserError(f"{folder}: holds a checkpoint or a run already")
   if folder.exists() and not folder.is_dir():
     raise UserError(f"{folder}: is a file, must be a folder")
+
+
+def _is_matrix(weight: Weight) -> bool:
+  """Returns whether the parameter is that of a linear layer, and not the embedding."""
+  return weight.path[-1] == "weight" and weight.transposed
+
+
+def _read_row(leaf: jax.Array, weight: Weight, row: int) -> np.ndarray:
+  values = np.asarray(leaf[row] if weight.stacked else leaf)
+  return values.T if weight.transposed else values
 
 
 def _checked_leaf(params: Any, weight: Weight) -> jax.Array:

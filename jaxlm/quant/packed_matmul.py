@@ -4,10 +4,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.config.formats import (
+  BitnetFormat,
   Format,
   LsqFormat,
   MatquantFormat,
@@ -23,7 +27,14 @@ from jaxlm.quant.packing import Packed, code_range
 from pallas_kernels.lowbit_matmul import lowbit_matmul
 from pallas_kernels.lowbit_matmul.packing import FormatName
 
-_NAMES: dict[int, FormatName] = {2: "binary", 4: "int2", 16: "int4", 256: "int8"}
+_NAMES: dict[int, FormatName] = {
+  2: "binary",
+  3: "trits",
+  4: "int2",
+  8: "int3",
+  16: "int4",
+  256: "int8",
+}
 """of codes in `lowbit_matmul`, by the number of levels"""
 
 
@@ -31,7 +42,7 @@ def can_multiply_packed(format: Format) -> bool:
   """Returns whether codes have equal steps, and as many levels as `lowbit_matmul` has."""
   if isinstance(format, QuestFormat) and (format.sparse or format.levels == "fp4"):
     return False
-  spaced = UniformFormat | LsqFormat | ParetoqFormat | QuestFormat | MatquantFormat
+  spaced = UniformFormat | LsqFormat | BitnetFormat | ParetoqFormat | QuestFormat | MatquantFormat
   return isinstance(format, spaced) and code_range(format).levels in _NAMES
 
 
@@ -48,13 +59,14 @@ def packed_matmul(
     x_BTD = quest.rotate(x_BTD, format)  # the weight is packed as it was rotated
   levels = code_range(format).levels
   group = format.size if format.shared in ("group", "block") else D
-  step_GZ, first_GZ = _levels(packed, format, D, group)
-  lowest, codes_NZ = -levels // 2, packed["codes"].T
+  step_GZ, first_GZ = levels_of_groups(packed, format, D, group)
+  lowest, codes_NZ = -(levels // 2), packed["codes"].T
   if levels == 2:  # set bits are +1, clear ones -1
     step_GZ = step_GZ / 2
-  else:  # codes are in two's complement: their top bits change
+  elif levels != 3:  # codes are in two's complement: their top bits change
     bits = (levels - 1).bit_length()
-    codes_NZ ^= jnp.uint8(sum(1 << place for place in range(bits - 1, 8, bits)))
+    top = sum(1 << place for place in range(bits - 1, 24, bits)).to_bytes(3, "little")
+    codes_NZ ^= jnp.asarray(np.resize(np.frombuffer(top, np.uint8), len(codes_NZ)))[:, None]
   return lowbit_matmul(
     x_BTD,
     codes_NZ,
@@ -66,7 +78,9 @@ def packed_matmul(
   )
 
 
-def _levels(packed: Packed, format: Format, D: int, group: int) -> tuple[jax.Array, jax.Array]:
+def levels_of_groups(
+  packed: Mapping[str, jax.Array], format: Format, D: int, group: int
+) -> tuple[jax.Array, jax.Array]:
   """Returns the step between levels and the lowest level, [G, Z], of each group of entries."""
   codes, Z = code_range(format), packed["codes"].shape[0]
 

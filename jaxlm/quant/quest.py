@@ -92,8 +92,9 @@ def decode(encoded: Encoded, format: QuestFormat) -> jax.Array:
   """Returns the float32 values, still rotated, that codes and scales stand for."""
   codes_ZD, scale_Z1 = encoded.codes, encoded.scale[..., None]
   if format.levels == "fp4":
-    table = jnp.asarray(FP4_LEVELS, jnp.float32)
-    levels_ZD = jnp.sign(codes_ZD) * table[jnp.abs(codes_ZD)]
+    steps = [above - below for below, above in zip(FP4_LEVELS, FP4_LEVELS[1:])]
+    size_ZD = sum((jnp.abs(codes_ZD) > i) * step for i, step in enumerate(steps))
+    levels_ZD = jnp.sign(codes_ZD) * size_ZD
   elif format.levels == "ternary":
     levels_ZD = codes_ZD.astype(jnp.float32)
   else:

@@ -32,7 +32,7 @@ def fold_norms(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params
   A tied head becomes a weight of its own. The embedding keeps its mean: an RMSNorm, other than a
   LayerNorm, does not remove it. Raises UnsupportedError for norms of outputs.
   """
-  _check_layers(config)
+  check_layers(config)
   params = jax.tree.map(lambda w: w, params)
   offset = config.norm_offset
 
@@ -131,12 +131,12 @@ def draw_rotations(
   config: ModelConfig, key: jax.Array, draw: Callable = random_hadamard, dtype: Any = jnp.float32
 ) -> tuple[jax.Array, list[jax.Array]]:
   """Returns random R1 [D, D], and R2 [R, H, H] for each block of each stack."""
-  _check_layers(config)
+  check_layers(config)
   first, *others = jax.random.split(key, 1 + sum(len(specs) for specs, _ in config.stacks))
   r1_DD, r2 = draw(first, config.D, dtype), []
   specs = [(spec, repeats) for specs, repeats in config.stacks for spec in specs]
   for (spec, repeats), one in zip(specs, others):
-    assert isinstance(spec.mixer, AttentionConfig)  # _check_layers has looked
+    assert isinstance(spec.mixer, AttentionConfig)  # check_layers has looked
     H = spec.mixer.H
     r2.append(jnp.stack([draw(own, H, dtype) for own in jax.random.split(one, repeats)]))
   return r1_DD, r2
@@ -151,21 +151,21 @@ def _specs_and_blocks(config: ModelConfig, params: Params) -> list[tuple[Any, Pa
   return list(zip(specs, _blocks(params), strict=True))
 
 
-def _check_layers(config: ModelConfig) -> None:
-  """Raises UnsupportedError for parts through which a rotation cannot be carried."""
+def check_layers(config: ModelConfig) -> None:
+  """Raises UnsupportedError for parts through which factors of weights cannot be carried."""
   if config.post_norms:
     raise UnsupportedError("model.post_norms: norms of outputs do not commute with a rotation")
   for spec in config.layer_specs:
     kinds = type(spec.mixer), type(spec.feedforward)
     if kinds != (AttentionConfig, MlpConfig):
       names = " and ".join(kind.__name__ for kind in kinds)
-      rule = "rotations are written for attention and gated feed-forwards"
+      rule = "rotations and scaled channels are written for attention and gated feed-forwards"
       raise UnsupportedError(f"model: {rule}, not {names}")
 
 
 def check_folded(config: ModelConfig, params: Params) -> None:
   """Raises UserError where norms still have gains; of traced parameters it cannot tell."""
-  _check_layers(config)
+  check_layers(config)
   check(not config.tied, "model.tied", True, "fold the norms first: `fold_norms`")
   norms = [
     params["norm"],

@@ -49,7 +49,8 @@ def convert(
   """Writes a run's newest weights as a checkpoint, or a checkpoint as a run at step 0.
 
   `source` is the folder of a run or of a checkpoint, or `hf:owner/name`. A written checkpoint has
-  weights of type `dtype`, by default float32, in which runs keep theirs. A written run has
+  weights of type `dtype`, by default float32, in which runs keep theirs; those of a quantised model
+  stay in bytes, as compressed-tensors packs them. A written run has
   `config`, by default `tuning_config`; `dtype` must be None or float32 there. The tokenizer and
   what belongs to it go along: a text starts and ends with the same tokens. Returns what was
   written, in words. Raises UserError as `huggingface.load` and `save` do.
@@ -94,17 +95,20 @@ def write_checkpoint(run: SavedRun, published: Path, target: Path, dtype: np.dty
   model = run.config.model
   if model.max_length is None:
     model = dataclasses.replace(model, max_length=run.config.data.length)
-  params = jax.tree.map(lambda w: w.astype(dtype), run.params)
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, w: w if path[-1].key.startswith("packed_") else w.astype(dtype), run.params
+  )
   if (published / TOKENIZER_FILE).is_file():
     text_files = keep_text_files(published, run.tokenizer.eos, model.V)
   else:
     text_files = make_text_files(run.tokenizer, model.V, model.max_length or 0)
-    model, params = with_own_tokenizer(model, params)
+    plain, params = with_own_tokenizer(dataclasses.replace(model, quant=()), params)
+    model = dataclasses.replace(plain, quant=model.quant)
   with new_files_removed_if_failed(target):
     huggingface.save(target, model, params, text_files=text_files)
   names = ", ".join(["config.json", *text_files.files])
   line = f"{target}: weights of step {run.step} in {dtype}, {names}"
-  if not (published / TOKENIZER_FILE).is_file() and is_qwen2(model):
+  if not (published / TOKENIZER_FILE).is_file() and is_qwen2(dataclasses.replace(model, quant=())):
     line += "\nAutoTokenizer of transformers 5 gives other ids than this tokenizer.json in Qwen2's "
     line += f"layout; PreTrainedTokenizerFast.from_pretrained({str(target)!r}) reads it as it is"
   return line

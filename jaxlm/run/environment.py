@@ -66,16 +66,24 @@ def environment() -> dict[str, Any]:
   }
 
 
+def count_cores() -> int:
+  """Returns how many processor cores this process may use, as taskset or a container limits it."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
 @functools.cache
 def hardware() -> str:
-  """Returns the accelerator if there is one, the processor and the number of its cores."""
+  """Returns the accelerator if there is one, the processor and how many cores this process has."""
   processor = platform.machine()
   if Path("/proc/cpuinfo").exists():
     first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     about = dict(re.findall(r"^(.*?)\s*:\s*(.*)$", first, re.MULTILINE))
     numbers = f"family {about.get('cpu family')}, model {about.get('model')}"
     processor = f"{about.get('model name', processor)} ({numbers})"
-  machine = f"{os.cpu_count()} cores of {processor}"
+  cores = count_cores()
+  machine = f"{cores} core{'' if cores == 1 else 's'} of {processor}"
   if jax.default_backend() != "cpu":
     machine = f"{jax.devices()[0].device_kind}, {machine}"
   return machine

@@ -10,38 +10,42 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ComputeConfig, ModelConfig, check
-from jaxlm.config.formats import Format, UniformFormat
 from jaxlm.config.quant import find_spec
 from jaxlm.data.loader import heldout_batches, load_text
 from jaxlm.data.packing import Batch
 from jaxlm.models.parts import list_matmuls
 from jaxlm.paths import local_path
-from jaxlm.quant import gptq
-from jaxlm.quant.apply import turn
-from jaxlm.quant.capture import capture
 from jaxlm.quant.describe import describe, describe_cache
-from jaxlm.quant.groups import Encoded
 from jaxlm.quant.kurtosis import kurtosis_of_inputs
-from jaxlm.quant.pack_model import Solve, count_bytes, pack_model, packed_config
+from jaxlm.quant.pack_model import count_bytes, pack_model, packed_config
 from jaxlm.quant.scales import learned_scales, start_scales
 from jaxlm.recipes import Rules
 from jaxlm.run import packed
+from jaxlm.run.calibration import Method, solve_on_text
 from jaxlm.run.saved_run import SavedRun
 from pallas_kernels.common.errors import UserError
 
 
 def quantize(
-  saved: SavedRun, rules: Rules, target: str | Path, calibration_BT: jax.Array | None = None
+  saved: SavedRun,
+  rules: Rules,
+  target: str | Path,
+  method: Method = "nearest",
+  calibration_BT: jax.Array | None = None,
 ) -> list[str]:
   """Writes a folder with the model's weights in bytes; returns lines that say what it holds.
 
   `rules`, if there are any, take the place of those that the model was trained under; scales that
-  it has not learned start as for training. With ids for calibration GPTQ finds the codes, else
-  each weight is rounded to its nearest level.
+  it has not learned start as for training. Each weight is rounded to its nearest level, or other
+  methods find its code on ids for calibration.
   """
   folder = local_path(target, "target")
   config, params = with_rules(saved, rules)
-  solve = None if calibration_BT is None else gptq_solver(saved, config, calibration_BT)
+  solve = None
+  if method != "nearest":
+    rule = "needs ids to calibrate on"
+    check(calibration_BT is not None, "method", method, rule)
+    params, solve = solve_on_text(saved, config, params, method, cast(jax.Array, calibration_BT))
   packed_config, packed_params = pack_model(config, params, solve)
   train = dataclasses.replace(saved.config, model=packed_config, run=str(folder))
   model = packed.PackedModel(
@@ -50,27 +54,6 @@ def quantize(
   size = packed.save(folder, model)
   before = sum(leaf.nbytes for leaf in jax.tree.leaves(saved.params))
   return [f"{folder}: weights in {size:,} bytes, of {before:,} before ({size / before:.1%})"]
-
-
-def gptq_solver(saved: SavedRun, config: ModelConfig, ids_BT: jax.Array) -> Solve:
-  """Returns what finds the codes of each matmul under the rules of `config`, by GPTQ.
-
-  Inputs are those of the model as it was saved, all from one forward pass: errors of earlier layers
-  are not made up for by later ones.
-  """
-
-  def read(name: str, x_BTD: jax.Array, y_BTF: jax.Array) -> jax.Array:
-    x_BTD = turn(x_BTD, find_spec(config.quant, name).hadamard)
-    return gptq.hessian(x_BTD.reshape(-1, x_BTD.shape[-1]))
-
-  hessians = capture(saved.config.model, saved.params, ids_BT, read, saved.config.compute)
-
-  def solve(name: str, w_FD: jax.Array, format: Format) -> Encoded:
-    rule = f"has {format}: GPTQ is for equally spaced levels that are not learned"
-    check(isinstance(format, UniformFormat), "gptq", name, rule)
-    return gptq.solve(w_FD, hessians[name], cast(UniformFormat, format))
-
-  return solve
 
 
 def with_rules(

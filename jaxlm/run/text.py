@@ -16,10 +16,11 @@ from jaxlm.data.corpus import absolute_paths
 from jaxlm.data.loader import Batch, TextData, heldout_batches, load_text, train_loader
 from jaxlm.data.ring import in_ring_order
 from jaxlm.data.tokenizer import load_tokenizer
-from jaxlm.models import Transformer, roles
-from jaxlm.objectives import Weighted, next_token_loss
+from jaxlm.models import Head, Transformer, roles
+from jaxlm.objectives import Weighted, nested_loss, next_token_loss
 from jaxlm.quant.describe import describe
 from jaxlm.quant.first_step import check_probes, probe
+from jaxlm.quant.mix_and_match import slice_model
 from jaxlm.quant.scales import learned_scales, start_scales
 from jaxlm.run.lock import only_writer
 from jaxlm.run.loop import TrainResult
@@ -43,7 +44,9 @@ from jaxlm.train.evaluate import make_evaluator
 from jaxlm.train.schedule import with_new_steps
 from jaxlm.train.stages import Stages
 from jaxlm.train.task import Batches, Start, Task
+from pallas_kernels.common.errors import UnsupportedError
 from sharding.batches import globalize
+from sharding.context.order import Order
 from sharding.multihost import run_on_main_process
 
 
@@ -132,7 +135,11 @@ class TextTask(Task):
   def __init__(self, config: TrainConfig, text: TextData | None = None):
     self.config, self._text = config, text
     self.model = Transformer(config.model, config.compute)
-    self._evaluate = make_evaluator(self.objective)
+    self.slices = {
+      bits: Transformer(slice_model(config.model, bits), config.compute)
+      for bits in config.nested.bits
+    }
+    self._evaluate = make_evaluator(self.losses)
 
   @property
   def text(self) -> TextData:
@@ -164,9 +171,36 @@ class TextTask(Task):
   def objective(
     self, params: Any, model_state: Any, batch: Batch, key: jax.Array
   ) -> dict[str, Weighted]:
-    """Returns the terms of next-token prediction, without all logits in memory."""
+    """Returns the terms of next-token prediction, without all logits in memory.
+
+    Of several nested widths it is their weighted sum; logits are held where one teaches another.
+    """
     batch, order = in_ring_order(batch)
-    states_BTD = self.model.apply(
+    if not self.slices:
+      return self._loss(*self._run(self.model, params, batch, order, key), batch)
+    return nested_loss(
+      self.config.nested,
+      lambda bits: self._run(self.slices[bits], params, batch, order, key),
+      lambda states_BTD, head: self._loss(states_BTD, head, batch),
+      batch.weights_BT,
+    )
+
+  def losses(
+    self, params: Any, model_state: Any, batch: Batch, key: jax.Array
+  ) -> dict[str, Weighted]:
+    """Returns the loss of the model under its rules, and of each nested width by its name."""
+    batch, order = in_ring_order(batch)
+    models = {"loss": self.model} | {f"loss_int{r}": model for r, model in self.slices.items()}
+    return {
+      name: self._loss(*self._run(model, params, batch, order, key), batch)["loss"]
+      for name, model in models.items()
+    }
+
+  def _run(
+    self, model: Transformer, params: Any, batch: Batch, order: Order, key: jax.Array
+  ) -> tuple[jax.Array, Head]:
+    """Returns the last states [B, T, D] and the head that makes logits of them."""
+    states_BTD = model.apply(
       params,
       batch.inputs_BT,
       positions=batch.positions_BT,
@@ -176,12 +210,12 @@ class TextTask(Task):
       key=key if self.config.model.quant else None,
       logits=False,
     )
-    return self._loss(params, states_BTD, batch)
+    return states_BTD, model.head(params)
 
-  def _loss(self, params: Any, states_BTD: jax.Array, batch: Batch) -> dict[str, Weighted]:
+  def _loss(self, states_BTD: jax.Array, head: Head, batch: Batch) -> dict[str, Weighted]:
     return next_token_loss(
       states_BTD,
-      self.model.head(params),
+      head,
       batch.targets_BT,
       batch.weights_BT,
       self.config.z_loss,
@@ -189,15 +223,23 @@ class TextTask(Task):
     )
 
   def stages(self) -> Stages:
-    """Returns how the model runs in pipeline stages."""
-    return stages_of_text(self.model, self._loss)
+    """Returns how the model runs in pipeline stages; raises where it runs in several widths."""
+    if self.slices:
+      rule = "several widths of one model do not run in pipeline stages: mesh.stage must be 1"
+      raise UnsupportedError(f"nested.bits={self.config.nested.bits}: {rule}")
+
+    def loss(params: Any, states_BTD: jax.Array, batch: Batch) -> dict[str, Weighted]:
+      return self._loss(states_BTD, self.model.head(params), batch)
+
+    return stages_of_text(self.model, loss)
 
   def evaluate(
     self, params: Any, model_state: Any, rows: Any, limit: int | None = -1
   ) -> dict[str, float]:
     """Returns loss (nats per token), bits per byte and tokens of held-out text.
 
-    `limit` is the number of batches, by default the configuration's; None reads all.
+    `limit` is the number of batches, by default the configuration's; None reads all. Of a nested
+    width r there is "heldout_loss_intR".
     """
 
     def batches() -> Iterator[Batch]:
@@ -205,10 +247,11 @@ class TextTask(Task):
       for batch in heldout_batches(self.text, batch=self.config.batch, rows=rows, limit=most):
         yield globalize(batch, self.config.batch)
 
-    total = self._evaluate(params, model_state, batches())["loss"]
+    totals = self._evaluate(params, model_state, batches())
+    total = totals["loss"]
     loss = float(total.mean())
     return {
-      "heldout_loss": loss,
+      **{f"heldout_{name}": float(term.mean()) for name, term in totals.items()},
       "bits_per_byte": self.text.bits_per_byte(loss),
       "tokens": int(total.den),
     }
@@ -238,14 +281,16 @@ class TextTask(Task):
   def matmuls(self) -> list[str]:
     """Returns the table of matmuls and their formats, where there are rules."""
     model = self.config.model
-    return describe(model, self.config.compute.dtype) if model.quant else []
+    lines = describe(model, self.config.compute.dtype) if model.quant else []
+    return lines + ([f"trained together: {self.config.nested}"] if self.slices else [])
 
   def flops(self, batch: Batch) -> float:
-    """Returns the matmul FLOPs of forward and backward on these rows."""
+    """Returns the matmul FLOPs of forward and backward on these rows, of every nested width."""
     positions_BT = batch.positions_BT
     if positions_BT is None:
       positions_BT = np.broadcast_to(np.arange(batch.weights_BT.shape[1]), batch.weights_BT.shape)
-    return train_flops_of_rows(self.config.model, positions_BT, batch.weights_BT > 0)
+    flops = train_flops_of_rows(self.config.model, positions_BT, batch.weights_BT > 0)
+    return flops * self.config.nested.passes
 
   def save(self, folder: Path) -> None:
     """Writes the tokenizer, what the initial checkpoint says of it, and the digests of the text."""

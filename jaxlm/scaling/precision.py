@@ -227,7 +227,8 @@ def _law_of(
     source=f"fit of {len(runs)} runs",
   )
   others = _other_formats(runs, reference)
-  efficiency = {reference: 1.0} | {name: math.exp(v) for name, v in zip(others, log_eff)}
+  log_eff_F = np.clip(log_eff, -300, 300)  # where alpha is about 0, eff is anything
+  efficiency = {reference: 1.0} | dict(zip(others, np.exp(log_eff_F).tolist()))
   return EfficiencyLaw(base=base, efficiency=efficiency, source=base.source)
 
 

@@ -238,7 +238,7 @@ def _cost(config: TrainConfig, tokens: float) -> Row:
     "body": parts.blocks + model.D,
     "head": model.D * model.V,
     "embedding": 0 if model.tied else parts.embedding,
-    "flops": train_flops_per_token(model, config.data.length) * tokens,
+    "flops": train_flops_per_token(model, config.data.length) * tokens * config.nested.passes,
   }
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from types import ModuleType
 from typing import Any, Literal
@@ -21,23 +22,11 @@ from pallas_kernels.common.shards import (
   sharded_axes,
   vary_together,
 )
-from pallas_kernels.delta_attention import (
-  autodiff,
-  checks,
-  pallas_gpu,
-  pallas_tpu,
-  reference,
-  xla,
-)
+from pallas_kernels.delta_attention import autodiff, checks, reference
 from pallas_kernels.delta_attention.terms import GateParameters, Options, Tokens
 
 Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
-MODULES: dict[str, ModuleType] = {
-  "xla": xla,
-  "pallas_tpu": pallas_tpu,
-  "pallas_gpu": pallas_gpu,
-}
 Gate = Literal["softplus", "lower_bound"]
 
 
@@ -152,11 +141,16 @@ def choose(implementation: Implementation | None, tokens: Tokens, options: Optio
   """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
 
   def unsupported(name: str) -> str | None:
-    return MODULES[name].unsupported(tokens, options)
+    return load(name).unsupported(tokens, options)
 
   return choose_implementation(
     "delta_attention", implementation, KERNELS, unsupported, options.interpret
   )
+
+
+def load(name: str) -> ModuleType:
+  """Returns the module of an implementation, imported when it is first chosen."""
+  return importlib.import_module(f"{__package__}.{name}")
 
 
 def _optional_array(x: Any) -> jax.Array | None:
@@ -176,7 +170,7 @@ def _local(
     return jnp.zeros_like(tokens.v), state_BNKV
   if name == "reference":
     return reference.attend(tokens, parameters, state_BNKV, options)
-  return autodiff.attend(tokens, parameters, state_BNKV, MODULES[name], options)
+  return autodiff.attend(tokens, parameters, state_BNKV, load(name), options)
 
 
 def _on_shards(

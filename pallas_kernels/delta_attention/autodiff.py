@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.delta_attention import pallas_tpu
 from pallas_kernels.delta_attention.confine import (
   all_finite,
   clean,
@@ -46,7 +45,7 @@ def attend(
 def _forward(tokens, gate, state_BNKV, module: ModuleType, options: Options, *, save: bool = True):
   inputs = tokens, gate, state_BNKV
   confined = functools.partial(_confined_forward, module=module, options=options, save=save)
-  if module is not pallas_tpu:
+  if module.__name__ != f"{__package__}.pallas_tpu":
     fine, results = None, confined(inputs)
   else:
     results = module.forward(*inputs, options, save=save)

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.checks import check, check_choice, check_dtype, check_shape
 from pallas_kernels.common.chips import find_chip
@@ -137,6 +136,8 @@ def multiplies(left: str, right: str) -> bool:
   """Tells whether the chip that is traced for has a matrix unit for codes of these formats."""
   dtypes = FORMATS[left].dtype, FORMATS[right].dtype
   if platform() == "tpu":
+    from jax.experimental.pallas import tpu as pltpu
+
     return pltpu.get_tpu_info().is_matmul_supported(*dtypes)
   chip = find_chip(device_kind()) if platform() == "gpu" else None
   rate = None if chip is None else chip.int8_flops if left == "int8" else chip.fp8_flops

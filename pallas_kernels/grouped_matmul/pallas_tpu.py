@@ -27,7 +27,12 @@ from pallas_kernels.common.platform import why_no_tpu
 from pallas_kernels.common.shards import varying_struct
 from pallas_kernels.fp8_matmul import blocks as fp8_blocks
 from pallas_kernels.fp8_matmul.codes import Contraction, Quantized
-from pallas_kernels.fp8_matmul.pallas_tpu import multiply, quantize, scale_blocks
+from pallas_kernels.fp8_matmul.pallas_tpu import (
+  multiply,
+  quantize,
+  scale_blocks,
+  spread_over_lanes,
+)
 from pallas_kernels.grouped_matmul.segments import Segments
 
 megablox: Any = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
@@ -56,10 +61,6 @@ def unsupported(
   ):
     return f"w_EKN.shape={w_EKN.shape}: rows of this width do not fit in VMEM"
   return None
-
-
-def _vmem(interpret: Any) -> int:
-  return 64 * 2**20 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
 
 
 def rows_tile(T: int, P: int, C: int, size: int, interpret: Any) -> fp8_blocks.Tile | None:
@@ -226,17 +227,6 @@ def rows_kernel(
   y_QP[...] = jnp.where(own_QP, sums_PQ[...].T, others_QP).astype(y_QP.dtype)
 
 
-def code_product(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-  """Contracts codes: integers in int32, then float32."""
-  product = jax.lax.dot_general(
-    a,
-    b,
-    (((axes[0],), (axes[1],)), ((), ())),
-    preferred_element_type=jnp.int32 if a.dtype == jnp.int8 else jnp.float32,
-  )
-  return product.astype(jnp.float32)
-
-
 def weights(
   left: Any, right: Any, segments: Segments, how: Contraction, interpret: Any
 ) -> jax.Array:
@@ -265,33 +255,37 @@ def quantized_weights(
   """Returns the gradient of every matrix that has rows; other groups' are not written."""
   K, N = left.codes.shape[1], right.codes.shape[1]
   E, S = segments.sizes_E.shape[0], segments.group_S.shape[0]
+  chip = fp8_blocks.core(interpret)
   sizes = (LANES,) if interpret else (1024, 512, 256, 128)
   k, n = (next(size for size in sizes if axis % size == 0) for axis in (K, N))
-
-  def rows_of(size: int, which: int) -> pl.BlockSpec:
-    return pl.BlockSpec((LANES, size), lambda *at: (at[2], at[which]))
 
   def scales_of(size: int, which: int) -> pl.BlockSpec:
     return pl.BlockSpec((1, 1, size), lambda *at: (at[2], 0, at[which]))
 
   return pl.pallas_call(
-    weights_kernel,
+    functools.partial(weights_kernel, part=min(k, n, 512)),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=(K // k, N // n, segments.used),
-      in_specs=[rows_of(k, 0), scales_of(k, 0), rows_of(n, 1), scales_of(n, 1)],
+      in_specs=[
+        pl.BlockSpec((k, LANES), lambda i, j, s, group: (i, s)),
+        scales_of(k, 0),
+        pl.BlockSpec((LANES, n), lambda i, j, s, group: (s, j)),
+        scales_of(n, 1),
+      ],
       out_specs=pl.BlockSpec((1, k, n), lambda i, j, s, group: (group[s], i, j)),
     ),
     out_shape=varying_struct((E, K, N), jnp.float32, left.codes),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"),
-      vmem_limit_bytes=int(0.9 * _vmem(interpret)),
+      vmem_limit_bytes=int(0.9 * chip.vmem),
+      flags=chip.flags,
     ),
     interpret=interpret,
     name="grouped_matmul_weights",
   )(
     segments.group_S,
-    left.codes,
+    left.codes.T,
     left.scales.reshape(S, 1, K),
     right.codes,
     right.scales.reshape(S, 1, N),
@@ -299,15 +293,27 @@ def quantized_weights(
 
 
 def weights_kernel(
-  group: Any, x_BK: Any, x_scales: Any, dy_BN: Any, dy_scales: Any, dw_1KN: Any
+  group: Any,
+  x_KB: Any,
+  x_scales: Any,
+  dy_BN: Any,
+  dy_scales: Any,
+  dw_1KN: Any,
+  *,
+  part: int,
 ) -> None:
-  """Adds the product of one block of rows to its group's gradient."""
+  """Adds the product of one block of rows to its group's gradient, part by part."""
   block = pl.program_id(2)
 
   @pl.when((block == 0) | (group[block] != group[jnp.maximum(block - 1, 0)]))
   def start() -> None:
     dw_1KN[...] = jnp.zeros_like(dw_1KN)
 
-  columns_K1 = jnp.broadcast_to(x_scales[0], (LANES, x_BK.shape[1])).T[:, :1]
-  product_KN = code_product(x_BK[...], dy_BN[...], (0, 0))
-  dw_1KN[0] += product_KN * columns_K1 * dy_scales[0]
+  _, K, N = dw_1KN.shape
+  for k in range(0, K, part):
+    rows = slice(k, k + part)
+    columns = jnp.concatenate([spread_over_lanes(x_scales[0, :, rows])] * (part // LANES), axis=1)
+    for n in range(0, N, part):
+      at = slice(n, n + part)
+      product = multiply(x_KB[rows], dy_BN[:, at], native=True)
+      dw_1KN[0, rows, at] += product * dy_scales[0, :, at] * columns

@@ -4,8 +4,10 @@ A 32-bit word holds neighbouring codes of K, low bits first. Shifting it and tak
 each half gives two codes at a time; put at the top of the mantissa of 1.0 they are bfloat16
 numbers, 1 + field / 2^bits, exactly, at three vector operations for 2048 weights. The matrix unit
 multiplies them with X, whose columns are permuted to match, and the constants come off again with
-the sum of X's columns. Where several groups share a unit of K, X's rows are repeated with the other
-groups' columns zero, so that every group's product is a row of its own to be scaled.
+the sum of X's columns. Codes of int3 cross words: one has ten whole ones and the first bits of an
+eleventh. Trits are divided by 3 in both halves of a word at once. Where several groups share a unit
+of K, X's rows are repeated with the other groups' columns zero, so that every group's product is a
+row of its own to be scaled.
 
 Values are tested in Pallas's interpreter and in the simulator of a TPU; compiled ahead of time for
 v5e, v5p, v6e and tpu7x. No TPU has run it.
@@ -16,6 +18,7 @@ v5e, v5p, v6e and tpu7x. No TPU has run it.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +43,8 @@ class Plan(NamedTuple):
   form: Format
   inner: int
   """of a unit: K that is unpacked at a time"""
+  order: tuple[int, ...]
+  """which k of a unit each row of unpacked weights has; -1: none, its X is zero"""
   units: int
   group: int
   rows: int
@@ -71,8 +76,8 @@ def unsupported(
 
 
 def unit_size(form: Format) -> int:
-  """Returns the K of a unit: at least 128, and whole registers of words."""
-  return max(LANES, 8 * 32 // form.bits)
+  """Returns the K of a unit: a multiple of 128, and whole registers of words."""
+  return math.lcm(LANES, math.lcm(8, form.bytes) * 4 * form.codes // form.bytes)
 
 
 def make_plan(
@@ -81,6 +86,7 @@ def make_plan(
   """Returns the sizes on the chip at hand; None if not even the smallest tile fits in VMEM."""
   form, (M, K) = FORMATS[dtype], x_MK.shape
   inner = unit_size(form)
+  order = column_order(form, inner)
   units = -(-K // inner)
   vmem = 64 * 2**20 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
   shared = max(1, inner // group)
@@ -88,12 +94,12 @@ def make_plan(
   for rows, columns in ((256, 512), (128, 512), (64, 512), (16, 512), (16, 256), (16, 128)):
     rows = min(rows, round_up(M, 16))
     columns = min(columns, LANES) if interpret else columns
-    x_bytes = units * inner * shared * rows * 2 * parts
-    w_bytes = units * inner * columns * form.bits // 8 + 8 * columns * max(8, K // group)
+    x_bytes = units * len(order) * shared * rows * 2 * parts
+    w_bytes = units * form.bytes_of(inner) * columns + 8 * columns * max(8, K // group)
     if 2 * (x_bytes + w_bytes + 8 * rows * columns) < 0.6 * vmem:
       unrolled = next(count for count in (16, 8, 4, 2, 1) if units % count == 0)
       columns = N if N < LANES else min(columns, round_up(N, LANES))
-      return Plan(form, inner, units, group, rows, columns, unrolled, vmem)
+      return Plan(form, inner, order, units, group, rows, columns, unrolled, vmem)
   return None
 
 
@@ -111,7 +117,7 @@ def multiply(
   plan = make_plan(x_MK, N, group, dtype, interpret)
   assert plan is not None, "unsupported() has let through what does not fit"
   x_UPJMI = arrange(x_MK, plan)
-  packed = pad_axis(packed, plan.units * plan.inner // plan.form.per_byte, 0)
+  packed = pad_axis(packed, plan.units * plan.form.bytes_of(plan.inner), 0)
   if interpret:  # XLA's folding of constants gives wrong numbers on CPU (jax 0.10.2)
     packed = jax.lax.optimization_barrier(packed)
   group_count = max(plan.units * plan.shared, scales_GN.shape[0]) if plan.shared > 1 else 0
@@ -123,7 +129,7 @@ def multiply(
   def columns_of(array: jax.Array) -> pl.BlockSpec:
     return pl.BlockSpec((array.shape[0], plan.columns), lambda m, n: (0, n))
 
-  x_block = (*x_UPJMI.shape[:3], plan.rows, plan.inner)
+  x_block = (*x_UPJMI.shape[:3], plan.rows, len(plan.order))
   return pl.pallas_call(
     functools.partial(kernel, plan=plan),
     grid=(x_UPJMI.shape[3] // plan.rows, pl.cdiv(N, plan.columns)),
@@ -148,8 +154,8 @@ def arrange(x_MK: jax.Array, plan: Plan) -> jax.Array:
   x_MUI = x_MK.reshape(x_MK.shape[0], plan.units, plan.inner)
   group_I = np.arange(plan.inner) // plan.group if plan.shared > 1 else np.zeros(plan.inner, int)
   own_JI = group_I[None] == np.arange(plan.shared)[:, None]
-  order = column_order(plan)
-  x_UMI, own_JI = x_MUI[:, :, order].swapaxes(0, 1), own_JI[:, order]
+  order = np.array(plan.order)
+  x_UMI, own_JI = x_MUI[:, :, order].swapaxes(0, 1), own_JI[:, order] & (order >= 0)
   parts = []
   for _ in range(1 if x_MK.dtype == jnp.bfloat16 else 3):
     parts.append(x_UMI.astype(jnp.bfloat16))
@@ -158,24 +164,36 @@ def arrange(x_MK: jax.Array, plan: Plan) -> jax.Array:
   return jnp.where(jnp.asarray(own_JI)[None, None, :, None], x_UP1MI, jnp.zeros((), jnp.bfloat16))
 
 
-def column_order(plan: Plan) -> np.ndarray:
-  """Returns which k of a unit each row of unpacked weights has."""
-  k = np.arange(plan.inner)
-  if plan.form.bits == 8:
-    return k
-  count = 32 // plan.form.bits  # codes of a word: a plane takes one of each half
-  return k.reshape(-1, 2, count // 2).transpose(2, 0, 1).reshape(-1)
+def column_order(form: Format, inner: int) -> tuple[int, ...]:
+  """Returns which k of a unit each row of unpacked weights has, -1 for none.
+
+  A plane has one code of each half of every word.
+  """
+  k = np.arange(inner)
+  if form.bits == 8:
+    return tuple(k.tolist())
+  words = np.arange(form.bytes_of(inner) // 4)
+  if form.is_digits:
+    planes = [5 * (4 * words + byte) + i for byte in (0, 1) for i in range(5)]
+    return tuple(int(k) for plane in planes for first in plane for k in (first, first + 10))
+  if form.bits == 3:
+    first = (32 * words + 2) // 3  # the first code that begins in each word
+    planes = [np.stack([first + i, first + i + 1], 1) for i in range(0, 10, 2)]
+    planes.append(np.stack([np.where(words % 3 < 2, first + 10, -1), 0 * words - 1], 1))
+    return tuple(np.concatenate(planes).reshape(-1).tolist())
+  count = 32 // form.bits
+  return tuple(k.reshape(-1, 2, count // 2).transpose(2, 0, 1).reshape(-1).tolist())
 
 
 def kernel(x_UPJMI: Any, packed: Any, scales: Any, *rest: Any, plan: Plan) -> None:
   """Multiplies a block of rows by a block of columns."""
   *zeros, y_RC, sum_RC = rest
   sum_RC[...] = jnp.zeros_like(sum_RC)
-  bytes_of_unit = plan.inner // plan.form.per_byte
+  bytes_of_unit = plan.form.bytes_of(plan.inner)
   if plan.form.bits == 8:
     factor, offset = 1.0, 0.0
-  elif plan.form.bits == 1:
-    factor, offset = 4.0, 1.25  # fields 0 and 1 are -1 and 1
+  elif plan.form.bits == 1 or plan.form.is_digits:
+    factor, offset = 4.0, 1.25  # fields 0 and 1 are -1 and 1; digits 0, 1, 2 are -1, 0, 1
   else:
     factor, offset = 2.0**plan.form.bits, 1.5
 
@@ -214,19 +232,63 @@ def unpack_unit(bytes_BC: jax.Array, form: Format) -> jax.Array:
     codes = pltpu.bitcast(bytes_BC, jnp.int8).astype(jnp.int32)
     return codes.astype(jnp.float32).astype(jnp.bfloat16)
   words = pltpu.bitcast(bytes_BC, jnp.int32)
+  if form.is_digits or form.bits == 3:
+    planes = unpack_digits(words) if form.is_digits else unpack_int3(words)
+    ones = as_int32(ONE_BITS)
+    return jnp.concatenate([pltpu.bitcast(plane | ones, jnp.bfloat16) for plane in planes], axis=0)
   if form.bits > 1:  # from two's complement
     words = words ^ as_int32(sum(2 ** (form.bits - 1) << i for i in range(0, 32, form.bits)))
   top = MANTISSA - form.bits
   fields = as_int32(((2**form.bits - 1) << top) * 0x10001)
   planes = []
   for plane in range(16 // form.bits):
-    shift = plane * form.bits - top
-    if shift < 0:
-      moved = jax.lax.shift_left(words, np.int32(-shift))
-    else:
-      moved = jax.lax.shift_right_logical(words, np.int32(shift))
+    moved = shift_right(words, plane * form.bits - top)
     planes.append(pltpu.bitcast((moved & fields) | as_int32(ONE_BITS), jnp.bfloat16))
   return jnp.concatenate(planes, axis=0)
+
+
+def unpack_int3(words_WC: jax.Array) -> list[jax.Array]:
+  """Returns planes of 3-bit fields at the top of the mantissa, one in each half of a word.
+
+  Word w begins with bit w mod 3 of a code's; of its eleventh code the rest is in the next word.
+  """
+  row_WC = jax.lax.broadcasted_iota(jnp.int32, words_WC.shape, 0)
+  skipped_WC = row_WC - 3 * ((row_WC * 11) >> 5)  # w mod 3, for less than 32 words
+  aligned_WC = jax.lax.shift_right_logical(words_WC, skipped_WC)
+  top, field = MANTISSA - 3, as_int32(0b111)
+  planes = []
+  for i in range(0, 10, 2):
+    low_WC = shift_right(aligned_WC, 3 * i - top) & (field << top)
+    high_WC = shift_right(aligned_WC, 3 * (i + 1) - top - 16) & (field << (top + 16))
+    planes.append(low_WC | high_WC)
+  next_WC = pltpu.roll(words_WC, words_WC.shape[0] - 1, 0)
+  begun_WC = jax.lax.shift_right_logical(words_WC, jnp.minimum(30 + skipped_WC, 31))
+  rest_WC = jax.lax.shift_left(next_WC, 2 - skipped_WC)
+  planes.append(shift_right((begun_WC | rest_WC) & field, -top))
+  sign = as_int32(0b100 * 0x10001 << top)  # from two's complement
+  return [plane ^ sign for plane in planes]
+
+
+def unpack_digits(words_WC: jax.Array) -> list[jax.Array]:
+  """Returns planes of digits to the base 3 at the top of the mantissa, one in each half of a word.
+
+  The quotient of a byte b by 3 is 171 b / 512, rounded down.
+  """
+  planes = []
+  for byte in (0, 1):
+    values_WC = shift_right(words_WC, 8 * byte) & as_int32(0xFF00FF)
+    for _ in range(5):
+      quotients_WC = shift_right(values_WC * np.int32(171), 9) & as_int32(0x7F007F)
+      planes.append(shift_right(values_WC - 3 * quotients_WC, 2 - MANTISSA))
+      values_WC = quotients_WC
+  return planes
+
+
+def shift_right(words: jax.Array, count: int) -> jax.Array:
+  """Returns words shifted to the right by this many bits, to the left where there are below 0."""
+  if count < 0:
+    return jax.lax.shift_left(words, np.int32(-count))
+  return jax.lax.shift_right_logical(words, np.int32(count))
 
 
 def as_int32(bits: int) -> np.int32:

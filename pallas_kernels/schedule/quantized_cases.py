@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -55,20 +57,33 @@ def hadamard_cases() -> Iterator[Case]:
 
 
 def grouped_cases() -> Iterator[Case]:
-  """Yields the forward product of 8 equal groups, in codes, at the shape of JAX's megablox."""
+  """Yields products of 8 equal groups, in codes, at the shape of JAX's megablox.
+
+  The gradient of the rows is the kernel of the forward product.
+  """
   T, K, N, E = 8192, 2048, 2048, 8
   sizes_E = np.full(E, T // E, np.int32)
   formats: tuple[CodesName, ...] = ("int8", "e4m3fn")
   for dtype in formats:
+
+    def product(x_TK: Any, w_EKN: Any, sizes_E: Any, dtype: CodesName = dtype) -> jax.Array:
+      return grouped_matmul(x_TK, w_EKN, sizes_E, dtype=dtype, implementation="pallas_tpu")
+
+    def gradients(x_TK: Any, w_EKN: Any, sizes_E: Any, dy_TN: Any, product: Any = product) -> Any:
+      y_TN, pullback = jax.vjp(lambda x, w: product(x, w, sizes_E), x_TK, w_EKN)
+      return y_TN, pullback(dy_TN)
+
+    shape, args = f"{T} rows x {K} x {N}, {E} equal groups", (array(T, K), array(E, K, N), sizes_E)
+    flops = 2.0 * T * K * N
+    name = f"grouped_matmul in {dtype}"
+    yield Case(name=name, shape=shape, fn=product, args=args, flops=flops, kernel="grouped_matmul")
     yield Case(
-      name=f"grouped_matmul in {dtype}",
-      shape=f"{T} rows x {K} x {N}, {E} equal groups",
-      fn=lambda x, w, sizes, dtype=dtype: grouped_matmul(
-        x, w, sizes, dtype=dtype, implementation="pallas_tpu"
-      ),
-      args=(array(T, K), array(E, K, N), sizes_E),
-      flops=2.0 * T * K * N,
-      kernel="grouped_matmul",
+      name=f"{name}, dW",
+      shape=shape,
+      fn=gradients,
+      args=(*args, array(T, N)),
+      flops=flops,
+      kernel="grouped_matmul_weights",
     )
 
 
@@ -77,7 +92,7 @@ def lowbit_cases() -> Iterator[Case]:
   M, K, N = 16, 4096, 14336
   formats: tuple[PackedName, ...] = ("int8", "int4", "int2", "binary")
   for dtype in formats:
-    packed = array(K * FORMATS[dtype].bits // 8, N, dtype=jnp.uint8)
+    packed = array(FORMATS[dtype].bytes_of(K), N, dtype=jnp.uint8)
     yield Case(
       name=f"lowbit_matmul, {dtype}",
       shape=f"{M} x {K} x {N}, groups of 128",

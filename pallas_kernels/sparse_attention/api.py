@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -19,16 +20,7 @@ from pallas_kernels.attention.checks import check_spread_alike
 from pallas_kernels.common.checks import check, check_choice, check_dtype, check_shape
 from pallas_kernels.common.platform import choose_implementation
 from pallas_kernels.common.shards import check_not_sharded, run_on_shards, sharded_axes
-from pallas_kernels.sparse_attention import (
-  checks,
-  nonfinite,
-  pallas_gpu,
-  pallas_tpu,
-  reference,
-  selection,
-  window,
-  xla,
-)
+from pallas_kernels.sparse_attention import checks, nonfinite, reference, selection, window
 from pallas_kernels.sparse_attention.compression import block_starts
 from pallas_kernels.sparse_attention.places import (
   PAPER_SIZES,
@@ -39,8 +31,7 @@ from pallas_kernels.sparse_attention.places import (
 )
 
 Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
-KERNELS: dict[str, ModuleType] = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
-KERNEL_ON = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 class Selection(NamedTuple):
@@ -246,8 +237,14 @@ def nsa_selected_attention(
   name = choose(implementation, q_BTNH, k_BSKH, v_BSKU, options)
   local = functools.partial(_attend_locally, name=name, options=options)
   arrays, rows = (q_BTNH, k_BSKH, v_BSKU), (positions_BT, segment_ids_BS)
-  o_BTNU, lse_BTN = _on_shards(local, arrays, (indices_BTKI,), rows, 2, fused=name in KERNELS)
+  fused = name in KERNELS.values()
+  o_BTNU, lse_BTN = _on_shards(local, arrays, (indices_BTKI,), rows, 2, fused)
   return o_BTNU, lse_BTN
+
+
+def load(name: str) -> ModuleType:
+  """Returns the module of an implementation, imported when it is first chosen."""
+  return importlib.import_module(f"{__package__}.{name}")
 
 
 def choose(
@@ -260,10 +257,10 @@ def choose(
   """Returns the implementation to run; raises UnsupportedError when the named one cannot."""
 
   def unsupported(name: str) -> str | None:
-    return KERNELS[name].unsupported(q_BTNH, k_BSKH, v_BSKU, options)
+    return load(name).unsupported(q_BTNH, k_BSKH, v_BSKU, options)
 
   return choose_implementation(
-    "nsa_selected_attention", implementation, KERNEL_ON, unsupported, options.interpret
+    "nsa_selected_attention", implementation, KERNELS, unsupported, options.interpret
   )
 
 
@@ -317,8 +314,7 @@ def _attend_locally(
     dtype = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     return jnp.zeros((B, T, N, U), q_BTNH.dtype), jnp.full((B, T, N), -jnp.inf, dtype)
   places = make_places(T, S, positions_BT, segment_ids_BS)
-  implementations = {"reference": reference, "xla": xla, **KERNELS}
-  return implementations[name].attend(q_BTNH, k_BSKH, v_BSKU, indices_BTKI, places, options)
+  return load(name).attend(q_BTNH, k_BSKH, v_BSKU, indices_BTKI, places, options)
 
 
 def _window(q_BTNH, k_BSKH, v_BSKU, positions_BT, segment_ids_BS, sizes, scale, dense):

@@ -24,7 +24,7 @@ def test_a_report_names_command_hardware_and_versions(monkeypatch, tmp_path, cap
   monkeypatch.setattr("sys.argv", ["x", "--turns", "3"])
   page = table.report("Title", "body", "jax", "no_such_library")
   assert re.search(r"^    python .* --turns 3$", page, re.MULTILINE)
-  versions = r"\d+ cores of .+, Python 3\.\d+\.\d+, jax \d+\.\d+\S*, no_such_library not installed"
+  versions = r"\d+ cores? of .+, Python 3\.\d+\.\d+, jax \d+\.\d+\S*, no_such_library not installed"
   assert re.search(rf"^20\d\d-\d\d-\d\d; {versions}$", page, re.MULTILINE)
   table.publish(page, tmp_path / "results/page.md")
   assert (tmp_path / "results/page.md").read_text() == page == capsys.readouterr().out[:-1]

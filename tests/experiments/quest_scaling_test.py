@@ -60,7 +60,7 @@ def test_the_published_table_gives_the_published_values():
 def test_runs_that_are_too_short_show_no_gap_and_are_no_part_of_the_law():
   rows = rows_of({}, noise=0.0)
   assert len(efficiency.fit(rows)[0].runs) == len(rows) - 2 * (1 + len(efficiency.PUBLISHED))
-  gap = efficiency.gaps(rows)["QuEST W2A2"]
+  gap = efficiency.gaps(rows, "QuEST W2A2")
   assert list(gap) == [1.5, 20, 60] and gap[1.5] == 0 and gap[20] == pytest.approx(gap[60]) != 0
 
 

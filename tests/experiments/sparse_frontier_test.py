@@ -10,6 +10,8 @@ from experiments.synthetic import mixer, stacked
 from jaxlm.models import Transformer
 from pallas_kernels.common.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 QUEST, OTHERS, LINES = 0.97, 0.9, 0.6
 
 

@@ -150,7 +150,12 @@ def test_the_verdict_follows_the_rows(study, loss, verdict):
 
 
 @pytest.mark.slow
-def test_the_isoflop_study_finds_the_exponent_of_a_law():
+def test_the_isoflop_study_finds_the_exponent_of_a_law(monkeypatch):
+  """Ten resamples are enough: intervals alone depend on their number."""
+  module = importlib.import_module("experiments.isoflop.run")
+  compare = module.compare
+  monkeypatch.setattr(module, "compare", lambda *a, **k: compare(*a, **k | {"samples": 10}))
+
   def loss(row):
     if row["seed"] >= 100:
       return 2 + math.log(row["optimizer.learning_rate"] / 0.015) ** 2
@@ -167,7 +172,7 @@ def test_what_two_cores_train_fits_their_time(study):
   smoke, rows = planned(study, "smoke"), planned(study, "cpu")
   assert len({row["run"].shape for row in smoke}) <= 12
   assert sum(row["flops"] for row in smoke) < 2e11
-  assert sum(row["flops"] for row in rows) < 1.5e13  # at 20 GFLOP/s 12.5 minutes
+  assert sum(row["flops"] for row in rows) < 3e13  # at 20 GFLOP/s 25 minutes
   assert max(row["tokens"] for row in rows) < 9e6  # the standard library, once
   assert min(row["step"] for row in rows) >= 60
 

@@ -178,7 +178,9 @@ def test_ctrl_c_once_saves_and_exits_130(interrupted):
 
 
 @pytest.mark.slow
-def test_resume_finishes_what_was_stopped_and_sample_and_eval_use_it(interrupted):
+def test_resume_finishes_what_was_stopped_and_sample_and_eval_use_it(
+  interrupted, monkeypatch, capsys
+):
   ours, _, _ = interrupted
   folder = ours.path.parent
   before = list(read_records(ours.metrics))
@@ -192,12 +194,14 @@ def test_resume_finishes_what_was_stopped_and_sample_and_eval_use_it(interrupted
   assert json.loads(ours.config.read_text())["steps"] == last + 4
 
   words = "sample run --prompt".split() + ["def f", *"--max_new 12 -n 2".split()]
-  status, printed = run(folder, *words)
-  assert status == 0, printed
+  monkeypatch.chdir(folder)
+  assert main(words) == 0
+  printed = capsys.readouterr().out
   assert printed.count("def f") >= 2
-  assert run(folder, *words)[1] == printed  # the seed decides
-  status, printed = run(folder, "eval", "run")
-  assert status == 0, printed
+  assert main(words) == 0
+  assert capsys.readouterr().out == printed  # the seed decides
+  assert main(["eval", "run"]) == 0
+  printed = capsys.readouterr().out
   found = re.findall(r"^  (\w[\w ]*?) +([\d.]+)$", printed, re.MULTILINE)
   bits = {name: float(value) for name, value in found}
   assert "this model" in bits and len(bits) >= 3 and all(0 < value < 9 for value in bits.values())

@@ -5,6 +5,8 @@ import pytest
 from jaxlm.cli import main
 from jaxlm.scaling.published import gadre, porian
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 @pytest.fixture
 def table(tmp_path):

@@ -6,6 +6,8 @@ import pytest
 
 from jaxlm.cli import main
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 SMALL = (
   "--model.D 16 --model.pattern.0.feedforward.F 16 --model.pattern.0.mixer.H 8 "
   "--mesh.data 1 --data.length 16 --optimizer.warmup 1 "

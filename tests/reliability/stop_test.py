@@ -49,7 +49,7 @@ def test_ctrl_c_twice_leaves_at_once_though_a_checkpoint_is_being_written(folder
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM", "--stop_after"])
 def test_two_processes_stop_at_the_same_step_whichever_of_them_is_asked(folder, how):
-  stop = second_of_two(folder, how)
+  stop = second_of_two(folder, how, "10s")
   assert stop.statuses == (RESUMABLE, RESUMABLE), stop.printed
   assert (
     f"stopped and saved at step {stop.last} of 100000" in stop.printed and stop.saved == stop.last

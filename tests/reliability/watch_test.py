@@ -11,6 +11,8 @@ from jaxlm.cli import main
 from jaxlm.run.run_folder import RunFolder, read_records
 from jaxlm.run.watch import Watch
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 class Impatient(Watch):
   LEAST, COMPILING, EVERY = 0.1, 0.1, 0.01

@@ -8,6 +8,8 @@ import pytest
 from benchmarks.reliability.processes import SMALL, finish, run, start_python, write_corpus
 from jaxlm.cli.programs import prune
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 UNSET = """
 import os
 os.environ.pop("JAX_COMPILATION_CACHE_DIR")

@@ -63,6 +63,7 @@ SIZES = {
   LsqFormat(bits=2): (32, 4),
   BitnetFormat(): (26, 4),
   ParetoqFormat(bits="1"): (16 + 4, 0),
+  ParetoqFormat(bits="ternary"): (26 + 4, 0),
   ParetoqFormat(bits="2"): (32 + 4, 0),
   QuestFormat(levels="int4"): (64 + 4, 0),
   QuestFormat(levels="int4", sparse=True): (32 + 8 + 4, 0),  # 2.5 bits and the scale
@@ -87,7 +88,7 @@ def test_a_weight_in_bytes_is_the_fake_quantised_weight(format):
   w_ZD = w_ZD.at[2].set(0.0)
   x_BTD = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 128)), jnp.float32)
   stays_packed = packed_matmul.can_multiply_packed(format)
-  assert stays_packed == (code_levels(format) in (2, 4, 16, 256))
+  assert stays_packed == (code_levels(format) in (2, 3, 4, 8, 16, 256))
 
   @jax.jit
   def both_ways(w_ZD):

@@ -20,8 +20,9 @@ from jaxlm.config.formats import (
   SparseFormat,
   UniformFormat,
 )
-from jaxlm.quant import apply
+from jaxlm.quant import apply, packing, turning
 from jaxlm.quant.groups import split
+from sharding import MeshConfig, make_mesh
 
 PARETOQ_LEVELS = {"1": 2, "ternary": 3, "2": 4, "3": 8, "4": 16}
 COUNTED = [
@@ -54,6 +55,19 @@ COUNTED = [
 ]
 CASES = [case for case, _ in COUNTED]
 SHAPE = (32, 64)
+SAMPLE_ZD = np.random.default_rng(2).normal(size=SHAPE).astype(np.float32)
+STRAIGHT_ALONG_X = [
+  case for case in CASES if not (isinstance(case, QuestFormat) and (case.hadamard or case.sparse))
+]
+"""formats that round each value by itself, given the scales"""
+NEAREST = [
+  case
+  for case in STRAIGHT_ALONG_X
+  if packing.code_range(case).levels <= 16
+  and not (
+    isinstance(case, MatquantFormat) or (isinstance(case, ParetoqFormat) and case.bits == "1")
+  )
+]
 
 
 @functools.cache
@@ -81,8 +95,14 @@ def outcome(format):
       "decoded": module.decode(encoded, format),
       "mapped": jax.vmap(run, (0, None))(both, scales),
       "half": run(0.5 * x_ZD, scales),
+      "negated": run(-x_ZD, scales),
       "bfloat16": run(x_ZD.astype(jnp.bfloat16), scales),
     }
+    if format in NEAREST:
+      codes = packing.code_range(format)
+      every = jnp.arange(codes.levels, dtype=jnp.int32) + codes.lowest
+      fill = lambda code: encoded._replace(codes=jnp.full(SHAPE, code))  # noqa: E731
+      out["levels"] = jax.vmap(lambda code: module.decode(fill(code), format))(every)
     if isinstance(format, QuestFormat):
       out["decoded"] = module.rotate(out["decoded"], format)
     return out
@@ -152,6 +172,58 @@ def test_errors_within_the_grid_are_half_a_step_and_the_gradient_ends_where_it_e
   assert (dx_ZD == 0).any() == bool(clips)
 
 
+@pytest.mark.parametrize("format", NEAREST, ids=str)
+def test_values_become_the_nearest_level_so_that_rounding_again_under_the_same_scale_does_nothing(
+  format,
+):
+  x_ZD, _, out = outcome(format)
+  levels_LZD = out["levels"]
+  if isinstance(format, BlockFormat):  # codes count from 0 up, and then the signs
+    levels_LZD = levels_LZD[np.isfinite(levels_LZD).all(axis=(1, 2))]
+  size = np.abs(x_ZD).max()
+  nearest_ZD = np.abs(levels_LZD - x_ZD).min(axis=0)
+  np.testing.assert_allclose(np.abs(out["y"] - x_ZD), nearest_ZD, atol=2e-6 * size)
+  np.testing.assert_allclose(np.abs(levels_LZD - out["y"]).min(axis=0), 0, atol=1e-6 * size)
+
+
+@pytest.mark.parametrize("format", STRAIGHT_ALONG_X, ids=str)
+def test_rounding_keeps_the_order_and_is_odd_where_levels_are(format):
+  x_ZD, _, out = outcome(format)
+  x_split, axes = split(jnp.asarray(x_ZD), format.shared, format.size)
+  y_split, _ = split(jnp.asarray(out["y"]), format.shared, format.size)
+
+  def rows(array):  # of values that share a scale
+    array = np.moveaxis(np.asarray(array), axes, range(-len(axes), 0))
+    return array.reshape(-1, np.prod(array.shape[-len(axes) :]))
+
+  order = np.argsort(rows(x_split), axis=1)
+  ordered = np.take_along_axis(rows(y_split), order, axis=1)
+  assert (np.diff(ordered, axis=1) >= -1e-6).all()
+  kind = getattr(format, "grid", "")
+  if isinstance(format, PactFormat | MatquantFormat) or kind in ("affine", "unsigned"):
+    return
+  is_odd_ZD = np.abs(out["negated"] + out["y"]) <= 1e-6 * (1 + np.abs(out["y"]))
+  codes, clips = out["encoded"].codes, isinstance(format, LsqFormat | ParetoqFormat)
+  clips |= getattr(format, "ratio", 1) < 1 or getattr(format, "avoids_ties", False)
+  if clips:  # there is one level more below than above
+    is_odd_ZD |= (codes == codes.min()) | (codes == codes.max())
+  assert is_odd_ZD[x_ZD != 0].all()
+
+
+@pytest.mark.parametrize("n", [2, 16, 128])
+def test_the_hadamard_matrix_is_symmetric_orthogonal_and_what_the_fast_transform_multiplies_by(n):
+  places = np.arange(n)
+  signs = [[(-1) ** bin(i & j).count("1") for j in places] for i in places]
+  h_NN = np.array(signs) / np.sqrt(n)
+  x_ZN = np.random.default_rng(0).normal(size=(4, n)).astype(np.float32)
+  turned_ZN = turning.turn(x_ZN, n)
+  np.testing.assert_allclose(turned_ZN, x_ZN @ h_NN, atol=1e-6)
+  np.testing.assert_allclose(turning.turn(turned_ZN, n), x_ZN, rtol=1e-6, atol=1e-6)
+  got_NN = np.asarray(turning.turn(jnp.eye(n), n))
+  np.testing.assert_array_equal(got_NN, got_NN.T)
+  np.testing.assert_allclose(got_NN @ got_NN.T, np.eye(n), atol=1e-6)
+
+
 @pytest.mark.parametrize("format", [c for c in CASES if c.shared == "row"], ids=str)
 def test_a_fixed_scale_rounds_to_what_is_on_the_grid_already(format):
   """Rounding twice under the same scale changes nothing; learned scales are such scales."""
@@ -169,6 +241,44 @@ def test_a_scale_that_is_recomputed_from_the_mean_square_is_not_idempotent():
   x_ZD, _, out = outcome(QuestFormat(levels="int2", hadamard=0))
   again = apply.quantize(jnp.asarray(out["y"]), QuestFormat(levels="int2", hadamard=0))
   assert np.abs(again - out["y"]).max() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_in_less_time")
+@pytest.mark.parametrize("axes", [("fsdp", None), (None, "fsdp")], ids=["rows", "contracted"])
+def test_it_is_the_same_where_a_mesh_splits_the_array(axes):
+  """The 64 contracted entries lie as 2 x 32, which are whole blocks of each format here."""
+  cases = [
+    UniformFormat(bits=3, grid="affine"),
+    UniformFormat(shared="tensor", clips_gradient=True, ratio=0.5),
+    UniformFormat(shared="group", size=8),
+    LsqFormat(bits=2, shared="row"),
+    PactFormat(bits=3, start=1.5),
+    BitnetFormat(),
+    ParetoqFormat(bits="2"),
+    QuestFormat(levels="int4", hadamard=32),
+    QuestFormat(levels="fp4", hadamard=0),
+    MatquantFormat(bits=4),
+    BlockFormat(),
+    BlockFormat(elements="nvfp4"),
+  ]
+  x_ZD = np.random.default_rng(0).standard_t(4, SHAPE).astype(np.float32)
+
+  def round_all(x_ZD):
+    def one(format):
+      learns = apply.learned_names(format)
+      scales = apply.init_scales(jnp.asarray(SAMPLE_ZD), format) if learns else {}
+      return apply.quantize(x_ZD, format, scales=scales, N=x_ZD.size)
+
+    return [one(format) for format in cases]
+
+  want = jax.jit(round_all)(x_ZD)
+  with jax.set_mesh(make_mesh(MeshConfig(data=4, fsdp=2))):
+    got = jax.jit(round_all)(jax.device_put(x_ZD, jax.P(*axes)))
+    assert all(jax.typeof(y).sharding.spec == jax.P(*axes) for y in got)
+    got = jax.device_get(got)
+  for format, a, b in zip(cases, got, want):
+    np.testing.assert_allclose(a, b, atol=1e-6, err_msg=str(format))
 
 
 @pytest.mark.parametrize("masks", [False, True])

@@ -184,6 +184,24 @@ def test_the_head_in_a_loss_has_its_formats():
     Transformer(config).head(params)
 
 
+@pytest.mark.slow
+def test_training_and_evaluation_run_the_same_forward_pass():
+  """With the key of a training step, for a recipe that rounds gradients at random, and without."""
+  plain = Transformer(decoder(V=32, D=16, F=32, N=2, K=2, H=8, layers=1))
+  model = Transformer(dataclasses.replace(plain.config, quant=load_rules("nvfp4:8")))
+  ids_BT = jnp.arange(8)[None]
+
+  @jax.jit
+  def run(key):
+    params = model.init(key)
+    both = model.apply(params, ids_BT, key=key), model.apply(params, ids_BT)
+    return *both, plain.apply(params, ids_BT)
+
+  training, evaluation, exact = run(jax.random.key(0))
+  chex.assert_trees_all_equal(training, evaluation)
+  assert np.abs(evaluation - exact).max() > 1e-3
+
+
 def test_the_table_has_every_matmul_with_its_formats_forward_and_backward():
   spec = QuantSpec(weight=INT4, activation=INT8)
   table = describe(with_rules(QuantRule(match="layers[.][0-2][.]mixer.*", spec=spec)), "bfloat16")

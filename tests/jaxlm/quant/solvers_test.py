@@ -1,11 +1,21 @@
 """GPTQ, AWQ and learned clipping: what they reduce to, and what they improve."""
 
+import dataclasses
+
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.config import QuantRule, QuantSpec, decoder
 from jaxlm.config.formats import UniformFormat
+from jaxlm.models import Transformer
+from jaxlm.models.parts import list_matmuls
 from jaxlm.quant import apply, awq, gptq, uniform
+from pallas_kernels.common.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
 
 D, F = 32, 24
 
@@ -60,6 +70,28 @@ def test_awq_scales_protect_the_channels_that_are_active():
   assert jnp.linalg.norm(scaled - exact) < 0.7 * jnp.linalg.norm(plain - exact)
 
 
+def test_scaled_channels_change_no_logits():
+  """Of all matmuls that share an input, with two query heads for each key head."""
+  rule = QuantRule(match=".*", spec=QuantSpec(weight=UniformFormat(bits=3)))
+  config = decoder(V=16, D=16, F=24, N=4, K=2, H=4, layers=2, qkv_bias=True, norm_offset=1)
+  params = jax.jit(Transformer(config).init)(jax.random.key(0))
+  draw = np.random.default_rng(0)
+  shapes = {name: m.shape[0] for m in list_matmuls(config) for name in m.names}
+  activity = {name: jnp.asarray(draw.lognormal(size=D)) for name, D in shapes.items()}
+  scaled = awq.scale_channels(dataclasses.replace(config, quant=(rule,)), params, activity)
+  logits = jax.jit(lambda params: Transformer(config).apply(params, np.arange(5)[None]))
+  chex.assert_trees_all_close(logits(scaled), logits(params), atol=2e-5)
+  for before, after in zip(jax.tree.leaves(params["stacks"]), jax.tree.leaves(scaled["stacks"])):
+    assert before.ndim == 2 or np.abs(after / before - 1).max() > 0.1
+
+  other = (dataclasses.replace(rule, match=".*[.]q"),)
+  with pytest.raises(UserError, match="layers.0.mixer.q, layers.0.mixer.k"):
+    awq.scale_channels(dataclasses.replace(config, quant=other), params, activity)
+  rotated = (QuantRule(match=".*", spec=QuantSpec(weight=UniformFormat(), hadamard=16)),)
+  with pytest.raises(UserError, match="neither learned nor rotated"):
+    awq.scale_channels(dataclasses.replace(config, quant=rotated), params, activity)
+
+
 def test_learned_clipping_lowers_the_error_from_where_it_starts():
   w_FD, x_ZD = draws()
   w_FD = w_FD.at[:, 3].mul(4.0)
@@ -70,4 +102,8 @@ def test_learned_clipping_lowers_the_error_from_where_it_starts():
     for bounds in ((high, low), (start, start))
   ]
   assert errors[0] < 0.9 * errors[1]
-  assert len(np.unique(np.asarray(awq.clipped_affine(w_FD, high, low, 2))[0].round(5))) <= 4
+  rounded_FD = awq.clipped_affine(w_FD, high, low, 2)
+  assert len(np.unique(np.asarray(rounded_FD)[0].round(5))) <= 4
+  codes = awq.encode_clipped(w_FD, high, low, 2)
+  decoded_FD = uniform.decode(codes, UniformFormat(bits=2, grid="affine"))
+  np.testing.assert_allclose(decoded_FD, rounded_FD, atol=1e-5)

@@ -21,6 +21,8 @@ from jaxlm.train import IndexedBatches, Start, Task, Weighted, init_state
 from pallas_kernels.common.errors import UserError
 from sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 class Line(Task):
   """Fits x w = 2 sum(x) under noise that the key draws; a frozen matrix stands before w."""

@@ -9,6 +9,8 @@ from benchmarks.reliability.processes import SMALL, write_corpus
 from jaxlm.cli import main
 from jaxlm.run.run_folder import RunFolder, read_records
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 FLAGS = [*SMALL, "--eval_every", "0", "--save_every", "0", "--ema", "0", "--batch", "8"]
 FLAGS += ["--accumulate", "4", "--model.layers", "4", "--data.layout", "packed"]
 FLAGS += ["--optimizer.schedule", "constant", "--optimizer.name", "muon"]

@@ -20,6 +20,8 @@ from jaxlm.run.trackers import (
 )
 from pallas_kernels.common.errors import MissingExtraError, UserError
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 def short_run(tmp_path, tracker: str):
   micro = presets.micro()

@@ -11,6 +11,8 @@ from jaxlm.scaling.laws import BESIROGLU
 from jaxlm.scaling.runs import Run
 from pallas_kernels.common.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 
 @pytest.fixture(scope="module")
 def runs():

@@ -21,6 +21,8 @@ from jaxlm.scaling.sweep import read_table, sweep
 from jaxlm.train import IndexedBatches, Start, Task, Weighted
 from pallas_kernels.common.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 CONFIG = TrainConfig(
   steps=6,
   batch=8,
@@ -250,7 +252,9 @@ def test_32_learning_rates_of_micro_equal_32_single_runs_compile_once_and_read_t
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"def f{index}(x):\n  return x + {index}\n" * 12)
   data = DataConfig(source=str(tmp_path / "text"), length=64)
-  config = dataclasses.replace(presets.micro(), data=data, mesh=MeshConfig(data=1))
+  config = dataclasses.replace(
+    presets.micro(), data=data, mesh=MeshConfig(data=1), steps=20, save_every=0, eval_every=0
+  )
   reads = []
   real_read = sweep_module.load_text
 

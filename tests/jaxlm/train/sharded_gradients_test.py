@@ -110,7 +110,7 @@ def cases(name: str, config: TrainConfig, meshes, quick) -> list:
 @pytest.mark.parametrize(
   "config, mesh",
   cases("scanned", SCANNED, MESHES + CONTEXT_MESHES, QUICK)
-  + cases("unrolled, tied", UNROLLED, MESHES, ()),
+  + cases("unrolled, tied", UNROLLED, MESHES[1::2], ()),
 )
 def test_loss_and_every_gradient_equal_one_devices(config, mesh):
   (want_params, (want_loss, want_tokens, want_grads)), _ = run(config, MeshConfig(data=1))

@@ -22,6 +22,8 @@ from jaxlm.train import init_state, make_train_step
 from sharding import make_mesh
 from sharding.batches import globalize
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 ONE, EIGHT = MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)
 STEPS = 4
 # eps far above rounding errors: adam's first update is the sign of the gradient, whatever its size

@@ -15,6 +15,8 @@ from pallas_kernels.common.errors import UnsupportedError, UserError
 from pallas_kernels.delta_attention import delta_attention
 from sharding.collectives import read_collectives
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 AXES = ("data", "tensor")
 
 

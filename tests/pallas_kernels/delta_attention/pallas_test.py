@@ -78,7 +78,7 @@ def test_bfloat16(Case, run, recur, assert_close):
 @pytest.mark.parametrize("name", ["v", "q", "do"])
 def test_a_bad_number_stays_in_its_segment(name, Case, run):
   """It reaches what it reaches in plain JAX; the rest has the same bits as without it."""
-  arrays = Case(T=80, B=1, H=2, N=2).arrays()
+  arrays = Case(T=80, B=1, segments=True).arrays()
   arrays["segment_ids"] = np.repeat([0, 1], [50, 30]).astype(np.int32)[None]
   clean = run(arrays, **INTERPRETED())
   arrays[name][0, 20, 0] = np.nan

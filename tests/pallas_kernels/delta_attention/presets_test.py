@@ -1,6 +1,8 @@
 """Every named attention against its own recurrence, written out with matrices in float64."""
 
 # B batch, T positions, H heads of queries and keys, N heads of values, K width of keys, V of values
+import functools
+
 import chex
 import jax
 import numpy as np
@@ -14,6 +16,8 @@ from pallas_kernels.delta_attention import (
   kimi_delta_attention,
   lightning_attention,
 )
+
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
 
 B, T, N, K, V = 1, 40, 2, 6, 5
 
@@ -104,6 +108,7 @@ def test_equal_decay_of_all_channels_is_the_gated_delta_rule():
   q, k, v, gates = (x if isinstance(x, dict) else x.astype(np.float32) for x in arrays())
   decay_BTN, beta_BTN = (gates[name].astype(np.float32) for name in ("decay_BTN", "beta_BTN"))
   decay_BTNK = np.broadcast_to(decay_BTN[..., None], k.shape)
-  one = gated_delta_rule(q, k, v, decay_BTN, beta_BTN, implementation="xla")
-  channels = kimi_delta_attention(q, k, v, decay_BTNK, beta_BTN, implementation="xla")
-  chex.assert_trees_all_close(one, channels, atol=1e-5)
+  one = jax.jit(functools.partial(gated_delta_rule, implementation="xla"))
+  channels = jax.jit(functools.partial(kimi_delta_attention, implementation="xla"))
+  want_BTNV = one(q, k, v, decay_BTN, beta_BTN)
+  chex.assert_trees_all_close(channels(q, k, v, decay_BTNK, beta_BTN), want_BTNV, atol=1e-5)

@@ -4,7 +4,7 @@
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_in_less_time")]
 
 
 @pytest.mark.parametrize("cores, seed", [(1, 0), (2, 1)])

@@ -17,7 +17,7 @@ from pallas_kernels.fp8_matmul.quantize_tpu import quantize
 from tests.pallas_kernels.fp8_matmul import oracle
 from tests.pallas_kernels.fp8_matmul.quantize_test import BLOCKS, hard_numbers
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_in_less_time")]
 
 
 @pytest.mark.parametrize("cores, seed", [(1, 0), (2, 1)])

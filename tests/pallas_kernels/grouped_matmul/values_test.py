@@ -10,6 +10,8 @@ import pytest
 
 from pallas_kernels.grouped_matmul import grouped_matmul
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 SIZES = {
   "two tiles share a block, one is empty, rows are left": (100, 0, 130, 40),
   "one takes all": (0, 300, 0, 0),

@@ -14,6 +14,8 @@ from pallas_kernels.hadamard import Rotated, dequantize, hadamard, hadamard_quan
 from pallas_kernels.hadamard.codes import FORMATS, QUEST_CLIP
 from pallas_kernels.hadamard.matrices import hadamard_matrix
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 SCALED = (("int8", "absmax"), ("int4", "absmax"), ("e4m3fn", "absmax"), ("int4", "quest"))
 
 

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_in_less_time")]
 PLAIN = dict(softcap=None, temperature=1.0, label_smoothing=0.0, z_loss=0.0)
 ALL = dict(softcap=4.0, temperature=0.7, label_smoothing=0.1, z_loss=0.01)
 needs_gpu_simulator = pytest.mark.skipif(

@@ -11,6 +11,8 @@ import pytest
 
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy, pallas_tpu, terms, xla
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 SEED = secrets.randbits(32)  # new inputs every run; a failure prints it
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 

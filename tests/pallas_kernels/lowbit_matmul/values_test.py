@@ -56,6 +56,10 @@ CASES = (
   Case("int8", group=64),
   Case("int2", group=None, x="bfloat16"),
   Case("ternary", K=384, zeros=False),
+  Case("int3", K=300, N=130),
+  Case("int3", K=520, group=None, zeros=False),
+  Case("trits", K=700, N=5),
+  Case("trits", K=333, group=None, x="bfloat16", zeros=False),
   Case("binary", K=512),
 )
 
@@ -96,6 +100,13 @@ def test_plain_jax(case, implementation):
   check_case(case, implementation)
 
 
+@pytest.mark.parametrize(
+  "case", [Case("int4", K=100, group=96, N=5), Case("trits", K=700, group=300, N=5)], ids=str
+)
+def test_groups_that_end_within_a_byte_or_beyond_the_last_row(case):
+  check_case(case, "xla")
+
+
 QUICK = (CASES[0], CASES[1])
 
 
@@ -120,11 +131,12 @@ def test_packed_weights_may_be_constants_of_a_jit():
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("K", [1, 8, 13])
+@pytest.mark.parametrize("K", [1, 8, 13, 17])
 def test_packing_is_exact(dtype, K):
   codes_KN = Case(dtype, K=K, N=3).codes(np.random.default_rng()).astype(np.int8)
   packed = pack(jnp.asarray(codes_KN), dtype)
-  assert packed.nbytes == -(-K * FORMATS[dtype].bits // 8) * 3
+  bits = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "ternary": 2, "trits": 1.6, "binary": 1}
+  assert packed.nbytes == np.ceil(K * bits[dtype] / 8) * 3
   np.testing.assert_array_equal(unpack(packed, dtype, K), codes_KN)
 
 
@@ -133,10 +145,14 @@ def test_even_k_has_the_low_bits():
   np.testing.assert_array_equal(pack(codes, "int4"), [[0x1 | 0xE << 4], [0x8]])
   np.testing.assert_array_equal(pack(jnp.asarray([[1], [-1], [0]]), "ternary"), [[0b001101]])
   np.testing.assert_array_equal(pack(jnp.asarray([[1], [-1], [1]]), "binary"), [[0b101]])
+  np.testing.assert_array_equal(pack(jnp.asarray([[1], [-1], [0]]), "trits"), [[2 + 9 + 27 + 81]])
+  codes = jnp.asarray([[1], [-1], [2], [-4]])
+  np.testing.assert_array_equal(pack(codes, "int3"), [[0b10111001], [0b1000]])
 
 
 @pytest.mark.parametrize(
-  ("dtype", "levels", "published"), [("int8", 127, 6.5e-3), ("int4", 7, 0.117), ("int2", 1, 0.77)]
+  ("dtype", "levels", "published"),
+  [("int8", 127, 6.5e-3), ("int4", 7, 0.117), ("int3", 3, 0.274), ("int2", 1, 0.77)],
 )
 def test_error_of_absmax_on_normal_weights(dtype, levels, published):
   w_KN = np.random.default_rng().normal(size=(1024, 256)).astype(np.float32)
@@ -170,7 +186,7 @@ def test_leading_axes_on_a_mesh():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (dict(dtype="int3"), "dtype='int3': must be one of"),
+    (dict(dtype="int5"), "dtype='int5': must be one of"),
     (dict(x=jnp.ones((2, 8), jnp.int32)), "x.dtype='int32': must be floating"),
     (dict(x=jnp.ones((2, 10))), r"packed.shape=\(4, 3\): must be \(5, any\)"),
     (dict(packed=jnp.ones((4, 3), jnp.int8)), "packed.dtype='int8': must be uint8"),
@@ -198,7 +214,7 @@ def test_mistakes(change, message):
 
 
 def test_codes_out_of_range():
-  for dtype, code in (("int4", 8), ("int2", 2), ("ternary", -2), ("binary", 0)):
+  for dtype, code in (("int4", 8), ("int3", 4), ("int2", 2), ("trits", -2), ("binary", 0)):
     with pytest.raises(ValueError, match=rf"codes_KN=\[{code}\]: {dtype} codes are"):
       pack(jnp.asarray([[code]]), dtype)
 

@@ -9,6 +9,8 @@ import pytest
 
 from sharding.pipeline.split_backward import split_backward
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 B, T, D, F, N = 2, 16, 32, 96, 2
 REMATS = {
   "none": lambda block: block,

@@ -1,0 +1,116 @@
+"""Samples text from a model itself, to train it in few bits without the data that it is from.
+
+LLM-QAT (Liu et al. 2023, arXiv 2305.17888, section 3.1): the first token is drawn from the whole
+vocabulary, the next few are the most likely ones, and the rest is sampled, up to the end of the
+text. Greedy throughout, a model repeats itself; sampled from the start, it leaves its data.
+"""
+
+# B documents at a time, M tokens of a document
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.checkpoint.atomic import write_text
+from jaxlm.config import ComputeConfig, ModelConfig, check
+from jaxlm.decode import Sampler, generate
+from jaxlm.paths import local_path
+from jaxlm.run.saved_run import SavedRun
+
+
+def sample_documents(
+  config: ModelConfig,
+  params: Any,
+  *,
+  key: jax.Array,
+  count: int,
+  length: int,
+  start_ids: Sequence[int] = (),
+  end_ids: Sequence[int] = (),
+  first_ids: np.ndarray,
+  greedy: int = 4,
+  compute: ComputeConfig | None = None,
+) -> np.ndarray:
+  """Returns int32 [count, length] ids of documents that begin at random and go on by the model.
+
+  First tokens are drawn from `first_ids`, and stand behind `start_ids`, which are not returned. The
+  `greedy` tokens after the first are the most likely ones. Where a document ends earlier, by one of
+  `end_ids`, the rest of its row is the first of these. Only `first_ids` and `end_ids` are drawn.
+  """
+  check(length > greedy + 1, "length", length, f"must be above 1 + greedy={greedy}")
+  check(greedy >= 0, "greedy", greedy, "must be at least 0")
+  drawable_V = np.isin(np.arange(config.V), [*first_ids, *end_ids])
+  options: dict[str, Any] = {"eos": list(end_ids) or None, "drawable_V": drawable_V}
+  options |= {"compute": compute}
+  first_key, rest_key = jax.random.split(key)
+  columns = [np.asarray(jax.random.choice(first_key, first_ids, (count, 1)), np.int32)]
+
+  def extend(sampler: Sampler, tokens: int) -> None:
+    written_BM = np.concatenate(columns, axis=1)
+    prompts = [[*start_ids, *row] for row in written_BM.tolist()]
+    next_BM = generate(
+      config, params, prompts, sampler=sampler, max_new=tokens, key=rest_key, **options
+    )
+    ended_B = np.isin(written_BM, end_ids).any(axis=1, keepdims=True)
+    end = end_ids[0] if end_ids else 0
+    columns.append(np.where(ended_B, end, next_BM).astype(np.int32))
+
+  if greedy:
+    extend(Sampler(temperature=0.0), greedy)
+  extend(Sampler(), length - 1 - greedy)
+  return np.concatenate(columns, axis=1)
+
+
+def write_own_text(
+  saved: SavedRun,
+  target: str | Path,
+  *,
+  documents: int,
+  length: int,
+  greedy: int = 4,
+  batch: int = 32,
+  seed: int = 0,
+) -> str:
+  """Writes documents that a model samples as JSON lines, a source of text; returns what it wrote.
+
+  `length` counts tokens. Text of a document ends before its end token. Raises UserError where the
+  file exists or is not called .jsonl.
+  """
+  path = local_path(target, "target")
+  check(path.suffix == ".jsonl", "target", str(path), "must end in .jsonl")
+  check(not path.exists(), "target", str(path), "must not exist")
+  for name, value in (("documents", documents), ("batch", batch)):
+    check(value >= 1, name, value, "must be at least 1")
+  texts = list(_texts(saved, documents, length, greedy, batch, seed))
+  write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+  size = sum(len(text.encode()) for text in texts)
+  return f"{path}: {documents:,} documents, {size:,} bytes, by the model of step {saved.step}"
+
+
+def _texts(
+  saved: SavedRun, documents: int, length: int, greedy: int, batch: int, seed: int
+) -> Iterator[str]:
+  ends = [end for end in saved.end_ids if end < saved.config.model.V]
+  first_ids = np.setdiff1d(saved.tokenizer.list_ids(), [*saved.start_ids, *ends])
+  for start in range(0, documents, batch):
+    ids_BM = sample_documents(
+      saved.config.model,
+      saved.params,
+      key=jax.random.fold_in(jax.random.key(seed), start),
+      count=batch,
+      length=length,
+      start_ids=saved.start_ids,
+      end_ids=ends,
+      first_ids=first_ids,
+      greedy=greedy,
+      compute=saved.config.compute,
+    )
+    for ids_M in ids_BM[: documents - start]:
+      stops = np.isin(ids_M, ends).nonzero()[0]
+      yield saved.tokenizer.decode(ids_M[: stops[0]] if len(stops) else ids_M)
