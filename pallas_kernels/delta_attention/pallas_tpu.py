@@ -49,7 +49,7 @@ from pallas_kernels.delta_attention.tile_products import Steps, in_turn, run, sl
 
 FORWARD_DELAY = 3
 BACKWARD_DELAY = 1
-"""Stages by which a head is behind the one before it: fewer hide products better, and spill more."""
+"""Stages by which a head is behind the one before it: few hide products better and spill more."""
 VMEM_BYTES = 48 * 2**20
 """What every chip has for blocks, states and values that do not fit into registers."""
 
