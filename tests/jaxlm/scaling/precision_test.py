@@ -71,3 +71,4 @@ def test_each_drawn_table_has_all_formats(fit_of_published):
   laws = bootstrap_efficiency(fit_of_published, samples=40)
   worth = [law.efficiency["8"] for law in laws]
   assert all(0.9 < value < 1.15 for value in worth) and max(worth) - min(worth) > 0.02
+  assert fit_of_published.law.efficiency["8"] not in worth  # where a fit without it would stay
