@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,33 +40,30 @@ def sparse_cases() -> Iterator[Case]:
   keys = (array(KEY_HEADS, TOKENS + ALIGN, WIDTH),) * 2
   shape = (KEY_HEADS, TOKENS * G // LANES, 1, LANES)
   positions, numbers = array(*shape, dtype=jnp.int32), array(*shape, dtype=jnp.float32)
-  start_AXU = array(*shape[:2], CHOSEN * LANES // G, dtype=jnp.int32)
-  bits_AXUW = array(*start_AXU.shape, 1, dtype=jnp.int32)
-  unions = Unions(start_AXU, bits_AXUW, array(*shape[:2], dtype=jnp.int32))
+  start_AXU: Any = array(*shape[:2], CHOSEN * LANES // G, dtype=jnp.int32)
+  bits_AXUW: Any = array(*start_AXU.shape, 1, dtype=jnp.int32)
+  full_AX: Any = array(*shape[:2], dtype=jnp.int32)
+  unions = Unions(start_AXU, bits_AXUW, full_AX)
 
   def plan() -> Plan:
-    calls = (array(1, TOKENS, heads, WIDTH) for heads in (HEADS, KEY_HEADS))
+    q_BTNH: Any = array(1, TOKENS, HEADS, WIDTH)
+    v_BSKU: Any = array(1, TOKENS, KEY_HEADS, WIDTH)
     options = Options(sizes=BlockSizes(block=BLOCK, count=CHOSEN), scale=WIDTH**-0.5)
-    return make_plan(*calls, CHOSEN, Places(jnp.zeros((1, TOKENS), jnp.int32)), options)
+    places = Places(jnp.zeros((1, TOKENS), jnp.int32))
+    return make_plan(q_BTNH, v_BSKU, CHOSEN, places, options)
 
-  def forward(*args: Any) -> Any:
-    return call_forward(*args[:-1], lists_of(args[-1]), plan())
+  def run(call: Any, *args: Any) -> Any:
+    return call(*args[:-1], args[-1].rows(plan().stacked, plan().step_blocks), plan())
 
-  def gradients(*args: Any) -> Any:
-    return call_gradients(*args[:-1], lists_of(args[-1]), plan())
-
-  def lists_of(unions: Unions) -> jax.Array:
-    return unions.rows(plan().stacked, plan().step_blocks)
-
-  for kernel, fn, arrays, products, chips in (
-    ("forward", forward, (q, *keys, positions), 2, ()),
+  for kernel, call, arrays, products, chips in (
+    ("forward", call_forward, (q, *keys, positions), 2, ()),
     # elsewhere the gradients of so many keys do not fit in VMEM
-    ("gradients", gradients, (q, q, *keys, positions, numbers, numbers), 5, ("v5e", "v6e")),
+    ("gradients", call_gradients, (q, q, *keys, positions, numbers, numbers), 5, ("v5e", "v6e")),
   ):
     yield Case(
       name=f"sparse attention, {kernel}",
       shape=f"{TOKENS} x {HEADS} heads of {KEY_HEADS} x {WIDTH}, {CHOSEN} blocks of {BLOCK} bf16",
-      fn=fn,
+      fn=functools.partial(run, call),
       args=(*arrays, unions),
       flops=products * product,
       kernel=f"nsa_selected_{kernel}",
