@@ -22,7 +22,6 @@ from pathlib import Path
 import jax
 
 from benchmarks.table import publish, report, table
-from experiments.small_text import interval
 from jaxlm.config import (
   ComputeConfig,
   DataConfig,
@@ -33,6 +32,7 @@ from jaxlm.config import (
 )
 from jaxlm.recipes import load_rules
 from jaxlm.run import train
+from jaxlm.scaling.intervals import interval
 
 ARMS = {"float32": ("float32", ""), "bfloat16": ("bfloat16", ""), "FP8": ("float32", "fp8:1")}
 """Compute types and recipes; the first arm is what the others are compared with."""

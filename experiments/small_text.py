@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from experiments.study import Scale
 from jaxlm.config import (
@@ -26,6 +25,7 @@ from jaxlm.config import (
 from jaxlm.data.loader import load_text
 from jaxlm.scaling.flops import train_flops_per_token
 from jaxlm.scaling.grid import GridRun, with_fields
+from jaxlm.scaling.intervals import Interval
 from jaxlm.scaling.runs import Run
 from jaxlm.scaling.sweep import Executor, MakeTask, Row, sweep
 
@@ -163,17 +163,6 @@ def minimum(x_K: Sequence[float], y_K: Sequence[float], window: float = 1.5) -> 
   if not inside:
     return Minimum(float(np.exp(log_x[y.argmin()])), float(y.min()), float(2 * a), False)
   return Minimum(math.exp(vertex + centre), float(c - b**2 / (4 * a)), float(2 * a), True)
-
-
-Interval = tuple[float, float, float]
-"""a mean with the ends of its 95 % interval"""
-
-
-def interval(values: Sequence[float]) -> Interval:
-  """Returns the mean of independent values with its 95 % interval by Student's t."""
-  values = np.asarray(values, float)
-  half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-  return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
 def signed(value: Interval) -> str:

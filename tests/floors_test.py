@@ -17,6 +17,7 @@ FLOORS = [
   ["jaxlm.quant.describe", "jaxlm.quant.first_step", "jaxlm.quant.pack_model"],
   ["jaxlm.quant.capture", "jaxlm.quant.kurtosis", "jaxlm.quant.scales"],
   ["jaxlm.quant.rotation", "jaxlm.quant.learned_rotation", "jaxlm.quant.super_weight"],
+  ["jaxlm.quant.awq", "jaxlm.quant.mix_and_match"],
   ["jaxlm.objectives"],
   ["jaxlm.decode"],
   ["jaxlm.scaling"],

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from scipy import optimize
 
-from experiments.small_text import SETTING, base, interval, select, shape
+from experiments.small_text import SETTING, base, select, shape
 from experiments.study import Finding, Scale, Study, main
 from jaxlm.config import TrainConfig, check
 from jaxlm.data.loader import TextData, load_text
 from jaxlm.data.packing import Batch, Rows
 from jaxlm.run.text import TextTask
+from jaxlm.scaling.intervals import interval
 from jaxlm.scaling.sweep import Executor, Row, sweep
 
 PLANS: dict[Scale, tuple[dict, int, list[int], float, int]] = {

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.small_text import interval
 from experiments.study import Finding
 from jaxlm.config import check
+from jaxlm.scaling.intervals import interval
 from jaxlm.scaling.sweep import Row
 
 HYBRID = "3 kda + 1 full"

@@ -26,9 +26,10 @@ from experiments.low_precision_training.blocks import (
   token_error,
 )
 from experiments.small_quantized import shape
-from experiments.small_text import SETTING, interval
+from experiments.small_text import SETTING
 from experiments.study import Finding, Scale, Study, main, measure_points
 from jaxlm.config import check
+from jaxlm.scaling.intervals import interval
 from jaxlm.scaling.sweep import Executor, Row
 
 FACTORIAL = (NONE, *PAIRS, RECIPE)

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.small_text import SETTING, base, interval, minimum, select, shape, train
+from experiments.small_text import SETTING, base, minimum, select, shape, train
 from experiments.study import Finding, Scale, Study, main
 from jaxlm.config import check
+from jaxlm.scaling.intervals import interval
 from jaxlm.scaling.sweep import Executor, Row
 
 PLANS: dict[Scale, tuple[dict, list[int], list[float], int]] = {

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.small_text import interval, signed
+from experiments.small_text import signed
 from jaxlm.quant.mix_and_match import Order, mixes
+from jaxlm.scaling.intervals import interval
 from jaxlm.scaling.sweep import Row
 
 ORDERS: tuple[Order, ...] = ("pyramid", "reverse pyramid", "increasing", "decreasing")

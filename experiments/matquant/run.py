@@ -15,12 +15,13 @@ import numpy as np
 from experiments import finetuned
 from experiments.finetuned import Setup
 from experiments.matquant import mixing
-from experiments.small_text import interval, signed
+from experiments.small_text import signed
 from experiments.study import Finding, Scale, Study, Verdict, main, measure_points
 from jaxlm.config import NestedConfig, QuantRule, QuantSpec, check
 from jaxlm.config.formats import Format, MatquantFormat, UniformFormat
 from jaxlm.quant import apply, matquant
 from jaxlm.quant.mix_and_match import Order, mixes
+from jaxlm.scaling.intervals import interval
 from jaxlm.scaling.sweep import Executor, Row
 
 

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import small_text
-from experiments.small_text import interval
 from experiments.study import Finding, Scale, Study, main
 from experiments.synthetic import AnswersTask, answers_config, mixer, stacked
 from jaxlm.config import ModelConfig, TrainConfig, check
 from jaxlm.data.synthetic.long_context import needle
 from jaxlm.scaling.flops import parameter_count
+from jaxlm.scaling.intervals import interval
 from jaxlm.scaling.sweep import Executor, Row, sweep, text_tasks
 from jaxlm.train.task import Task
 

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from experiments.small_quantized import quantized, shape
-from experiments.small_text import SETTING, base, interval, select, train
+from experiments.small_text import SETTING, base, select, train
 from experiments.study import Finding, Scale, Study, Verdict, main
 from jaxlm.config import TrainConfig, check
 from jaxlm.run.text import TextTask
+from jaxlm.scaling.intervals import interval
 from jaxlm.scaling.sweep import Executor, Row
 from jaxlm.train.adam8bit import Moment
 from jaxlm.train.optimizer import make_optimizer

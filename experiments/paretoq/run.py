@@ -11,11 +11,12 @@ import numpy as np
 
 from experiments import finetuned
 from experiments.finetuned import Setup
-from experiments.small_text import Interval, interval, signed
+from experiments.small_text import signed
 from experiments.study import Finding, Scale, Study, Verdict, main, measure_points
 from jaxlm.config import QuantRule, QuantSpec, check
 from jaxlm.config.formats import Format, LsqFormat, UniformFormat
 from jaxlm.recipes import Rules, load_rules
+from jaxlm.scaling.intervals import Interval, interval
 from jaxlm.scaling.sweep import Executor, Row
 
 

@@ -22,10 +22,11 @@ from experiments.quest_scaling.efficiency import (
   refit_line,
 )
 from experiments.small_quantized import FULL, make_task, shape
-from experiments.small_text import SETTING, base, interval, train
+from experiments.small_text import SETTING, base, train
 from experiments.study import Finding, Scale, Study, main
 from jaxlm.scaling.flops import parameter_count
 from jaxlm.scaling.grid import with_fields
+from jaxlm.scaling.intervals import interval
 from jaxlm.scaling.precision import EfficiencyFit, EfficiencyLaw
 from jaxlm.scaling.sweep import Executor, Row
 

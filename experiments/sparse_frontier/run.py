@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.small_text import interval
 from experiments.sparse_frontier.patterns import CACHE, MASS, PREFILL, read_answers
 from experiments.study import Finding, Scale, Study, main
 from experiments.synthetic import AnswersTask, Draw, answers_config, mixer, stacked
 from jaxlm.config import TrainConfig, check
 from jaxlm.data.packing import Batch
 from jaxlm.data.synthetic.long_context import aggregation, needle, variable_tracking
+from jaxlm.scaling.intervals import interval
 from jaxlm.scaling.sweep import Executor, Row, sweep
 
 TASKS: dict[str, Any] = {

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.small_quantized import quantized, shape
-from experiments.small_text import SETTING, base, interval, train
+from experiments.small_text import SETTING, base, train
 from experiments.spinquant.rotating import METHODS, PLACES, RANDOM, RotationTask
 from experiments.study import Finding, Scale, Study, Verdict, main
 from jaxlm.config import TrainConfig, check
 from jaxlm.run.text import TextTask
+from jaxlm.scaling.intervals import interval
 from jaxlm.scaling.sweep import Executor, Row
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.outliers import calibration_batches
 from experiments.small_quantized import quantized, shape
-from experiments.small_text import SETTING, base, interval, train
+from experiments.small_text import SETTING, base, train
 from experiments.study import Finding, Scale, Study, Verdict, main
 from experiments.super_weight.measuring import CLIPS, FACTORS, PRUNED, Measurements
 from experiments.super_weight.planting import LAYER, plant_super_weight, widened
@@ -22,6 +22,7 @@ from jaxlm.data.packing import Batch
 from jaxlm.objectives import Weighted
 from jaxlm.quant.super_weight import find_super_weights
 from jaxlm.run.text import TextTask
+from jaxlm.scaling.intervals import interval
 from jaxlm.scaling.sweep import Executor, Row
 
 START = 256

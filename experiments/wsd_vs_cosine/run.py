@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.small_text import SETTING, base, interval, shape, train
+from experiments.small_text import SETTING, base, shape, train
 from experiments.study import Finding, Scale, Study, main
 from jaxlm.config import check
+from jaxlm.scaling.intervals import interval
 from jaxlm.scaling.sweep import Executor, Row
 
 ARMS = {
