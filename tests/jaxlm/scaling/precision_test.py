@@ -67,8 +67,8 @@ def test_intervals_hold_what_a_noisy_table_was_drawn_from():
 
 def test_each_drawn_table_has_all_formats(fit_of_published):
   in_8_bits = [run for run in fit_of_published.runs if run.precision == "8"]
-  assert len(in_8_bits) == 3  # of 104: often none of them is drawn
-  laws = bootstrap_efficiency(fit_of_published, samples=40)
+  assert len(in_8_bits) == 3  # of 88: often none of them is drawn
+  laws = bootstrap_efficiency(fit_of_published, samples=40, seed=2)
   worth = [law.efficiency["8"] for law in laws]
   assert all(0.9 < value < 1.15 for value in worth) and max(worth) - min(worth) > 0.02
   assert fit_of_published.law.efficiency["8"] not in worth  # where a fit without it would stay
