@@ -63,7 +63,7 @@ def test_a_run_and_its_resume_compile_step_and_evaluation_once_each(config):
     resume(config.run, steps=9)
   for counts in (first, again):
     assert counts["train_step"] == 1
-    assert counts["objective"] == 1  # the evaluation
+    assert counts["losses"] == 1  # the evaluation
 
 
 def test_other_numbers_in_state_batch_and_limit_do_not_trace_the_step_again():

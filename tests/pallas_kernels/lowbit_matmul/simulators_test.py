@@ -49,7 +49,7 @@ def test_simulated(cores, seed):
 def test_compiled(chip):
   """Every format, a K that no unit divides, zero points, float32.
 
-  Beside 1 MiB at most the packed weights are copied, as v5p and tpu7x do where N is ragged.
+  Beside 2 MiB at most the packed weights are copied, as v5p and tpu7x do where N is ragged.
   """
   pytest.importorskip("libtpu")
   named = dict(implementation="pallas_tpu")
@@ -64,7 +64,7 @@ def test_compiled(chip):
     multiply = functools.partial(lowbit_matmul, dtype=dtype, group=128, **named)
     memory = compile_for(multiply, args, chip).memory_analysis()
     x_bytes = 2 * M * K * unit_size(form) // 128  # one X for each group of a unit
-    assert memory.temp_size_in_bytes < 2**20 + x_bytes + form.bytes_of(K) * 1024  # whole lanes
+    assert memory.temp_size_in_bytes < 2**21 + x_bytes + form.bytes_of(K) * 1024  # whole lanes
   odd = [
     jax.ShapeDtypeStruct((300, 1000), jnp.float32),
     jax.ShapeDtypeStruct((500, 200), jnp.uint8),
