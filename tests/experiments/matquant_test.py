@@ -15,24 +15,16 @@ from jaxlm.scaling.flops import train_flops_per_token
 from jaxlm.scaling.grid import GridRun
 from jaxlm.scaling.sweep import read_table
 from pallas_kernels.common.errors import UserError
+from tests.experiments.planned import planned
 
 ALONE = {8: 2.0, 6: 2.0, 4: 2.01, 3: 2.05, 2: 2.3}
 SLICED = {8: 2.0, 6: 2.0, 4: 2.05, 3: 2.4, 2: 4.0}
 JOINT = {8: 2.01, 6: 2.01, 4: 2.02, 3: 2.1, 2: 2.2}
 
 
-def planned(scale):
-  """Returns the points of a scale."""
-  points = []
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(run, "measure_points", lambda new, table, measure: points.extend(new))
-    run.STUDY.measure(scale, Path("nowhere"), None)
-  return points
-
-
 def rows_of(joint=JOINT, sliced=SLICED, pyramid=-0.02):
   rows = []
-  for point in planned("cpu"):
+  for point in planned(run, "cpu"):
     seed, training = point["task.seed"], point.get("task.training")
     noise = 0.0005 * np.sin(7 * seed + len(rows)) + 0.05 * seed
     if training is None:
@@ -88,7 +80,7 @@ SIZES = [("smoke", 2e11), ("cpu", 1.3e13), pytest.param("gpu", 1e17, marks=pytes
 @pytest.mark.parametrize("scale, most", SIZES)
 def test_what_is_trained_fits_its_time(scale, most):
   """Each width of a joint training is a run of the model."""
-  points = [point for point in planned(scale) if "task.training" in point]
+  points = [point for point in planned(run, scale) if "task.training" in point]
   first = points[0]
   setup = Setup(**{k: first[f"task.{k}"] for k in Setup._fields})
   config = finetuned.from_scratch(scale, setup, setup.steps)
@@ -101,7 +93,7 @@ def test_what_is_trained_fits_its_time(scale, most):
 
 
 def test_each_point_has_a_row_of_its_own():
-  points = planned("smoke")
+  points = planned(run, "smoke")
   assert len({GridRun.of(TrainConfig(), point).digest for point in points}) == len(points)
 
 
@@ -128,4 +120,4 @@ def test_a_committed_table_has_every_row_of_the_plan():
   rows = {row["config"] for row in read_table(Path(run.__file__).parent / "table.csv")}
   if not rows:
     pytest.skip("matquant has not been run")
-  assert {GridRun.of(TrainConfig(), point).digest for point in planned("cpu")} <= rows
+  assert {GridRun.of(TrainConfig(), point).digest for point in planned(run, "cpu")} <= rows

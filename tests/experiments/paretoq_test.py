@@ -15,6 +15,7 @@ from jaxlm.scaling.flops import train_flops_per_token
 from jaxlm.scaling.grid import GridRun
 from jaxlm.scaling.sweep import read_table
 from pallas_kernels.common.errors import UserError
+from tests.experiments.planned import planned
 
 pytestmark = pytest.mark.usefixtures("compile_in_less_time")
 
@@ -23,18 +24,9 @@ MOVED = {"1": 0.2, "ternary": 0.2, "2": 0.19, "3": 0.11, "4": 0.1, "16": 0.1}
 SPLIT = {0: 0.2, 50: 0.05, 80: 0.01, 90: 0.0, 100: 0.9}
 
 
-def planned(scale):
-  """Returns the points of a scale."""
-  points = []
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(run, "measure_points", lambda new, table, measure: points.extend(new))
-    run.STUDY.measure(scale, Path("nowhere"), None)
-  return points
-
-
 def rows_of(loss=LOSS, moved=MOVED, split=SPLIT, others=0.05):
   rows = []
-  for point in planned("cpu"):
+  for point in planned(run, "cpu"):
     bits, seed = point["task.bits"], point["task.seed"]
     noise = 0.002 * np.sin(7 * seed + len(rows))
     value = loss[bits] + split[point["task.full"]] + noise + 0.05 * seed
@@ -78,7 +70,7 @@ SIZES = [("smoke", 2e11), ("cpu", 1.3e13), pytest.param("gpu", 1e17, marks=pytes
 @pytest.mark.parametrize("scale, most", SIZES)
 def test_what_is_trained_fits_its_time(scale, most):
   """Each phase counts once, full precision once for all that start from it."""
-  points = planned(scale)
+  points = planned(run, scale)
   setup = Setup(**{k: points[0][f"task.{k}"] for k in Setup._fields})
   config = finetuned.from_scratch(scale, setup, setup.steps)
   starts = {(p["task.seed"], p["task.full"]) for p in points}
@@ -88,7 +80,7 @@ def test_what_is_trained_fits_its_time(scale, most):
 
 
 def test_each_point_has_a_row_of_its_own():
-  points = planned("smoke")
+  points = planned(run, "smoke")
   assert len({GridRun.of(TrainConfig(), point).digest for point in points}) == len(points)
 
 
@@ -138,4 +130,4 @@ def test_a_committed_table_has_every_row_of_the_plan():
   rows = {row["config"] for row in read_table(Path(run.__file__).parent / "table.csv")}
   if not rows:
     pytest.skip("paretoq has not been run")
-  assert {GridRun.of(TrainConfig(), point).digest for point in planned("cpu")} <= rows
+  assert {GridRun.of(TrainConfig(), point).digest for point in planned(run, "cpu")} <= rows
