@@ -177,7 +177,6 @@ def learn_clipping(
 
 def encode_clipped(w_FD: jax.Array, high_F: jax.Array, low_F: jax.Array, bits: int) -> Encoded:
   """Returns the codes and scales of `clipped_affine`, as those of an affine format per row."""
-  bounds = high_F, low_F
-  step, bottom = _step_and_bottom(w_FD, *bounds, bits)
+  step, bottom = _step_and_bottom(w_FD, high_F, low_F, bits)
   codes_FD = jnp.clip(jnp.round(w_FD / step - bottom / step), 0, 2**bits - 1).astype(jnp.int32)
   return Encoded(codes_FD, step[:, 0], -(bottom / step)[:, 0])
