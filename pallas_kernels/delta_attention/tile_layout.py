@@ -30,7 +30,7 @@ from pallas_kernels.delta_attention.tile_products import Tables, make_tables
 
 CHUNK = 64
 LANES = 128
-HEADS = 8
+HEADS = 16
 """Heads of a step, at most."""
 
 
