@@ -189,9 +189,11 @@ def test_a_scalar_loss_on_xla_passes_six_files():
     if event == "call" and frame.f_code.co_name != "<module>":
       codes.add(frame.f_code)
 
+  def loss(e_ND):
+    return linear_cross_entropy(**{**GOOD, "embeddings_ND": e_ND})
+
   sys.setprofile(record)
   try:
-    loss = lambda e_ND: linear_cross_entropy(**{**GOOD, "embeddings_ND": e_ND})
     jax.eval_shape(jax.grad(loss), GOOD["embeddings_ND"])
   finally:
     sys.setprofile(None)
