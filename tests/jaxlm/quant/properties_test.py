@@ -219,7 +219,7 @@ def test_the_hadamard_matrix_is_symmetric_orthogonal_and_what_the_fast_transform
   turned_ZN = turning.turn(x_ZN, n)
   np.testing.assert_allclose(turned_ZN, x_ZN @ h_NN, atol=1e-6)
   np.testing.assert_allclose(turning.turn(turned_ZN, n), x_ZN, rtol=1e-6, atol=1e-6)
-  got_NN = np.asarray(turning.turn(jnp.eye(n), n))
+  got_NN = np.asarray(jax.jit(turning.turn, static_argnums=1)(np.eye(n, dtype=np.float32), n))
   np.testing.assert_array_equal(got_NN, got_NN.T)
   np.testing.assert_allclose(got_NN @ got_NN.T, np.eye(n), atol=1e-6)
 
