@@ -78,7 +78,8 @@ def outcome(format):
   x_ZD[3] = 0
   upstream_ZD = draw.normal(size=SHAPE).astype(np.float32)
   module = apply.FORMATS[type(format)]
-  scales = apply.init_scales(jnp.asarray(x_ZD), format) if apply.learned_names(format) else {}
+  init_scales = jax.jit(apply.init_scales, static_argnums=1)
+  scales = init_scales(x_ZD, format) if apply.learned_names(format) else {}
 
   def run(x_ZD, scales):
     return apply.quantize(x_ZD, format, scales=scales, N=x_ZD.size)
