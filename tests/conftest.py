@@ -16,6 +16,7 @@ import threading
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu, where installed, only compiles here
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+gc.set_threshold(100_000, 10, 10)
 
 import time
 from pathlib import Path
@@ -87,7 +88,6 @@ def pytest_collection_finish(session):
   slow = any(item.get_closest_marker("slow") for item in session.items)
   jax.config.update("jax_disable_most_optimizations", not slow)
   gc.freeze()  # modules and tests live as long as the process
-  gc.set_threshold(100_000, 10, 10)
 
 
 @pytest.fixture(scope="module")
