@@ -145,6 +145,7 @@ def _local(
   """
   B, T, N, _ = q_BTNH.shape
   arrays = (q_BTNH, k_BSKH, v_BSKU, Tokens(*tokens), options)
+  lse_BTN: Any  # None where it is not asked for
   if 0 in (*q_BTNH.shape, *k_BSKH.shape):
     o_BTNU = jnp.zeros((B, T, N, v_BSKU.shape[-1]), q_BTNH.dtype)
     lse_BTN = jnp.full((B, T, N), -jnp.inf, jnp.promote_types(q_BTNH.dtype, jnp.float32))
