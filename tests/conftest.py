@@ -16,7 +16,6 @@ import threading
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu, where installed, only compiles here
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-gc.set_threshold(100_000, 10, 10)
 
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ from jax._src.interpreters import mlir
 
 from benchmarks.reliability.processes import write_corpus
 
+gc.set_threshold(100_000, 10, 10)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # programs of several CPU devices that come from the cache hang (see sharding.make_mesh)
