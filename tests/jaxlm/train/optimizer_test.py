@@ -47,7 +47,6 @@ def test_decay_is_decoupled_and_times_the_learning_rate(name):
   grads = jax.tree.map(np.zeros_like, params)
   optimizer = make_optimizer(config, roles)
 
-
   @jax.jit
   def step(grads, params):
     state = optimizer.init(params)
