@@ -3,10 +3,15 @@
 Slow tests run the programs that users run, but for modules that ask for `compile_in_less_time`.
 Quick ones switch most of XLA's optimisations off and take its older code generator, where jax still
 has it: that leaves a fifth of compile time, which is most of what they take. A program that several
-tests need, such as the training step of the smallest preset, is compiled once per process.
+tests need, such as the training step of the smallest preset, is compiled once per process. What
+else every small program costs is paid less often: setting up MLIR, writing down for each operation
+the lines of Python that led to it, and Python's search for cycles, which tracing sets off.
 """
 
+import functools
+import gc
 import os
+import threading
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu, where installed, only compiles here
@@ -19,14 +24,17 @@ import hypothesis
 import jax
 import pytest
 from jax._src import cache_key, compiler
+from jax._src.interpreters import mlir
 
 from benchmarks.reliability.processes import write_corpus
 
+gc.set_threshold(100_000, 10, 10)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # programs of several CPU devices that come from the cache hang (see sharding.make_mesh)
 jax.config.update("jax_enable_compilation_cache", False)
-
+jax.config.update("jax_traceback_in_locations_limit", 0)
+jax.config.update("jax_include_full_tracebacks_in_locations", False)
 
 compile_anew = compiler.compile_or_get_cached
 compiled_programs = {}
@@ -65,6 +73,11 @@ def compile_once(backend, program, devices, options, host_callbacks, *others):
 
 compiler.compile_or_get_cached = compile_once
 
+new_context = mlir.make_ir_context
+context_of_thread = functools.cache(lambda thread: new_context())
+if jax.__version_info__ < (0, 11):  # newer ones use a context more than once by themselves
+  mlir.make_ir_context = lambda: context_of_thread(threading.get_ident())
+
 # no deadline: the first example compiles, and machines are busy
 hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")
@@ -74,6 +87,7 @@ def pytest_collection_finish(session):
   """Compiles what users run as soon as one of the tests to come is slow."""
   slow = any(item.get_closest_marker("slow") for item in session.items)
   jax.config.update("jax_disable_most_optimizations", not slow)
+  gc.freeze()  # modules and tests live as long as the process
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +117,7 @@ def corpus(tmp_path_factory) -> Path:
 def few_maps():
   """Lets go of what was compiled before the process runs out of maps, where XLA would crash."""
   yield
+  context_of_thread.cache_clear()
   maps = Path("/proc/self/maps")
   if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
     compiled_programs.clear()

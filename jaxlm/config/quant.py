@@ -165,7 +165,7 @@ class QuantSpec:
   @property
   def is_plain(self) -> bool:
     """Returns whether nothing is quantised."""
-    return self == QuantSpec()
+    return self == PLAIN
 
   def operands(self, dtype: str) -> Operands:
     """Returns the operands' formats in y, dx and dw, in words; plain ones are of `dtype`."""
@@ -177,13 +177,16 @@ class QuantSpec:
     return (x, w), (dy, w), (x, dy)
 
 
+PLAIN = QuantSpec()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantRule:
   """Gives a spec to the matmuls whose whole name a regular expression matches."""
 
   match: str
   """as in "layers.*", or "layers[.](0|11)[.].*" for the layers 0 and 11"""
-  spec: QuantSpec = QuantSpec()
+  spec: QuantSpec = PLAIN
   """by default plain, which takes these matmuls out of the rules that follow"""
 
   def __post_init__(self) -> None:
@@ -198,7 +201,7 @@ def find_spec(rules: Sequence[QuantRule], name: str) -> QuantSpec:
   for rule in rules:
     if re.fullmatch(rule.match, name):
       return rule.spec
-  return QuantSpec()
+  return PLAIN
 
 
 def cache_name(layer: int, part: str) -> str:

@@ -25,7 +25,7 @@ from jaxlm.config.formats import (
   ParetoqFormat,
   UniformFormat,
 )
-from jaxlm.config.quant import QuantSpec, find_spec
+from jaxlm.config.quant import find_spec
 from jaxlm.models.parts import list_cached, list_matmuls
 from jaxlm.quant.packed_matmul import levels_of_groups
 from jaxlm.quant.packing import CodeRange, code_range, pack, unpack
@@ -98,7 +98,7 @@ def packed_formats(config: ModelConfig) -> dict[tuple[str, ...], Format | None]:
     if spec.weight is not None:
       _bits(spec.weight)
   for cached in list_cached(config):
-    check(find_spec(config.quant, cached.name) == QuantSpec(), "model.quant", cached.name, rule)
+    check(find_spec(config.quant, cached.name).is_plain, "model.quant", cached.name, rule)
   return formats
 
 

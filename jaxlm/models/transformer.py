@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -331,6 +332,7 @@ class Transformer:
     return tree
 
 
+@functools.cache
 def roles(config: ModelConfig) -> Roles:
   """Returns each parameter's role in a tree like params.
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import MixerConfig, QuantRule
-from jaxlm.config.quant import QuantSpec, cache_name, shared_spec
+from jaxlm.config.quant import PLAIN, QuantSpec, cache_name, shared_spec
 from jaxlm.quant.apply import quantize
 from jaxlm.quant.packing import Packed, pack_weight, unpack_values
 
@@ -27,12 +27,9 @@ Held = jax.Array | Packed
 def cache_specs(mixer: MixerConfig, rules: Sequence[QuantRule], layers: Sequence[int]) -> Specs:
   """Returns how these layers, which one module computes, round what their mixer keeps."""
   return {
-    part: shared_spec(rules, [cache_name(layer, part) for layer in layers]) if rules else _PLAIN
+    part: shared_spec(rules, [cache_name(layer, part) for layer in layers]) if rules else PLAIN
     for part in mixer.cached
   }
-
-
-_PLAIN = QuantSpec()
 
 
 def round_heads(x_BTKH: jax.Array, spec: QuantSpec) -> jax.Array:

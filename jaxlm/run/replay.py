@@ -55,9 +55,8 @@ def _replay(folder: RunFolder, step: int, print_status: Callable[[str], Any]) ->
   with log_to(None), jax.set_mesh(make_mesh(config.mesh)):
     state, batch = _restore_before(config, folder, step, print_status)
     params = jax.device_get(state.params)
-    print_status(
-      f"norm of the weights before step {step}: {float(optax.tree.norm(state.params)):.6g}"
-    )
+    norm = float(jax.jit(optax.tree.norm)(state.params))
+    print_status(f"norm of the weights before step {step}: {norm:.6g}")
     train_step = jax.jit(make_train_step(config, TextTask(config)))
     values = jax.device_get(train_step(state, globalize(batch, config.batch))[1])
     print_status(f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}")

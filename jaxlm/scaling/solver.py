@@ -50,14 +50,10 @@ def minimize(
   throughout, whatever jax's configuration says.
   """
   with jax.enable_x64(True):
-    arrays = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), data)
-    result = _minimize_all(
-      residual,
-      jnp.asarray(np.asarray(starts_SP, np.float64)),
-      arrays,
-      jnp.asarray(np.asarray(weights_SX, np.float64)),
-      jnp.float64(delta),
+    numbers = jax.tree.map(
+      lambda a: np.asarray(a, np.float64), (starts_SP, data, weights_SX, delta)
     )
+    result = _minimize_all(residual, *numbers)
     return Minimum(*map(np.asarray, result))
 
 

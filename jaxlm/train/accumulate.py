@@ -30,6 +30,7 @@ def accumulated_gradients(
   compiled once, with one micro-batch in memory. On a mesh each device keeps its own share of the
   sum, so that every gradient is reduced once per step.
   """
+  objective = jax.jit(objective, inline=True)  # traced once, for denominators and gradient
   deferred = defer_reduction(params)
   parts = jax.tree.map(lambda x: split_batch(x, microbatches), batch)
   keys = jax.vmap(lambda m: jax.random.fold_in(key, m))(jnp.arange(microbatches))

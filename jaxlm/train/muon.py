@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -87,17 +88,21 @@ def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
   return (entry,) if isinstance(entry, str) else entry
 
 
+@functools.partial(jax.jit, static_argnames="eps")
 def newton_schulz(x_LDE: jax.Array, eps: float) -> jax.Array:
   """Returns each matrix with its singular values moved to about 0.7 to 1.2 (Jordan 2024).
 
   Five iterations of a polynomial of odd degree 5 in the matrix divided by its Frobenius norm + eps.
+  They are a loop, and the function a cached one, because a model has many shapes to compile it for.
   """
   if x_LDE.shape[1] > x_LDE.shape[2]:  # the products are smaller the other way round
     return newton_schulz(x_LDE.swapaxes(1, 2), eps).swapaxes(1, 2)
   a, b, c = _COEFFICIENTS
-  x_LDE = x_LDE / (jnp.linalg.norm(x_LDE, axis=(1, 2), keepdims=True) + eps)
-  for _ in range(_ITERATIONS):
+
+  def iterate(_: Any, x_LDE: jax.Array) -> jax.Array:
     gram_LDD = jnp.einsum("lde,lfe->ldf", x_LDE, x_LDE)
     step_LDD = b * gram_LDD + c * jnp.einsum("lde,lef->ldf", gram_LDD, gram_LDD)
-    x_LDE = a * x_LDE + jnp.einsum("ldf,lfe->lde", step_LDD, x_LDE)
-  return x_LDE
+    return a * x_LDE + jnp.einsum("ldf,lfe->lde", step_LDD, x_LDE)
+
+  norm_L11 = jnp.sqrt(jnp.sum(jnp.square(x_LDE), axis=(1, 2), keepdims=True))
+  return jax.lax.fori_loop(0, _ITERATIONS, iterate, x_LDE / (norm_L11 + eps))

@@ -107,7 +107,7 @@ def update(
   directions, opt_state = optimizer.update(grads, opt_state, params)
 
   def move(role: str, p: jax.Array, direction: jax.Array) -> jax.Array:
-    decayed = direction + weight_decay * p if role in DECAYED else direction
+    decayed = weight_decay * p + direction if role in DECAYED else direction
     return (p - rate * decayed).astype(p.dtype)
 
   return jax.tree.map(move, roles, params, directions), opt_state

@@ -58,7 +58,7 @@ def make_train_step(config: TrainConfig, task: Task) -> Callable[..., tuple[Trai
     grad_norm = optax.tree.norm(grads)
     if config.optimizer.clip:
       scale = config.optimizer.clip / jnp.maximum(grad_norm, config.optimizer.clip)
-      grads = jax.tree.map(lambda g: g * scale, grads)
+      grads = jax.tree.map(lambda g: scale * g, grads)
 
     hyper = state.hyper
     rate = learning_rate(config.optimizer, hyper.learning_rate, hyper.steps, state.step)

@@ -100,7 +100,9 @@ def attention(
   tokens = checks.check_tokens(tokens, B, T, S, options.causal)
   arrays = (q_BTNH, k_BSKH, v_BSKU)
   name = choose(implementation, *arrays, tokens, options, return_lse)
-  local = functools.partial(_local, name=name, options=options, return_lse=return_lse)
+  local = functools.partial(
+    _local, name=name, options=options, return_lse=return_lse, keeps=platform() == "cpu"
+  )
   returned = _on_shards(local, *arrays, tokens, fused=name in FUSED)
   return returned if return_lse else returned[0]
 
@@ -126,6 +128,7 @@ def choose(
   )
 
 
+@functools.partial(jax.jit, static_argnames=("name", "options", "return_lse", "keeps"))
 def _local(
   q_BTNH: jax.Array,
   k_BSKH: jax.Array,
@@ -134,17 +137,22 @@ def _local(
   name: str,
   options: Options,
   return_lse: bool,
+  keeps: bool,
 ) -> tuple[jax.Array, ...]:
-  """Attends on one device: the output and, if asked for, the logsumexp."""
+  """Attends on one device: the output and, if asked for, the logsumexp.
+
+  Layers of equal shapes share what is traced here and lowered, with its gradients.
+  """
   B, T, N, _ = q_BTNH.shape
   arrays = (q_BTNH, k_BSKH, v_BSKU, Tokens(*tokens), options)
+  lse_BTN: Any  # None where it is not asked for
   if 0 in (*q_BTNH.shape, *k_BSKH.shape):
     o_BTNU = jnp.zeros((B, T, N, v_BSKU.shape[-1]), q_BTNH.dtype)
     lse_BTN = jnp.full((B, T, N), -jnp.inf, jnp.promote_types(q_BTNH.dtype, jnp.float32))
   elif name in FUSED:
     o_BTNU, lse_BTN = FUSED[name].attend(*arrays, return_lse)
   elif name == "xla":
-    o_BTNU, lse_BTN = xla.attend(*arrays, keeps=platform() == "cpu")
+    o_BTNU, lse_BTN = xla.attend(*arrays, return_lse, keeps=keeps)
   else:
     o_BTNU, lse_BTN = materialised.attend(*arrays)
   return (o_BTNU, lse_BTN) if return_lse else (o_BTNU,)

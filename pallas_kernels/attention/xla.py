@@ -44,10 +44,11 @@ def attend(
   v_BSKU: jax.Array,
   tokens: Tokens,
   options: Options,
+  return_lse: bool,
   *,
   keeps: bool,
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the output [B, T, N, U] and the logsumexp of the logits [B, T, N].
+) -> tuple[jax.Array, jax.Array | None]:
+  """Returns the output [B, T, N, U], and the logsumexp [B, T, N] if it is asked for.
 
   `keeps`: the backward pass may read kept exponentials, up to `blocks.KEPT_LENGTH` positions.
   Has reverse-mode gradients only.
@@ -62,9 +63,10 @@ def attend(
     v_BSKU.swapaxes(1, 2),
     with_positions(tokens, T, S),
     plan,
+    return_lse,
   )
   o_BTNU = o_BKGTU.transpose(0, 3, 1, 2, 4).reshape(B, T, N, U)
-  return o_BTNU, lse_BKGT1.reshape(B, N, T).swapaxes(1, 2)
+  return o_BTNU, None if lse_BKGT1 is None else lse_BKGT1.reshape(B, N, T).swapaxes(1, 2)
 
 
 def attend_to_part(
@@ -78,7 +80,7 @@ def attend_to_part(
   plan = make_plan(_shape_BTNH(q_BKGTH), k_BKSH.shape[2], options, tokens.in_order, False)
   tokens = with_positions(tokens, q_BKGTH.shape[3], k_BKSH.shape[2])
   dtype = jnp.promote_types(q_BKGTH.dtype, jnp.float32)
-  return _forward(q_BKGTH, k_BKSH, v_BKSU, tokens, plan, dtype)[0]
+  return _forward(q_BKGTH, k_BKSH, v_BKSU, tokens, plan, True, dtype)[0]
 
 
 def gradients_of_part(
@@ -115,12 +117,16 @@ def _shape_BTNH(q_BKGTH: jax.Array) -> tuple[int, int, int, int]:
   return B, T, K * G, H
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_BKGTH, k_BKSH, v_BKSU, tokens: Tokens, plan: Plan) -> tuple[jax.Array, jax.Array]:
-  return _forward(q_BKGTH, k_BKSH, v_BKSU, tokens, plan)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(
+  q_BKGTH, k_BKSH, v_BKSU, tokens: Tokens, plan: Plan, return_lse: bool
+) -> tuple[jax.Array, jax.Array | None]:
+  return _forward(q_BKGTH, k_BKSH, v_BKSU, tokens, plan, return_lse)[0]
 
 
-def _forward(q_BKGTH, k_BKSH, v_BKSU, tokens: Tokens, plan: Plan, dtype: Any = None):
+def _forward(
+  q_BKGTH, k_BKSH, v_BKSU, tokens: Tokens, plan: Plan, return_lse: bool, dtype: Any = None
+):
   # written once: fused into every block's slice, what came before would be computed again in each
   q_BKGTH, k_BKSH, v_BKSU = jax.lax.optimization_barrier((q_BKGTH, k_BKSH, v_BKSU))
   B, K, G = q_BKGTH.shape[:3]
@@ -142,17 +148,22 @@ def _forward(q_BKGTH, k_BKSH, v_BKSU, tokens: Tokens, plan: Plan, dtype: Any = N
     rows = tuple(_run_blocks(lambda *at: (block(*at)[0], ()), band)[0] for band in plan.bands)
   outputs, normalisers = zip(*rows)
   o_BKGTU = jnp.concatenate(outputs, axis=3)
-  lse_BKGT1 = jnp.concatenate(normalisers, axis=3)
-  blind_BKGT1 = jnp.isneginf(lse_BKGT1)
+  lse_BKGT1 = blind_BKGT1 = None
+  if return_lse:
+    lse_BKGT1 = jnp.concatenate(normalisers, axis=3)
+    blind_BKGT1 = jnp.isneginf(lse_BKGT1)
   residuals = (q_BKGTH, k_BKSH, v_BKSU, tokens, o_BKGTU, blind_BKGT1, softmaxes)
   return (o_BKGTU, lse_BKGT1), residuals
 
 
-def _backward(plan: Plan, residuals, cotangents):
+def _backward(plan: Plan, return_lse: bool, residuals, cotangents):
   q_BKGTH, k_BKSH, v_BKSU, tokens, o_BKGTU, blind_BKGT1, softmaxes = residuals
   do_BKGTU, dlse_BKGT1 = cotangents
-  do_BKGTU = jax.lax.optimization_barrier(do_BKGTU.astype(dlse_BKGT1.dtype))
-  mean_BKGT1 = mean_of_gradient(do_BKGTU, o_BKGTU) - jnp.where(blind_BKGT1, 0, dlse_BKGT1)
+  dtype = jnp.promote_types(q_BKGTH.dtype, jnp.float32)
+  do_BKGTU = jax.lax.optimization_barrier(do_BKGTU.astype(dtype))
+  mean_BKGT1 = mean_of_gradient(do_BKGTU, o_BKGTU)
+  if return_lse:
+    mean_BKGT1 = mean_BKGT1 - jnp.where(blind_BKGT1, 0, dlse_BKGT1)
   arrays = (q_BKGTH, k_BKSH, v_BKSU)
   grads = _gradients(*arrays, tokens, do_BKGTU, mean_BKGT1, plan, softmaxes)
   return *(grad.astype(q_BKGTH.dtype) for grad in grads), None

@@ -45,8 +45,9 @@ def report(
   chips = tuple(chips) or tuple(CORES)
   for chip in chips:
     check_choice("chips", chip, tuple(CORES))
-  chosen = [case for case in cases() if match in case.name]
-  check(bool(chosen), "match", match, f"names none of {[case.name for case in cases()]}")
+  every = tuple(cases())
+  chosen = [case for case in every if match in case.name]
+  check(bool(chosen), "match", match, f"names none of {[case.name for case in every]}")
   if importlib.util.find_spec("libtpu") is None:
     raise MissingExtraError(
       "schedules come from TPU's compiler, and it is not installed: pip install libtpu"

@@ -97,5 +97,5 @@ def _attend_by_blocks(q_BTNH, k_BTKH, v_BTKU, segment_ids_BT, options):
     with_block_before(blocks(k_BTKH)),
     with_block_before(blocks(v_BTKU)),
   )
-  o = xla.attend(*arrays, tokens, options, keeps=False)[0]
+  o = xla.attend(*arrays, tokens, options, False, keeps=False)[0]
   return o.reshape(B, X * W, *o.shape[2:])[:, :T]

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import AttentionConfig, ComputeConfig, ModelConfig, QuantSpec
+from jaxlm.config.quant import PLAIN
 from jaxlm.models.linear import Linear, Roles, declare_parts
 from jaxlm.models.mixers.context import Context
 from jaxlm.models.mixers.steps import write_places
@@ -147,7 +148,7 @@ def _formats(
 ) -> tuple[QuantSpec, QuantSpec]:
   """Returns how these layers round keys and values; keys that turn when they are read, not."""
   specs = cache_specs(c, config.quant, layers)
-  return specs.get("keys", QuantSpec()), specs["values"]
+  return specs.get("keys", PLAIN), specs["values"]
 
 
 def _scale(c: AttentionConfig) -> float:

@@ -19,7 +19,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import ComputeConfig, ModelConfig, NsaConfig, QuantSpec
+from jaxlm.config import ComputeConfig, ModelConfig, NsaConfig
+from jaxlm.config.quant import PLAIN
 from jaxlm.models.linear import Linear, Roles, declare_parts, sharded_normal, sharded_zeros
 from jaxlm.models.mixers.context import Context
 from jaxlm.models.mixers.shards import check_whole_rows, run_on_rows_and_heads
@@ -128,7 +129,7 @@ class Nsa(nn.Module):
     sizes = {"compressed": blocks, "raw": c.length, "selected": length}
     sizes |= {"window": min(c.window, length)}
     held = [
-      empty((batch, size, c.K, width), specs.get(f"{branch}.{part}", QuantSpec()), dtype)
+      empty((batch, size, c.K, width), specs.get(f"{branch}.{part}", PLAIN), dtype)
       for branch, size in sizes.items()
       for part, width in (("keys", c.H), ("values", c.value_width))
     ]

@@ -1,4 +1,5 @@
 import fcntl
+import functools
 import threading
 import types
 
@@ -33,24 +34,20 @@ def mesh():
     yield
 
 
+@functools.partial(jax.jit, static_argnames="ema")
 def state_at(step: int, ema: bool = False) -> TrainState:
-  weights = {"w": np.full((4, 3), step, np.float32)}
-  average = {"w": np.full((4, 3), -step, np.float32)} if ema else None
-  hyper = Hyper(jnp.float32(0.1), jnp.float32(0), jnp.int32(9))
-
-  def make() -> TrainState:
-    return TrainState(
-      step=jnp.int32(step),
-      params=weights,
-      frozen={"table": jnp.full(2, step)},
-      model_state={"count": jnp.int32(step)},
-      opt_state=(jnp.float32(0.5),),
-      ema=average,
-      key=jax.random.key(step),
-      hyper=hyper,
-    )
-
-  return jax.jit(make)()
+  weights = {"w": jnp.full((4, 3), step, jnp.float32)}
+  average = {"w": jnp.full((4, 3), -step, jnp.float32)} if ema else None
+  return TrainState(
+    step=jnp.int32(step),
+    params=weights,
+    frozen={"table": jnp.full(2, step)},
+    model_state={"count": jnp.int32(step)},
+    opt_state=(jnp.float32(0.5),),
+    ema=average,
+    key=jax.random.key(step),
+    hyper=Hyper(jnp.float32(0.1), jnp.float32(0), jnp.int32(9)),
+  )
 
 
 def save(folder, steps, *, ema=False, **options) -> None:

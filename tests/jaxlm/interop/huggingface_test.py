@@ -255,7 +255,7 @@ def test_loaded_arrays_may_be_donated(checkpoint):
     doubled = jax.jit(lambda p: jax.tree.map(lambda w: 2 * w + 1, p), donate_argnums=0)(params)
   for leaf, want in zip(jax.tree.leaves(doubled), jax.tree.leaves(c.params)):
     for shard in leaf.addressable_shards:
-      np.testing.assert_array_equal(shard.data, 2 * want + 1)
+      np.testing.assert_array_equal(shard.data, 2 * np.asarray(want) + 1)
 
 
 @pytest.mark.parametrize("windows", [(5,), (5, None)], ids=str)

@@ -90,6 +90,7 @@ def test_packed_rows_equal_the_separate_sequences(implementation, in_order):
   for d, document in enumerate(documents):
     apart_DT[d, 1 : len(document) + 1] = document
   apart_DTV = logits(config, init(config), apart_DT, compute=compute)
+  packed_BTV, apart_DTV = jax.device_get((packed_BTV, apart_DTV))
   seen = set()
   for b in range(len(rows)):
     for segment in range(1, batch.segment_ids_BT[b].max() + 1):

@@ -16,7 +16,7 @@ from sharding.rules import shard
 
 # an identity as head makes the states the logits
 STATES = np.log(np.array([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]], np.float32))
-HEAD = Head(jnp.eye(3), "vd", None)
+HEAD = Head(np.eye(3, dtype=np.float32), "vd", None)
 TARGETS = np.array([[1, 2]], np.int32)
 
 
@@ -81,14 +81,15 @@ def test_logprobs_on_a_mesh_are_spread_like_the_tokens():
   draw = np.random.default_rng(0)
   states_BTD, w_VD = (draw.normal(size=shape).astype(np.float32) for shape in ((4, 3, 5), (8, 5)))
   targets_BT = draw.integers(0, 8, (4, 3)).astype(np.int32)
-  want = token_logprobs(states_BTD, Head(jnp.asarray(w_VD), "vd", None), targets_BT)
+  logprobs = jax.jit(lambda x, w, targets: token_logprobs(x, Head(w, "vd", None), targets))
+  want = logprobs(states_BTD, w_VD, targets_BT)
   with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
     placed = (
       shard(states_BTD, "batch", None, None),
       shard(w_VD, "vocab", None),
       shard(targets_BT, "batch", None),
     )
-    got = jax.jit(lambda x, w, targets: token_logprobs(x, Head(w, "vd", None), targets))(*placed)
+    got = logprobs(*placed)
     assert {x.sharding.spec for x in got} == {P(("data", "fsdp"), None)}
   chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
 
@@ -114,7 +115,7 @@ def test_masked_positions_have_no_gradient_whatever_they_hold_and_others_that_of
     terms = next_token_loss(states_BTD, HEAD, targets_BT, weights_BT, z_loss)
     return sum(term.weight * term.num for term in terms.values() if term.weight)
 
-  gradient = jax.grad(minimised)(states_BTD)
+  gradient = jax.jit(jax.grad(minimised))(states_BTD)
   np.testing.assert_allclose(
     gradient, [[[0.5, -0.75, 0.25], [0, 0, 0]]], atol=1e-6
   )  # lse is 0: z adds nothing
@@ -123,9 +124,11 @@ def test_masked_positions_have_no_gradient_whatever_they_hold_and_others_that_of
 def test_half_precision_products_are_reduced_in_float32():
   draw = np.random.default_rng(0)
   states_BTD, w_DV = (
-    jnp.asarray(draw.normal(size=shape), jnp.bfloat16) for shape in ((1, 4, 8), (8, 5000))
+    draw.normal(size=shape).astype(jnp.bfloat16) for shape in ((1, 4, 8), (8, 5000))
   )
-  lp_BT, lse_BT = token_logprobs(states_BTD, Head(w_DV, "dv", None), np.zeros((1, 4), np.int32))
+  targets_BT = np.zeros((1, 4), np.int32)
+  logprobs = jax.jit(lambda x, w: token_logprobs(x, Head(w, "dv", None), targets_BT))
+  lp_BT, lse_BT = logprobs(states_BTD, w_DV)
   chex.assert_type((lp_BT, lse_BT), jnp.float32)
   exact = np.asarray(states_BTD, np.float64) @ np.asarray(w_DV, np.float64)
   np.testing.assert_allclose(lse_BT, np.log(np.exp(exact).sum(-1)), atol=1e-5)

@@ -1,5 +1,7 @@
 """The gradients of learned scales against their papers' formulas, and nested and block codes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -23,12 +25,15 @@ def draw(*shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+@functools.partial(jax.jit, static_argnames=("format", "N"))
+def pull_back(x_ZD, scales, upstream_ZD, format, N):
+  _, pull = jax.vjp(lambda x, s: apply.quantize(x, format, scales=s, N=N or x.size), x_ZD, scales)
+  return pull(upstream_ZD)
+
+
 def gradients(format, x_ZD, scales, upstream_ZD, N=None):
-  _, pull = jax.vjp(
-    lambda x, s: apply.quantize(x, format, scales=s, N=N or x.size), jnp.asarray(x_ZD), scales
-  )
-  dx_ZD, d_scales = pull(jnp.asarray(upstream_ZD))
-  return np.asarray(dx_ZD), np.asarray(next(iter(d_scales.values())))
+  dx_ZD, d_scales = jax.device_get(pull_back(x_ZD, scales, upstream_ZD, format, N))
+  return dx_ZD, next(iter(d_scales.values()))
 
 
 @pytest.mark.parametrize("grid, offset", [("symmetric", 0), ("midrise", 0.5), ("unsigned", 0)])
@@ -133,9 +138,11 @@ def test_slices_nest_in_the_codes_of_8_bits():
 
 
 def test_nested_weights_are_the_affine_int8_weights_at_8_bits():
-  w_ZD = jnp.asarray(draw(4, 32))
-  whole = uniform.quantize(w_ZD, UniformFormat(bits=8, grid="affine"))
-  np.testing.assert_array_equal(matquant.quantize(w_ZD, MatquantFormat()), whole)
+  w_ZD = draw(4, 32)
+  quantize = jax.jit(uniform.quantize, static_argnums=1)
+  whole = quantize(w_ZD, UniformFormat(bits=8, grid="affine"))
+  nested = jax.jit(matquant.quantize, static_argnums=1)(w_ZD, MatquantFormat())
+  np.testing.assert_array_equal(nested, whole)
 
 
 def test_elements_are_those_of_the_float_types():
@@ -179,9 +186,10 @@ def test_block_formats_on_normal_values_have_the_known_errors():
 @pytest.mark.parametrize("elements", ["mxfp4", "nvfp4"])
 def test_random_rounding_is_unbiased_and_needs_a_key(elements):
   format = BlockFormat(elements=elements, stochastic=True)
-  x_ZD = jnp.asarray(draw(2, 64))
+  x_ZD = draw(2, 64)
   keys = jax.random.split(jax.random.key(0), 4000)
-  mean_ZD = jnp.mean(jax.jit(jax.vmap(lambda k: apply.quantize(x_ZD, format, key=k)))(keys), 0)
+  each = jax.jit(jax.vmap(lambda k: apply.quantize(x_ZD, format, key=k)))(keys)
+  mean_ZD = np.mean(each, axis=0)
   # the largest step is 2 of 6 of a block's largest value, whose deviation is at most half
   tolerance = 4 * np.abs(x_ZD).max() / 3 / np.sqrt(len(keys))
   np.testing.assert_allclose(mean_ZD, x_ZD, atol=tolerance)

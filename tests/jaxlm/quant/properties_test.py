@@ -78,7 +78,8 @@ def outcome(format):
   x_ZD[3] = 0
   upstream_ZD = draw.normal(size=SHAPE).astype(np.float32)
   module = apply.FORMATS[type(format)]
-  scales = apply.init_scales(jnp.asarray(x_ZD), format) if apply.learned_names(format) else {}
+  init_scales = jax.jit(apply.init_scales, static_argnums=1)
+  scales = init_scales(x_ZD, format) if apply.learned_names(format) else {}
 
   def run(x_ZD, scales):
     return apply.quantize(x_ZD, format, scales=scales, N=x_ZD.size)
@@ -219,7 +220,7 @@ def test_the_hadamard_matrix_is_symmetric_orthogonal_and_what_the_fast_transform
   turned_ZN = turning.turn(x_ZN, n)
   np.testing.assert_allclose(turned_ZN, x_ZN @ h_NN, atol=1e-6)
   np.testing.assert_allclose(turning.turn(turned_ZN, n), x_ZN, rtol=1e-6, atol=1e-6)
-  got_NN = np.asarray(turning.turn(jnp.eye(n), n))
+  got_NN = np.asarray(jax.jit(turning.turn, static_argnums=1)(np.eye(n, dtype=np.float32), n))
   np.testing.assert_array_equal(got_NN, got_NN.T)
   np.testing.assert_allclose(got_NN @ got_NN.T, np.eye(n), atol=1e-6)
 

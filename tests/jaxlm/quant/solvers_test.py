@@ -1,6 +1,7 @@
 """GPTQ, AWQ and learned clipping: what they reduce to, and what they improve."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -77,8 +78,9 @@ def test_scaled_channels_change_no_logits():
   params = jax.jit(Transformer(config).init)(jax.random.key(0))
   draw = np.random.default_rng(0)
   shapes = {name: m.shape[0] for m in list_matmuls(config) for name in m.names}
-  activity = {name: jnp.asarray(draw.lognormal(size=D)) for name, D in shapes.items()}
-  scaled = awq.scale_channels(dataclasses.replace(config, quant=(rule,)), params, activity)
+  activity = {name: draw.lognormal(size=D).astype(np.float32) for name, D in shapes.items()}
+  scale = functools.partial(awq.scale_channels, dataclasses.replace(config, quant=(rule,)))
+  params, scaled = jax.device_get((params, jax.jit(scale)(params, activity)))
   logits = jax.jit(lambda params: Transformer(config).apply(params, np.arange(5)[None]))
   chex.assert_trees_all_close(logits(scaled), logits(params), atol=2e-5)
   for before, after in zip(jax.tree.leaves(params["stacks"]), jax.tree.leaves(scaled["stacks"])):

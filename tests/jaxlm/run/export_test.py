@@ -69,7 +69,8 @@ def untrained(tokenizer: Tokenizer, V: int = 400) -> SavedRun:
   """A run of a model with more ids than its tokenizer, whose greedy texts differ."""
   config = presets.micro()
   model = dataclasses.replace(config.model, V=V)
-  params = jax.tree.map(lambda w: 4 * w, jax.jit(Transformer(model).init)(jax.random.key(2)))
+  init = Transformer(model).init
+  params = jax.jit(lambda key: jax.tree.map(lambda w: 4 * w, init(key)))(jax.random.key(2))
   config = dataclasses.replace(config, model=model, mesh=MeshConfig(data=1))
   return SavedRun(config, tokenizer, params, 0, (tokenizer.eos,), (tokenizer.eos,))
 
@@ -107,7 +108,7 @@ def test_an_export_and_its_import_continue_a_text_as_the_run_does(kind, tmp_path
   assert len(set(texts)) > 1
   write_checkpoint(run, tmp_path / "none", tmp_path / "out", np.dtype("float32"))
   tuning = tuning_config(tmp_path / "out", tmp_path / "again")
-  exact = dataclasses.replace(tuning, compute=run.config.compute)
+  exact = dataclasses.replace(tuning, compute=run.config.compute, mesh=run.config.mesh)
   convert(tmp_path / "out", tmp_path / "again", config=exact)
   convert(tmp_path / "again", tmp_path / "back")
   for name in ("out", "again", "back"):

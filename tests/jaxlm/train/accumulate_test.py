@@ -8,6 +8,7 @@ import pytest
 
 from jaxlm.config import DataConfig, TrainConfig, decoder
 from jaxlm.data.packing import Batch
+from jaxlm.objectives.weighted import Weighted
 from jaxlm.run.text import TextTask
 from jaxlm.train import init_state
 from jaxlm.train.accumulate import accumulated_gradients, split_batch
@@ -69,6 +70,17 @@ def test_the_mean_of_the_micro_batches_means_is_something_else(params):
   means = np.mean([flat(gradients(params, part, 1)[0]) for part in parts], axis=0)
   full = flat(gradients(params, UNEQUAL, 1)[0])
   assert np.linalg.norm(means - full) > 0.05 * np.linalg.norm(full)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_the_objective_is_traced_once(microbatches):
+  @chex.assert_max_traces(n=1)
+  def objective(params, batch, key):
+    return {"loss": Weighted(jnp.sum(params * batch), jnp.float32(batch.size))}
+
+  chex.clear_trace_counter()
+  arguments = jnp.ones(()), jnp.ones(4), jax.random.key(0)
+  jax.eval_shape(lambda *args: accumulated_gradients(objective, *args, microbatches), *arguments)
 
 
 def test_a_batch_without_any_target_has_gradient_zero(params):

@@ -8,6 +8,9 @@ import pytest
 
 from jaxlm.train import adam8bit
 
+encode = jax.jit(adam8bit.encode, static_argnums=1)
+decode = jax.jit(adam8bit.decode, static_argnums=1)
+
 
 def test_the_codebooks_have_the_published_ends():
   signed, unsigned = adam8bit.codebook(True), adam8bit.codebook(False)
@@ -18,31 +21,30 @@ def test_the_codebooks_have_the_published_ends():
 
 
 def test_codes_are_the_nearest_and_keep_the_sign():
-  x_N = (
-    jnp.asarray(np.random.default_rng(0).normal(size=512), jnp.float32).at[:2].set([1e-9, -1e-9])
-  )
-  moment = adam8bit.encode(x_N, True)
-  back_N = np.asarray(adam8bit.decode(moment, True))
+  x_N = np.random.default_rng(0).normal(size=512).astype(np.float32)
+  x_N[:2] = 1e-9, -1e-9
+  moment = encode(x_N, True)
+  back_N = np.asarray(decode(moment, True))
   assert (np.sign(back_N) == np.sign(x_N)).all()
-  unit = np.asarray(x_N / np.repeat(moment.largest, 256))
+  unit = x_N / np.repeat(moment.largest, 256)
   book = adam8bit.codebook(True)
   nearest = np.abs(unit[:, None] - book[None]).argmin(1)
   assert (nearest[2:] == np.asarray(moment.codes)[2:]).mean() > 0.99
-  zero = adam8bit.encode(jnp.zeros(256), True)
-  assert (adam8bit.decode(zero, True) == 0).all()
+  zero = encode(np.zeros(256, np.float32), True)
+  assert not np.any(decode(zero, True))
 
 
 def test_three_steps_are_close_to_those_of_adam_in_float32_with_a_quarter_of_the_bytes():
   draw = np.random.default_rng(0)
   shapes = {"matrix": (64, 70), "norm": (16,)}
-  params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+  params = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
   roles = {name: name for name in params}
   plain, narrow = (
     optax.scale_by_adam(0.9, 0.95, 1e-8),
     adam8bit.scale_by_adam8bit(0.9, 0.95, 1e-8, roles),
   )
-  states = [plain.init(params), narrow.init(params)]
-  sums = [jax.tree.map(jnp.zeros_like, params) for _ in range(2)]
+  states = [jax.jit(plain.init)(params), jax.jit(narrow.init)(params)]
+  sums = [params, params]
   updates = [jax.jit(rule.update) for rule in (plain, narrow)]
   for _ in range(3):
     grads = {
@@ -51,9 +53,9 @@ def test_three_steps_are_close_to_those_of_adam_in_float32_with_a_quarter_of_the
     }
     for i in range(2):
       directions, states[i] = updates[i](grads, states[i])
-      sums[i] = jax.tree.map(jnp.add, sums[i], directions)
-  difference = jnp.abs(sums[0]["matrix"] - sums[1]["matrix"]).mean()
-  assert difference / jnp.abs(sums[0]["matrix"]).mean() < 0.02
+      sums[i] = jax.tree.map(np.add, sums[i], jax.device_get(directions))
+  difference = np.abs(sums[0]["matrix"] - sums[1]["matrix"]).mean()
+  assert difference / np.abs(sums[0]["matrix"]).mean() < 0.02
   np.testing.assert_allclose(sums[0]["norm"], sums[1]["norm"], rtol=1e-5)
   own = (states[1].first["matrix"], states[1].second["matrix"])
   size = sum(x.nbytes for x in jax.tree.leaves(own))
@@ -61,10 +63,12 @@ def test_three_steps_are_close_to_those_of_adam_in_float32_with_a_quarter_of_the
 
 
 def test_a_gradient_that_is_not_finite_zeroes_its_own_moments_alone():
-  params = {"matrix": jnp.zeros((64, 64))}
+  params = {"matrix": np.zeros((64, 64), np.float32)}
   rule = adam8bit.scale_by_adam8bit(0.9, 0.95, 1e-8, {"matrix": "matrix"})
-  grads = {"matrix": jnp.ones((64, 64)).at[0, 3].set(jnp.nan)}
-  directions, state = jax.jit(rule.update)(grads, rule.init(params))
-  assert directions["matrix"][0, 3] == 0 and jnp.isfinite(directions["matrix"]).all()
-  assert adam8bit.decode(state.first["matrix"], True)[3] == 0
-  np.testing.assert_allclose(directions["matrix"][1], 1.0, rtol=1e-5)
+  grads = {"matrix": np.ones((64, 64), np.float32)}
+  grads["matrix"][0, 3] = np.nan
+  directions, state = jax.jit(rule.update)(grads, jax.jit(rule.init)(params))
+  direction = np.asarray(directions["matrix"])
+  assert direction[0, 3] == 0 and np.isfinite(direction).all()
+  assert np.asarray(decode(state.first["matrix"], True))[3] == 0
+  np.testing.assert_allclose(direction[1], 1.0, rtol=1e-5)

@@ -46,8 +46,13 @@ def test_decay_is_decoupled_and_times_the_learning_rate(name):
   roles = {"head": "head", "norm": "norm", "stack": {"w": "matrix", "norm": "norm"}}
   grads = jax.tree.map(np.zeros_like, params)
   optimizer = make_optimizer(config, roles)
-  state = optimizer.init(params)
-  after, _ = update(optimizer, roles, grads, state, params, rate=0.1, weight_decay=0.5)
+
+  @jax.jit
+  def step(grads, params):
+    state = optimizer.init(params)
+    return update(optimizer, roles, grads, state, params, rate=0.1, weight_decay=0.5)
+
+  after, _ = step(grads, params)
   np.testing.assert_allclose(after["head"], 0.95, rtol=1e-5)
   np.testing.assert_allclose(after["stack"]["w"], 0.95, rtol=1e-5)
   np.testing.assert_array_equal(after["norm"], 1)

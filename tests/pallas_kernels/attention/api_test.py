@@ -17,7 +17,7 @@ from pallas_kernels.common.platform import log_once
 
 def arrays(B=2, T=8, S=None, N=4, K=2, H=4, U=None, dtype=jnp.float32):
   S, U = S or T, U or H
-  return [jnp.ones(shape, dtype) for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, U))]
+  return [np.ones(shape, dtype) for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, U))]
 
 
 Q, K, V = arrays()

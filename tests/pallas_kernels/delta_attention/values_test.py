@@ -1,6 +1,8 @@
 """Output, final state and every gradient against the recurrence in float64."""
 
 # B batch, T positions, H heads of queries and keys, N heads of values, K width of keys, V of values
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -97,9 +99,10 @@ def test_what_was_written_is_recalled_exactly(implementation):
   k_BTHK = np.concatenate([keys_KK, keys_KK[:5]])[None, :, None].astype(np.float32)
   v_BTNV = rng.normal(size=(1, K + 5, 1, V)).astype(np.float32)
   beta_BTN = np.ones((1, K + 5, 1), np.float32)
-  gates = dict(erase=beta_BTN, write=beta_BTN, scale=1.0, return_state=True)
   arrays = k_BTHK, k_BTHK, v_BTNV
-  o_BTNV, state_BNKV = delta_attention(*arrays, **gates, implementation=implementation)
+  attend = functools.partial(delta_attention, scale=1.0, return_state=True)
+  attend = jax.jit(functools.partial(attend, implementation=implementation))
+  o_BTNV, state_BNKV = attend(*arrays, erase=beta_BTN, write=beta_BTN)
   chex.assert_trees_all_close(o_BTNV, v_BTNV, atol=2e-6)
   last_KV = np.concatenate([v_BTNV[0, K:, 0], v_BTNV[0, 5:K, 0]])
   chex.assert_trees_all_close(keys_KK @ np.asarray(state_BNKV[0, 0]), last_KV, atol=2e-6)

@@ -137,14 +137,14 @@ def test_float64_is_computed_in_float64():
     x_RW = jnp.asarray(np.random.default_rng().normal(size=(3, 24)))
     want = np.asarray(x_RW) @ (hadamard_matrix(24, 12) / np.sqrt(24))
     for implementation in ("reference", "xla"):
-      got = hadamard(x_RW, base=12, implementation=implementation)
+      got = jax.jit(functools.partial(hadamard, base=12, implementation=implementation))(x_RW)
       assert got.dtype == jnp.float64 and relative(got, want) < 1e-14
 
 
 def test_formats_and_stochastic_rounding():
   """Each code times its scale is a neighbour of y, and the mean over keys is y itself."""
-  y_RW = jnp.asarray(np.random.default_rng().normal(size=(2, 64)), jnp.float32)
-  x_RW = hadamard(y_RW, implementation="reference")
+  y_RW = np.random.default_rng().normal(size=(2, 64)).astype(np.float32)
+  x_RW = jax.jit(functools.partial(hadamard, implementation="reference"))(y_RW)
 
   @jax.jit
   def drawn(keys):
@@ -199,11 +199,16 @@ def test_outliers_zeros_and_nan():
 def test_rotation_lowers_the_error_of_outlier_channels():
   """Int4 with one scale a token, 8 of 1024 channels 50 times as large."""
   rng = np.random.default_rng(0)
-  x_RW = jnp.asarray(rng.normal(size=(64, 1024)) * np.where(np.arange(1024) % 128 == 3, 50, 1))
+  x_RW = np.float32(rng.normal(size=(64, 1024)) * np.where(np.arange(1024) % 128 == 3, 50, 1))
   scales = np.abs(x_RW).max(-1, keepdims=True) / 7
   plain = relative(np.rint(x_RW / scales) * scales, x_RW)
-  codes = hadamard_quantize(x_RW, group=1024, dtype="int4", implementation="xla")
-  rotated = relative(dequantize(codes), hadamard(x_RW, implementation="xla"))
+
+  @jax.jit
+  def both(x_RW):
+    codes = hadamard_quantize(x_RW, group=1024, dtype="int4", implementation="xla")
+    return dequantize(codes), hadamard(x_RW, implementation="xla")
+
+  rotated = relative(*both(x_RW))
   assert 0.09 < rotated < 0.16 and plain > 2 * rotated
 
 
@@ -224,7 +229,7 @@ def test_rows_on_a_mesh_and_leading_axes():
   mesh = jax.make_mesh((4, 2), ("data", "length"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
   x = jnp.asarray(np.random.default_rng().normal(size=(4, 2, 64)), jnp.float32)
   run = functools.partial(hadamard_quantize, group=32, dtype="int8", implementation="xla")
-  want = run(x)
+  want = jax.jit(run)(x)
   chex.assert_shape(want.scales, (4, 2, 2))
   with jax.set_mesh(mesh):
     spread = jax.reshard(x, jax.P("data", "length"))
@@ -237,7 +242,8 @@ def test_rows_on_a_mesh_and_leading_axes():
 
 def test_empty_and_vmap():
   assert hadamard(jnp.zeros((0, 8))).shape == (0, 8)
-  x = jnp.asarray(np.random.default_rng().normal(size=(2, 3, 16)), jnp.float32)
-  got = jax.jit(jax.vmap(lambda x: hadamard_quantize(x, group=16, dtype="int8")))(x)
+  x = np.random.default_rng().normal(size=(2, 3, 16)).astype(np.float32)
+  quantize = functools.partial(hadamard_quantize, group=16, dtype="int8")
+  got = jax.jit(jax.vmap(quantize))(x)
   assert isinstance(got, Rotated)
-  same_codes(got, hadamard_quantize(x, group=16, dtype="int8"))
+  same_codes(got, jax.jit(quantize)(x))

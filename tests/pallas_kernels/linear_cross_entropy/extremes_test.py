@@ -115,7 +115,7 @@ def test_nan_in_an_ignored_row_reaches_nothing(implementation, reduction, bad):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_row_of_weight_0_reaches_no_gradient_though_its_lse_is_returned(implementation):
   e_ND, c_VD, bias_V, labels_N = inputs()
-  weights_N = jnp.ones(N).at[2].set(0)
+  weights_N = np.float32(np.arange(N) != 2)
 
   def loss(e_ND, c_VD):
     loss, lse_N = linear_cross_entropy(
@@ -129,7 +129,8 @@ def test_a_row_of_weight_0_reaches_no_gradient_though_its_lse_is_returned(implem
     )
     return loss, lse_N
 
-  gradients, lse_N = jax.grad(loss, (0, 1), has_aux=True)(e_ND.at[2].set(jnp.nan), c_VD)
+  gradients = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+  gradients, lse_N = gradients(e_ND.at[2].set(jnp.nan), c_VD)
   assert np.isnan(lse_N[2]) and np.isfinite(np.delete(lse_N, 2)).all()
   assert all(np.isfinite(gradient).all() for gradient in gradients)
 

@@ -72,7 +72,8 @@ def test_shard_map(implementation):
   with jax.set_mesh(mesh):
     split = jax.shard_map(local, in_specs=SPECS, out_specs=P())
     got = jax.jit(jax.value_and_grad(split, (0, 1, 2)))(*spread(mesh, inputs()))
-  assert_same(got, jax.value_and_grad(functools.partial(loss, **options), (0, 1, 2))(*inputs()))
+  whole = functools.partial(loss, **options)
+  assert_same(got, jax.jit(jax.value_and_grad(whole, (0, 1, 2)))(*inputs()))
 
 
 def test_gradient_inside_shard_map():
@@ -85,7 +86,7 @@ def test_gradient_inside_shard_map():
     got = jax.jit(jax.shard_map(local, in_specs=SPECS, out_specs=SPECS[:3]))(
       *spread(mesh, inputs())
     )
-  assert_same(got, jax.grad(loss, (0, 1, 2))(*inputs()))
+  assert_same(got, jax.jit(jax.grad(loss, (0, 1, 2)))(*inputs()))
 
 
 def test_only_rows_cross_the_network():
@@ -113,7 +114,7 @@ def test_gradients_that_are_reduced_later_leave_unsummed(options):
 
   with jax.set_mesh(mesh):
     got = jax.jit(deferred)(*spread(mesh, inputs()))
-  assert_same(got, jax.grad(functools.partial(loss, **options), (0, 1))(*inputs()))
+  assert_same(got, jax.jit(jax.grad(functools.partial(loss, **options), (0, 1)))(*inputs()))
 
 
 def test_wrong_splits():

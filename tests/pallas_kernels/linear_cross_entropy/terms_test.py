@@ -48,7 +48,7 @@ class TermsTest(chex.TestCase):
       gradient_NV = terms.logit_gradient(x_NV, hit_NV, factors, OPTIONS)
       return gradient_NV * terms.logit_slope(x_NV, OPTIONS)
 
-    want = jax.grad(loss)(products_NV)
+    want = jax.jit(jax.grad(loss))(products_NV)
     chex.assert_trees_all_close(written_out(products_NV), want, rtol=1e-5, atol=1e-6)
 
   @chex.variants(with_jit=True, without_jit=True)

@@ -150,10 +150,15 @@ def test_gradients_of_bfloat16_before_their_last_rounding(implementation):
   inputs = terms.Inputs(e_ND, c_VD, labels_N, bias_V)
   options = terms.Options(vocabulary=8001, interpret=implementation == "pallas_tpu")
   backend = {"xla": xla, "pallas_tpu": pallas_tpu}[implementation]
-  stats = backend.statistics(inputs, options)
-  one_N = jnp.ones(150)
-  factors = terms.row_factors(stats, terms.Statistics(one_N, -one_N, 0 * one_N))
-  de_ND, dc_VD, _ = jax.jit(backend.gradients, static_argnums=2)(inputs, factors, options)
+
+  @jax.jit
+  def gradients(inputs):
+    one_N = jnp.ones(150)
+    cotangents = terms.Statistics(one_N, -one_N, 0 * one_N)
+    factors = terms.row_factors(backend.statistics(inputs, options), cotangents)
+    return backend.gradients(inputs, factors, options)
+
+  de_ND, dc_VD, _ = gradients(inputs)
   assert de_ND.dtype == dc_VD.dtype == jnp.float32
   assert relative(de_ND, want[0]) < 5e-4 and relative(dc_VD, want[1]) < 5e-4, SEED
 

@@ -12,6 +12,8 @@ import pytest
 from pallas_kernels.lowbit_matmul import lowbit_matmul, pack, unpack
 from pallas_kernels.lowbit_matmul.packing import FORMATS
 
+jitted_pack = jax.jit(pack, static_argnums=1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -45,7 +47,7 @@ class Case:
     zeros_KN = 0 if zeros_GN is None else spread(zeros_GN)[: self.K]
     w_KN = spread(np.float64(scales_GN))[: self.K] * (codes_KN - np.float64(zeros_KN))
     x_MK, dy_MN = rng.normal(size=(self.M, self.K)), rng.normal(size=(self.M, self.N))
-    arrays = (jnp.asarray(x_MK, self.x), pack(jnp.asarray(codes_KN), self.dtype), scales_GN)
+    arrays = (jnp.asarray(x_MK, self.x), jitted_pack(codes_KN, self.dtype), scales_GN)
     return arrays, zeros_GN, jnp.asarray(dy_MN, jnp.float32), w_KN
 
 
@@ -76,6 +78,12 @@ def run(x_MK, packed, scales_GN, zeros_GN, dy_MN, case, implementation):
 
   y_MN, pull_back = jax.vjp(multiply, x_MK)
   return y_MN, pull_back(dy_MN)[0]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def there_and_back(codes_KN, dtype):
+  packed = pack(codes_KN, dtype)
+  return packed, unpack(packed, dtype, codes_KN.shape[0])
 
 
 def relative(got, want):
@@ -136,20 +144,22 @@ def test_packed_weights_may_be_constants_of_a_jit():
 @pytest.mark.parametrize("K", [1, 8, 13, 17])
 def test_packing_is_exact(dtype, K):
   codes_KN = Case(dtype, K=K, N=3).codes(np.random.default_rng()).astype(np.int8)
-  packed = pack(jnp.asarray(codes_KN), dtype)
+  packed, unpacked_KN = there_and_back(codes_KN, dtype)
   bits = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "ternary": 2, "trits": 1.6, "binary": 1}
   assert packed.nbytes == np.ceil(K * bits[dtype] / 8) * 3
-  np.testing.assert_array_equal(unpack(packed, dtype, K), codes_KN)
+  np.testing.assert_array_equal(unpacked_KN, codes_KN)
 
 
 def test_even_k_has_the_low_bits():
   codes = jnp.asarray([[1], [-2], [-8]], jnp.int8)
   np.testing.assert_array_equal(pack(codes, "int4"), [[0x1 | 0xE << 4], [0x8]])
-  np.testing.assert_array_equal(pack(jnp.asarray([[1], [-1], [0]]), "ternary"), [[0b001101]])
-  np.testing.assert_array_equal(pack(jnp.asarray([[1], [-1], [1]]), "binary"), [[0b101]])
-  np.testing.assert_array_equal(pack(jnp.asarray([[1], [-1], [0]]), "trits"), [[2 + 9 + 27 + 81]])
-  codes = jnp.asarray([[1], [-1], [2], [-4]])
-  np.testing.assert_array_equal(pack(codes, "int3"), [[0b10111001], [0b1000]])
+  for dtype, codes, bytes_KN in (
+    ("ternary", [1, -1, 0], [[0b001101]]),
+    ("binary", [1, -1, 1], [[0b101]]),
+    ("trits", [1, -1, 0], [[2 + 9 + 27 + 81]]),
+    ("int3", [1, -1, 2, -4], [[0b10111001], [0b1000]]),
+  ):
+    np.testing.assert_array_equal(jitted_pack(np.array([codes]).T, dtype), bytes_KN)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +170,9 @@ def test_error_of_absmax_on_normal_weights(dtype, levels, published):
   w_KN = np.random.default_rng().normal(size=(1024, 256)).astype(np.float32)
   scales_GN = np.abs(w_KN.reshape(8, 128, 256)).max(1) / levels
   codes = np.rint(w_KN / np.repeat(scales_GN, 128, axis=0)).astype(np.int8)
-  identity = jnp.eye(1024, dtype=jnp.float32)
-  arrays = (identity, pack(jnp.asarray(codes), dtype), scales_GN)
-  got = lowbit_matmul(*arrays, dtype=dtype, group=128, implementation="reference")
+  arrays = (np.eye(1024, dtype=np.float32), jitted_pack(codes, dtype), scales_GN)
+  multiply = functools.partial(lowbit_matmul, dtype=dtype, group=128, implementation="reference")
+  got = jax.jit(multiply)(*arrays)
   assert relative(got, w_KN) == pytest.approx(published, rel=0.1)
 
 
@@ -226,7 +236,7 @@ def test_scales_have_no_gradient_and_say_so():
     packed = jnp.ones((4, 3), jnp.uint8)
     return jnp.sum(lowbit_matmul(x, packed, scales_GN, dtype="int4", implementation="xla"))
 
-  x, scales_GN = jnp.ones((2, 8)), jnp.ones((1, 3))
-  assert jax.grad(loss)(x, scales_GN).shape == x.shape
+  x, scales_GN = np.ones((2, 8), np.float32), np.ones((1, 3), np.float32)
+  assert jax.eval_shape(jax.grad(loss), x, scales_GN).shape == x.shape
   with pytest.raises(NotImplementedError, match="packed weights are not trained"):
     jax.grad(loss, 1)(x, scales_GN)

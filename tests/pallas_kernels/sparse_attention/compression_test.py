@@ -1,6 +1,8 @@
 """Compression of blocks against loops over blocks; blocks of packed rows."""
 
 # B batch, S key positions, K key heads, H width, L tokens of a block, F hidden width
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,10 @@ from pallas_kernels.sparse_attention import (
 B, S, K, H, L, F = 2, 37, 2, 4, 8, 6
 
 
+jitted_mean = jax.jit(compress_mean, static_argnames="length")
+starts = jax.jit(functools.partial(block_starts, length=L, stride=4), static_argnums=0)
+
+
 def draw(*shape):
   return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
 
@@ -27,9 +33,15 @@ def test_forms_are_loops_over_blocks():
   linear_KLHZ, up_KLHF, down_KFZ = draw(K, L, H, 3), draw(K, L, H, F), draw(K, F, 5)
   starts_BC = block_starts(S, length=L, stride=4)
   assert starts_BC[0].tolist() == [*range(0, 32, 4)]  # (37 - 8) // 4 + 1 blocks
-  mean = compress_mean(x_BSKH, starts_BC, length=L)
-  linear = compress_linear(x_BSKH, starts_BC, linear_KLHZ, position_KLH)
-  mlp = compress_mlp(x_BSKH, starts_BC, up_KLHF, down_KFZ, position_KLH, activation=jnp.tanh)
+
+  @jax.jit
+  def forms(x_BSKH):
+    mean = compress_mean(x_BSKH, starts_BC, length=L)
+    linear = compress_linear(x_BSKH, starts_BC, linear_KLHZ, position_KLH)
+    mlp = compress_mlp(x_BSKH, starts_BC, up_KLHF, down_KFZ, position_KLH, activation=jnp.tanh)
+    return mean, linear, mlp
+
+  mean, linear, mlp = jax.device_get(forms(x_BSKH))
   for c, k in np.ndindex(8, K):
     block_BLH = x_BSKH[:, 4 * c : 4 * c + L, k]
     chex.assert_trees_all_close(mean[:, c, k], block_BLH.mean(axis=1), atol=1e-6)
@@ -45,13 +57,13 @@ def test_segments_have_the_blocks_that_they_have_alone(lengths):
   ids_BS = np.repeat(np.arange(len(lengths)), lengths)[None]
   want, first = [], 0
   for length in lengths:
-    want += [first + int(start) for start in block_starts(length, length=L, stride=4)[0]]
+    want += [first + start for start in starts(length)[0].tolist()]
     first += length
-  got = block_starts(S, length=L, stride=4, segment_ids_BS=jnp.asarray(ids_BS))[0].tolist()
+  got = starts(S, segment_ids_BS=ids_BS)[0].tolist()
   assert got == want + [S] * (8 - len(want))
   x_BSKH = draw(1, S, K, H)
   x_BSKH[:, -1] = np.nan  # what is past a row's last block is none
-  mean = compress_mean(x_BSKH, jnp.asarray([got]), length=L)
+  mean = jitted_mean(x_BSKH, np.array([got]), length=L)
   assert np.all(np.asarray(mean)[:, len(want) :] == 0)
 
 
@@ -78,5 +90,5 @@ def test_weights_that_do_not_fit_are_refused():
 
 def test_gradient_reaches_the_tokens_of_blocks():
   starts_BC = block_starts(S, length=L, stride=4)
-  grad = jax.grad(lambda x: jnp.sum(compress_mean(x, starts_BC, length=L)[:, 2]))(draw(B, S, K, H))
+  grad = jax.grad(lambda x: jnp.sum(jitted_mean(x, starts_BC, length=L)[:, 2]))(draw(B, S, K, H))
   assert np.flatnonzero(np.any(np.asarray(grad) != 0, axis=(0, 2, 3))).tolist() == [*range(8, 16)]

@@ -27,17 +27,22 @@ EAGER = {
   "block-sparse": lambda n: training_free.block_sparse_mask(q_BTNH, k_BTKH, blocks=n, block=4),
 }
 MASKS = {name: jax.jit(mask, static_argnums=0) for name, mask in EAGER.items()}
+masked_attention = jax.jit(training_free.masked_attention)
+dense_attention = jax.jit(functools.partial(attention, implementation="reference"))
+sparsity = jax.jit(training_free.sparsity)
+quest_scores = jax.jit(training_free.quest_scores, static_argnames="page")
+quest_pages = jax.jit(training_free.quest_pages, static_argnames="budget")
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_a_budget_for_everything_is_dense_and_a_small_one_is_sparse_and_causal(name):
   everything = MASKS[name](T)
-  got = training_free.masked_attention(q_BTNH, k_BTKH, v_BTKH, everything)
-  want = attention(q_BTNH, k_BTKH, v_BTKH, implementation="reference")
+  got = masked_attention(q_BTNH, k_BTKH, v_BTKH, everything)
+  want = dense_attention(q_BTNH, k_BTKH, v_BTKH)
   chex.assert_trees_all_close(got, want, atol=1e-6)
-  assert abs(float(training_free.sparsity(everything))) < 1e-6
+  assert abs(float(sparsity(everything))) < 1e-6
   few = MASKS[name](4)
-  assert 0.3 < float(training_free.sparsity(few)) < 1
+  assert 0.3 < float(sparsity(few)) < 1
   assert not np.any(np.triu(np.asarray(few).swapaxes(1, 2), 1))
   assert np.all(np.asarray(few)[:, np.arange(T), :, np.arange(T)])  # a token sees itself
 
@@ -67,7 +72,7 @@ def test_flex_sets_reach_the_mass():
 
 
 def test_block_sparse_forces_the_first_its_own_and_the_one_before():
-  mask_BTNS = np.asarray(training_free.block_sparse_mask(q_BTNH, k_BTKH, blocks=3, block=4))
+  mask_BTNS = np.asarray(MASKS["block-sparse"](3))
   for t in range(T):
     seen = {s // 4 for s in np.flatnonzero(mask_BTNS[0, t, 0])}
     assert seen == {0, t // 4, max(0, t // 4 - 1)} & set(range(t // 4 + 1))
@@ -75,12 +80,14 @@ def test_block_sparse_forces_the_first_its_own_and_the_one_before():
 
 def test_snapkv_keeps_its_capacity_with_both_ends():
   kept = training_free.Kept(last=8, kernel=5, first=2, near=6)
-  got_BKC = training_free.snapkv_tokens(q_BTNH, k_BTKH, capacity=20, kept=kept)
+  tokens = functools.partial(training_free.snapkv_tokens, kept=kept)
+  tokens = jax.jit(tokens, static_argnames="capacity")
+  got_BKC = np.asarray(tokens(q_BTNH, k_BTKH, capacity=20))
   chex.assert_shape(got_BKC, (B, K, 20))
   assert np.all(np.diff(got_BKC, axis=-1) > 0)
   for token in (0, 1, *range(T - 6, T)):
     assert np.all(np.any(got_BKC == token, axis=-1))
-  everything = training_free.snapkv_tokens(q_BTNH, k_BTKH, capacity=99, kept=kept)
+  everything = tokens(q_BTNH, k_BTKH, capacity=99)
   assert np.array_equal(everything, np.broadcast_to(np.arange(T), (B, K, T)))
 
 
@@ -102,7 +109,7 @@ def test_pooling_pads_with_zeros_and_divides_by_the_kernel():
 
 
 def test_quest_scores_bound_every_product_of_a_page():
-  score_BNP = np.asarray(training_free.quest_scores(q_BTNH[:, -1], k_BTKH, page=16))
+  score_BNP = np.asarray(quest_scores(q_BTNH[:, -1], k_BTKH, page=16))
   chex.assert_shape(score_BNP, (B, N, 4))
   products_BNS = np.einsum("bnh,bsnh->bns", q_BTNH[:, -1], np.repeat(k_BTKH, N // K, axis=2))
   for s in range(T):
@@ -111,14 +118,15 @@ def test_quest_scores_bound_every_product_of_a_page():
 
 def test_quest_pages_are_blocks_of_selected_attention():
   q_B1NH = q_BTNH[:, -1:]
-  read = training_free.quest_pages(q_BTNH[:, -1], k_BTKH, budget=64)
+  read = quest_pages(q_BTNH[:, -1], k_BTKH, budget=64)
   assert np.array_equal(read, np.broadcast_to(np.arange(4), (B, K, 4)))
-  got, _ = nsa_selected_attention(q_B1NH, k_BTKH, v_BTKH, read[:, None], block=16)
-  want = attention(q_B1NH, k_BTKH, v_BTKH, implementation="reference")
+  attend = jax.jit(functools.partial(nsa_selected_attention, block=16))
+  got, _ = attend(q_B1NH, k_BTKH, v_BTKH, read[:, None])
+  want = dense_attention(q_B1NH, k_BTKH, v_BTKH)
   chex.assert_trees_all_close(got, want, atol=1e-6)
-  few = np.asarray(training_free.quest_pages(q_BTNH[:, -1], k_BTKH, budget=16))
+  few = np.asarray(quest_pages(q_BTNH[:, -1], k_BTKH, budget=16))
   assert few.shape == (B, K, 2) and np.all(few[..., -1] == 3)  # the best, and the current page
-  score = np.asarray(training_free.quest_scores(q_BTNH[:, -1], k_BTKH)).reshape(B, K, 2, 4).sum(2)
+  score = np.asarray(quest_scores(q_BTNH[:, -1], k_BTKH)).reshape(B, K, 2, 4).sum(2)
   assert np.array_equal(few[..., 0], score[..., :3].argmax(axis=-1))
 
 
