@@ -102,7 +102,8 @@ def _normalise_jvp(scale: float, coarse: bool, primals: Any, tangents: Any) -> A
   (x,), (dx,) = primals, tangents
   factor = _norm_factor(x, scale, coarse)
   y = x * factor
-  return y, factor * (dx - y * (scale**-2 * jnp.sum(y * dx, axis=-1, keepdims=True)))
+  along = jnp.sum(y * dx, axis=-1, keepdims=True) / (scale * scale or 1.0)
+  return y, factor * (dx - y * along)
 
 
 def _norm_factor(x: jax.Array, scale: float, coarse: bool) -> jax.Array:
