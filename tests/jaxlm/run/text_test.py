@@ -72,9 +72,10 @@ def test_a_run_finds_its_text_from_anywhere_and_is_no_text_itself(trained, tmp_p
   assert "records whose text field holds no text" in run("eval", str(run_folder))
 
 
-@pytest.mark.parametrize(
-  "command", [["eval"], pytest.param(["replay", "--step", "1"], marks=pytest.mark.slow)], ids=" ".join
-)
+REPLAY = pytest.param(["replay", "--step", "1"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("command", [["eval"], REPLAY], ids=" ".join)
 def test_text_that_has_changed_is_named_by_what_only_looks_at_it(
   command, trained, tmp_path, monkeypatch
 ):
