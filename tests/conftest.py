@@ -4,8 +4,8 @@ Slow tests run the programs that users run, but for modules that ask for `compil
 Quick ones switch most of XLA's optimisations off and take its older code generator, where jax still
 has it: that leaves a fifth of compile time, which is most of what they take. A program that several
 tests need, such as the training step of the smallest preset, is compiled once per process. What
-else every small program costs is paid less often: setting up MLIR, writing down for each operation
-the lines of Python that led to it, and Python's search for cycles, which tracing sets off.
+else every small program costs is paid less often: setting up MLIR, and Python's search for cycles,
+which tracing sets off.
 """
 
 import functools
@@ -33,8 +33,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # programs of several CPU devices that come from the cache hang (see sharding.make_mesh)
 jax.config.update("jax_enable_compilation_cache", False)
-jax.config.update("jax_traceback_in_locations_limit", 0)
-jax.config.update("jax_include_full_tracebacks_in_locations", False)
 
 compile_anew = compiler.compile_or_get_cached
 compiled_programs = {}

@@ -30,10 +30,10 @@ def accumulated_gradients(
   compiled once, with one micro-batch in memory. On a mesh each device keeps its own share of the
   sum, so that every gradient is reduced once per step.
   """
-  objective = jax.jit(objective, inline=True)  # traced once, for denominators and gradient
   deferred = defer_reduction(params)
   parts = jax.tree.map(lambda x: split_batch(x, microbatches), batch)
   keys = jax.vmap(lambda m: jax.random.fold_in(key, m))(jnp.arange(microbatches))
+  objective = _traced(objective, deferred, *jax.tree.map(lambda x: x[0], (parts, keys)))
   dens = denominators(objective, deferred, parts, keys)
 
   def minimised(params: Any, part: Any, key: jax.Array) -> tuple[jax.Array, Terms]:
@@ -57,6 +57,22 @@ def accumulated_gradients(
     grads, terms_M = jax.lax.scan(add_to, jax.tree.map(_zero_gradient, deferred), (parts, keys))
     terms = jax.tree.map(lambda x: jnp.sum(x, axis=0), terms_M)
   return reduce_gradients(grads, params), terms
+
+
+def _traced(objective: Objective, params: Any, part: Any, key: jax.Array) -> Objective:
+  """Returns the objective's program for arguments like these, to be used without tracing it again.
+
+  Raises UserError for terms that cannot be accumulated.
+  """
+
+  def checked(params: Any, part: Any, key: jax.Array) -> Terms:
+    terms = objective(params, part, key)
+    _check_terms(terms)
+    return terms
+
+  closed, terms = jax.make_jaxpr(checked, return_shape=True)(params, part, key)
+  program, structure = jaxpr_as_fun(closed), jax.tree.structure(terms)
+  return lambda *arguments: jax.tree.unflatten(structure, program(*jax.tree.leaves(arguments)))
 
 
 def denominators(
