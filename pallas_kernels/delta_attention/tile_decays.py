@@ -47,9 +47,7 @@ def multiply_decays(decay_CK: jax.Array) -> Decays:
     if half < ROWS // 2:
       other = [jnp.where(behind, y, pltpu.roll(x, ROWS - half, 0)) for x, y in zip(total, other)]
     before = [jnp.where(behind, x * y, x) for x, y in zip(before, other)]
-    after = [
-      jnp.where(behind, 1.0 if x is None else x, scaled(y, x)) for x, y in zip(after, other)
-    ]
+    after = [jnp.where(behind, 1.0 if x is None else x, scaled(y, x)) for x, y in zip(after, other)]
     total = [x * y for x, y in zip(total, other)]
   half = 1
   while half < len(total):
