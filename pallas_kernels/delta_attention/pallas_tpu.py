@@ -196,7 +196,7 @@ def forward_kernel(
       yield
 
   preparing = in_turn([prepare(head) for head in range(plan.A)], FORWARD_DELAY)
-  run(in_turn([preparing, slowed(finish(), 1)]))
+  run(in_turn([slowed(finish(), 2), preparing]))
 
   @pl.when(j == plan.J)
   def end() -> None:

@@ -8,20 +8,22 @@ the log decays: that of a sum over a run is added to each of its positions by on
 # C positions of a chunk, K width of keys, L halvings of the chunk; lists hold groups of 8 rows
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.delta_attention.tile_products import ROWS, Tables, dot, split_rows
+from pallas_kernels.delta_attention.tile_products import ROWS, Tables, dot, scaled, split_rows
 
 
 class Decays(NamedTuple):
-  """Holds decays of a chunk, float32 [8, K] for each group of 8 positions."""
+  """Holds decays of a chunk, float32 [8, K] for each group of 8 positions; None is 1."""
 
-  halves: list[list[jax.Array]]
-  """For each halving: from a block's middle to a position behind it, or from one before it."""
+  before: list[list[Any]]
+  """For each halving: from a block's middle up to and with a position behind it."""
+  after: list[list[Any]]
+  """For each halving: after a position before the middle up to it."""
   from_start: list[jax.Array]
   """From the chunk's start up to and with each position."""
   to_end: list[jax.Array]
@@ -29,42 +31,37 @@ class Decays(NamedTuple):
 
 
 def multiply_decays(decay_CK: jax.Array) -> Decays:
-  """Returns the decays of a chunk from its log decays."""
-  parts = [_inside_of_8(x_8K) for x_8K in split_rows(jnp.exp(decay_CK))]
-  halves = [[part[0][level] for part in parts] for level in range(3)]
-  before = [part[1] for part in parts]
-  after = [part[2] for part in parts]
-  total = [part[3] for part in parts]
-  groups, half = len(parts), 1
-  while half < groups:
-    behind = [bool(i & half) for i in range(groups)]
-    halves.append([before[i] if behind[i] else after[i] for i in range(groups)])
-    other = [total[i // half * half ^ half] for i in range(groups)]
-    before = [x * other[i] if behind[i] else x for i, x in enumerate(before)]
-    after = [x if behind[i] else x * other[i] for i, x in enumerate(after)]
-    for i in range(0, groups, 2 * half):
+  """Returns the decays of a chunk from its log decays.
+
+  Before a halving's middle, and after it, numbers are of no use and at most 1.
+  """
+  befores, afters = [], []
+  before = total = split_rows(jnp.exp(decay_CK))
+  after: list[Any] = [None] * len(total)
+  row_8K = jax.lax.broadcasted_iota(jnp.int32, total[0].shape, 0)
+  for half in (1, 2, 4):
+    befores.append(before)
+    afters.append(after)
+    behind = row_8K & half != 0
+    other = [pltpu.roll(x, half, 0) for x in total]
+    if half < ROWS // 2:
+      other = [jnp.where(behind, y, pltpu.roll(x, ROWS - half, 0)) for x, y in zip(total, other)]
+    before = [jnp.where(behind, x * y, x) for x, y in zip(before, other)]
+    after = [jnp.where(behind, 1.0 if x is None else x, scaled(y, x)) for x, y in zip(after, other)]
+    total = [x * y for x, y in zip(total, other)]
+  half = 1
+  while half < len(total):
+    befores.append(before)
+    afters.append(after)
+    other = [total[i // half * half ^ half] for i in range(len(total))]
+    behind_of = [bool(i & half) for i in range(len(total))]
+    before = [x * y if behind else x for x, y, behind in zip(before, other, behind_of)]
+    after = [x if behind else x * y for x, y, behind in zip(after, other, behind_of)]
+    total = list(total)
+    for i in range(0, len(total), 2 * half):
       total[i] = total[i] * total[i + half]
     half = 2 * half
-  return Decays(halves, before, after)
-
-
-def _inside_of_8(
-  x_8K: jax.Array,
-) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array]:
-  """Returns the decays of the halvings of 8 positions, from the start, to the end and of all."""
-  row_8K = jax.lax.broadcasted_iota(jnp.int32, x_8K.shape, 0)
-  halves, before, total = [], x_8K, x_8K
-  after = jnp.ones_like(x_8K)
-  for half in (1, 2, 4):
-    behind = row_8K & half != 0
-    halves.append(jnp.where(behind, before, after))
-    other = pltpu.roll(total, half, 0)
-    if half < ROWS // 2:
-      other = jnp.where(behind, other, pltpu.roll(total, ROWS - half, 0))
-    before = jnp.where(behind, before * other, before)
-    after = jnp.where(behind, after, after * other)
-    total = total * other
-  return halves, before, after, total
+  return Decays(befores, afters, before, after)
 
 
 def pull_decays(

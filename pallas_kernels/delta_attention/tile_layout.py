@@ -30,8 +30,8 @@ from pallas_kernels.delta_attention.tile_products import Tables, make_tables
 
 CHUNK = 64
 LANES = 128
-HEADS = 8
-"""Heads of a step, at most."""
+HEADS = 16
+"""Heads of a step, at most; half as many where a head is wider than 128, for want of memory."""
 
 
 class Parts(NamedTuple):
@@ -77,9 +77,10 @@ def make_plan(tokens: Tokens) -> Plan:
   """Returns the plan of a call."""
   B, T, N, V = tokens.v.shape
   C = max(16, min(CHUNK, 1 << (T - 1).bit_length()))
-  A = next(heads for heads in range(HEADS, 0, -1) if N % heads == 0)
-  K = round_up(tokens.q.shape[-1], LANES)
-  return Plan(B, round_up(T, C), N, K, round_up(V, LANES), C, A, T)
+  K, V = round_up(tokens.q.shape[-1], LANES), round_up(V, LANES)
+  most = HEADS if K == V == LANES else HEADS // 2
+  A = next(heads for heads in range(most, 0, -1) if N % heads == 0)
+  return Plan(B, round_up(T, C), N, K, V, C, A, T)
 
 
 def arrange(tokens: Tokens, gate: GateParameters, plan: Plan) -> tuple[Parts, Constants]:

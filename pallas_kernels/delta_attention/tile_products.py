@@ -79,12 +79,13 @@ def in_turn(steps: list[Steps], delay: int = 0) -> Steps:
   """Runs generators in turn, up to the next `yield` of each; returns what they return.
 
   A compiler hides the latency of one product behind its neighbours in the program. Each generator
-  starts `delay` rounds after the one before it, so that stages of different kind meet.
+  starts `delay` rounds after the one before it, so that stages of different kind meet; a round
+  begins with the youngest, whose stages wait for least.
   """
   results: list[Any] = [None] * len(steps)
   running, rounds = dict(enumerate(steps)), 0
   while running:
-    for i, step in list(running.items()):
+    for i, step in reversed(list(running.items())):
       if rounds < i * delay:
         continue
       try:

@@ -92,11 +92,11 @@ def _operands(
   kinds: list[list[jax.Array]], k: list[jax.Array], decays: Decays | None, level: int
 ) -> tuple[list[jax.Array], list[jax.Array]]:
   """Returns decayed rows behind the middles of a halving's blocks, and keys decayed to there."""
-  groups = len(k)
-  factors = [None] * groups if decays is None else decays.halves[level]
+  none, groups = [None] * len(k), len(k)
+  before, after = (none, none) if decays is None else (decays.before[level], decays.after[level])
   behind = rows_behind(level, groups)
-  rows = [scaled(kind[i], factors[i]) for kind in kinds for i in behind]
-  keys = [x if level >= 3 and i in behind else scaled(x, factors[i]) for i, x in enumerate(k)]
+  rows = [scaled(kind[i], before[i]) for kind in kinds for i in behind]
+  keys = [x if level >= 3 and i in behind else scaled(x, after[i]) for i, x in enumerate(k)]
   return rows, keys
 
 
@@ -159,7 +159,6 @@ def pull(
   rows_RK = jnp.concatenate([x for kind in rows for x in kind]).astype(dtype)
   to_end = None if decays is None else jnp.concatenate(decays.to_end)
   k_CK, state_VK = scaled(gated.k, to_end), saved.state_VK
-  yield
   added_CV = gated.v
   if erases:
     added_CV = gated.v - dot(rows_RK[C:], state_VK, 1, 1, dtype)
@@ -186,12 +185,13 @@ def pull(
   drows = [split_rows(x) for x in split_rows(drows_RK, C)]
   dkinds = [[scaled(x, f) for x, f in zip(kind, from_start)] for kind in drows]
   dk = split_rows(scaled(dk_CK, to_end))
+  if decays is not None:
+    products = [[x * dx for x, dx in zip(*of_kind)] for of_kind in zip(kinds, dkinds)]
+    starts = products[0] if len(products) == 1 else [x + y for x, y in zip(*products)]
+    ends = [x * dx for x, dx in zip(split_rows(gated.k), dk)]
   halves = yield from _pull_pairs(gated, kinds, dkinds, dk, dpairs_RC, decays, tables)
   ddecay_CK = None
   if decays is not None:
-    products = [[x * dx for x, dx in zip(*of_kind)] for of_kind in zip(rows, drows)]
-    starts = products[0] if len(products) == 1 else [x + y for x, y in zip(*products)]
-    ends = split_rows(k_CK * dk_CK)
     ddecay_CK = pull_decays(halves, starts, ends, tables) + dtotal_1K
   dgated = Gated(
     q=jnp.concatenate(dkinds[0]),
@@ -224,6 +224,7 @@ def _pull_pairs(
     ddiagonal_81 = jnp.sum(ddiagonal_8C, axis=1, keepdims=True)
     dkinds[0][i] = dkinds[0][i] + ddiagonal_81 * k[i]
     dk[i] = dk[i] + ddiagonal_81 * q[i]
+  yield
   for level in range(tables.levels):
     behind = rows_behind(level, groups)
     rows, keys = _operands(kinds, k, decays, level)
@@ -235,17 +236,19 @@ def _pull_pairs(
     masked_RC = jnp.concatenate(masked)
     drows = split_rows(dot(masked_RC, jnp.concatenate(keys), 1, 0, tables.dtype))
     dkeys = split_rows(dot(masked_RC, jnp.concatenate(rows), 0, 0, tables.dtype))
-    factors = [None] * groups if decays is None else decays.halves[level]
+    none = [None] * groups
+    before, after = (none, none) if decays is None else (decays.before[level], decays.after[level])
     sums: list[Any] = [None] * groups
-    for kind, dkind in enumerate(dkinds):
+    for kind, (x, dx) in enumerate(zip(kinds, dkinds)):
       for at, i in enumerate(behind):
-        x, dx = rows[kind * len(behind) + at], drows[kind * len(behind) + at]
-        dkind[i] = dkind[i] + scaled(dx, factors[i])
-        sums[i] = x * dx if sums[i] is None else sums[i] + x * dx
+        drow_8K = scaled(drows[kind * len(behind) + at], before[i])
+        dx[i] = dx[i] + drow_8K
+        sums[i] = x[i] * drow_8K if sums[i] is None else sums[i] + x[i] * drow_8K
     for i in range(groups):
       if level < 3 or i not in behind:
-        dk[i] = dk[i] + scaled(dkeys[i], factors[i])
-        sums[i] = keys[i] * dkeys[i] if sums[i] is None else sums[i] + keys[i] * dkeys[i]
+        dkey_8K = scaled(dkeys[i], after[i])
+        dk[i] = dk[i] + dkey_8K
+        sums[i] = k[i] * dkey_8K if sums[i] is None else sums[i] + k[i] * dkey_8K
     halves.append(sums)
     yield
   return halves

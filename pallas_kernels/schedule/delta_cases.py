@@ -44,5 +44,5 @@ def delta_attention_cases() -> Iterator[Case]:
       fn=fn,
       args=args,
       flops=flops,
-      kernel=f"delta_attention_{kernel}_8_heads",
+      kernel=f"delta_attention_{kernel}_16_heads",
     )

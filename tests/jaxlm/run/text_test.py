@@ -72,7 +72,13 @@ def test_a_run_finds_its_text_from_anywhere_and_is_no_text_itself(trained, tmp_p
   assert "records whose text field holds no text" in run("eval", str(run_folder))
 
 
-def test_text_that_has_changed_is_named_by_what_only_looks_at_it(trained, tmp_path, monkeypatch):
+REPLAY = pytest.param(["replay", "--step", "1"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("command", [["eval"], REPLAY], ids=" ".join)
+def test_text_that_has_changed_is_named_by_what_only_looks_at_it(
+  command, trained, tmp_path, monkeypatch
+):
   folder, _ = trained
   shutil.copytree(folder, tmp_path / "copy", symlinks=True)
   monkeypatch.chdir(tmp_path / "copy")
@@ -80,7 +86,6 @@ def test_text_that_has_changed_is_named_by_what_only_looks_at_it(trained, tmp_pa
   config["data"]["source"] = str(tmp_path / "copy")
   Path("runs/one/config.json").write_text(json.dumps(config))
   Path("a.txt").write_text("other text\n" * 400)
-  assert "not the text of the run: training text: digest" in run("eval", "runs/one")
-  assert "not the text of the run: training text: digest" in run(
-    "replay", "runs/one", "--step", "1"
-  )
+  name, *flags = command
+  printed = run(name, "runs/one", *flags)
+  assert "not the text of the run: training text: digest" in printed
