@@ -149,6 +149,7 @@ def said(command: str, capsys) -> str:
   return f"$ {command}\n{text}\n  [exit status {status}]\n"
 
 
+@pytest.mark.slow
 def test_every_message_is_the_one_in_the_file(place, capsys, monkeypatch):
   monkeypatch.chdir(place)
   monkeypatch.setenv("COLUMNS", "200")

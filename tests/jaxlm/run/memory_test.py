@@ -22,7 +22,10 @@ TRAIN = ["train", "micro", "--run", "run"]
 
 @pytest.mark.parametrize(
   "flags, printed",
-  [([], "asked, jax has started: False"), (["--no-keep_freed_memory", "--batch", "7"], "batch=7")],
+  [
+    ([], "asked, jax has started: False"),
+    pytest.param(["--no-keep_freed_memory", "--batch", "7"], "batch=7", marks=pytest.mark.slow),
+  ],
 )
 def test_memory_is_kept_from_before_jax_starts(tmp_path, flags, printed):
   process = start_python(tmp_path, "-c", PROGRAM, *TRAIN, *flags, JAX_NUM_CPU_DEVICES="2")
