@@ -101,7 +101,9 @@ def test_biases_are_written_in_the_layout_that_keeps_the_tokenizer(tmp_path):
   chex.assert_trees_all_close(*logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bytes", "bpe"))])
+@pytest.mark.parametrize(
+  "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bytes", "bpe"))]
+)
 def test_an_export_and_its_import_continue_a_text_as_the_run_does(kind, tmp_path):
   run = untrained(TOKENIZERS[kind]())
   texts = continue_all(run)
