@@ -127,16 +127,21 @@ def without_helper(folder: Path, name: str, number: signal.Signals) -> Outcome:
   slower += "def slow(*a):\n  time.sleep(0.1)\n  return check(*a)\nguard.Guard.check_step = slow"
   flags = ["--run", name, "--trackers", "wandb"]
   process = start(folder, *TRAIN, *flags, setup=slower, WANDB_MODE="offline", WANDB_SILENT="true")
-  wait_until(lambda: last_step(ours) >= 3, process)
-  helpers = subprocess.run(["pgrep", "-P", str(process.pid), "wandb"], capture_output=True)
-  for helper in helpers.stdout.split():
-    os.kill(int(helper), number)
+
+  def helpers() -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process.pid), "wandb"], capture_output=True)
+    return [int(helper) for helper in found.stdout.split()]
+
+  wait_until(lambda: last_step(ours) >= 3 and bool(helpers()), process)
+  signalled = helpers()
+  for helper in signalled:
+    os.kill(helper, number)
   try:
     return _judge(folder, name, *finish(folder, process), "trackers=wandb: lost after step")
   finally:
-    for helper in helpers.stdout.split():
+    for helper in signalled:
       with contextlib.suppress(ProcessLookupError):
-        os.kill(int(helper), signal.SIGKILL)
+        os.kill(helper, signal.SIGKILL)
 
 
 def cases(folder: Path) -> dict[str, Callable[[str], Outcome]]:
