@@ -33,7 +33,8 @@ def accumulated_gradients(
   deferred = defer_reduction(params)
   parts = jax.tree.map(lambda x: split_batch(x, microbatches), batch)
   keys = jax.vmap(lambda m: jax.random.fold_in(key, m))(jnp.arange(microbatches))
-  objective = _traced(objective, deferred, *jax.tree.map(lambda x: x[0], (parts, keys)))
+  first = jax.tree.map(lambda x: x[0], (parts, keys))
+  objective = _traced(objective, deferred, *first)
   dens = denominators(objective, deferred, parts, keys)
 
   def minimised(params: Any, part: Any, key: jax.Array) -> tuple[jax.Array, Terms]:
@@ -47,7 +48,7 @@ def accumulated_gradients(
 
   gradient = jax.grad(minimised, has_aux=True)
   if microbatches == 1:
-    grads, terms = gradient(deferred, *jax.tree.map(lambda x: x[0], (parts, keys)))
+    grads, terms = gradient(deferred, *first)
   else:
 
     def add_to(grads: Any, part_and_key: tuple[Any, jax.Array]) -> tuple[Any, Terms]:

@@ -30,10 +30,18 @@ class Decays(NamedTuple):
   """After each position up to the chunk's end."""
 
 
+def decays_of(decays: Decays | None, level: int, groups: int) -> tuple[list[Any], list[Any]]:
+  """Returns the decays of a halving before and after positions, or those of no decay."""
+  if decays is None:
+    return [None] * groups, [None] * groups
+  return decays.before[level], decays.after[level]
+
+
 def multiply_decays(decay_CK: jax.Array) -> Decays:
   """Returns the decays of a chunk from its log decays.
 
-  Before a halving's middle, and after it, numbers are of no use and at most 1.
+  `before` of positions that are before a middle, and `after` of those behind it, are at most 1 and
+  not to be used.
   """
   befores, afters = [], []
   before = total = split_rows(jnp.exp(decay_CK))
@@ -57,7 +65,6 @@ def multiply_decays(decay_CK: jax.Array) -> Decays:
     behind_of = [bool(i & half) for i in range(len(total))]
     before = [x * y if behind else x for x, y, behind in zip(before, other, behind_of)]
     after = [x if behind else x * y for x, y, behind in zip(after, other, behind_of)]
-    total = list(total)
     for i in range(0, len(total), 2 * half):
       total[i] = total[i] * total[i + half]
     half = 2 * half

@@ -15,7 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.delta_attention.terms import Gated
-from pallas_kernels.delta_attention.tile_decays import Decays, multiply_decays, pull_decays
+from pallas_kernels.delta_attention.tile_decays import (
+  Decays,
+  decays_of,
+  multiply_decays,
+  pull_decays,
+)
 from pallas_kernels.delta_attention.tile_inverse import invert_unit_lower
 from pallas_kernels.delta_attention.tile_products import (
   Steps,
@@ -92,9 +97,8 @@ def _operands(
   kinds: list[list[jax.Array]], k: list[jax.Array], decays: Decays | None, level: int
 ) -> tuple[list[jax.Array], list[jax.Array]]:
   """Returns decayed rows behind the middles of a halving's blocks, and keys decayed to there."""
-  none, groups = [None] * len(k), len(k)
-  before, after = (none, none) if decays is None else (decays.before[level], decays.after[level])
-  behind = rows_behind(level, groups)
+  before, after = decays_of(decays, level, len(k))
+  behind = rows_behind(level, len(k))
   rows = [scaled(kind[i], before[i]) for kind in kinds for i in behind]
   keys = [x if level >= 3 and i in behind else scaled(x, after[i]) for i, x in enumerate(k)]
   return rows, keys
@@ -155,8 +159,8 @@ def pull(
   from_start: list[Any] = [None] * len(kinds[0])
   if decays is not None:
     from_start = decays.from_start
-  rows = [[scaled(x, f) for x, f in zip(kind, from_start)] for kind in kinds]
-  rows_RK = jnp.concatenate([x for kind in rows for x in kind]).astype(dtype)
+  rows = [scaled(x, f) for kind in kinds for x, f in zip(kind, from_start)]
+  rows_RK = jnp.concatenate(rows).astype(dtype)
   to_end = None if decays is None else jnp.concatenate(decays.to_end)
   k_CK, state_VK = scaled(gated.k, to_end), saved.state_VK
   added_CV = gated.v
@@ -236,8 +240,7 @@ def _pull_pairs(
     masked_RC = jnp.concatenate(masked)
     drows = split_rows(dot(masked_RC, jnp.concatenate(keys), 1, 0, tables.dtype))
     dkeys = split_rows(dot(masked_RC, jnp.concatenate(rows), 0, 0, tables.dtype))
-    none = [None] * groups
-    before, after = (none, none) if decays is None else (decays.before[level], decays.after[level])
+    before, after = decays_of(decays, level, groups)
     sums: list[Any] = [None] * groups
     for kind, (x, dx) in enumerate(zip(kinds, dkinds)):
       for at, i in enumerate(behind):

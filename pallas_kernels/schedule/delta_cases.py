@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.delta_attention import kimi_delta_attention
+from pallas_kernels.delta_attention.tile_layout import HEADS
 from pallas_kernels.schedule.case import Case, array
 
 
@@ -44,5 +45,5 @@ def delta_attention_cases() -> Iterator[Case]:
       fn=fn,
       args=args,
       flops=flops,
-      kernel=f"delta_attention_{kernel}_16_heads",
+      kernel=f"delta_attention_{kernel}_{HEADS}_heads",
     )

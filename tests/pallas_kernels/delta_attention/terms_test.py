@@ -21,7 +21,7 @@ def test_the_norm_has_the_value_and_gradient_of_its_formula(coarse):
 
   y, pull = jax.vjp(lambda x: normalise(x, scale, coarse), x)
   true_y, true_pull = jax.vjp(plain, x)
-  chex.assert_trees_all_close(y, true_y, rtol=1e-5)
+  chex.assert_trees_all_close(y, true_y, rtol=1e-6)
   (dx,), (true_dx,) = pull(dy), true_pull(dy)
   size = np.abs(true_dx).max(axis=1, keepdims=True)
   chex.assert_trees_all_close(dx / size, true_dx / size, atol=2e-5)

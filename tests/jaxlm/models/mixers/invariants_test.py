@@ -76,7 +76,6 @@ ENDS_B = np.array([0, 7, 20, 63, 64, T - 1])
 
 
 @functools.cache
-@functools.cache
 def init(config):
   """Weights large enough that logits differ, with norms, taps and gates that are no defaults."""
   params = jax.device_get(jax.jit(Transformer(config).init)(jax.random.key(1)))
