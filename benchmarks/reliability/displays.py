@@ -121,12 +121,17 @@ def altered(folder: Path, name: str, setup: str, words: str, *flags: str) -> Out
 
 
 def without_helper(folder: Path, name: str, number: signal.Signals) -> Outcome:
-  """Sends a signal to the process that wandb starts to keep its files."""
+  """Sends a signal to the process that wandb starts to keep its files.
+
+  Raises RuntimeError where the run ends before it has such a process.
+  """
   ours = RunFolder(folder / name)
   slower = "import time, jaxlm.run.guard as guard\ncheck = guard.Guard.check_step\n"
   slower += "def slow(*a):\n  time.sleep(0.1)\n  return check(*a)\nguard.Guard.check_step = slow"
   flags = ["--run", name, "--trackers", "wandb"]
-  process = start(folder, *TRAIN, *flags, setup=slower, WANDB_MODE="offline", WANDB_SILENT="true")
+  # a service that this process may have would be shared instead of one being started
+  settings = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_SERVICE": ""}
+  process = start(folder, *TRAIN, *flags, setup=slower, **settings)
 
   def helpers() -> list[int]:
     found = subprocess.run(["pgrep", "-P", str(process.pid), "wandb"], capture_output=True)
@@ -134,6 +139,8 @@ def without_helper(folder: Path, name: str, number: signal.Signals) -> Outcome:
 
   wait_until(lambda: last_step(ours) >= 3 and bool(helpers()), process)
   signalled = helpers()
+  if not signalled:
+    raise RuntimeError(f"wandb started no process; status {process.wait(600)}")
   for helper in signalled:
     os.kill(helper, number)
   try:
