@@ -21,14 +21,16 @@ def hide(x_BSKZ: jax.Array) -> tuple[jax.Array, jax.Array]:
 def hide_rows(
   q: jax.Array, do: jax.Array, lse: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns queries [..., H] and gradients [..., U] with 0 in rows that are not finite in either.
+  """Returns queries [..., H] and gradients [..., U] with 0 in bad rows, and which rows are, bool.
 
-  The logsumexp [...] of such a row becomes NaN: with it the probabilities of the keys that the row
-  sees, and of no others where these are set to 0, and so the gradients of these keys.
+  A row is bad where it is not finite in either, or its logsumexp [...] is NaN. If the backward pass
+  makes the probabilities of the keys that such a row sees not finite, and 0 of all others, then
+  what is not finite goes to the gradients of these keys and no others.
   """
-  bad = ~(jnp.all(jnp.isfinite(q), axis=-1) & jnp.all(jnp.isfinite(do), axis=-1))
+  finite = jnp.all(jnp.isfinite(q), axis=-1) & jnp.all(jnp.isfinite(do), axis=-1)
+  bad = ~finite | jnp.isnan(lse)
   q, do = (jnp.where(bad[..., None], 0, x) for x in (q, do))
-  return q, do, jnp.where(bad, jnp.nan, lse)
+  return q, do, bad
 
 
 def any_within(bad_BSK: jax.Array, first: jax.Array, end: jax.Array) -> jax.Array:

@@ -118,7 +118,8 @@ def _backward(plan, residuals, cotangents):
   do_ZGU, dlse_ZG = cotangents
   mean_ZG = jnp.sum(do_ZGU.astype(jnp.float32) * o_ZGU.astype(jnp.float32), axis=-1)
   mean_ZG -= jnp.where(jnp.isneginf(lse_ZG), 0, dlse_ZG)
-  q_ZGH, do_ZGU, lse_ZG = nonfinite.hide_rows(q_ZGH, do_ZGU, lse_ZG)
+  q_ZGH, do_ZGU, bad_ZG = nonfinite.hide_rows(q_ZGH, do_ZGU, lse_ZG)
+  lse_ZG = jnp.where(bad_ZG, jnp.nan, lse_ZG)
   # repeated, so that rows of several queries in one product are read where they are
   values = RowValues(*(jnp.tile(x_ZG, (1, ROWS // plan.G)) for x_ZG in (lse_ZG, mean_ZG)))
   arrays = (q_ZGH, do_ZGU, k_ASH, v_ASU, values, known.lists)

@@ -194,13 +194,12 @@ _attend.defvjp(_forward, _backward)
 
 
 def _hide_bad_rows(q_ATH, do_ATU, lse_AX1R):
-  """Returns the arrays as `nonfinite.hide_rows` does; they are written only if any row is bad."""
+  """Returns queries and gradients without bad rows, whose logsumexp is NaN; writes only if any."""
 
   def hide(_, arrays):
     q_ATH, do_ATU, lse_AX1R = arrays
-    lse_AT = lse_AX1R.reshape(q_ATH.shape[:2])
-    q_ATH, do_ATU, lse_AT = nonfinite.hide_rows(q_ATH, do_ATU, lse_AT)
-    return q_ATH, do_ATU, lse_AT.reshape(lse_AX1R.shape)
+    q_ATH, do_ATU, bad_AT = nonfinite.hide_rows(q_ATH, do_ATU, lse_AX1R.reshape(q_ATH.shape[:2]))
+    return q_ATH, do_ATU, jnp.where(bad_AT.reshape(lse_AX1R.shape), jnp.nan, lse_AX1R)
 
   fine = jnp.all(jnp.isfinite(q_ATH)) & jnp.all(jnp.isfinite(do_ATU))
   return jax.lax.fori_loop(0, jnp.where(fine, 0, 1), hide, (q_ATH, do_ATU, lse_AX1R))

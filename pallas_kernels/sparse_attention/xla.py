@@ -138,7 +138,9 @@ def _backward(static, residuals, cotangents):
   wide = lse_ZG.dtype
   mean_ZG = jnp.sum(do_ZGU.astype(wide) * o_ZGU.astype(wide), axis=-1)
   mean_ZG -= jnp.where(blind_ZG, 0, dlse_ZG)
-  q_ZGH, do_ZGU, finite_ZG = nonfinite.hide_rows(q_ZGH, do_ZGU, jnp.where(blind_ZG, 0, lse_ZG))
+  q_ZGH, do_ZGU, bad_ZG = nonfinite.hide_rows(q_ZGH, do_ZGU, lse_ZG)
+  # of a bad row the probabilities of keys that it sees are infinity, and 0 times that is NaN
+  finite_ZG = jnp.where(blind_ZG, 0, jnp.where(bad_ZG, -1e30, lse_ZG))
 
   def add_chunk(chunk, sums):
     dq_ZGH, dk_YH, dv_YU = sums
@@ -146,12 +148,10 @@ def _backward(static, residuals, cotangents):
     k_LH, v_LU = _block(k_YH, place, L), _block(v_YU, place, L)
     q_RGH, do_RGU = q_ZGH[row_R], do_ZGU[row_R]
     mask_RL = _mask(position_Z[row_R], place, S, L)
-    mask_R1L = mask_RL[:, None]
-    a_RGL = scale * _dot("rgh,lh->rgl", q_RGH, k_LH)
-    p_RGL = jnp.where(mask_R1L, jnp.exp(a_RGL - finite_ZG[row_R][..., None]), 0)
+    p_RGL = jnp.exp(_logits(q_RGH, k_LH, mask_RL, scale) - finite_ZG[row_R][..., None])
     dp_RGL = _dot("rgu,lu->rgl", do_RGU, v_LU)
     da_RGL = p_RGL * (dp_RGL - mean_ZG[row_R][..., None])
-    da_RGL = jnp.where(mask_R1L, da_RGL, 0).astype(q_RGH.dtype)
+    da_RGL = jnp.where(mask_RL[:, None], da_RGL, 0).astype(q_RGH.dtype)
     # a query that sees a NaN has NaN in da; others must not get it from 0 * NaN
     k_LH = jnp.where(jnp.isfinite(k_LH), k_LH, 0)
     dq_RGH = dq_ZGH[row_R] + scale * _dot("rgl,lh->rgh", da_RGL, k_LH)
