@@ -138,10 +138,11 @@ def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 def _weighted_sum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
   """Contracts two arrays where 0 times what is not finite is 0, and so for gradients."""
   dot = functools.partial(jnp.einsum, spec, precision=jax.lax.Precision.HIGHEST)
-  (x_finite, y_finite), dtype = map(jnp.isfinite, (x, y)), x.dtype
-  meets_bad = dot(((x != 0) & x_finite).astype(dtype), (~y_finite).astype(dtype))
-  meets_bad += dot((~x_finite).astype(dtype), (y != 0).astype(dtype))
-  return jnp.where(meets_bad > 0, jnp.nan, dot(jnp.where(x_finite, x, 0), jnp.where(y_finite, y, 0)))
+  x_finite, y_finite = jnp.isfinite(x), jnp.isfinite(y)
+  meets_bad = dot(1.0 * ((x != 0) & x_finite), 1.0 * ~y_finite)
+  meets_bad += dot(1.0 * ~x_finite, 1.0 * (y != 0))
+  z = dot(jnp.where(x_finite, x, 0), jnp.where(y_finite, y, 0))
+  return jnp.where(meets_bad > 0, jnp.nan, z)
 
 
 def _backward(spec: str, factors: Any, dz: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -150,5 +151,5 @@ def _backward(spec: str, factors: Any, dz: jax.Array) -> tuple[jax.Array, jax.Ar
   return dx, _weighted_sum(f"{of_z},{of_x}->{of_y}", dz, x)
 
 
-for dot in (_dot, _weighted_sum):
-  dot.defvjp(lambda spec, x, y, dot=dot: (dot(spec, x, y), (x, y)), _backward)
+_dot.defvjp(lambda spec, x, y: (_dot(spec, x, y), (x, y)), _backward)
+_weighted_sum.defvjp(lambda spec, x, y: (_weighted_sum(spec, x, y), (x, y)), _backward)

@@ -57,7 +57,6 @@ def test_gpu_kernels_confine_what_is_not_finite(case, run, assert_nan_only_where
   """NaN in keys, values, queries and their cotangents; queries from 9 on give no gradient."""
   q_BTNH, k_BSKH, v_BSKU, do_BTNU, dlse_BTN = half(case, PACKED)
   lists_BTKI = np.broadcast_to(np.array([1, 0, -1], np.int32), (2, 11, 2, 3))
-  ids_BS = case(**PACKED).segment_ids()
   k_BSKH[0, 5, 0, 1], v_BSKU[1, 7, 1, 2] = np.nan, np.inf
   q_BTNH[1, 3, 0, 3], do_BTNU[0, 6, 3, 0] = np.nan, np.nan
   do_BTNU[:, 9:], dlse_BTN[:, 9:] = 0, 0
