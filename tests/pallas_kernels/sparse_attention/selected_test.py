@@ -111,16 +111,14 @@ def test_gradient_of_blocks_that_nobody_selected_is_exactly_zero(name, run):
     assert np.flatnonzero(reached_S).tolist() == [*range(16), *range(32, 48)], key
 
 
-def test_nan_reaches_the_queries_that_see_it_and_no_others(case, run):
-  q_BTNH, k_BSKH, v_BSKU, *rest = case(**BASE).arrays()
-  k_BSKH[0, 20, 0, 1] = np.nan
-  v_BSKU[1, 50, 1, 2] = np.nan
-  lists_BTKI = np.broadcast_to(np.array([0, 1, 3], np.int32), (2, 70, 2, 3))
-  got = run(BASE, "xla", (q_BTNH, k_BSKH, v_BSKU, *rest), lists_BTKI)
-  wanted_BTN = np.zeros((2, 70, 4), bool)
-  wanted_BTN[0, 20:, :2] = wanted_BTN[1, 50:, 2:] = True
-  for key in ("o", "dq"):
-    assert np.array_equal(np.isnan(got[key]).any(axis=-1), wanted_BTN), key
+@pytest.mark.parametrize("name, queries", [("reference", 70), ("xla", 70), ("xla", 8)])
+def test_nan_goes_where_it_belongs_and_nowhere_else(
+  name, queries, case, run, assert_nan_only_where_it_belongs
+):
+  """8 queries gather their keys."""
+  arrays, lists_BTKI = case(**BASE).bad(queries)
+  got = run(BASE, name, arrays, lists_BTKI)
+  assert_nan_only_where_it_belongs(got, BASE, arrays, lists_BTKI)
 
 
 @pytest.mark.parametrize("name", ["reference", "xla"])
