@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from pallas_kernels.attention import attention
 from pallas_kernels.sparse_attention import nsa_selected_attention
@@ -49,6 +50,18 @@ def test_bfloat16(case, run, expected, assert_close):
   chex.assert_type([got[key] for key in ("o", "dq", "dk", "dv")], jnp.bfloat16)
   chex.assert_type(got["lse"], jnp.float32)
   assert_close(got, expected(call, arrays), 4e-3, 6e-3)
+
+
+@pytest.mark.parametrize("name", ["reference", pytest.param("xla", marks=pytest.mark.slow)])
+def test_gradients_in_float64(name, case):
+  """By finite differences of what has a backward pass of its own."""
+  made = case(T=9, N=2, K=1, H=3, U=2, I=2, B=1, block=4)
+  attend = functools.partial(nsa_selected_attention, block=4, implementation=name)
+  with jax.enable_x64(True):
+    arrays = [jnp.asarray(array, jnp.float64) for array in made.arrays()[:3]]
+    own_BTKI = np.stack([made.lists()[..., 0], np.arange(9)[None, :, None] // 4], axis=3)
+    outputs = jax.jit(lambda *arrays: attend(*arrays, own_BTKI))
+    check_grads(outputs, arrays, order=1, modes=["rev"])
 
 
 def plain(q_BTNH, k_BSKH, v_BSKU, ids_BS, lists_BTKI, block):

@@ -183,6 +183,25 @@ def test_whole_attention_with_segments_and_gradients():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("length, count", [(1, 16), (33, 16), (65, 1)])
+def test_short_rows_at_the_papers_sizes(length, count):
+  """Without a compressed block, with one that two queries see, and with one selected block."""
+  sizes = BlockSizes(count=count)
+
+  @functools.partial(jax.jit, static_argnames="name")
+  def both(inputs, do_BTNU, name):
+    attend = functools.partial(run, implementation=name, sizes=sizes)
+    o_BTNU, pull, lists = jax.vjp(attend, *inputs, has_aux=True)
+    return (o_BTNU, *pull(do_BTNU)), lists
+
+  inputs = [array[:, :length] for array in arrays()]
+  do_BTNU = np.random.default_rng(1).normal(size=(B, length, N, U)).astype(np.float32)
+  (got, chosen), (want, lists) = (both(inputs, do_BTNU, name) for name in ("xla", "reference"))
+  chex.assert_trees_all_equal(chosen, lists)
+  chex.assert_trees_all_close(got, want, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reference", "xla"])
 def test_a_packed_row_gives_what_its_segments_give_alone(name):
   """Segments shorter than a compressed block, and boundaries that no block falls on."""

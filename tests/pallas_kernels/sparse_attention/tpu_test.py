@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("compile_in_less_time")
 
 CASES = {
   "several query blocks": dict(T=70),
+  "one position": dict(T=1),
   "packed": dict(T=40, packed=True),
   "12 heads a group": dict(T=40, N=12, K=1),
   "one head a group, every block": dict(T=40, N=2, K=2, I=5),
