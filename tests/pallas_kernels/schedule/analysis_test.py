@@ -70,7 +70,8 @@ def test_splash_attention_beside_sparse_is_analysed():
     "case = next(sparse_cases.splash_cases())\n"
     "print(report.table([report.row(case, 'v5e')]))"
   )
-  run = subprocess.run([sys.executable, "-c", short_row], capture_output=True, text=True, check=True)
+  program = [sys.executable, "-c", short_row]
+  run = subprocess.run(program, capture_output=True, text=True, check=True)
   cells = run.stdout.splitlines()[-1].split(" | ")
   assert cells[2] == "v5e" and 0.1 < float(cells[5].removesuffix("%")) / 100 < 1
 
