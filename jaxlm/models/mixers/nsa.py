@@ -94,13 +94,12 @@ class Nsa(nn.Module):
       for name, width in (("k", c.H), ("v", U)):
         project = linear((D, c.K * width), D**-0.5, ("embed", "kv_heads"), heads)
         setattr(self, f"{name}_{branch}", project)
-    own, gate_in, gate_axis = ("batch", "norm_length", None), D, "embed"
-    if c.gate_hidden is not None:
-      self.gate_up = linear((D, c.gate_hidden), D**-0.5, ("embed", None), own)
-      gate_in, gate_axis = c.gate_hidden, None
-    gate = (gate_in, 3 * c.N), gate_in**-0.5, (gate_axis, "heads"), heads
-    self.gate = linear(*gate, out_dtype="float32")
-    out_std = (c.N * U * 2 * self.config.layers) ** -0.5
+    own = ("batch", "norm_length", None)
+    gate: Any = (D, 3 * c.N), D**-0.5, ("embed", "heads")
+    if (R := c.gate_hidden) is not None:
+      self.gate_up = linear((D, R), D**-0.5, ("embed", None), own)
+      gate = (R, 3 * c.N), R**-0.5, (None, "heads")
+    self.gate = linear(*gate, heads, out_dtype="float32")
     self.o = linear((c.N * U, D), out_std, ("heads", "embed"), own)
     for name, shape in c.compression_shapes.items():
       draw: tuple[Any, ...] = (sharded_normal, shape, shape[1] ** -0.5, *_MATRIX)
