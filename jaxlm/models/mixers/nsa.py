@@ -100,6 +100,7 @@ class Nsa(nn.Module):
       self.gate_up = linear((D, R), D**-0.5, ("embed", None), own)
       gate = (R, 3 * c.N), R**-0.5, (None, "heads")
     self.gate = linear(*gate, heads, out_dtype="float32")
+    out_std = (c.N * U * 2 * self.config.layers) ** -0.5
     self.o = linear((c.N * U, D), out_std, ("heads", "embed"), own)
     for name, shape in c.compression_shapes.items():
       draw: tuple[Any, ...] = (sharded_normal, shape, shape[1] ** -0.5, *_MATRIX)
