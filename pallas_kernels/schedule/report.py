@@ -108,6 +108,8 @@ def versions(*packages: str) -> dict[str, str]:
 def row(case: Case, chip: str) -> dict[str, Any]:
   """Returns one line of the table: the case, and either the finding's numbers or the error."""
   about = dict(name=case.name, shape=case.shape, chip=chip)
+  if case.prepare is not None:
+    case.prepare()
   try:
     options: dict[str, Any] = {"flops": case.flops, "kernel": case.kernel, "trips": case.trips}
     findings = analyse(case.fn, case.args, chip, **options)

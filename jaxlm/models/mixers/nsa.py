@@ -1,8 +1,10 @@
 """Computes native sparse attention (Yuan et al. 2025, arXiv 2502.11089).
 
 A query attends to compressed blocks, to the blocks that their probabilities select, and to a
-window (`pallas_kernels.sparse_attention`); a gate of each head weighs the three. Keys are
-compressed before they are rotated, and a compressed key turns with the position of its first token.
+window (`pallas_kernels.sparse_attention`); a gate of each head, the sigmoid of one product as in
+the public implementations (the paper has an MLP of a width that it does not say), weighs the three.
+Keys are compressed before they are rotated, and a compressed key turns with the position of its
+first token.
 """
 
 # B batch, T query positions, S key positions, D model, N query heads, K key heads, H width of

@@ -63,6 +63,20 @@ def test_cycles_of_an_elementwise_kernel(found):
 
 
 @pytest.mark.slow
+def test_splash_attention_beside_sparse_is_analysed():
+  short_row = (
+    "from pallas_kernels.schedule import report, sparse_cases\n"
+    "sparse_cases.TOKENS = 2048\n"
+    "case = next(sparse_cases.splash_cases())\n"
+    "print(report.table([report.row(case, 'v5e')]))"
+  )
+  program = [sys.executable, "-c", short_row]
+  run = subprocess.run(program, capture_output=True, text=True, check=True)
+  cells = run.stdout.splitlines()[-1].split(" | ")
+  assert cells[2] == "v5e" and 0.1 < float(cells[5].removesuffix("%")) / 100 < 1
+
+
+@pytest.mark.slow
 def test_listings_are_refused_where_libtpu_is_in_use_already():
   compiled_before = (
     "from tests.pallas_kernels.schedule.analysed import *\n"

@@ -69,6 +69,13 @@ def margins(scores_BTKJ, indices_BTKI):
   return worst - np.where(chosen, -np.inf, scores_BTKJ).max(axis=-1)
 
 
+def masses(scores_BTKJ, indices_BTKI):
+  """Returns the scores of the chosen blocks together, 0 for those that are always chosen."""
+  scores_BTKJ = np.where(np.isinf(scores_BTKJ), 0, scores_BTKJ)
+  of_chosen = np.take_along_axis(scores_BTKJ, np.maximum(indices_BTKI, 0), axis=3)
+  return np.where(indices_BTKI < 0, 0, of_chosen).sum(axis=3)
+
+
 def definition(q_BTNH, kc_BCKH, sizes):
   """Writes out equations 8 to 10 and the rules of the choice, one query at a time, in float64."""
   q_BTNH, kc_BCKH = np.float64(q_BTNH), np.float64(kc_BCKH)
@@ -106,6 +113,8 @@ def test_selection_is_the_definition():
     got = jax.device_get(select(q_BTNH, kc_BCKH, vc_BCKU, sizes=SIZES, implementation=name))
     chex.assert_type(got.indices_BTKI, jnp.int32)
     assert np.array_equal(got.indices_BTKI[clear_BTK], lists[clear_BTK]), name
+    mass_BTK, wanted_BTK = (masses(scores_BTKJ, x) for x in (got.indices_BTKI, lists))
+    assert np.all(mass_BTK >= wanted_BTK - 1e-5), name
     blind = np.arange(T) < SIZES.length - 1
     blind_BTN = np.broadcast_to(blind[None, :, None], (B, T, N))
     assert np.all(np.asarray(got.o_BTNU)[:, blind] == 0)
