@@ -14,7 +14,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.chips import CORES
 from pallas_kernels.schedule.compiler import compile_for
-from pallas_kernels.sparse_attention import nsa_selected_attention, pairs, pallas_tpu, unions
+from pallas_kernels.sparse_attention import (
+  KeysValues,
+  block_starts,
+  compress_mean,
+  nsa_attention,
+  nsa_selected_attention,
+  pairs,
+  pallas_tpu,
+  unions,
+)
 from pallas_kernels.sparse_attention.places import make_places
 
 pytestmark = pytest.mark.usefixtures("compile_in_less_time")
@@ -187,6 +196,24 @@ def test_it_compiles_for(chip):
   T, I = (2048, 16) if chip == "v5p" else (512, 4)
   text = compiled(chip, T, 16, 1, 128, 128, I, jnp.bfloat16).as_text()
   assert "nsa_selected_forward" in text and "nsa_selected_gradients" in text
+
+
+@pytest.mark.slow
+def test_all_branches_compile_together():
+  """With segments; the window is that of the library's kernel."""
+  pytest.importorskip("libtpu")
+  T, N, K, H = 640, 16, 1, 128
+
+  def attend(q, k, v, gates, ids):
+    starts_BC = block_starts(T, length=32, stride=16, segment_ids_BS=ids)
+    blocks = (compress_mean(x, starts_BC, length=32) for x in (k, v))
+    pair = KeysValues(k, v)
+    return nsa_attention(q, KeysValues(*blocks), pair, pair, gates, segment_ids_BS=ids)
+
+  shapes = [((1, T, *rest), jnp.bfloat16) for rest in ((N, H), (K, H), (K, H), (N, 3))]
+  args = [jax.ShapeDtypeStruct(*array) for array in (*shapes, ((1, T), jnp.int32))]
+  text = compile_for(attend, args, "tpu7x").as_text()
+  assert "nsa_selected_forward" in text and "splash_mha_fwd" in text
 
 
 @pytest.mark.slow
