@@ -40,7 +40,7 @@ B, T, V = 8, 16, 40
 SIZES = {"length": 4, "stride": 2, "block": 4, "count": 3, "window": 5}
 MIXERS = {
   "kda": KdaConfig(N=4, K=2, H=6, U=8),
-  "nsa": NsaConfig(N=4, K=2, H=6, U=8, **SIZES),
+  "nsa": NsaConfig(N=4, K=2, H=6, U=8, gate_hidden=5, **SIZES),
   "conv": ConvConfig(),
 }
 PAIRS = [("kda", "conv"), ("nsa", "conv")]
