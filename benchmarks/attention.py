@@ -32,7 +32,7 @@ TOLERANCE = {"bfloat16": (4e-3, 6e-3), "float32": (2e-5, 5e-5)}
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """Causal self-attention at the size of one layer of a model."""
+  """Describes causal self-attention at the size of one layer of a model."""
 
   name: str
   B: int

@@ -167,7 +167,10 @@ def _along_rows(scales: Any) -> Any:
 
 
 def _torch_scaled_mm(problem: Problem) -> Run:
-  """cuBLAS reads scales of tiles with dense rows, those of squares along C, padded to 4."""
+  """Multiplies by cuBLAS.
+
+  It reads scales of tiles with dense rows, those of squares along C, padded to 4.
+  """
   functional = importlib.import_module("torch.nn.functional")
   a, b = _to_torch(problem.a.codes), _to_torch(problem.b.codes)
   tiles = functional.ScalingType.BlockWise1x128

@@ -16,7 +16,7 @@ Inputs = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Arm(NamedTuple):
-  """`run()` returns [loss], or [loss, dE, dC] for `gradient`, as jax arrays, when all is done."""
+  """Holds `run()`, which returns [loss], or [loss, dE, dC] for `gradient`, when all is done."""
 
   run: Callable[[], list[jax.Array]]
   memory: Callable[[], int]
@@ -26,7 +26,7 @@ class Arm(NamedTuple):
 def materialised(
   embeddings_ND: jax.Array, classifier_VD: jax.Array, labels_N: jax.Array
 ) -> jax.Array:
-  """What a training loop writes without a fused loss."""
+  """Computes what a training loop writes without a fused loss."""
   x_NV = jnp.einsum("nd,vd->nv", embeddings_ND, classifier_VD, preferred_element_type=jnp.float32)
   target_N = jnp.take_along_axis(x_NV, labels_N[:, None], axis=1)[:, 0]
   return jnp.mean(jax.nn.logsumexp(x_NV, axis=1) - target_N)

@@ -94,7 +94,7 @@ def load(model: Decoder, params: dict) -> dict[str, tuple[nn.Parameter, bool]]:
 
 
 def flatten_layers(tree: dict, stacks: dict, layers: int) -> dict:
-  """One entry per layer and parameter, q, k and v side by side."""
+  """Returns one entry per layer and parameter, q, k and v side by side."""
   import numpy as np
 
   flat = {key: value for key, value in tree.items() if key not in stacks}

@@ -109,7 +109,7 @@ def _flags(study: Study, arguments: Sequence[str] | None) -> argparse.Namespace:
   parser.description = f"{study.title}. Rows that the table has are not run again."
   scales = parser.add_mutually_exclusive_group(required=True)
   scales.add_argument("--smoke", action="store_true", help="under 2 minutes on 2 cores")
-  scales.add_argument("--cpu", action="store_true", help="about 10 minutes on 2 quiet cores")
+  scales.add_argument("--cpu", action="store_true", help="minutes to an hour, as README says")
   scales.add_argument("--gpu", action="store_true", help="planned for 10 minutes on an H200")
   scales.add_argument("--plot", action="store_true", help="figures and pages from the tables alone")
   parser.add_argument("--out", type=Path, help="folder of table, figure and pages")

@@ -105,6 +105,20 @@ def compile_in_less_time():
   jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture
+def compile_as_users_get_it(monkeypatch):
+  """Compiles what users run for one test of a module that asks for `compile_in_less_time`.
+
+  Only what is compiled within the test; processes that it starts are such programs, too.
+  """
+  before = jax.config.values["jax_disable_most_optimizations"]
+  jax.config.update("jax_disable_most_optimizations", False)
+  monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+  monkeypatch.delenv("XLA_FLAGS", raising=False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
   """The folder of a tiny corpus: 40 Python files, about 3 kB. Tests leave it as it is."""

@@ -3,12 +3,11 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.reliability.processes import finish, start_python
 from jaxlm.cli import main
 
 pytestmark = pytest.mark.usefixtures("compile_in_less_time")
@@ -17,10 +16,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def run(arguments: list[str], folder: Path) -> str:
-  finished = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300)
-  assert finished.returncode == 0, finished.stdout + finished.stderr
-  return finished.stdout
+def run(folder: Path, *arguments: str) -> str:
+  status, printed = finish(folder, start_python(folder, *arguments), seconds=300)
+  assert status == 0, printed
+  return printed
 
 
 def examples() -> list[str]:
@@ -38,7 +37,7 @@ def code_lines(example: str) -> int:
 def test_the_python_example_runs(tmp_path):
   example = examples()[0]
   assert code_lines(example) <= 10
-  printed = run([sys.executable, "-c", example], tmp_path)
+  printed = run(tmp_path, "-c", example)
   assert float(re.search(r"held-out text: ([\d.]+) bits per byte", printed)[1]) < 4.5
   records = [json.loads(line) for line in (tmp_path / "runs/example/metrics.jsonl").open()]
   for key in records[0]:
@@ -48,8 +47,8 @@ def test_the_python_example_runs(tmp_path):
 @pytest.mark.slow
 def test_a_task_of_ones_own_trains_resumes_is_evaluated_and_plotted(tmp_path):
   _, example = examples()
-  assert code_lines(example) < 30
-  printed = run([sys.executable, "-c", example], tmp_path)
+  assert len([line for line in example.splitlines() if line]) < 30
+  printed = run(tmp_path, "-c", example)
   assert "resuming at step 400" in printed and "right in 100% of all sums" in printed
   folder = tmp_path / "runs/addition"
   evals = [json.loads(line) for line in (folder / "eval.jsonl").open()]
@@ -99,7 +98,7 @@ def test_the_commands_run_as_written_but_smaller(tmp_path, monkeypatch):
     words = shlex.split(command)[1:]
     words += shlex.split(smaller[words[0]])
     if index == 0:
-      run([sys.executable, "-m", "jaxlm", *words], tmp_path)
+      run(tmp_path, "-m", "jaxlm", *words)
     else:
       assert main(words) == 0, command
   written = [path.name + "/" * path.is_dir() for path in (tmp_path / "runs/mine").iterdir()]

@@ -44,7 +44,7 @@ unless they have a unit.
 
 
 def section_kills(folder: Path) -> str:
-  """Killed at any moment"""
+  """Kills runs at a hundred moments; returns the section on it."""
   start = time.monotonic()
   chains = kills.campaign(folder, kills=100, seed=0)
   minutes = (time.monotonic() - start) / 60
@@ -82,7 +82,7 @@ way.
 
 
 def section_damage(folder: Path) -> str:
-  """Corrupted"""
+  """Damages each file of a checkpoint; returns the section on it."""
   run = damage.trained(folder)
   cases = damage.campaign(run)
   rows = []
@@ -105,7 +105,7 @@ of each kind.
 
 
 def section_cost(folder: Path) -> str:
-  """What verifying costs"""
+  """Restores a state with and without verifying it; returns the section on it."""
   load = os.getloadavg()[0]
   plain, verified = verify_cost.measure(folder, megabytes=200, repeats=21)
   return f"""\
@@ -116,7 +116,7 @@ A state of 200 MB is restored in {plain:.3f} s, verified and restored in {verifi
 
 
 def section_stops(folder: Path) -> str:
-  """Stopped politely"""
+  """Asks endless runs to stop; returns the section on it."""
   rows = []
   for name, stop in stops.campaign(folder).items():
     seconds = "" if "stop_after" in name else f"{stop.seconds:.1f}"
@@ -133,7 +133,7 @@ same step. No step is saved as 0.
 
 
 def section_starved(folder: Path) -> str:
-  """Out of room or rights"""
+  """Runs on full and read-only disks; returns the section on it."""
   outcomes = starved.campaign(folder)
   rows = [
     [name, o.status, ", ".join(map(str, o.kept)) or "none", "yes" if o.same else "no"]
@@ -152,7 +152,7 @@ What they said last about it:
 
 
 def section_spikes(folder: Path) -> str:
-  """Spikes of the loss"""
+  """Looks for jumps in noise; returns the section on it."""
   rows = spikes.campaign(count=100_000, every=500)
   columns = ["noise", "jump, in deviations", "jumps noticed", "other steps reported"]
   return f"""\
@@ -164,7 +164,7 @@ Losses of mean 3 and noise of standard deviation 0.05, 100,000 steps, a jump eve
 
 
 def section_repeats(folder: Path) -> str:
-  """The same run again"""
+  """Repeats a run, on every mesh too; returns the section on it."""
   runs = repeats.first_run(folder, steps=30)
   equal = same_end(runs.again(), runs.first)
   rows = [["again, from config.json", *(["0 (bit for bit)" if equal else "differs"] * 2)]]
@@ -181,7 +181,7 @@ step. {environment("jax")}.
 
 
 def section_splits(folder: Path) -> str:
-  """Split"""
+  """Holds out parts of many texts; returns the section on it."""
   cases = texts.split_campaign(folder, count=50, seed=0)
   rows = []
   for shape in texts.SHAPES:
@@ -201,7 +201,7 @@ from 1% to 50% is asked for. Missed by: the difference to the asked bytes, as pa
 
 
 def section_texts(folder: Path) -> str:
-  """No text"""
+  """Reads files that are no text; returns the section on it."""
   cases = texts.wrong_campaign(folder)
   named = sum(bool(case.said) for case in cases)
   refused = sum(case.refused for case in cases)
@@ -222,20 +222,21 @@ def _last_word(said: str) -> str:
   return "`" + ([line for line in lines if "saved" in line] or lines)[-1].replace("`", "'") + "`"
 
 
-SECTIONS: dict[str, Callable[[Path], str]] = {
-  "kills": section_kills,
-  "damage": section_damage,
-  "cost": section_cost,
-  "stops": section_stops,
-  "notices": notices.section,
-  "displays": displays.section,
-  "starved": section_starved,
-  "spikes": section_spikes,
-  "repeats": section_repeats,
-  "exports": exports.section,
-  "splits": section_splits,
-  "texts": section_texts,
+SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {
+  "kills": ("Killed at any moment", section_kills),
+  "damage": ("Corrupted", section_damage),
+  "cost": ("What verifying costs", section_cost),
+  "stops": ("Stopped politely", section_stops),
+  "notices": ("Told that the end is near", notices.section),
+  "displays": ("What only displays fails", displays.section),
+  "starved": ("Out of room or rights", section_starved),
+  "spikes": ("Spikes of the loss", section_spikes),
+  "repeats": ("The same run again", section_repeats),
+  "exports": ("Out and in again", exports.section),
+  "splits": ("Split", section_splits),
+  "texts": ("No text", section_texts),
 }
+"""name -> (its title, what writes it in a folder of its own)"""
 
 
 def write_section(title: str, text: str) -> None:
@@ -256,9 +257,10 @@ def main() -> None:
   parser.add_argument("sections", nargs="+", choices=list(SECTIONS))
   logging.getLogger("jaxlm").setLevel(logging.ERROR)  # damage is warned of 200 times
   for name in parser.parse_args().sections:
+    title, section = SECTIONS[name]
     with tempfile.TemporaryDirectory() as folder:
-      text = SECTIONS[name](Path(folder) / name)
-    write_section(SECTIONS[name].__doc__ or name, text)
+      text = section(Path(folder) / name)
+    write_section(title, text)
     print(f"{RESULTS}: {name}\n{text}")
 
 

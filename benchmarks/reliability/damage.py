@@ -49,7 +49,7 @@ class Case:
 
 
 def trained(folder: Path) -> RunFolder:
-  """A run with two checkpoints, beside its text."""
+  """Trains a run with two checkpoints, beside its text."""
   write_corpus(folder / "text")
   every = ["--steps", str(STEPS), "--save_every", str(SAVE_EVERY), "--eval_every", "3"]
   status, printed = run(folder, "train", "micro", *SMALL, *every, "--run", "whole")
@@ -58,7 +58,7 @@ def trained(folder: Path) -> RunFolder:
 
 
 def campaign(whole: RunFolder) -> list[Case]:
-  """Each kind of damage to each file of the newest checkpoint, undone before the next."""
+  """Does each kind of damage to each file of the newest checkpoint, and undoes it."""
   newest = checkpoint_path(whole.checkpoints, STEPS)
   files = sorted(path for path in newest.rglob("*") if path.is_file())
   return [_case(whole, kind, file) for kind in KINDS for file in files]

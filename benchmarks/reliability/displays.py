@@ -53,7 +53,7 @@ trackers.TensorBoard = Failing
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How a run ended whose display failed."""
+  """Says how a run ended whose display failed."""
 
   status: int
   recorded: int
@@ -182,7 +182,7 @@ def cases(folder: Path) -> dict[str, Callable[[str], Outcome]]:
 
 
 def section(folder: Path, times: int = 2) -> str:
-  """What only displays fails"""
+  """Lets whatever only displays fail; returns the section on it."""
   write_corpus(folder / "text")
   rows = []
   for index, (name, attempt) in enumerate(cases(folder).items()):

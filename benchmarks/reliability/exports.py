@@ -31,7 +31,7 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What became of one run."""
+  """Says what became of one run."""
 
   tensors: int
   """of the run"""
@@ -109,7 +109,7 @@ def _equal(texts: list[str], others: list[str]) -> int:
 
 
 def section(folder: Path) -> str:
-  """Out and in again"""
+  """Exports runs and imports them again; returns the section on it."""
   rows = []
   for name, case in campaign(folder).items():
     elsewhere = "not installed" if case.elsewhere is None else case.elsewhere

@@ -41,7 +41,7 @@ ANY_MOMENT = "any moment"
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-  """One kill -9, and what the run's folder holds after it."""
+  """Says what a run's folder holds after one kill -9."""
 
   aim: str
   newest: int
@@ -56,7 +56,7 @@ class Kill:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-  """A run that was killed several times and then left alone."""
+  """Says how a run ended that was killed several times and then left alone."""
 
   kills: tuple[Kill, ...]
   same: bool
@@ -100,7 +100,7 @@ def _chain(folder: Path, name: str, aims: list[str], draw: random.Random) -> Cha
 
 
 def _next(folder: Path, name: str) -> list[str]:
-  """Train what was not begun, resume what was."""
+  """Returns arguments that train what was not begun and resume what was."""
   return ["resume", name] if RunFolder(folder / name).config.exists() else _train(name)
 
 

@@ -22,7 +22,7 @@ NO_NOHUP = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # else
 
 @dataclasses.dataclass(frozen=True)
 class Notice:
-  """How a run took a signal."""
+  """Says how a run took a signal."""
 
   status: int
   lost: int
@@ -57,7 +57,7 @@ def told(folder: Path, name: str, *signals: str, setup: str = NO_NOHUP) -> Notic
 
 
 def section(folder: Path, times: int = 2) -> str:
-  """Told that the end is near"""
+  """Sends every signal that says the end is near; returns the section on it."""
   write_corpus(folder / "text")
   tried = {name: ((name,), NO_NOHUP) for name in (*KEYS, *NOTICES) if hasattr(signal, name)}
   tried |= {

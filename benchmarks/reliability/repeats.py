@@ -14,9 +14,12 @@ MESHES = (
   MeshConfig(data=4),
   MeshConfig(data=1, fsdp=4),
   MeshConfig(data=1, tensor=2),
-  MeshConfig(data=2, fsdp=2),
-  MeshConfig(data=1, fsdp=2, tensor=2),
+  MeshConfig(data=1, context_ring=2),
+  MeshConfig(data=1, context_ulysses=2),
+  MeshConfig(data=1, stage=2),
   MeshConfig(data=2, fsdp=2, tensor=2),
+  MeshConfig(data=2, tensor=2, stage=2),
+  MeshConfig(data=1, fsdp=2, context_ring=2, context_ulysses=2),
 )
 
 

@@ -31,7 +31,7 @@ metrics.Reporter.step = step
 
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
-  """A file system of its own; needs the rights to mount one."""
+  """Mounts a file system of its own, which needs the rights to."""
   folder.mkdir(exist_ok=True)
   subprocess.run(
     ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder],
@@ -53,7 +53,7 @@ def can_mount(folder: Path) -> bool:
 
 
 def fill(disk: Path) -> Path:
-  """A file that leaves no byte free."""
+  """Writes a file that leaves no byte free."""
   filler = disk / "filler"
   with open(filler, "ab", buffering=0) as file:
     for size in (1 << 20, 1 << 12, 1):
@@ -65,7 +65,7 @@ def fill(disk: Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How a command ended that had no room or no right."""
+  """Says how a command ended that had no room or no right."""
 
   status: int
   said: str
@@ -77,7 +77,7 @@ class Outcome:
 
 
 def campaign(folder: Path) -> dict[str, Outcome]:
-  """Every shortage once; needs the rights to mount file systems."""
+  """Causes every shortage once; needs the rights to mount file systems."""
   write_corpus(folder / "text")
   status, printed = run(folder, "train", "micro", *FLAGS, "--run", "whole")
   assert status == 0, printed
@@ -111,7 +111,7 @@ def _judge(ours: RunFolder, whole: RunFolder, status: int, printed: str) -> Outc
 
 
 def _full_disk(folder: Path, whole: RunFolder, *, freed: bool) -> Outcome:
-  """It fills up at step 12 and, where it is `freed`, has room again after two failed saves."""
+  """Fills a disk up at step 12; where it is `freed`, it has room again after two failed saves."""
   with small_disk(folder / "disk", 8) as disk:
     ours = RunFolder(disk / "run")
     process = start(folder, "train", "micro", *FLAGS, "--run", str(ours.path), setup=SLOWER)

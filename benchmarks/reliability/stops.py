@@ -23,7 +23,7 @@ checkpoint.write_manifest = lambda folder: time.sleep(100)
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-  """How a run left after it was asked to."""
+  """Says how a run left after it was asked to."""
 
   statuses: tuple[int, ...]
   """of its processes"""
@@ -78,7 +78,7 @@ def twice(folder: Path) -> Stop:
 
 
 def second_of_two(folder: Path, how: str, limit: str = "20s") -> Stop:
-  """The request has to travel to the first process, which writes the checkpoint."""
+  """Asks the second of two processes; the first, which writes the checkpoint, has to hear of it."""
   ours, other = RunFolder(folder / f"two {how}"), folder / f"second {how}"
   other.mkdir()
   flags = ["--mesh.data", "2", "--data.source", str(folder / "text"), "--run", str(ours.path)]

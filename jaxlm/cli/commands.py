@@ -143,6 +143,7 @@ def _missing_backend() -> str:
 
 
 def _print_error(message: str, *, status: int) -> int:
+  line = " ".join(filter(None, map(str.strip, message.splitlines())))  # a library's own has several
   with contextlib.suppress(OSError):  # nobody listens; the status says it
-    print(f"jaxlm: {message}", file=sys.stderr)
+    print(f"jaxlm: {line}", file=sys.stderr)
   return status

@@ -97,7 +97,8 @@ def own_text(
 ) -> int:
   """Write text that a model samples from itself, as LLM-QAT does, to train it in few bits on.
 
-  Train from it with --data.source TARGET.
+  Started again after it was stopped or killed, it goes on where it was. Train from the text with
+  --data.source TARGET.
 
   Args:
     run: folder of a run, or of a Hugging Face checkpoint, or hf:owner/name

@@ -173,6 +173,9 @@ class NsaConfig:
   """how a block becomes one key and one value"""
   shared: bool = False
   """one set of keys and values serves the three branches, in place of one each"""
+  gate_hidden: int | None = None
+  """hidden width of the MLP that makes the gates, as in the paper; None: one product, as in public
+  implementations"""
   rope: RopeConfig | None = RopeConfig()
   """rotary position embedding; a compressed key has the position of its first token; None: none"""
   states: ClassVar[tuple[str, ...]] = ()
@@ -182,6 +185,8 @@ class NsaConfig:
     names = ("N", "K", "H", "value_width", "length", "stride", "block", "count", "window")
     for name in names:
       check(getattr(self, name) >= 1, f"mixer.{name}", getattr(self, name), "must be at least 1")
+    good = self.gate_hidden is None or self.gate_hidden >= 1
+    check(good, "mixer.gate_hidden", self.gate_hidden, "must be at least 1, or be None")
     rule = f"query heads must be a multiple of K={self.K} key heads"
     check(self.N % self.K == 0, "mixer.N", self.N, rule)
     rule = "rotary embedding needs an even head width"

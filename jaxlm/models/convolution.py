@@ -7,6 +7,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common.checks import check_shape
+
 
 def short_convolution(
   x_BTC: jax.Array,
@@ -19,6 +21,8 @@ def short_convolution(
   Inputs before the first position are `before_BPC`, or zeros. With segment ids [B or 1, T], each
   segment in one piece, those of another segment count as zeros.
   """
+  check_shape("x_BTC", x_BTC, (None, None, None))
+  check_shape("w_WC", w_WC, (None, x_BTC.shape[2]))
   W, T = w_WC.shape[0], x_BTC.shape[1]
   past = ((0, 0), (W - 1, 0))
   if before_BPC is None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.models.linear import Roles
+from pallas_kernels.common.checks import check_shape
 from sharding.rules import all_gather, is_sharded
 
 
@@ -19,6 +20,7 @@ def rms_norm(x_ZD: jax.Array, w_D: jax.Array, eps: float, offset: int) -> jax.Ar
   Everything is computed in float32. The backward pass keeps the arguments alone; automatic
   differentiation would have a scan keep three arrays of x's size in float32.
   """
+  check_shape("w_D", w_D, x_ZD.shape[-1:])
   x32_ZD = x_ZD.astype(jnp.float32)
   unit_ZD = x32_ZD * jax.lax.rsqrt(jnp.mean(jnp.square(x32_ZD), axis=-1, keepdims=True) + eps)
   y_ZD = scale_features(unit_ZD, w_D)

@@ -24,6 +24,7 @@ from jaxlm.models.mixers.context import Context
 from jaxlm.models.norms import RMSNorm
 from jaxlm.models.parts import formats_of_repeats, make_blocks, make_head
 from pallas_kernels.attention.mask import soft_cap
+from pallas_kernels.common.checks import check, check_dtype, check_shape
 from pallas_kernels.common.errors import UnsupportedError
 from pallas_kernels.common.platform import platform
 from sharding.context.order import Order, permutation, ring_size
@@ -125,6 +126,7 @@ class Transformer:
 
     Returns the states before the final norm, [B, T, D], and the updated cache or None.
     """
+    _check_rows(ids_BT, positions, segment_ids)
     if cache is not None and segment_ids is not None:
       raise UnsupportedError("segment_ids: rows of several segments have no decode cache")
     B, T = ids_BT.shape
@@ -351,6 +353,20 @@ def roles(config: ModelConfig) -> Roles:
     return declared_roles[0]
 
   return Transformer(config)._map_modules(declared)
+
+
+def _check_rows(
+  ids_BT: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None
+) -> None:
+  """Raises UserError, naming the argument, unless all are whole numbers of the same rows."""
+  check_shape("ids_BT", ids_BT, (None, None))
+  check_dtype("ids_BT", ids_BT, jnp.integer)
+  B, T = ids_BT.shape
+  for name, x in (("positions", positions), ("segment_ids", segment_ids)):
+    if x is not None:
+      check_shape(name, x, (None, T))
+      check(x.shape[0] in (1, B), f"{name}.shape", tuple(x.shape), f"must have 1 or {B} rows")
+      check_dtype(name, x, jnp.integer)
 
 
 def _call(module: nn.Module, params: Params, *arguments: Any, method: str = "__call__") -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxlm.checkpoint.atomic import write_text
 from jaxlm.config import ComputeConfig, ModelConfig, check
+from jaxlm.config_json import to_dict
 from jaxlm.decode import Sampler, generate
 from jaxlm.paths import local_path
 from jaxlm.run.saved_run import SavedRun
@@ -79,26 +80,51 @@ def write_own_text(
 ) -> str:
   """Writes documents that a model samples as JSON lines, a source of text; returns what it wrote.
 
-  `length` counts tokens. Text of a document ends before its end token. Raises UserError where the
-  file exists or is not called .jsonl.
+  `length` counts tokens. Text of a document ends before its end token. Documents are written as
+  they come, beside the file; what an interrupted call has written, the same call goes on with.
+  Raises UserError where the file exists or is not called .jsonl, or other documents were begun.
   """
   path = local_path(target, "target")
   check(path.suffix == ".jsonl", "target", str(path), "must end in .jsonl")
   check(not path.exists(), "target", str(path), "must not exist")
   for name, value in (("documents", documents), ("batch", batch)):
     check(value >= 1, name, value, "must be at least 1")
-  texts = list(_texts(saved, documents, length, greedy, batch, seed))
-  write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
-  size = sum(len(text.encode()) for text in texts)
+  settings = {"length": length, "greedy": greedy, "batch": batch, "seed": seed}
+  begun = path.with_name(f"{path.name}.unfinished")
+  written = _begin(begun, settings | {"step": saved.step, "run": to_dict(saved.config)})
+  with begun.open("a") as file:
+    for text in _texts(saved, written, documents, **settings):
+      file.write(json.dumps({"text": text}) + "\n")
+      file.flush()
+  lines = begun.read_text().splitlines(keepends=True)[1 : 1 + documents]
+  write_text(path, "".join(lines))
+  begun.unlink()
+  size = sum(len(json.loads(line)["text"].encode()) for line in lines)
   return f"{path}: {documents:,} documents, {size:,} bytes, by the model of step {saved.step}"
 
 
+def _begin(begun: Path, made_by: dict[str, Any]) -> int:
+  """Makes the file, whose first line is `made_by`, unless it is there; returns its documents.
+
+  Cuts off a last line that was not finished. Raises UserError where another first line is there.
+  """
+  first = json.dumps(made_by) + "\n"
+  if not begun.exists():
+    write_text(begun, first)
+  whole = begun.read_text().rpartition("\n")[0] + "\n"
+  rule = "was begun by another model or with other settings; go on with these, or remove it"
+  check(whole.startswith(first), "target", str(begun), rule)
+  write_text(begun, whole)
+  return whole.count("\n") - 1
+
+
 def _texts(
-  saved: SavedRun, documents: int, length: int, greedy: int, batch: int, seed: int
+  saved: SavedRun, written: int, documents: int, length: int, greedy: int, batch: int, seed: int
 ) -> Iterator[str]:
+  """Yields documents from number `written` on; one does not depend on how many there are."""
   ends = [end for end in saved.end_ids if end < saved.config.model.V]
   first_ids = np.setdiff1d(saved.tokenizer.list_ids(), [*saved.start_ids, *ends])
-  for start in range(0, documents, batch):
+  for start in range(written // batch * batch, documents, batch):
     ids_BM = sample_documents(
       saved.config.model,
       saved.params,
@@ -111,6 +137,6 @@ def _texts(
       greedy=greedy,
       compute=saved.config.compute,
     )
-    for ids_M in ids_BM[: documents - start]:
+    for ids_M in ids_BM[max(written - start, 0) : documents - start]:
       stops = np.isin(ids_M, ends).nonzero()[0]
       yield saved.tokenizer.decode(ids_M[: stops[0]] if len(stops) else ids_M)

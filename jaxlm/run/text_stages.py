@@ -39,7 +39,9 @@ def stages_of_text(model: Transformer, loss: Loss) -> Stages:
 
   def prepare(batch: Batch) -> Batch:
     ordered, _ = in_ring_order(batch)
-    return ordered if batch.positions_BT is not None else ordered._replace(positions_BT=None)
+    if batch.positions_BT is None:  # [1, T], for all rows: micro-batches cannot split it
+      ordered = ordered._replace(positions_BT=None)
+    return ordered
 
   def embed(others: Any, batch: Batch) -> jax.Array:
     return model.embed(others, _own_tokens(batch.inputs_BT))

@@ -18,7 +18,7 @@ Grid = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class GridRun:
-  """One point of the grid."""
+  """Holds one run of a grid."""
 
   values: Mapping[str, Any]
   config: TrainConfig
@@ -33,12 +33,12 @@ class GridRun:
 
   @functools.cached_property
   def digest(self) -> str:
-    """Identifies the run's row: all of its configuration but the folder, and its task's values."""
+    """Returns what names its row: a digest of its configuration, the folder aside, and its task."""
     return _digest(dataclasses.replace(self.config, run=""), self.task_values)
 
   @functools.cached_property
   def shape(self) -> str:
-    """Is equal for runs that one program serves."""
+    """Returns a digest that is equal for runs that one program serves."""
     optimizer = dataclasses.replace(self.config.optimizer, learning_rate=1.0, weight_decay=0.0)
     steps = self.config.optimizer.warmup + 1
     config = dataclasses.replace(self.config, run="", seed=0, steps=steps, optimizer=optimizer)

@@ -24,7 +24,9 @@ def projection_entries(D: int, mixer: MixerConfig) -> int:
     case NsaConfig():
       U, sets = mixer.value_width, 1 if mixer.shared else 3
       keys_and_values = sets * D * mixer.K * (mixer.H + U)
-      return D * mixer.N * mixer.H + keys_and_values + 3 * D * mixer.N + mixer.N * U * D
+      R = mixer.gate_hidden
+      gates = 3 * D * mixer.N if R is None else R * (D + 3 * mixer.N)
+      return D * mixer.N * mixer.H + keys_and_values + gates + mixer.N * U * D
     case KdaConfig():
       U, R, rule = mixer.value_width, mixer.bottleneck, mixer.recurrence
       entries = 2 * D * mixer.K * mixer.H + 2 * D * mixer.N * U

@@ -85,13 +85,13 @@ def denominators(
   UserError for terms that cannot be accumulated.
   """
 
-  def denominators(params: Any, part: Any, key: jax.Array) -> dict[str, jax.Array]:
+  def of_terms(params: Any, part: Any, key: jax.Array) -> dict[str, jax.Array]:
     terms = objective(params, part, key)
     _check_terms(terms)
     return {name: jnp.float32(term.den) for name, term in terms.items()}
 
   first = jax.tree.map(lambda x: x[0], (parts, keys))
-  closed, names = jax.make_jaxpr(denominators, return_shape=True)(params, *first)
+  closed, names = jax.make_jaxpr(of_terms, return_shape=True)(params, *first)
   jaxpr = _without_unneeded_effects(closed.jaxpr)
   trained = len(jax.tree.leaves(params))
   for index, name in enumerate(sorted(names)):

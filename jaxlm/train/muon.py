@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -41,34 +43,55 @@ def scale_by_muon(beta: float, eps: float, scale: float) -> optax.GradientTransf
     unbiased = 1 - beta**count
     next_unbiased = 1 - beta ** (count + 1)
 
-    def direction(m: jax.Array, g: jax.Array) -> jax.Array:
-      nesterov = beta * m / next_unbiased + (1 - beta) * g / unbiased
-      return scale * math.sqrt(max(m.shape[-2:])) * orthogonalize(nesterov, eps)
+    def nesterov(m: jax.Array, g: jax.Array) -> jax.Array:
+      return (beta / next_unbiased) * m + ((1 - beta) / unbiased) * g
 
-    return jax.tree.map(direction, momentum, grads), MuonState(count, momentum)
+    def rescale(x: jax.Array) -> jax.Array:
+      return scale * math.sqrt(max(x.shape[-2:])) * x
+
+    directions = orthogonalize(jax.tree.map(nesterov, momentum, grads), eps)
+    return jax.tree.map(rescale, directions), MuonState(count, momentum)
 
   return optax.GradientTransformation(init, update)
 
 
-def orthogonalize(x: jax.Array, eps: float) -> jax.Array:
+def orthogonalize(tree: Any, eps: float) -> Any:
   """Returns the matrices [..., D, E] with singular values moved close to 1, sharded as before.
 
-  On a mesh that splits the matrices, all-to-alls first give each device whole matrices of the
-  stack, so that the iterations need no collectives: 3 products in each of them would be summed over
-  the mesh otherwise. A stack that the devices do not divide is filled up with zeros, and a matrix
-  that no axis splits is computed where it is.
+  Those of one weight in several stacks of layers are computed at once, if they are sharded alike:
+  arrays whose paths differ in numbers alone.
   """
-  if not is_sharded():
-    return newton_schulz(x.reshape(-1, *x.shape[-2:]), eps).reshape(x.shape)
-  spec = jax.typeof(x).sharding.spec
-  entries = (*spec, *(None,) * (x.ndim - len(spec)))
-  rows, columns = _axes(entries[-2]), _axes(entries[-1])
+  leaves, structure = jax.tree.flatten_with_path(tree)
+  groups = collections.defaultdict[Any, list[int]](list)
+  for index, (path, x) in enumerate(leaves):
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    weight = tuple(name for name in names if not name.isdigit())
+    groups[weight, x.shape[-2:], jax.typeof(x).sharding.spec].append(index)
+  results: list[Any] = [None] * len(leaves)
+  for members in groups.values():
+    arrays = tuple(leaves[index][1] for index in members)
+    for index, result in zip(members, _orthogonalize_together(arrays, eps)):
+      results[index] = result
+  return jax.tree.unflatten(structure, results)
+
+
+def _orthogonalize_together(arrays: tuple[jax.Array, ...], eps: float) -> tuple[jax.Array, ...]:
+  """Orthogonalises arrays [..., D, E] of equal D, E and sharding.
+
+  On a mesh that splits the matrices, all-to-alls first give each device whole matrices, so that the
+  iterations need no collectives: 3 products in each of them would be summed over the mesh
+  otherwise. As many as the devices do not divide are filled up with zeros, and a matrix that no
+  axis splits is computed where it is.
+  """
+  spec = jax.typeof(arrays[0]).sharding.spec
+  entries = (*spec, *(None,) * (arrays[0].ndim - len(spec)))
+  rows, columns = (_axes(entry) if is_sharded() else () for entry in entries[-2:])
   parts = math.prod(mesh_shape()[axis] for axis in (*rows, *columns))
 
-  def on_device(x: jax.Array) -> jax.Array:
-    x_LDE = x.reshape(-1, *x.shape[-2:])
-    stack = len(x_LDE)
-    x_LDE = jnp.pad(x_LDE, ((0, -stack % parts), (0, 0), (0, 0)))
+  def on_device(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    stacks = [x.reshape(-1, *x.shape[-2:]) for x in arrays]
+    ends = list(itertools.accumulate(map(len, stacks)))
+    x_LDE = jnp.pad(jnp.concatenate(stacks), ((0, -ends[-1] % parts), (0, 0), (0, 0)))
     for axis, names in ((1, rows), (2, columns)):
       if names:
         x_LDE = jax.lax.all_to_all(x_LDE, names, split_axis=0, concat_axis=axis, tiled=True)
@@ -76,9 +99,11 @@ def orthogonalize(x: jax.Array, eps: float) -> jax.Array:
     for axis, names in ((2, columns), (1, rows)):
       if names:
         x_LDE = jax.lax.all_to_all(x_LDE, names, split_axis=axis, concat_axis=0, tiled=True)
-    return x_LDE[:stack].reshape(x.shape)
+    return tuple(y.reshape(x.shape) for x, y in zip(arrays, jnp.split(x_LDE, ends)))
 
-  return jax.shard_map(on_device, in_specs=spec, out_specs=spec)(x)
+  if is_sharded():
+    on_device = jax.shard_map(on_device, in_specs=spec, out_specs=spec)
+  return on_device(arrays)
 
 
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -26,6 +26,16 @@ COPY_US = 0.35
 """Least time of a step that starts a copy: the 128-cubed matmul of JAX's Pallas guide, on v5e."""
 
 
+UNITS = {
+  "VALU": "vector operations",
+  "EUP": "exponentials, roots, logarithms",
+  "XLU": "transposes, shuffles",
+  "VLOAD": "loads",
+  "VSTORE": "stores",
+}
+"""Functional units beside the MXUs, as the compiler names them; loads and stores with spills."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
   """Holds the numbers of one kernel on one chip; times are of all its calls in the program."""
@@ -42,6 +52,8 @@ class Finding:
   """Of one core, all steps of all calls."""
   mxu_use: float
   """Share of the cycles in which the MXUs are busy."""
+  unit_cycles: dict[str, float]
+  """Of one core, all steps of all calls: how long HBM and each of `UNITS` would take alone."""
   hbm_bytes: float
   spills: float
   """Vector registers stored to VMEM for want of registers, per step."""
@@ -150,6 +162,9 @@ def summarise(
   hbm_us = call.calls * call.moved / chip.hbm_bytes_per_s * 1e6
   copy_us = call.calls * COPY_US * call.copy_steps / core.count
   us = max(core_us, hbm_us, copy_us)
+  steps = call.calls * call.steps / core.count
+  unit_cycles = {unit: steps * step.units[unit] / schedule.slots.get(unit, 1) for unit in UNITS}
+  unit_cycles |= {"MXU": step.mxu_use(core) * steps * step.cycles, "HBM": hbm_us * core.clock / 1e6}
   roofline_us = max(useful / peak, call.calls * call.needed / chip.hbm_bytes_per_s) * 1e6
   grid = next(schedule.loops(), None) if call.steps > 1 else None
   dynamic_loops = sum(loop is not grid for loop in schedule.dynamic)
@@ -168,6 +183,7 @@ def summarise(
     step_cycles=step.cycles,
     cycles=call.calls * cycles,
     mxu_use=step.mxu_use(core),
+    unit_cycles=unit_cycles,
     hbm_bytes=call.calls * call.moved,
     spills=step.units["VSTORE:SPILL"],
     vmem_bytes=sum(int(size, 16) for size in sizes),

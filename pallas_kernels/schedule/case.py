@@ -24,6 +24,8 @@ class Case:
   """Of the kernel's loops whose bounds depend on data, assumed."""
   chips: tuple[str, ...] = ()
   """The chips that the case is for; none: all."""
+  prepare: Callable[[], Any] | None = None
+  """Builds what `fn` reads and what takes too long for a list of cases; before a mesh is set."""
 
 
 def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:

@@ -102,7 +102,7 @@ class KernelSchedule:
       raise DumpError("no bundles in the listing")
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     self.bundles = [text[mark.end() : end] for mark, end in zip(marks, ends)]
-    self.units, self.use = read_use(use)
+    self.units, self.slots, self.use = read_use(use)
     if len(self.use) != len(self.bundles):
       raise DumpError(f"{len(self.bundles)} bundles, but the use of {len(self.use)} is listed")
     self.matmuls = [
@@ -166,17 +166,18 @@ class KernelSchedule:
       yield from self.loops(child)
 
 
-def read_use(text: str) -> tuple[list[str], np.ndarray]:
-  """Returns the names of the functional units, and a row of counts for each bundle."""
+def read_use(text: str) -> tuple[list[str], dict[str, int], np.ndarray]:
+  """Returns the functional units, how often a bundle may use each, and a row of uses per bundle."""
   try:
     head, body = text.split("== UTILIZATION:")
     units = [unit.strip() for unit in head.split("\n")[1].split(",")]
+    slots = dict(zip(units, map(int, head.split("\n")[2].split()), strict=True))
     rows = np.array([line.split() for line in body.split("\n") if line.strip()], int)
   except (ValueError, IndexError) as error:
     raise DumpError(f"the use of functional units cannot be read: {error}") from error
   if rows.ndim != 2 or rows.shape[1] != len(units):
     raise DumpError(f"{len(units)} functional units, but rows of use have shape {rows.shape}")
-  return units, rows
+  return units, slots, rows
 
 
 def nest(root: Span, spans: list[Span]) -> Span:

@@ -17,7 +17,7 @@ import jax
 from pallas_kernels.common.checks import check, check_choice
 from pallas_kernels.common.chips import CORES
 from pallas_kernels.common.errors import MissingExtraError
-from pallas_kernels.schedule.analysis import analyse
+from pallas_kernels.schedule.analysis import UNITS, analyse
 from pallas_kernels.schedule.case import Case
 from pallas_kernels.schedule.cases import cases
 
@@ -60,7 +60,8 @@ def report(
         continue
       rows.append(row(case, chip))
       print(table(rows).splitlines()[-1], flush=True)
-  print(f"\n{closing(rows)}")
+  below = f"{unit_table(rows)}\n\n{closing(rows)}"
+  print(f"\n{below}")
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   about = dict(
@@ -73,7 +74,7 @@ def report(
   (folder / "schedule.json").write_text(json.dumps(about, indent=1) + "\n")
   heading = f"{about['date']}, {', '.join(f'{k} {v}' for k, v in versions().items())}"
   (folder / "schedule.md").write_text(
-    f"# TPU kernels by schedule\n\n{heading}\n\n{table(rows)}\n\n{closing(rows)}\n"
+    f"# TPU kernels by schedule\n\n{heading}\n\n{table(rows)}\n\n{below}\n"
   )
   (folder / "schedule.svg").write_text(chart(rows))
   return rows
@@ -107,6 +108,8 @@ def versions(*packages: str) -> dict[str, str]:
 def row(case: Case, chip: str) -> dict[str, Any]:
   """Returns one line of the table: the case, and either the finding's numbers or the error."""
   about = dict(name=case.name, shape=case.shape, chip=chip)
+  if case.prepare is not None:
+    case.prepare()
   try:
     options: dict[str, Any] = {"flops": case.flops, "kernel": case.kernel, "trips": case.trips}
     findings = analyse(case.fn, case.args, chip, **options)
@@ -142,6 +145,26 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     cells += [r["error"]] if "error" in r else [get(r) for _, get in COLUMNS[3:]]
     lines.append(" | ".join(cells))
   return "\n".join(f"| {line} |" for line in lines)
+
+
+def unit_table(rows: Iterable[dict[str, Any]]) -> str:
+  """Returns what each unit does in the rows' kernels, and the limit that follows, in Markdown."""
+  binding = ("MXU", "VALU", "EUP", "HBM")
+  titles = {"MXU": "matrix units", **UNITS, "HBM": "HBM"}
+  head = ["kernel", "chip", *titles.values(), "scheduled", "of the limit"]
+  lines = [head, ["---"] * len(head)]
+  for r in rows:
+    if "error" not in r:
+      busy = r["unit_cycles"]
+      limit = max(busy[unit] for unit in binding)
+      cells = [f"{busy[unit] / 1e6:.3f}" for unit in titles] + [f"{r['cycles'] / 1e6:.3f}"]
+      lines.append([r["name"], r["chip"], *cells, f"{limit / r['cycles']:.0%}"])
+  caption = (
+    "Million cycles that each kind of unit of a core would take alone for what the kernel executes "
+    "(loads and stores with those of spilled registers). The limit is the largest of matrix units, "
+    "vector operations, exponentials and HBM."
+  )
+  return "\n".join([caption, "", *(f"| {' | '.join(cells)} |" for cells in lines)])
 
 
 def chart(rows: Sequence[dict[str, Any]]) -> str:

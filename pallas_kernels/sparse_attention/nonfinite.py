@@ -1,10 +1,11 @@
-"""Keeps NaN and infinity in keys and values from queries that do not see them.
+"""Keeps NaN and infinity in keys and values from queries that do not see them, and the other way.
 
 A weight of 0 times NaN is NaN. Where products cover more keys than a query sees, these arrays are
-multiplied with 0 in place of what is not finite, and the queries that do see such get NaN.
+multiplied with 0 in place of what is not finite, and the queries that do see such get NaN. So do
+the gradients of the keys that a query with NaN, or with NaN in its output's gradient, sees.
 """
 
-# B batch, T query positions, S key positions, K key heads, Z width
+# B batch, T query positions, S key positions, K key heads, Z width, H width of queries, U of values
 from __future__ import annotations
 
 import jax
@@ -15,6 +16,21 @@ def hide(x_BSKZ: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns the array with 0 for what is not finite, and where that was, bool [B, S, K]."""
   finite_BSKZ = jnp.isfinite(x_BSKZ)
   return jnp.where(finite_BSKZ, x_BSKZ, 0), ~jnp.all(finite_BSKZ, axis=-1)
+
+
+def hide_rows(
+  q: jax.Array, do: jax.Array, lse: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns queries [..., H] and gradients [..., U] with 0 in bad rows, and which rows are, bool.
+
+  A row is bad where it is not finite in either, or its logsumexp [...] is NaN. If the backward pass
+  makes the probabilities of the keys that such a row sees not finite, and 0 of all others, then
+  what is not finite goes to the gradients of these keys and no others.
+  """
+  finite = jnp.all(jnp.isfinite(q), axis=-1) & jnp.all(jnp.isfinite(do), axis=-1)
+  bad = ~finite | jnp.isnan(lse)
+  q, do = (jnp.where(bad[..., None], 0, x) for x in (q, do))
+  return q, do, bad
 
 
 def any_within(bad_BSK: jax.Array, first: jax.Array, end: jax.Array) -> jax.Array:

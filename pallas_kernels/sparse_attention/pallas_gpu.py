@@ -118,9 +118,7 @@ def _backward(plan, residuals, cotangents):
   do_ZGU, dlse_ZG = cotangents
   mean_ZG = jnp.sum(do_ZGU.astype(jnp.float32) * o_ZGU.astype(jnp.float32), axis=-1)
   mean_ZG -= jnp.where(jnp.isneginf(lse_ZG), 0, dlse_ZG)
-  # 0 * NaN is NaN: a bad row is 0 and has a bad logsumexp, which reaches the keys that it sees
-  bad_ZG = ~(jnp.all(jnp.isfinite(q_ZGH), axis=-1) & jnp.all(jnp.isfinite(do_ZGU), axis=-1))
-  q_ZGH, do_ZGU = (jnp.where(bad_ZG[..., None], 0, x) for x in (q_ZGH, do_ZGU))
+  q_ZGH, do_ZGU, bad_ZG = nonfinite.hide_rows(q_ZGH, do_ZGU, lse_ZG)
   lse_ZG = jnp.where(bad_ZG, jnp.nan, lse_ZG)
   # repeated, so that rows of several queries in one product are read where they are
   values = RowValues(*(jnp.tile(x_ZG, (1, ROWS // plan.G)) for x_ZG in (lse_ZG, mean_ZG)))

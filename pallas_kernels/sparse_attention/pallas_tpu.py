@@ -176,6 +176,7 @@ def _backward(plan, residuals, cotangents):
   mean_AX1R = mean_AT.reshape(log2_AX1R.shape) - jnp.where(blind_AX1R, 0, dlse_AX1R)
   # for a query that sees nothing so that exp2(logit - it) is 0
   lse_AX1R = jnp.where(blind_AX1R, jnp.inf, log2_AX1R)
+  q_ATH, do_ATU, lse_AX1R = _hide_bad_rows(q_ATH, do_ATU, lse_AX1R)
   arrays = (q_ATH, do_ATU, k_ASH, v_ASU)
   of_rows = (known.positions_AX1R, lse_AX1R, mean_AX1R)
   lists = known.lists.rows(plan.stacked, plan.step_blocks)
@@ -190,3 +191,15 @@ def _backward(plan, residuals, cotangents):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _hide_bad_rows(q_ATH, do_ATU, lse_AX1R):
+  """Returns queries and gradients without bad rows, whose logsumexp is NaN; writes only if any."""
+
+  def hide(_, arrays):
+    q_ATH, do_ATU, lse_AX1R = arrays
+    q_ATH, do_ATU, bad_AT = nonfinite.hide_rows(q_ATH, do_ATU, lse_AX1R.reshape(q_ATH.shape[:2]))
+    return q_ATH, do_ATU, jnp.where(bad_AT.reshape(lse_AX1R.shape), jnp.nan, lse_AX1R)
+
+  fine = jnp.all(jnp.isfinite(q_ATH)) & jnp.all(jnp.isfinite(do_ATU))
+  return jax.lax.fori_loop(0, jnp.where(fine, 0, 1), hide, (q_ATH, do_ATU, lse_AX1R))

@@ -8,6 +8,10 @@ Everything is float32, or float64 for float64 inputs, also where the inputs are 
 # I selected blocks of a query
 from __future__ import annotations
 
+import functools
+import re
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -77,13 +81,8 @@ def masked_attention(
   mass_BTKG1 = jnp.sum(e_BTKGS, axis=-1, keepdims=True)
   blind_BTKG1 = mass_BTKG1 == 0
   mass_BTKG1 = jnp.where(blind_BTKG1, 1, mass_BTKG1)
-  p_BTKGS = e_BTKGS / mass_BTKG1
-  # 0 * NaN is NaN: values that a query does not see must not reach it
-  finite_BSKU = jnp.isfinite(v_BSKU)
-  v_BSKU, bad_BKSU = jnp.where(finite_BSKU, v_BSKU, 0), ~finite_BSKU.swapaxes(1, 2)
-  sees_bad_BTKU = jnp.any(mask_BTKS[..., None] & bad_BKSU[:, None], axis=3)
-  o_BTKGU = _dot("btkgs,bsku->btkgu", p_BTKGS, v_BSKU.astype(dtype))
-  o_BTKGU = jnp.where(sees_bad_BTKU[..., None, :], jnp.nan, o_BTKGU)
+  p_BTKGS = jnp.where(mask_BTKGS, e_BTKGS / mass_BTKG1, 0)  # also of a query with NaN
+  o_BTKGU = _weighted_sum("btkgs,bsku->btkgu", p_BTKGS, v_BSKU.astype(dtype))
   lse_BTKG1 = jnp.where(blind_BTKG1, -jnp.inf, max_BTKG1 + jnp.log(mass_BTKG1))
   o_BTNU = o_BTKGU.reshape(B, T, N, U).astype(q_BTNH.dtype)
   return o_BTNU, lse_BTKG1.reshape(B, T, N), p_BTKGS
@@ -129,5 +128,28 @@ def chosen_blocks(scores_BTKJ: jax.Array, places: Places, sizes: BlockSizes) -> 
   return jnp.where(best_BTKI == J, -1, best_BTKI).astype(jnp.int32)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """Contracts two arrays; for gradients 0 times what is not finite is 0."""
   return jnp.einsum(spec, x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_sum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """Contracts two arrays where 0 times what is not finite is 0, and so for gradients."""
+  dot = functools.partial(jnp.einsum, spec, precision=jax.lax.Precision.HIGHEST)
+  x_finite, y_finite = jnp.isfinite(x), jnp.isfinite(y)
+  meets_bad = dot(1.0 * ((x != 0) & x_finite), 1.0 * ~y_finite)
+  meets_bad += dot(1.0 * ~x_finite, 1.0 * (y != 0))
+  z = dot(jnp.where(x_finite, x, 0), jnp.where(y_finite, y, 0))
+  return jnp.where(meets_bad > 0, jnp.nan, z)
+
+
+def _backward(spec: str, factors: Any, dz: jax.Array) -> tuple[jax.Array, jax.Array]:
+  (of_x, of_y, of_z), (x, y) = re.split(",|->", spec), factors
+  dx = _weighted_sum(f"{of_z},{of_y}->{of_x}", dz, y)
+  return dx, _weighted_sum(f"{of_z},{of_x}->{of_y}", dz, x)
+
+
+_dot.defvjp(lambda spec, x, y: (_dot(spec, x, y), (x, y)), _backward)
+_weighted_sum.defvjp(lambda spec, x, y: (_weighted_sum(spec, x, y), (x, y)), _backward)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.shards import zeros_varying_like
-from pallas_kernels.sparse_attention import pairs
+from pallas_kernels.sparse_attention import nonfinite, pairs
 from pallas_kernels.sparse_attention.places import Options, Places
 
 CHUNK_ROWS = 1024  # of the products: R * G
@@ -70,8 +70,10 @@ def _attend_gathered(q_BTNH, k_BSKH, v_BSKU, start_BTKI, places, options):
   def gather(x_SKH: jax.Array, at_TKS: jax.Array) -> jax.Array:
     return x_SKH.at[at_TKS, jnp.arange(K)[None, :, None]].get(mode="fill", fill_value=0)
 
-  k_BTKSH = gather(k_BSKH, at_BTKS)
-  v_BTKSU = jnp.where(seen_BTKS[..., None], gather(v_BSKU, at_BTKS), 0)
+  # 0 where nothing is seen, so that no NaN of a token, or of its query's gradient, goes there
+  k_BTKSH, v_BTKSU = (
+    jnp.where(seen_BTKS[..., None], gather(x_BSKH, at_BTKS), 0) for x_BSKH in (k_BSKH, v_BSKU)
+  )
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
   a_BTKGS = options.scale * _dot("btkgh,btksh->btkgs", q_BTKGH, k_BTKSH)
   a_BTKGS = jnp.where(seen_BTKS[..., None, :], a_BTKGS, -jnp.inf)
@@ -136,7 +138,9 @@ def _backward(static, residuals, cotangents):
   wide = lse_ZG.dtype
   mean_ZG = jnp.sum(do_ZGU.astype(wide) * o_ZGU.astype(wide), axis=-1)
   mean_ZG -= jnp.where(blind_ZG, 0, dlse_ZG)
-  finite_ZG = jnp.where(blind_ZG, 0, lse_ZG)
+  q_ZGH, do_ZGU, bad_ZG = nonfinite.hide_rows(q_ZGH, do_ZGU, lse_ZG)
+  # of a bad row the probabilities of keys that it sees are infinity, and 0 times that is NaN
+  finite_ZG = jnp.where(bad_ZG, -1e30, jnp.where(blind_ZG, 0, lse_ZG))
 
   def add_chunk(chunk, sums):
     dq_ZGH, dk_YH, dv_YU = sums

@@ -1,11 +1,10 @@
 """What a user reads when a command fails: one line for his own mistakes, a traceback for ours."""
 
-import os
-import subprocess
 import sys
 
 import pytest
 
+from benchmarks.reliability.processes import finish, start_python, write_corpus
 from jaxlm.cli import main
 from jaxlm.run.guard import BadStep, Guard
 from jaxlm.run.run_folder import RunFolder, log_to
@@ -23,9 +22,7 @@ SMALL = (
 def text(tmp_path, monkeypatch):
   """A working folder with a small text; the flags that train on it."""
   monkeypatch.chdir(tmp_path)
-  (tmp_path / "text").mkdir()
-  for index in range(20):
-    (tmp_path / "text" / f"{index}.txt").write_text(f"document {index} " * 20)
+  write_corpus(tmp_path / "text")
   return ["train", "micro", "--data.source", "text", *SMALL]
 
 
@@ -80,11 +77,8 @@ def test_a_traceback_ends_the_process_with_status_1(tmp_path):
   script += (
     "commands.BY_ARGUMENTS['train'] = lambda flags: [][0]; sys.exit(commands.main(['train']))"
   )
-  environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-  done = subprocess.run(
-    [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path
-  )
-  assert done.returncode == 1 and "Traceback" in done.stderr and "IndexError" in done.stderr
+  status, printed = finish(tmp_path, start_python(tmp_path, "-c", script))
+  assert status == 1 and "Traceback" in printed and "IndexError" in printed
 
 
 def test_the_log_has_the_message_of_a_user_error_without_a_traceback(tmp_path):

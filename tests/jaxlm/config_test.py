@@ -15,6 +15,7 @@ from jaxlm.config import (
   MeshConfig,
   MlpConfig,
   ModelConfig,
+  NsaConfig,
   OptimizerConfig,
   RopeConfig,
   TrainConfig,
@@ -34,6 +35,8 @@ WRONG = [
   (ModelConfig, dict(layers=0), "model.layers=0: must be at least 1"),
   (AttentionConfig, dict(N=6, K=4), "mixer.N=6: query heads must be a multiple of K=4"),
   (AttentionConfig, dict(H=7), "mixer.H=7: rotary embedding needs an even head width"),
+  (NsaConfig, dict(length=24), "mixer.length=24: must be a multiple of stride=16"),
+  (NsaConfig, dict(gate_hidden=0), "mixer.gate_hidden=0: must be at least 1, or be None"),
   (MlpConfig, dict(F=0), "feedforward.F=0: must be at least 1"),
   (ModelConfig, dict(pattern=()), "model.pattern=()"),
   (

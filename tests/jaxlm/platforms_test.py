@@ -33,7 +33,6 @@ PRESETS = {
   if function.__module__ == presets.__name__
   and not inspect.signature(function).parameters
   and not name.startswith("_")
-  and not inspect.signature(function).parameters
 }
 DEVICES = {
   "v5p": AbstractDevice(device_kind="TPU v5p", num_cores=1, platform="tpu"),

@@ -1,10 +1,8 @@
-"""A run that is killed at any moment ends as if it never had been."""
+"""A run that is killed at any moment ends as if it never had been, compiled as users get it."""
 
 import pytest
 
 from benchmarks.reliability.kills import SAVE_EVERY, campaign
-
-pytestmark = pytest.mark.usefixtures("compile_in_less_time")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import ComputeConfig, MlpConfig, ModelConfig
 from jaxlm.models.linear import Linear, Roles, declare_parts
+from pallas_kernels.common.checks import check_shape
 from sharding.rules import all_gather
 
 
@@ -20,6 +21,7 @@ def swiglu(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
 
   It has reverse-mode gradients only.
   """
+  check_shape("up_BTF", up_BTF, gate_BTF.shape)
   return jax.nn.silu(gate_BTF) * up_BTF
 
 

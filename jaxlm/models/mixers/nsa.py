@@ -7,7 +7,7 @@ compressed before they are rotated, and a compressed key turns with the position
 
 # B batch, T query positions, S key positions, D model, N query heads, K key heads, H width of
 # queries and keys, U width of values, C compressed blocks, L tokens of a compressed block,
-# W window, X = L H, F hidden width of the compression, Z heads times width
+# W window, X = L H, F hidden width of the compression, Z heads times width, R hidden width of gates
 
 from __future__ import annotations
 
@@ -94,9 +94,14 @@ class Nsa(nn.Module):
       for name, width in (("k", c.H), ("v", U)):
         project = linear((D, c.K * width), D**-0.5, ("embed", "kv_heads"), heads)
         setattr(self, f"{name}_{branch}", project)
-    self.gate = linear((D, 3 * c.N), D**-0.5, ("embed", "heads"), heads, out_dtype="float32")
+    own = ("batch", "norm_length", None)
+    gate: Any = (D, 3 * c.N), D**-0.5, ("embed", "heads")
+    if (R := c.gate_hidden) is not None:
+      self.gate_up = linear((D, R), D**-0.5, ("embed", None), own)
+      gate = (R, 3 * c.N), R**-0.5, (None, "heads")
+    self.gate = linear(*gate, heads, out_dtype="float32")
     out_std = (c.N * U * 2 * self.config.layers) ** -0.5
-    self.o = linear((c.N * U, D), out_std, ("heads", "embed"), ("batch", "norm_length", None))
+    self.o = linear((c.N * U, D), out_std, ("heads", "embed"), own)
     for name, shape in c.compression_shapes.items():
       draw: tuple[Any, ...] = (sharded_normal, shape, shape[1] ** -0.5, *_MATRIX)
       if name.endswith("position"):
@@ -110,6 +115,7 @@ class Nsa(nn.Module):
   def declare(self) -> Roles:
     """Creates the parameters and returns their roles."""
     names = [f"{name}_{branch}" for branch in self._branches for name in "kv"]
+    names += [] if self.spec.gate_hidden is None else ["gate_up"]
     roles = declare_parts(self, "q", *names, "gate", "o")
     own = self.spec.compression_shapes
     return roles | {n: "embedding" if n.endswith("position") else "matrix" for n in own}
@@ -142,8 +148,11 @@ class Nsa(nn.Module):
   ) -> tuple[jax.Array, NsaCache | None, dict[str, jax.Array]]:
     """Returns the layer's output [B, T, D], its updated cache or None, and no statistics."""
     check_whole_rows("NsaConfig", context.in_order, cache is not None)
+    # the gates' hidden states are whole on every device, which computes them for its own tokens
+    gate_in = None if self.spec.gate_hidden is None else jax.nn.gelu(self.gate_up(x_BTD))
     x_BTD = all_gather(x_BTD, "batch", "length", None)
-    arrays: dict[str, Any] = {"q_BTZ": self.q(x_BTD), "gate_BTZ": self.gate(x_BTD)}
+    gate_in = x_BTD if gate_in is None else all_gather(gate_in, "batch", "length", None)
+    arrays: dict[str, Any] = {"q_BTZ": self.q(x_BTD), "gate_BTZ": self.gate(gate_in)}
     for branch in self._branches:
       for name in "kv":
         arrays[f"{name}_{branch}_BTZ"] = getattr(self, f"{name}_{branch}")(x_BTD)

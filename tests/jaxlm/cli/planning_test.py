@@ -2,9 +2,7 @@
 
 import pytest
 
-from jaxlm import presets
 from jaxlm.cli import main
-from jaxlm.scaling.flops import parameter_count
 
 
 def test_a_plan_shows_memory_times_what_binds_and_the_best_meshes(capsys, tmp_path):
@@ -34,9 +32,6 @@ def test_a_mesh_that_is_given_is_planned_beside_the_best(capsys):
 
 
 def test_published_shapes_can_be_planned(capsys):
-  assert parameter_count(presets.llama_3_1_405b().model).total / 1e9 == pytest.approx(
-    405.9, abs=0.1
-  )
   flags = "--topology v5p:8x8x16 --axes fsdp expert".split()
   assert main(["plan", "deepseek_v3_shapes", *flags]) == 0
   assert "671.03B parameters (36.6B for a token)" in capsys.readouterr().out

@@ -16,16 +16,18 @@ from jaxlm.models import Transformer
 from jaxlm.scaling.flops import parameter_count
 from pallas_kernels.common.errors import UserError
 
-# "Model size" of the safetensors on each model's page of the Hub; a tied head counts once
+# The published config.json of each preset, and the "Model size" of the safetensors on the model's
+# page of the Hub; a tied head counts once.
 PUBLISHED = {
-  presets.llama_3_1_8b: ("llama", 8_030_261_248),
-  presets.qwen2_5_0_5b: ("qwen2", 494_032_768),
-  presets.qwen2_5_1_5b: ("qwen2", 1_543_714_304),
-  presets.qwen2_5_7b: ("qwen2", 7_615_616_512),
-  presets.qwen3_0_6b: ("qwen3", 596_049_920),
-  presets.qwen3_8b: ("qwen3", 8_190_735_360),
-  presets.gemma_2_2b: ("gemma2", 2_614_341_888),
-  presets.gemma_2_9b: ("gemma2", 9_241_705_984),
+  presets.llama_3_1_8b: ("Llama-3.1-8B", 8_030_261_248),
+  presets.llama_3_1_405b: ("Llama-3.1-405B", 405_853_388_800),
+  presets.qwen2_5_0_5b: ("Qwen2.5-0.5B", 494_032_768),
+  presets.qwen2_5_1_5b: ("Qwen2.5-1.5B-Instruct", 1_543_714_304),
+  presets.qwen2_5_7b: ("Qwen2.5-7B", 7_615_616_512),
+  presets.qwen3_0_6b: ("Qwen3-0.6B", 596_049_920),
+  presets.qwen3_8b: ("Qwen3-8B", 8_190_735_360),
+  presets.gemma_2_2b: ("gemma-2-2b", 2_614_341_888),
+  presets.gemma_2_9b: ("gemma-2-9b", 9_241_705_984),
 }
 
 
@@ -40,6 +42,8 @@ BILLIONS = {
   "Meta-Llama-3-70B": ("70.553706496", None),
   "Llama-3.1-8B": ("8.030261248", None),
   "Llama-3.1-8B-Instruct": ("8.030261248", None),
+  "Llama-3.1-70B": ("70.553706496", None),
+  "Llama-3.1-405B": ("405.853388800", None),
   "Llama-3.1-70B-Instruct": ("70.553706496", None),
   "Llama-3.2-1B-Instruct": ("1.2358144", None),
   "Llama-3.2-3B": ("3.212749824", None),
@@ -133,12 +137,14 @@ def test_parameter_counts(preset):
 
 
 @pytest.mark.parametrize("preset", PUBLISHED, ids=lambda preset: preset.__name__)
-def test_configurations_are_those_of_the_families(preset):
+def test_presets_are_the_published_configurations(preset):
   model = preset().model
-  values = write_config(model, "bfloat16")
-  assert values["model_type"] == PUBLISHED[preset][0]
-  back, dtype = parse_config(values, "config.json")
-  assert (back, dtype) == (model, "bfloat16")
+  name, _ = PUBLISHED[preset]
+  published, _ = parse_config(read_published(name), name)
+  if name == "Qwen2.5-1.5B-Instruct":  # differs from its base in the positions that it states
+    assert (published.max_length, model.max_length) == (32768, 131072)
+    published = revise(published, max_length=131072)
+  assert model == published
 
 
 def test_the_table_of_weights_is_the_parameter_tree(any_checkpoint):

@@ -3,9 +3,11 @@
 import chex
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from jaxlm.models.norms import rms_norm
+from pallas_kernels.common.errors import UserError
 
 EPS = 1e-3
 
@@ -36,3 +38,8 @@ class Norms(chex.TestCase):
     y_BTD = self.variant(lambda x_BTD, w_D: rms_norm(x_BTD, w_D, EPS, 0))(x_BTD, w_D)
     chex.assert_type(y_BTD, jnp.float16)
     np.testing.assert_allclose(y_BTD, exact(x_BTD, w_D, 0), rtol=2**-10, atol=1e-6)
+
+
+def test_a_weight_that_broadcasting_would_take_is_named():
+  with pytest.raises(UserError, match=r"w_D.shape=\(1,\): must be \(64,\)"):
+    rms_norm(np.ones((2, 5, 64)), np.ones(1), EPS, 0)

@@ -12,6 +12,7 @@ from jaxlm.data.packing import join, pack
 from jaxlm.models import Transformer, roles
 from jaxlm.models.mixers.context import Context
 from jaxlm.objectives import token_logprobs
+from pallas_kernels.common.errors import UserError
 from sharding import MeshConfig, make_mesh
 from sharding.rules import shard
 
@@ -380,6 +381,26 @@ def test_layers_run_in_their_order_however_many_stacks_there_are():
   ids_BT = np.random.default_rng(4).integers(0, T, (2, 12))
   want_BTV = logits(pattern, params | {"stacks": {"0": repeats}}, ids_BT)
   np.testing.assert_allclose(logits(stacks, params, ids_BT), want_BTV, rtol=0, atol=1e-5)
+
+
+IDS = np.zeros((2, 8), np.int32)
+
+
+@pytest.mark.parametrize(
+  "ids, options, message",
+  [
+    (IDS[0], {}, r"ids_BT.shape=\(8,\): must be \(any, any\)"),
+    (IDS.astype(np.float32), {}, "ids_BT.dtype='float32': must be integer"),
+    (IDS, {"positions": IDS[:, :1]}, r"positions.shape=\(2, 1\): must be \(any, 8\)"),
+    (IDS, {"segment_ids": np.zeros((3, 8), int)}, r"segment_ids.shape=\(3, 8\): must have 1 or 2"),
+    (IDS, {"segment_ids": np.zeros((1, 8))}, "segment_ids.dtype='float64': must be integer"),
+  ],
+)
+def test_rows_that_do_not_fit_are_named(ids, options, message):
+  model = Transformer(SMALL)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  with pytest.raises(UserError, match=message):
+    jax.eval_shape(lambda params: model.apply(params, ids, **options), params)
 
 
 def test_the_size_of_the_program_does_not_grow_with_depth():

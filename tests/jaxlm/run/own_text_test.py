@@ -12,7 +12,7 @@ from jaxlm.config import DataConfig, MeshConfig, TrainConfig, decoder
 from jaxlm.data.loader import load_text
 from jaxlm.data.tokenizer import ByteTokenizer
 from jaxlm.models import Transformer
-from jaxlm.run import SavedRun
+from jaxlm.run import SavedRun, own_text
 from jaxlm.run.own_text import sample_documents, write_own_text
 from pallas_kernels.common.errors import UserError
 
@@ -63,7 +63,35 @@ def test_it_is_written_as_a_source_of_text(params, tmp_path):
   assert len(texts) == 5 and all(texts)
   text = load_text(dataclasses.replace(DataConfig(), source=str(path), holdout=0.5, length=4))
   assert text.store.train.documents + text.store.heldout.documents >= 5
+  assert [file.name for file in tmp_path.iterdir()] == ["own.jsonl"]
   with pytest.raises(UserError, match="must not exist"):
     write_own_text(saved, path, **sizes)
   with pytest.raises(UserError, match="must end in .jsonl"):
     write_own_text(saved, tmp_path / "own.txt", **sizes)
+
+
+@pytest.mark.slow
+def test_an_interrupted_call_is_gone_on_with(params, tmp_path, monkeypatch):
+  config = TrainConfig(model=MODEL, mesh=MeshConfig(data=1))
+  saved = SavedRun(config, ByteTokenizer(), params, 3, (EOS,), (EOS,))
+  sizes, path = {"documents": 9, "length": 8, "batch": 4}, tmp_path / "own.jsonl"
+  write_own_text(saved, tmp_path / "whole.jsonl", **sizes)
+  begun, batches, real = tmp_path / "own.jsonl.unfinished", [], own_text.sample_documents
+
+  def stops_at_the_second(*arguments, **options):
+    batches.append(options["count"])
+    if len(batches) == 2:
+      raise KeyboardInterrupt
+    return real(*arguments, **options)
+
+  monkeypatch.setattr(own_text, "sample_documents", stops_at_the_second)
+  with pytest.raises(KeyboardInterrupt):
+    write_own_text(saved, path, **sizes)
+  lines = begun.read_text().splitlines(keepends=True)
+  assert len(lines) == 1 + 4 and not path.exists()
+  begun.write_text("".join(lines[:4]) + lines[4][:5])  # killed in the middle of a line
+  with pytest.raises(UserError, match="was begun by another model or with other settings"):
+    write_own_text(saved, path, seed=1, **sizes)
+  write_own_text(saved, path, **sizes)
+  assert len(batches) == 2 + 3  # the batch of the lost line, and the two others
+  assert path.read_text() == (tmp_path / "whole.jsonl").read_text() and not begun.exists()

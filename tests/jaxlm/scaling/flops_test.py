@@ -177,7 +177,16 @@ MIXED = {
   "conv": ConvConfig(taps=3),
   "nsa": NsaConfig(N=4, K=2, H=16, U=24, length=8, stride=4, block=16, count=3, window=16),
   "nsa, shared": NsaConfig(
-    N=4, K=1, H=16, length=8, stride=8, block=8, count=2, compression="linear", shared=True
+    N=4,
+    K=1,
+    H=16,
+    length=8,
+    stride=8,
+    block=8,
+    count=2,
+    compression="linear",
+    shared=True,
+    gate_hidden=7,
   ),
 }
 

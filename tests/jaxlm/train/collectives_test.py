@@ -120,12 +120,18 @@ def summary(lower_step, mesh: MeshConfig, accumulate: int) -> str:
 
 
 @pytest.mark.slow
-def test_number_and_kind_of_collectives_of_the_default_program_stay_as_they_are(lower_step):
+def test_number_and_kind_of_collectives_stay_as_they_are(lower_step):
   lines = [summary(lower_step, mesh, accumulate=1) for mesh in MESHES]
   lines += [summary(lower_step, mesh, accumulate=4) for mesh in (MESHES[0], MESHES[-1])]
   if os.environ.get("WRITE_COLLECTIVES"):
     GOLDEN.write_text("\n".join(lines) + "\n")
   assert lines == GOLDEN.read_text().splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_as_users_get_it")
+def test_the_program_that_users_run_has_the_same(lower_step):
+  assert summary(lower_step, MESHES[-1], accumulate=1) in GOLDEN.read_text().splitlines()
 
 
 @pytest.mark.slow

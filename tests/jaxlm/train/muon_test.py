@@ -14,13 +14,24 @@ from jaxlm.train.muon import scale_by_muon
 from sharding import MeshConfig, make_mesh
 from sharding.collectives import read_collectives
 
-# two meshes do not divide the stacks of 3 and 2; one array has no stack, and stages split another's
-SHAPES = {"wide": (3, 8, 16), "tall": (2, 3, 16, 8), "single": (8, 8), "staged": (4, 8, 16)}
+# two meshes do not divide the stacks; one array has no stack, and stages split another's; arrays
+# whose names differ in the number are computed together
+SHAPES = {
+  "wide/0": (3, 8, 16),
+  "tall": (2, 3, 16, 8),
+  "single": (8, 8),
+  "staged/0": (4, 8, 16),
+  "wide/1": (2, 8, 16),
+  "staged/1": (1, 8, 16),
+}
+WIDE = P(None, "fsdp", "tensor")
 SPECS = {
-  "wide": P(None, "fsdp", "tensor"),
+  "wide/0": WIDE,
   "tall": P(None, None, "tensor", ("fsdp", "context_ring")),
   "single": P("fsdp", "tensor"),
-  "staged": P("stage", "fsdp", "tensor"),
+  "staged/0": P("stage", "fsdp", "tensor"),
+  "wide/1": WIDE,
+  "staged/1": WIDE,
 }
 MESHES = {
   "fsdp 8": MeshConfig(data=1, fsdp=8),
@@ -74,7 +85,10 @@ def test_a_mesh_has_the_update_of_one_device(on_one_device, mesh):
 
 
 def test_whole_matrices_come_and_go_by_all_to_alls_and_nothing_else_is_sent():
-  """Two for each array and each of its axes that is split, and none in the iterations."""
+  """Two for each group of arrays and each axis that splits them, none in the iterations.
+
+  There are five groups: the two stacks of "wide" are one, those of "staged" are split differently.
+  """
   optimizer = scale_by_muon(0.95, 1e-8, 0.2)
   mesh = make_mesh(MESHES["fsdp 2, context 2, tensor 2"])
   with jax.set_mesh(mesh):
@@ -85,4 +99,4 @@ def test_whole_matrices_come_and_go_by_all_to_alls_and_nothing_else_is_sent():
   counts = collections.Counter()
   for c in sent:  # XLA on CPU writes an all-to-all as one array for each device
     counts[c.axes] += 1 / c.group
-  assert counts == {("fsdp",): 6, ("fsdp", "context_ring"): 2, ("tensor",): 8}
+  assert counts == {("fsdp",): 8, ("fsdp", "context_ring"): 2, ("tensor",): 10}

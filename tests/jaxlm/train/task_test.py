@@ -1,6 +1,7 @@
 """Tasks of one's own through the training step: terms, keys, frozen weights, state, refusals."""
 
 import dataclasses
+import gc
 
 import chex
 import jax
@@ -244,3 +245,19 @@ def test_noise_repeats_with_the_seed_and_differs_without():
   first = gradients(Noisy(), 3)[0]["w"]
   chex.assert_trees_all_equal(gradients(Noisy(), 3)[0]["w"], first)
   assert np.abs(gradients(Noisy(), 3, key=1)[0]["w"] - first).max() > 1e-3
+
+
+def test_the_collector_pauses_while_a_step_is_traced_and_goes_on_after_it():
+  enabled = []
+
+  class Watching(Regression):
+    def objective(self, params, model_state, batch, key):
+      enabled.append(gc.isenabled())
+      raise RuntimeError("in the objective")
+
+  task = Watching()
+  state = jax.eval_shape(lambda: init_state(CONFIG, task))
+  with pytest.raises(RuntimeError, match="in the objective"):
+    jax.eval_shape(make_train_step(CONFIG, task), state, BATCH)
+  assert enabled == [False]
+  assert gc.isenabled()

@@ -203,3 +203,19 @@ def test_a_gradient_of_one_run_maps_with_the_default_program(Case):
 def test_two_runs_give_the_same_bits(Case, run):
   arrays = Case(segments=True).arrays()
   chex.assert_trees_all_equal(run(arrays, "xla"), run(arrays, "xla"))
+
+
+@pytest.mark.slow
+def test_compiled_memory_is_linear_in_length():
+  """Beside what is as long as the inputs, forward and backward hold a state for each chunk."""
+  K, sizes = 32, []
+
+  def loss(q, k, v, decay, beta):
+    o_BTNV = delta_attention(q, k, v, decay=decay, erase=beta, write=beta, implementation="xla")
+    return jnp.sum(o_BTNV**2)
+
+  for T in (4096, 16_384):
+    x, gate = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, T, 2, K), (1, T, 2)))
+    compiled = jax.jit(jax.grad(loss, range(5))).lower(x, x, x, x, gate).compile()
+    sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+  assert sizes[1] < 4.2 * sizes[0] and sizes[1] < 12 * 4 * x.size

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.chips import CHIPS, CORES
 from pallas_kernels.schedule import Finding, analyse
-from pallas_kernels.schedule.report import chart, closing, report, row, table
+from pallas_kernels.schedule.report import chart, closing, report, row, table, unit_table
 from pallas_kernels.schedule.traffic import pallas_calls
 from tests.pallas_kernels.schedule.analysed import SHAPES, product
 
@@ -56,6 +56,24 @@ def test_cycles_of_an_elementwise_kernel(found):
   assert copy.operands == "none" and copy.mxu_use == 0
   assert copy.step_cycles == pytest.approx(256 * 1024 / 1024, rel=0.3)
   assert copy.us == max(copy.core_us, copy.hbm_us, copy.copy_us) == copy.hbm_us
+  busy = copy.unit_cycles
+  assert busy["VSTORE"] == 8 * 256 and busy["VLOAD"] == pytest.approx(8 * 256 / 3, rel=0.05)
+  assert busy["VALU"] == pytest.approx(8 * 256 / 4, rel=0.1) and busy["MXU"] == busy["EUP"] == 0
+  assert busy["HBM"] == pytest.approx(copy.hbm_us * CORES["v5e"].clock / 1e6)
+
+
+@pytest.mark.slow
+def test_splash_attention_beside_sparse_is_analysed():
+  short_row = (
+    "from pallas_kernels.schedule import report, sparse_cases\n"
+    "sparse_cases.TOKENS = 2048\n"
+    "case = next(sparse_cases.splash_cases())\n"
+    "print(report.table([report.row(case, 'v5e')]))"
+  )
+  program = [sys.executable, "-c", short_row]
+  run = subprocess.run(program, capture_output=True, text=True, check=True)
+  cells = run.stdout.splitlines()[-1].split(" | ")
+  assert cells[2] == "v5e" and 0.1 < float(cells[5].removesuffix("%")) / 100 < 1
 
 
 @pytest.mark.slow
@@ -137,10 +155,15 @@ def test_table_and_chart_show_errors_and_numbers():
     spills=4,
     vmem_bytes=2**20,
   )
+  good["unit_cycles"] = dict(MXU=1.5e6, VALU=1e6, EUP=2e5, XLU=0, VLOAD=9e5, VSTORE=1.9e6, HBM=3e5)
   bad = dict(name="b", shape="s", chip="v6e", error="ValueError: too large")
   lines = table([good, bad]).splitlines()
   assert "80.0%" in lines[2] and "1.70" in lines[2] and "too large" in lines[3]
   assert "1.50" in lines[2] and "a: stays in hbm." in closing([good, bad])
+  units = unit_table([good, bad])
+  assert units.endswith(
+    "| a | v5e | 1.500 | 1.000 | 0.200 | 0.000 | 0.900 | 1.900 | 0.300 | 2.000 | 75% |"
+  )
   assert "80% of peak" in chart([good, bad]) and "v6e" not in chart([good, bad])
 
 

@@ -35,6 +35,7 @@ def test_loop_cycles_and_matmuls():
   assert total.cycles == 3 + 5 * 8 + 2
   assert sum(total.matmuls.values()) == 5 * 2
   assert total.units["VALU"] == 2 * total.cycles
+  assert schedule.slots == {"MXU": 4, "VALU": 4, "VSTORE:SPILL": 1}
   # 10 matmuls of 2 units of 8 cycles, on 4 MXUs, in 45 cycles
   assert total.mxu_use(V5E) == pytest.approx(10 * 2 * 8 / 4 / 45)
 

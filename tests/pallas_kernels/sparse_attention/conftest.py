@@ -50,6 +50,19 @@ class Case:
     blocks = -(-self.T // self.block)
     return rng.integers(-1, blocks + 1, (self.B, self.T, self.K, self.I)).astype(np.int32)
 
+  def bad(self, queries: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Returns arrays and lists of the last queries, whose own block is in their lists.
+
+    Not finite are a key, a value, two queries and the gradient of an output.
+    """
+    q_BTNH, k_BSKH, v_BSKU, do_BTNU, dlse_BTN = self.arrays()
+    k_BSKH[0, 20, 0, 1], v_BSKU[1, 50, 1, 2] = np.nan, np.nan
+    q_BTNH[1, -5, 0, 3], q_BTNH[0, -3, 3, 0], do_BTNU[0, -2, 2, 0] = np.nan, np.inf, np.nan
+    lists_BTKI, last = self.lists(), slice(-queries, None)
+    lists_BTKI[..., 0] = (np.arange(self.T) // self.block)[:, None]
+    arrays = (q_BTNH[:, last], k_BSKH, v_BSKU, do_BTNU[:, last], dlse_BTN[:, last])
+    return arrays, lists_BTKI[:, last]
+
 
 @functools.partial(jax.jit, static_argnames=("options",))
 def _run(arrays, indices_BTKI, segment_ids_BS, *, options):
@@ -97,6 +110,47 @@ def assert_close(
     limit = (gradient or output) if name.startswith("d") else output
     norm = np.linalg.norm(np.where(np.isneginf(y), 0, y))
     assert np.linalg.norm(difference) <= limit * norm, (name, np.linalg.norm(difference) / norm)
+
+
+def assert_nan_only_where_it_belongs(
+  got: dict[str, Any], case: dict[str, Any], arrays: Any, lists: np.ndarray
+) -> None:
+  """Looks where NaN must be by the definition, for bad numbers in queries, keys, values and do."""
+  q, k, v, do, _ = (np.isfinite(np.float64(array)).all(axis=-1) for array in arrays)
+  (B, T, N), (_, S, K), block = q.shape, k.shape, Case(**case).block
+  t_T, s_S = np.arange(S - T, S), np.arange(S)
+  ids_BS = Case(**case).segment_ids()
+  first_BS = np.zeros((B, S), int) if ids_BS is None else np.array([*map(firsts_of, ids_BS)])
+  first_BT1 = first_BS[:, t_T, None]
+  visible_BTS = (s_S[None, None] <= t_T[None, :, None]) & (s_S[None, None] >= first_BT1)
+  chosen_BTKS = np.any(
+    lists[..., None, :] == ((s_S[None, None] - first_BT1) // block)[:, :, None, :, None], axis=-1
+  )
+  seen_BTNS = np.repeat(visible_BTS[:, :, None] & chosen_BTKS, N // K, axis=2)
+  key, value = (
+    np.any(seen_BTNS & ~np.repeat(x, N // K, axis=2).swapaxes(1, 2)[:, None], axis=3)
+    for x in (k, v)
+  )
+  row, cotangent = (~x & np.any(seen_BTNS, axis=3) for x in (q, do))
+  wanted = {"o": key | value | row, "lse": key | row, "dq": key | value | row | cotangent}
+  for name, source_BTN in (("dk", wanted["dq"]), ("dv", key | row | cotangent)):
+    reached_BSN = np.einsum("btn,btns->bsn", source_BTN, seen_BTNS)
+    wanted[name] = reached_BSN.reshape(B, S, K, -1).any(axis=-1)
+  for name, nan in wanted.items():
+    there = np.isnan(np.float64(got[name]))
+    there = there if name == "lse" else there.any(axis=-1)
+    np.testing.assert_array_equal(there, nan, err_msg=name)
+    assert nan.any() and not nan.all(), name
+
+
+def firsts_of(ids_S: np.ndarray) -> np.ndarray:
+  """Returns the first token of each token's segment."""
+  return np.searchsorted(ids_S, ids_S)
+
+
+@pytest.fixture(name="assert_nan_only_where_it_belongs", scope="session")
+def assert_nan_only_where_it_belongs_fixture():
+  return assert_nan_only_where_it_belongs
 
 
 @pytest.fixture(name="case", scope="session")

@@ -69,6 +69,13 @@ def margins(scores_BTKJ, indices_BTKI):
   return worst - np.where(chosen, -np.inf, scores_BTKJ).max(axis=-1)
 
 
+def masses(scores_BTKJ, indices_BTKI):
+  """Returns the scores of the chosen blocks together, 0 for those that are always chosen."""
+  scores_BTKJ = np.where(np.isinf(scores_BTKJ), 0, scores_BTKJ)
+  of_chosen = np.take_along_axis(scores_BTKJ, np.maximum(indices_BTKI, 0), axis=3)
+  return np.where(indices_BTKI < 0, 0, of_chosen).sum(axis=3)
+
+
 def definition(q_BTNH, kc_BCKH, sizes):
   """Writes out equations 8 to 10 and the rules of the choice, one query at a time, in float64."""
   q_BTNH, kc_BCKH = np.float64(q_BTNH), np.float64(kc_BCKH)
@@ -106,6 +113,8 @@ def test_selection_is_the_definition():
     got = jax.device_get(select(q_BTNH, kc_BCKH, vc_BCKU, sizes=SIZES, implementation=name))
     chex.assert_type(got.indices_BTKI, jnp.int32)
     assert np.array_equal(got.indices_BTKI[clear_BTK], lists[clear_BTK]), name
+    mass_BTK, wanted_BTK = (masses(scores_BTKJ, x) for x in (got.indices_BTKI, lists))
+    assert np.all(mass_BTK >= wanted_BTK - 1e-5), name
     blind = np.arange(T) < SIZES.length - 1
     blind_BTN = np.broadcast_to(blind[None, :, None], (B, T, N))
     assert np.all(np.asarray(got.o_BTNU)[:, blind] == 0)
@@ -180,6 +189,25 @@ def test_whole_attention_with_segments_and_gradients():
   chex.assert_trees_all_equal(got[-1], want[-1])
   for x, y in zip(got[:-1], want[:-1]):
     assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length, count", [(1, 16), (65, 1)])
+def test_short_rows_at_the_papers_sizes(length, count):
+  """Without a compressed block, and with one selected block."""
+  sizes = BlockSizes(count=count)
+
+  @functools.partial(jax.jit, static_argnames="name")
+  def both(inputs, do_BTNU, name):
+    attend = functools.partial(run, implementation=name, sizes=sizes)
+    o_BTNU, pull, lists = jax.vjp(attend, *inputs, has_aux=True)
+    return (o_BTNU, *pull(do_BTNU)), lists
+
+  inputs = [array[:, :length] for array in arrays()]
+  do_BTNU = np.random.default_rng(1).normal(size=(B, length, N, U)).astype(np.float32)
+  (got, chosen), (want, lists) = (both(inputs, do_BTNU, name) for name in ("xla", "reference"))
+  chex.assert_trees_all_equal(chosen, lists)
+  chex.assert_trees_all_close(got, want, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -14,13 +14,23 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.chips import CORES
 from pallas_kernels.schedule.compiler import compile_for
-from pallas_kernels.sparse_attention import nsa_selected_attention, pairs, pallas_tpu, unions
+from pallas_kernels.sparse_attention import (
+  KeysValues,
+  block_starts,
+  compress_mean,
+  nsa_attention,
+  nsa_selected_attention,
+  pairs,
+  pallas_tpu,
+  unions,
+)
 from pallas_kernels.sparse_attention.places import make_places
 
 pytestmark = pytest.mark.usefixtures("compile_in_less_time")
 
 CASES = {
   "several query blocks": dict(T=70),
+  "one position": dict(T=1),
   "packed": dict(T=40, packed=True),
   "12 heads a group": dict(T=40, N=12, K=1),
   "one head a group, every block": dict(T=40, N=2, K=2, I=5),
@@ -67,20 +77,24 @@ def test_bfloat16_and_negative_scale(case, run, expected, assert_close):
   assert_close(got, run(call, "reference", **options), 1e-5)
 
 
+def assert_bad_numbers_stay(case, run, assert_nan_only_where_it_belongs):
+  """Queries of one query block have chosen different blocks."""
+  arrays, lists_BTKI = case(T=70).bad(queries=70)
+  got = run(dict(T=70), "pallas_tpu", arrays, lists_BTKI, interpret=True)
+  assert_nan_only_where_it_belongs(got, dict(T=70), arrays, lists_BTKI)
+
+
 @pytest.mark.slow
-def test_nan_reaches_the_queries_that_see_it_and_no_others(case, run):
-  q_BTNH, k_BSKH, v_BSKU, *rest = case(T=70).arrays()
-  k_BSKH[0, 20, 0, 1] = np.nan
-  v_BSKU[1, 50, 1, 2] = np.nan
-  lists_BTKI = np.broadcast_to(np.array([0, 1, 3], np.int32), (2, 70, 2, 3))
-  arrays = (q_BTNH, k_BSKH, v_BSKU, *rest)
-  want, got = (
-    run(dict(T=70), name, arrays, lists_BTKI, **options)
-    for name, options in (("xla", {}), ("pallas_tpu", {"interpret": True}))
-  )
-  for key in want:
-    there, wanted = (np.isnan(array[key]).any(axis=-1) for array in (got, want))
-    assert np.array_equal(there, wanted) and wanted.any(), key
+def test_nan_goes_where_it_belongs_and_nowhere_else(case, run, assert_nan_only_where_it_belongs):
+  assert_bad_numbers_stay(case, run, assert_nan_only_where_it_belongs)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gradients_apart")
+def test_nan_goes_where_it_belongs_with_gradients_apart(
+  case, run, assert_nan_only_where_it_belongs
+):
+  assert_bad_numbers_stay(case, run, assert_nan_only_where_it_belongs)
 
 
 @pytest.mark.slow
@@ -182,6 +196,24 @@ def test_it_compiles_for(chip):
   T, I = (2048, 16) if chip == "v5p" else (512, 4)
   text = compiled(chip, T, 16, 1, 128, 128, I, jnp.bfloat16).as_text()
   assert "nsa_selected_forward" in text and "nsa_selected_gradients" in text
+
+
+@pytest.mark.slow
+def test_all_branches_compile_together():
+  """With segments; the window is that of the library's kernel."""
+  pytest.importorskip("libtpu")
+  T, N, K, H = 640, 16, 1, 128
+
+  def attend(q, k, v, gates, ids):
+    starts_BC = block_starts(T, length=32, stride=16, segment_ids_BS=ids)
+    blocks = (compress_mean(x, starts_BC, length=32) for x in (k, v))
+    pair = KeysValues(k, v)
+    return nsa_attention(q, KeysValues(*blocks), pair, pair, gates, segment_ids_BS=ids)
+
+  shapes = [((1, T, *rest), jnp.bfloat16) for rest in ((N, H), (K, H), (K, H), (N, 3))]
+  args = [jax.ShapeDtypeStruct(*array) for array in (*shapes, ((1, T), jnp.int32))]
+  text = compile_for(attend, args, "tpu7x").as_text()
+  assert "nsa_selected_forward" in text and "splash_mha_fwd" in text
 
 
 @pytest.mark.slow

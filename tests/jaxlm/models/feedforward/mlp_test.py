@@ -3,8 +3,10 @@
 import chex
 import jax
 import numpy as np
+import pytest
 
 from jaxlm.models.feedforward.mlp import swiglu
+from pallas_kernels.common.errors import UserError
 
 
 def value_and_gradients(gate, up, dy):
@@ -39,3 +41,8 @@ def test_swiglu_keeps_only_its_arguments():
   x = np.ones((8, 16), np.float32)
   _, pull = jax.eval_shape(lambda gate, up: jax.vjp(swiglu, gate, up), x, x)
   assert sorted(kept.shape for kept in jax.tree.leaves(pull)) == [x.shape, x.shape]
+
+
+def test_a_factor_that_broadcasting_would_take_is_named():
+  with pytest.raises(UserError, match=r"up_BTF.shape=\(8, 1\): must be \(8, 16\)"):
+    swiglu(np.ones((8, 16)), np.ones((8, 1)))

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("compile_in_less_time")
 
 B, T, V = 6, 69, 40  # a chunk of delta attention has 64 positions
 SIZES = {"length": 4, "stride": 2, "block": 8, "count": 3, "window": 6}
-NSA = NsaConfig(N=4, K=2, H=6, U=10, **SIZES)
+NSA = NsaConfig(N=4, K=2, H=6, U=10, gate_hidden=5, **SIZES)
 KDA = KdaConfig(N=4, K=2, H=6, U=10)
 
 

@@ -40,7 +40,7 @@ B, T, V = 8, 16, 40
 SIZES = {"length": 4, "stride": 2, "block": 4, "count": 3, "window": 5}
 MIXERS = {
   "kda": KdaConfig(N=4, K=2, H=6, U=8),
-  "nsa": NsaConfig(N=4, K=2, H=6, U=8, **SIZES),
+  "nsa": NsaConfig(N=4, K=2, H=6, U=8, gate_hidden=5, **SIZES),
   "conv": ConvConfig(),
 }
 PAIRS = [("kda", "conv"), ("nsa", "conv")]
@@ -99,7 +99,7 @@ def test_a_pipeline_of_stages_equals_one_device():
 @functools.partial(jax.jit, static_argnums=0)
 def decode(lm, params, ids_BT, positions_BT):
   """Logits of a prefill whose rows have different lengths, and of one more position."""
-  cache = lm.init_cache(B, T + 2)
+  cache = lm.init_cache(B, ids_BT.shape[1] + 1)
   first_BTV, cache = lm.apply(params, ids_BT, positions=positions_BT, cache=cache)
   next_B1 = jnp.max(positions_BT, axis=1, keepdims=True) + 1
   second_B1V, _ = lm.apply(params, ids_BT[:, :1], positions=next_B1, cache=cache)
@@ -109,16 +109,17 @@ def decode(lm, params, ids_BT, positions_BT):
 @pytest.mark.slow
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
 def test_cached_logits_equal_those_of_one_device(names):
-  """Of native sparse attention with a rounded cache."""
+  """Of rows that end around a chunk of delta attention; sparse attention has a rounded cache."""
   rounded = tuple(
     QuantRule(match=f"cache.*{part}", spec=QuantSpec(activation=UniformFormat(bits=8)))
     for part in ("selected.keys", "compressed.values")
   )
   lm = Transformer(dataclasses.replace(model(*names), quant=rounded * ("nsa" in names)))
-  lengths_B1 = np.array([5, 16, 1, 9, 2, 7, 12, 3])[:, None]
-  positions_BT = np.where(np.arange(T) < lengths_B1, np.arange(T), -1).astype(np.int32)
+  lengths_B1 = np.array([63, 64, 65, 66, 1, 7, 12, 3])[:, None]
+  positions_BT = np.where(np.arange(66) < lengths_B1, np.arange(66), -1).astype(np.int32)
+  ids_BT = np.random.default_rng(1).integers(0, V, (B, 66)).astype(np.int32)
   params = lm.init(jax.random.key(3))
-  want = jax.device_get(decode(lm, params, IDS_BT, positions_BT))
+  want = jax.device_get(decode(lm, params, ids_BT, positions_BT))
   host = jax.device_get(params)
   with jax.set_mesh(make_mesh(ALL)):
     wanted = jax.eval_shape(lm.init, jax.random.key(0))
@@ -130,7 +131,7 @@ def test_cached_logits_equal_those_of_one_device(names):
       host,
       wanted,
     )
-    rows = [shard(jnp.asarray(x), "batch", None) for x in (IDS_BT, positions_BT)]
+    rows = [shard(jnp.asarray(x), "batch", None) for x in (ids_BT, positions_BT)]
     got = jax.device_get(decode(lm, params, *rows))
   seen_BT = positions_BT >= 0
   chex.assert_trees_all_close(got[0][seen_BT], want[0][seen_BT], atol=1e-5)
