@@ -123,6 +123,7 @@ def bowl(of_N, of_D, batch_of_D):
   return loss
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 CONCLUSIONS = [
   ("lr_horizon", ladder_of_rates(-0.32), "reproduced"),
   ("lr_horizon", ladder_of_rates(-0.12), "direction only"),
@@ -134,8 +135,8 @@ CONCLUSIONS = [
   ("wsd_vs_cosine", schedules(0.05, 0.1), "refuted"),
   ("wsd_vs_cosine", schedules(0.02, 0.1), "direction only"),
   ("kaplan_vs_chinchilla", valleys([0.6, 0.5, 0.4]), "reproduced"),
-  ("kaplan_vs_chinchilla", valleys([0.55, 0.6, 0.35]), "direction only"),
-  ("kaplan_vs_chinchilla", valleys([0.3, 0.4, 0.6]), "refuted"),
+  slow("kaplan_vs_chinchilla", valleys([0.55, 0.6, 0.35]), "direction only"),
+  slow("kaplan_vs_chinchilla", valleys([0.3, 0.4, 0.6]), "refuted"),
   ("step_law", bowl(-0.713, 0.307, 0.571), "reproduced"),
   ("step_law", bowl(-0.3, 0.1, 0.2), "direction only"),
   ("step_law", bowl(-0.713, -0.3, 0.571), "refuted"),

@@ -13,7 +13,7 @@ from pallas_kernels.common.errors import MissingExtraError, UserError, import_ex
 SMALL = (
   "--model.D 16 "
   "--model.pattern.0.feedforward.F 16 --model.pattern.0.mixer.H 8 "
-  "--mesh.data 1 --data.length 16 --optimizer.warmup 1 "
+  "--mesh.data 1 --data.length 32 --eval_batches 1 --optimizer.warmup 1 --ema 0 "
   "--steps 3 --eval_every 0 --save_every 0 --run run"
 ).split()
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("compile_in_less_time")
 SMALLER = (
   "--model.D 16 "
   "--model.pattern.0.feedforward.F 16 --model.pattern.0.mixer.H 8 "
-  "--data.length 32 --optimizer.warmup 1 --eval_batches 1"
+  "--data.length 32 --optimizer.warmup 1 --eval_batches 1 --ema 0"
 ).split()
 
 
@@ -142,14 +142,15 @@ def test_a_preset_of_the_users_own(tmp_path, monkeypatch, capsys, corpus):
     "import dataclasses\n"
     "from jaxlm.presets import micro\n"
     "def wide():\n"
-    "  return dataclasses.replace(micro(), steps=2, batch=3)\n"
+    "  return dataclasses.replace(micro(), steps=2, log_every=1)\n"
   )
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "path", [*sys.path])
-  flags = ["--steps", "3", "--mesh.data", "1", "--data.source", str(corpus)]
+  flags = ["--steps", "3", "--mesh.data", "1", "--eval_every", "0", "--save_every", "0"]
+  flags += ["--data.source", str(corpus)]
   assert main(["train", "mine:wide", *flags, *SMALLER]) == 0
   config = RunFolder(tmp_path / "runs/wide").read_config()
-  assert (config.steps, config.batch, config.model.D) == (3, 3, 16)
+  assert (config.steps, config.log_every, config.model.D) == (3, 1, 16)
 
 
 @pytest.fixture(scope="module")

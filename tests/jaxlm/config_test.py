@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.config import (
@@ -129,6 +129,7 @@ def train_configs(draw) -> TrainConfig:
   )
 
 
+@settings(max_examples=30)
 @given(train_configs())
 def test_every_configuration_survives_json(config):
   assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config

@@ -92,6 +92,7 @@ def test_an_address_that_is_of_no_object_store_is_refused_and_no_folder_is_made(
   assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_platform_that_is_not_there_is_one_line(tmp_path):
   done = subprocess.run(
     [sys.executable, "-m", "jaxlm", "train", "micro", "--run", "run"],

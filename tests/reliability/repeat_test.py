@@ -48,7 +48,7 @@ def straight(text):
   return batches
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_data_order_depends_on_nothing_but_the_seed(text, straight, data):
   """Draws reader threads, the number of processes, and where and how often a run is restarted."""

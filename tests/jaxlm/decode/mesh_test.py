@@ -71,9 +71,8 @@ def move(config, params):
   return jax.tree.map(put, params, wanted)
 
 
-QUICK = ("plain", "dynamic")  # on the mesh with every axis
 CASES = [
-  pytest.param(mesh, name, marks=() if mesh == "all" and name in QUICK else pytest.mark.slow)
+  pytest.param(mesh, name, marks=() if (mesh, name) == ("all", "plain") else pytest.mark.slow)
   for mesh, name in [
     *((mesh, "plain") for mesh in MESHES),
     *(("all", name) for name in MODELS if name != "plain"),

@@ -20,11 +20,12 @@ main()
 TRAIN = ["train", "micro", "--run", "run"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "flags, printed",
   [
     ([], "asked, jax has started: False"),
-    pytest.param(["--no-keep_freed_memory", "--batch", "7"], "batch=7", marks=pytest.mark.slow),
+    (["--no-keep_freed_memory", "--batch", "7"], "batch=7"),
   ],
 )
 def test_memory_is_kept_from_before_jax_starts(tmp_path, flags, printed):

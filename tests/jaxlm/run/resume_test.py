@@ -91,7 +91,7 @@ def loggers() -> dict[str, tuple]:
 @pytest.mark.parametrize(
   "arguments, status",
   [
-    (["resume", "run", "--steps", "3"], 0),
+    pytest.param(["resume", "run", "--steps", "3"], 0, marks=pytest.mark.slow),
     pytest.param(["replay", "run", "--step", "2"], 0, marks=pytest.mark.slow),
     (["resume", "run", "--steps", "3", "--seed", "1"], 2),
     (["resume", "run", "--steps", "3", "--compute.attention_implementation", "splash"], 2),
@@ -143,22 +143,31 @@ def test_a_run_stays_in_its_folder(work, capsys):
   assert "run='elsewhere': a resumed run stays in its folder run" in capsys.readouterr().err
 
 
-def test_text_that_changed_is_named_and_refused_unless_a_flag_allows_it(work, capsys):
-  recorded = json.loads((work / "run/text.json").read_text())
+def change_the_text(work) -> None:
   path = work / "text/7.py"
   path.write_text("#" + path.read_text()[1:])  # as long as before: documents keep their sides
+
+
+def test_text_that_changed_is_named_and_refused(work, capsys):
+  change_the_text(work)
   before = contents(work)
-  resume = ["resume", "run", "--data.source", "text", "--steps"]  # the run has the original
-  assert main([*resume, "3"]) == 2
+  # the run has the original
+  assert main(["resume", "run", "--data.source", "text", "--steps", "3"]) == 2
   printed = capsys.readouterr().err
   assert "data.source='text': not the text of the run so far" in printed
   changed = [side for side in ("training", "held-out") if f"{side} text: digest" in printed]
   assert len(changed) == 1 and contents(work) == before
-  assert main([*resume, "3", "--other_text"]) == 0
+
+
+@pytest.mark.slow
+def test_a_flag_allows_other_text_which_is_the_runs_from_then_on(work, capsys):
+  recorded = json.loads((work / "run/text.json").read_text())
+  change_the_text(work)
+  assert main(["resume", "run", "--data.source", "text", "--steps", "3", "--other_text"]) == 0
   assert "not the text of the run so far" in capsys.readouterr().out
   now = json.loads((work / "run/text.json").read_text())
   assert sum(recorded[side] != now[side] for side in recorded) == 1
-  assert main(["resume", "run", "--steps", "4"]) == 0  # the new text is the run's from now on
+  assert main(["resume", "run", "--steps", "4"]) == 0
 
 
 def test_the_same_text_may_have_moved(trained, work, capsys):
@@ -198,14 +207,19 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("flags", REFUSED, ids=lambda flags: " ".join(flags))
-def test_a_refused_start_leaves_nothing_and_the_corrected_one_works(work, flags, capsys):
+def test_a_refused_start_leaves_nothing(work, flags, capsys):
   before = contents(work)
   assert main(["train", "micro", "--run", "new/run", "--steps", "2", *FLAGS, *flags]) == 2
   assert "jaxlm: " in capsys.readouterr().err
   assert contents(work) == before and not (work / "new").exists()
-  if "--compute.attention_implementation" in flags:  # the others are the same program
-    assert main(["train", "micro", "--run", "new/run", "--steps", "2", *FLAGS]) == 0
-    assert finished_steps(RunFolder(work / "new/run").checkpoints) == [2]
+
+
+@pytest.mark.slow
+def test_after_a_refused_start_the_corrected_one_works(work):
+  start = ["train", "micro", "--run", "new/run", "--steps", "2", *FLAGS]
+  assert main([*start, "--compute.attention_implementation", "splash"]) == 2
+  assert main(start) == 0
+  assert finished_steps(RunFolder(work / "new/run").checkpoints) == [2]
 
 
 @pytest.mark.parametrize("made", ["nothing", "a folder", "a folder with a system's file"])

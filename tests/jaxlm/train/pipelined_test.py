@@ -1,25 +1,26 @@
 """Training in pipeline stages gives the loss and the gradients of one device, on every mesh."""
 
 import dataclasses
-import functools
 
-import chex
 import jax
-import numpy as np
 import pytest
 
 from jaxlm.config import ComputeConfig, MeshConfig, PipelineConfig, TrainConfig, revise
 from jaxlm.run.text import TextTask
 from jaxlm.train import init_state, make_train_step
-from jaxlm.train.accumulate import accumulated_gradients
-from jaxlm.train.pipelined import pipelined_gradients
 from jaxlm.train.stages import cut_layers, make_schedule
 from jaxlm.train.task import Start
 from pallas_kernels.common.errors import UserError
 from sharding import make_mesh
 from sharding.batches import globalize
 from sharding.collectives import read_collectives
-from tests.jaxlm.train.sharded_gradients_test import SCANNED, packed_batch
+from tests.jaxlm.train.sharded_gradients_test import (
+  ALIKE,
+  SCANNED,
+  SMALL,
+  check_against_one_device,
+  packed_batch,
+)
 
 # `stages_test.py` has all optimisations
 pytestmark = pytest.mark.usefixtures("compile_in_less_time")
@@ -28,20 +29,6 @@ pytestmark = pytest.mark.usefixtures("compile_in_less_time")
 # micro-batches have unequal numbers of tokens, and one shard of one has none
 PATTERN = dataclasses.replace(
   SCANNED, accumulate=2, model=revise(SCANNED.model, layers=4), compute=ComputeConfig()
-)
-ALIKE = dataclasses.replace(
-  PATTERN,
-  accumulate=4,
-  model=dataclasses.replace(
-    revise(SCANNED.model, tied=True), layers=6, pattern=SCANNED.model.pattern[:1]
-  ),
-  compute=ComputeConfig(remat="full"),
-)
-SMALL = dataclasses.replace(
-  ALIKE,
-  accumulate=2,
-  model=dataclasses.replace(ALIKE.model, layers=2),
-  compute=ComputeConfig(),
 )
 CASES = [
   (SMALL, MeshConfig(data=2, stage=2), PipelineConfig(schedule="1f1b", layers_per_stage=(0, 2))),
@@ -52,32 +39,6 @@ CASES = [
   (SMALL, MeshConfig(data=1, stage=2, context_ring=2, tensor=2), PipelineConfig()),
 ]
 QUICK = 1
-
-
-def loss_and_gradients(config, params, batch):
-  task = TextTask(config)
-
-  def objective(params, batch, key):
-    return task.objective(params, {}, batch, key)
-
-  arguments = (objective, params, batch, jax.random.key(0))
-  if config.mesh.stage == 1:
-    grads, terms = accumulated_gradients(*arguments, config.accumulate)
-  else:
-    grads, terms = pipelined_gradients(config, task.stages(), *arguments)
-  return {name: (term.mean(), term.den) for name, term in terms.items()}, grads
-
-
-@functools.cache
-def run(config: TrainConfig):
-  """Returns (parameters, (terms, gradients)) as numpy, whether these lie alike, and the program."""
-  with jax.set_mesh(make_mesh(config.mesh)):
-    params = jax.jit(init_state, static_argnums=(0, 1))(config, TextTask(config)).params
-    batch = globalize(packed_batch(), config.batch)
-    step = jax.jit(loss_and_gradients, static_argnums=0).lower(config, params, batch).compile()
-    results = step(params, batch)
-    alike = jax.tree.map(lambda g, w: g.sharding.spec == w.sharding.spec, results[1], params)
-    return jax.device_get((params, results)), alike, step.as_text()
 
 
 def id_of(case) -> str:
@@ -93,20 +54,9 @@ CASES = [
 
 @pytest.mark.parametrize("config, mesh, pipeline", CASES)
 def test_loss_and_every_gradient_equal_one_devices(config, mesh, pipeline):
-  one = dataclasses.replace(config, mesh=MeshConfig(data=1))
-  (want_params, (want_terms, want_grads)), _, _ = run(one)
   staged = dataclasses.replace(config, mesh=mesh, pipeline=pipeline)
-  (params, (terms, grads)), alike, program = run(staged)
-  chex.assert_trees_all_equal(params, want_params)  # a seed gives the same weights everywhere
-  assert all(jax.tree.leaves(alike))
-  chex.assert_trees_all_close(terms, want_terms, rtol=1e-6)
-  assert terms["loss"][1] == packed_batch().weights_BT.sum()
-  sizes = [np.abs(grad).max() for grad in jax.tree.leaves(want_grads)]
-  assert min(sizes) > 1e-6  # every parameter has a gradient
-  scales = jax.tree.map(lambda grad: max(1, np.abs(grad).max()), want_grads)
-  grads, want_grads = (jax.tree.map(np.divide, x, scales) for x in (grads, want_grads))
-  chex.assert_trees_all_close(grads, want_grads, rtol=0, atol=1e-5)
-  check_collectives(program, mesh, params)
+  params, program = check_against_one_device(staged)
+  check_collectives(program.as_text(), mesh, params)
 
 
 def check_collectives(program: str, mesh: MeshConfig, params) -> None:

@@ -8,11 +8,20 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig, decoder, revise
+from jaxlm.config import (
+  ComputeConfig,
+  DataConfig,
+  MeshConfig,
+  PipelineConfig,
+  TrainConfig,
+  decoder,
+  revise,
+)
 from jaxlm.data.packing import Batch, join, pack
 from jaxlm.run.text import TextTask
 from jaxlm.train import init_state
 from jaxlm.train.accumulate import accumulated_gradients
+from jaxlm.train.pipelined import pipelined_gradients
 from sharding import make_mesh
 from sharding.batches import globalize
 
@@ -49,6 +58,20 @@ SCANNED = TrainConfig(
   compute=ComputeConfig(scan="always", remat="full"),
   data=DataConfig(length=16, layout="packed"),
 )
+ALIKE = dataclasses.replace(
+  SCANNED,
+  accumulate=4,
+  model=dataclasses.replace(
+    revise(SCANNED.model, tied=True), layers=6, pattern=SCANNED.model.pattern[:1]
+  ),
+  compute=ComputeConfig(remat="full"),
+)
+SMALL = dataclasses.replace(
+  ALIKE,
+  accumulate=2,
+  model=dataclasses.replace(ALIKE.model, layers=2),
+  compute=ComputeConfig(),
+)
 UNROLLED = dataclasses.replace(
   SCANNED,
   accumulate=1,
@@ -71,72 +94,74 @@ def packed_batch() -> Batch:
 
 
 def loss_and_gradients(config, params, batch):
-  def objective(params, batch, key):
-    return TextTask(config).objective(params, {}, batch, key)
+  task = TextTask(config)
 
-  key = jax.random.key(0)
-  grads, terms = accumulated_gradients(objective, params, batch, key, config.accumulate)
-  loss = terms["loss"]
-  return loss.mean(), loss.den, grads
+  def objective(params, batch, key):
+    return task.objective(params, {}, batch, key)
+
+  arguments = (objective, params, batch, jax.random.key(0))
+  if config.mesh.stage == 1:
+    grads, terms = accumulated_gradients(*arguments, config.accumulate)
+  else:
+    grads, terms = pipelined_gradients(config, task.stages(), *arguments)
+  return {name: (term.mean(), term.den) for name, term in terms.items()}, grads
 
 
 @functools.cache
-def run(config: TrainConfig, mesh: MeshConfig):
-  """Returns parameters and (loss, tokens, gradients) on a mesh, as numpy.
-
-  Also returns whether gradients lie like their parameters.
-  """
-  with jax.set_mesh(make_mesh(mesh)):
+def run(config: TrainConfig):
+  """Returns (parameters, (terms, gradients)) as numpy, whether these lie alike, and the program."""
+  with jax.set_mesh(make_mesh(config.mesh)):
     params = jax.jit(init_state, static_argnums=(0, 1))(config, TextTask(config)).params
-    results = jax.jit(loss_and_gradients, static_argnums=0)(
-      config, params, globalize(packed_batch(), config.batch)
-    )
-    alike = jax.tree.map(lambda g, w: g.sharding.spec == w.sharding.spec, results[2], params)
-    return jax.device_get((params, results)), alike
+    batch = globalize(packed_batch(), config.batch)
+    step = jax.jit(loss_and_gradients, static_argnums=0).lower(config, params, batch).compile()
+    results = step(params, batch)
+    alike = jax.tree.map(lambda g, w: g.sharding.spec == w.sharding.spec, results[1], params)
+    return jax.device_get((params, results)), alike, step
 
 
-QUICK = (MESHES[3],)
-
-
-def cases(name: str, config: TrainConfig, meshes, quick) -> list:
-  return [
-    pytest.param(
-      config, mesh, id=f"{name}, {mesh.describe()}", marks=() if mesh in quick else pytest.mark.slow
-    )
-    for mesh in meshes
-  ]
-
-
-@pytest.mark.parametrize(
-  "config, mesh",
-  cases("scanned", SCANNED, MESHES + CONTEXT_MESHES, QUICK)
-  + cases("unrolled, tied", UNROLLED, MESHES[1::2], ()),
-)
-def test_loss_and_every_gradient_equal_one_devices(config, mesh):
-  (want_params, (want_loss, want_tokens, want_grads)), _ = run(config, MeshConfig(data=1))
-  (params, (loss, tokens, grads)), alike = run(config, mesh)
+def check_against_one_device(config: TrainConfig):
+  """Compares loss and gradients; returns parameters and program of the config's own mesh."""
+  one = dataclasses.replace(config, mesh=MeshConfig(data=1), pipeline=PipelineConfig())
+  (want_params, (want_terms, want_grads)), _, _ = run(one)
+  (params, (terms, grads)), alike, program = run(config)
   chex.assert_trees_all_equal(params, want_params)  # a seed gives the same weights everywhere
   assert all(jax.tree.leaves(alike))
-  assert tokens == want_tokens == packed_batch().weights_BT.sum()
-  assert loss == pytest.approx(want_loss, rel=1e-6)
-
+  chex.assert_trees_all_close(terms, want_terms, rtol=1e-6)
+  assert terms["loss"][1] == packed_batch().weights_BT.sum()
   sizes = [np.abs(grad).max() for grad in jax.tree.leaves(want_grads)]
   assert min(sizes) > 1e-6  # every parameter has a gradient
   scales = jax.tree.map(lambda grad: max(1, np.abs(grad).max()), want_grads)
   grads, want_grads = (jax.tree.map(np.divide, x, scales) for x in (grads, want_grads))
   chex.assert_trees_all_close(grads, want_grads, rtol=0, atol=1e-5)
+  return params, program
+
+
+def cases(name: str, config: TrainConfig, meshes, marks=pytest.mark.slow) -> list:
+  return [
+    pytest.param(config, mesh, id=f"{name}, {mesh.describe()}", marks=marks) for mesh in meshes
+  ]
+
+
+@pytest.mark.parametrize(
+  "config, mesh",
+  cases("scanned", SCANNED, MESHES + CONTEXT_MESHES)
+  + cases("unrolled, tied", UNROLLED, MESHES[1::2])
+  + cases("small", SMALL, MESHES[3:], marks=()),
+)
+def test_loss_and_every_gradient_equal_one_devices(config, mesh):
+  check_against_one_device(dataclasses.replace(config, mesh=mesh))
 
 
 @pytest.mark.slow
 def test_fsdp_reduces_in_the_stated_type_and_gradients_differ_by_its_rounding_alone():
   """In bfloat16 the sum over 8 devices of what each computed exactly is off by about 2^-8 of it."""
-  mesh = MeshConfig(data=1, fsdp=8)
+  exactly = dataclasses.replace(UNROLLED, mesh=MeshConfig(data=1, fsdp=8))
   halved = dataclasses.replace(
-    UNROLLED, compute=dataclasses.replace(UNROLLED.compute, reduce_dtype="bfloat16")
+    exactly, compute=dataclasses.replace(exactly.compute, reduce_dtype="bfloat16")
   )
-  (_, (want_loss, _, want)), _ = run(UNROLLED, mesh)
-  (_, (loss, _, grads)), _ = run(halved, mesh)
-  assert loss == want_loss  # the forward pass is the same
+  (_, (want_terms, want)), _, _ = run(exactly)
+  (_, (terms, grads)), _, _ = run(halved)
+  assert terms["loss"] == want_terms["loss"]  # the forward pass is the same
   differs = False
   for (path, got), exact in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(want)):
     largest = np.abs(exact).max()
