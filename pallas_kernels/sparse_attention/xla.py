@@ -140,7 +140,7 @@ def _backward(static, residuals, cotangents):
   mean_ZG -= jnp.where(blind_ZG, 0, dlse_ZG)
   q_ZGH, do_ZGU, bad_ZG = nonfinite.hide_rows(q_ZGH, do_ZGU, lse_ZG)
   # of a bad row the probabilities of keys that it sees are infinity, and 0 times that is NaN
-  finite_ZG = jnp.where(blind_ZG, 0, jnp.where(bad_ZG, -1e30, lse_ZG))
+  finite_ZG = jnp.where(bad_ZG, -1e30, jnp.where(blind_ZG, 0, lse_ZG))
 
   def add_chunk(chunk, sums):
     dq_ZGH, dk_YH, dv_YU = sums

@@ -58,7 +58,7 @@ def model_of(config, dtype="float32"):
 
 @functools.cache
 def init(config):
-  return jax.jit(Transformer(config).init)(jax.random.key(1))
+  return Transformer(config).init(jax.random.key(1))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -25,7 +25,7 @@ NEW, WIDTH = 6, 11
 @pytest.fixture(scope="module")
 def params():
   """Weights large enough that greedy continuations differ."""
-  return jax.tree.map(lambda w: 3 * w, jax.jit(MODEL.init)(jax.random.key(3)))
+  return jax.tree.map(lambda w: 3 * w, MODEL.init(jax.random.key(3)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

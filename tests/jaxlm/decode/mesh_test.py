@@ -51,7 +51,7 @@ def two_steps(model, params):
 
 @functools.cache
 def params_of(config):
-  return jax.jit(Transformer(config).init)(jax.random.key(3))
+  return Transformer(config).init(jax.random.key(3))
 
 
 @functools.cache

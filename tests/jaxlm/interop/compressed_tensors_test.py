@@ -44,7 +44,7 @@ def with_rules(**specs):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
   config = with_rules(**{part: {"weight": format} for part, format in FORMATS.items()})
-  params = jax.jit(Transformer(config).init)(jax.random.key(0))
+  params = Transformer(config).init(jax.random.key(0))
   config, packed = pack_model(config, params)
   folder = tmp_path_factory.mktemp("hub") / "model"
   huggingface.save(folder, config, packed)

@@ -77,7 +77,7 @@ def test_logits_of_spread_rows_come_in_their_order(order, rope):
   model = Transformer(revise(CONFIG.model, rope=rope))
   ids_BT = np.random.default_rng(0).integers(0, 250, (2, 16)).astype(np.int32)
   columns_T = permutation(order, 16, 2)
-  want = jax.jit(model.apply)(jax.jit(model.init)(jax.random.key(0)), ids_BT)
+  want = jax.jit(model.apply)(model.init(jax.random.key(0)), ids_BT)
   with jax.set_mesh(make_mesh(MeshConfig(data=1, context_ring=2, context_ulysses=2))):
     params = jax.jit(model.init)(jax.random.key(0))
     got = jax.jit(functools.partial(model.apply, order=order))(params, ids_BT[:, columns_T])
@@ -89,7 +89,7 @@ def test_one_position_is_not_spread_and_decodes():
   """A length of 1 stays whole, so that decoding one position is right on such a mesh."""
   ids_BT = np.array([[3], [7]], np.int32)
   apply = jax.jit(functools.partial(apply_cached, start=4))
-  params = jax.jit(MODEL.init)(jax.random.key(0))
+  params = MODEL.init(jax.random.key(0))
   want = apply(params, ids_BT)
   with jax.set_mesh(make_mesh(MeshConfig(data=1, context_ring=2))):
     got = apply(jax.jit(MODEL.init)(jax.random.key(0)), ids_BT)

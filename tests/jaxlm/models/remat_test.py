@@ -43,7 +43,7 @@ def compiled():
   for policy in POLICIES:
     model, loss = model_and_loss(ComputeConfig(scan="always", remat=policy))
     if params is None:
-      params = jax.jit(model.init)(jax.random.key(0))
+      params = model.init(jax.random.key(0))
     programs[policy] = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
     results[policy] = jax.device_get(programs[policy](params))
   return programs, results

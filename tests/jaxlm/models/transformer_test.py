@@ -28,7 +28,7 @@ BFLOAT16 = ComputeConfig(dtype="bfloat16")
 
 @functools.cache
 def init(config: ModelConfig):
-  params = jax.jit(Transformer(config).init)(jax.random.key(0))
+  params = Transformer(config).init(jax.random.key(0))
   draw = np.random.default_rng(
     0
   )  # norm weights away from one, so that tests notice which one is used
@@ -272,7 +272,7 @@ def test_rounded_weights_in_bfloat16_give_the_same_logits():
 
 def test_fresh_weights_predict_every_id_alike():
   config = decoder(V=64, D=64, F=96, N=4, K=4, H=16, layers=4)
-  params = jax.device_get(jax.jit(Transformer(config).init)(jax.random.key(0)))
+  params = jax.device_get(Transformer(config).init(jax.random.key(0)))
   ids_BT = np.random.default_rng(0).integers(0, 64, (4, 32))
   logits_BTV = logits(config, params, ids_BT, compute=ComputeConfig(scan="always"))
   loss = -jax.nn.log_softmax(logits_BTV)[:, :-1].mean()

@@ -28,7 +28,7 @@ IDS_BT = np.arange(12, dtype=np.int32)[None]
 @functools.cache
 def drawn(dtype=jnp.float32):
   """Parameters whose gains and biases are not at their first values."""
-  params = jax.jit(Transformer(MODEL).init)(jax.random.key(0))
+  params = Transformer(MODEL).init(jax.random.key(0))
   draw = np.random.default_rng(0)
   return jax.tree.map(lambda w: jnp.asarray(w + 0.1 * draw.normal(size=w.shape), dtype), params)
 

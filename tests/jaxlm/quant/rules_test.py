@@ -96,7 +96,7 @@ def loss_and_grads(config, compute, params):
 
 @functools.cache
 def rounded_beforehand():
-  params = jax.jit(Transformer(SMALL).init)(jax.random.key(0))
+  params = Transformer(SMALL).init(jax.random.key(0))
   rounded = quantize_inner(params)
   return params, rounded, loss_and_grads(SMALL, ComputeConfig(scan="always"), rounded)
 

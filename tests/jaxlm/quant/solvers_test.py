@@ -75,7 +75,7 @@ def test_scaled_channels_change_no_logits():
   """Of all matmuls that share an input, with two query heads for each key head."""
   rule = QuantRule(match=".*", spec=QuantSpec(weight=UniformFormat(bits=3)))
   config = decoder(V=16, D=16, F=24, N=4, K=2, H=4, layers=2, qkv_bias=True, norm_offset=1)
-  params = jax.jit(Transformer(config).init)(jax.random.key(0))
+  params = Transformer(config).init(jax.random.key(0))
   draw = np.random.default_rng(0)
   shapes = {name: m.shape[0] for m in list_matmuls(config) for name in m.names}
   activity = {name: draw.lognormal(size=D).astype(np.float32) for name, D in shapes.items()}

@@ -22,7 +22,7 @@ LAYER, ROW, COLUMN, VALUE = 2, 7, 5, 3.0
 @functools.cache
 def planted():
   """One entry of `down`, read by a channel that is made large by its gate and up columns."""
-  params = jax.jit(Transformer(MODEL).init)(jax.random.key(0))
+  params = Transformer(MODEL).init(jax.random.key(0))
   feedforward = params["stacks"]["0"]["0"]["feedforward"]
   for name in ("gate", "up"):
     weight = feedforward[name]["weight"]

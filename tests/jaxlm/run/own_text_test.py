@@ -24,7 +24,7 @@ EOS = 0
 
 @pytest.fixture(scope="module")
 def params():
-  return jax.jit(Transformer(MODEL).init)(jax.random.key(0))
+  return Transformer(MODEL).init(jax.random.key(0))
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def gradients(params, batch, microbatches):
 
 @pytest.fixture(scope="module")
 def params():
-  return jax.jit(lambda: init_state(CONFIG, TextTask(CONFIG)).params)()
+  return init_state(CONFIG, TextTask(CONFIG)).params
 
 
 def flat(tree) -> np.ndarray:

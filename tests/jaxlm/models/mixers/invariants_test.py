@@ -78,7 +78,7 @@ ENDS_B = np.array([0, 7, 20, 63, 64, T - 1])
 @functools.cache
 def init(config):
   """Weights large enough that logits differ, with norms, taps and gates that are no defaults."""
-  params = jax.device_get(jax.jit(Transformer(config).init)(jax.random.key(1)))
+  params = jax.device_get(Transformer(config).init(jax.random.key(1)))
   draw = np.random.default_rng(1)
   noise = lambda w: w * draw.uniform(0.6, 1.6, w.shape) + 0.1 * draw.normal(size=w.shape)  # noqa: E731
   return jax.tree.map(lambda w: noise(w).astype(np.float32), params)
