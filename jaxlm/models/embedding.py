@@ -43,6 +43,7 @@ def lookup(
 ) -> jax.Array:
   """Returns rows of the table, [B, T, D] in `dtype`; gradients add up in the table's own type.
 
+  An id outside [0, V) has a row of NaN, which the loss shows.
   On a mesh the table stays where it is. Each device looks up its part of D, of the rows that it
   holds, for the tokens of all devices that share D; the rows are summed over the parts of V, and
   each device gets D of its own tokens together by an all-to-all in `dtype`. Its transpose sends the
@@ -52,7 +53,8 @@ def lookup(
     held = {"vocab_axes": manual_axes("vocab"), "width_axes": ()}
     return _lookup_shard(w_VD, ids_BT, dtype=dtype, reduce_dtype=reduce_dtype, **held)
   if not is_sharded():
-    return w_VD[ids_BT].astype(dtype)
+    at = jnp.asarray(w_VD).at[ids_BT]
+    return at.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(dtype)
   ids_BT = shard(ids_BT, "batch", "length")
   rows_axes, length_axes = sharded_axes(ids_BT, 0), sharded_axes(ids_BT, 1)
   # where one position is not spread over the sequence's axes, D is gathered over these
@@ -82,11 +84,15 @@ def _lookup_shard(
   """Does one device's part of `lookup`; V, D, B and T are those of its shards."""
   w_VD, ids_BT = vary_together(w_VD, ids_BT)
   ids_EBT = jax.lax.all_gather(ids_BT, width_axes) if width_axes else ids_BT[None]
+  held = w_VD.shape[0]
+  vocabulary = held * jax.lax.axis_size(vocab_axes) if vocab_axes else held
+  is_known_EBT = (ids_EBT >= 0) & (ids_EBT < vocabulary)
   if vocab_axes:
-    ids_EBT = ids_EBT - jax.lax.axis_index(vocab_axes) * w_VD.shape[0]
-  is_held_EBT = (ids_EBT >= 0) & (ids_EBT < w_VD.shape[0])
+    ids_EBT = ids_EBT - jax.lax.axis_index(vocab_axes) * held
+  is_held_EBT = (ids_EBT >= 0) & (ids_EBT < held)
   rows_EBTD = w_VD[jnp.where(is_held_EBT, ids_EBT, 0)]
-  rows_EBTD = jnp.where(is_held_EBT[..., None], rows_EBTD, 0).astype(dtype)
+  rows_EBTD = jnp.where(is_held_EBT[..., None], rows_EBTD, 0)
+  rows_EBTD = jnp.where(is_known_EBT[..., None], rows_EBTD, jnp.nan).astype(dtype)
   if vocab_axes and rows_EBTD.shape[2] == 1:  # a decoding step, whose one position stays whole
     rows_EBTD = jax.lax.psum(rows_EBTD, vocab_axes)
   elif vocab_axes:

@@ -67,6 +67,28 @@ def test_rows_and_gradient_on_a_mesh_are_those_of_one_device(mesh, dtype):
   chex.assert_trees_all_close(jax.device_get(got_VD), jax.device_get(want_VD), atol=1e-5)
 
 
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MESHES[2]], ids=MeshConfig.describe)
+def test_ids_outside_the_vocabulary_have_rows_of_nan_and_no_gradient(mesh):
+  w_VD, ids_BT, dx_BTD = inputs()
+  ids_BT[0, 1], ids_BT[1, 3] = -1, V
+  is_known_BT1 = ((ids_BT >= 0) & (ids_BT < V))[..., None]
+  float32 = jnp.dtype("float32")
+
+  @jax.jit
+  def rows_and_gradient(w_VD, ids_BT, dx_BTD):
+    x_BTD, pull = jax.vjp(lambda w_VD: lookup(w_VD, ids_BT, float32, float32), w_VD)
+    return x_BTD, *pull(dx_BTD)
+
+  with jax.set_mesh(make_mesh(mesh)):
+    placed = shard(jnp.asarray(w_VD), "vocab", "embed"), shard(jnp.asarray(ids_BT), "batch", None)
+    got = rows_and_gradient(*placed, shard(jnp.asarray(dx_BTD), "batch", "norm_length", None))
+  x_BTD, gradient_VD = jax.device_get(got)
+  np.testing.assert_array_equal(x_BTD, np.where(is_known_BT1, w_VD[ids_BT % V], np.nan))
+  want_VD = np.zeros_like(w_VD)
+  np.add.at(want_VD, ids_BT % V, np.where(is_known_BT1, dx_BTD, 0))
+  chex.assert_trees_all_close(gradient_VD, want_VD, atol=1e-5)
+
+
 def test_rows_are_those_of_the_table():
   w_VD, ids_BT, dx_BTD = inputs()
   x_BTD, gradient_VD = rows_and_gradient(w_VD, ids_BT, dx_BTD, "float32")
