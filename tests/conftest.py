@@ -41,7 +41,7 @@ PLAIN = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_c
 """options of XLA for quick tests; jax 0.12 has the newer code generator only"""
 if jax.__version_info__ >= (0, 11):
   PLAIN = {}
-MAPS = 40_000  # pieces of memory, a dozen for each program; Linux grants a process 65,530
+MAPS = 30_000  # pieces of memory, a dozen for each program; Linux grants a process 65,530
 
 
 def compile_once(backend, program, devices, options, host_callbacks, *others):
@@ -86,6 +86,10 @@ def pytest_collection_finish(session):
   slow = any(item.get_closest_marker("slow") for item in session.items)
   jax.config.update("jax_disable_most_optimizations", not slow)
   gc.freeze()  # modules and tests live as long as the process
+
+
+def pytest_unconfigure():
+  gc.freeze()  # what is left goes with the process, without a search for cycles
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 Interval = tuple[float, float, float]
 """a mean with the ends of its 95 % interval"""
@@ -18,5 +18,5 @@ def interval(values: Sequence[float]) -> Interval:
   """Returns the mean of independent values with its 95 % interval by Student's t."""
   values_X = np.asarray(values, float)
   mean, n = float(values_X.mean()), len(values_X)
-  half = float(stats.t.ppf(0.975, n - 1) * values_X.std(ddof=1)) / math.sqrt(n)
+  half = float(special.stdtrit(n - 1, 0.975) * values_X.std(ddof=1)) / math.sqrt(n)
   return mean, mean - half, mean + half

@@ -235,11 +235,12 @@ def test_an_empty_folder_has_no_checkpoint(tmp_path):
 
 HARD_NAMES = (
   "lr=[3e-3]/[!a]/[]",
-  "a*b/what?",
+  "a*b",
+  "what?",
   "back\\slash/\\",
   "gs:",
-  "\udcff/{a,b}/100%5B",
-  "new\nline/ space /ünïcødé日本",
+  "\udcff",
+  "{a,b}/100%5B/new\nline/ space /ünïcødé日本",
   "x" * 255,
 )
 
@@ -248,7 +249,7 @@ HARD_NAMES = (
 def test_a_checkpoint_is_read_back_whatever_the_folders_above_it_are_called(tmp_path, sound, name):
   """Orbax takes * ? [ for patterns, tensorstore a backslash for a border and gs: for an address."""
   folder = tmp_path / name / "run"
-  copies(sound, tmp_path / "aXb/whatX/run", [7])  # which a*b/what? matches
+  copies(sound, tmp_path / "aXb/run", [7])  # which a*b matches
   save(folder, [3], keep=1)
   state, position = restore(checkpoint_path(folder, 3), jax.eval_shape(lambda: state_at(0)))
   np.testing.assert_array_equal(state.params["w"], 3)

@@ -135,7 +135,7 @@ def test_each_row_of_a_batch_may_have_a_length_of_its_own():
 
 
 def random_heads(seed):
-  return jax.random.normal(jax.random.key(seed), (2, 6, 3, 16))
+  return jnp.asarray(np.random.default_rng(seed).normal(size=(2, 6, 3, 16)))
 
 
 def rotate(x_BTNH, positions_BT):

@@ -24,6 +24,8 @@ from jaxlm.quant import apply, packing, turning
 from jaxlm.quant.groups import split
 from sharding import MeshConfig, make_mesh
 
+pytestmark = pytest.mark.usefixtures("compile_in_less_time")
+
 PARETOQ_LEVELS = {"1": 2, "ternary": 3, "2": 4, "3": 8, "4": 16}
 COUNTED = [
   *((UniformFormat(bits=b), 2**b) for b in (2, 3, 4, 8)),
@@ -54,6 +56,25 @@ COUNTED = [
   (Fp8Format(elements="e5m2", shared="tensor"), 256),
 ]
 CASES = [case for case, _ in COUNTED]
+ALIKE = {
+  *(UniformFormat(bits=b) for b in (3, 8)),
+  *(UniformFormat(bits=b, grid="midrise", ratio=0.8) for b in (1, 4)),
+  LsqFormat(bits=4),
+  LsqFormat(bits=3, grid="midrise", shared="row"),
+  *(ParetoqFormat(bits=b) for b in ("3", "4")),
+  *(QuestFormat(levels=f"int{b}", hadamard=0) for b in (2, 8)),
+  *(MatquantFormat(bits=r) for r in (4, 8)),
+  *(BlockFormat(elements=e) for e in ("mxfp6_e3m2", "mxfp8_e5m2")),
+  Fp8Format(elements="e5m2", shared="tensor"),
+}
+"""formats that differ from others by numbers alone: slow, as each is a program of its own"""
+
+
+def marked(cases):
+  rows = [case if isinstance(case, tuple) else (case,) for case in cases]
+  return [pytest.param(*row, marks=pytest.mark.slow if row[0] in ALIKE else ()) for row in rows]
+
+
 SHAPE = (32, 64)
 SAMPLE_ZD = np.random.default_rng(2).normal(size=SHAPE).astype(np.float32)
 STRAIGHT_ALONG_X = [
@@ -111,7 +132,7 @@ def outcome(format):
   return x_ZD, upstream_ZD, jax.device_get(everything(x_ZD, scales))
 
 
-@pytest.mark.parametrize("format, most", COUNTED, ids=str)
+@pytest.mark.parametrize("format, most", marked(COUNTED), ids=str)
 def test_codes_are_few_and_decode_to_what_is_computed(format, most):
   x_ZD, _, out = outcome(format)
   chex.assert_trees_all_close(out["decoded"], out["y"], atol=2e-6)
@@ -121,7 +142,7 @@ def test_codes_are_few_and_decode_to_what_is_computed(format, most):
   assert max(len(np.unique(row)) for row in rows) <= most
 
 
-@pytest.mark.parametrize("format", CASES, ids=str)
+@pytest.mark.parametrize("format", marked(CASES), ids=str)
 def test_it_is_the_same_under_vmap_in_bfloat16_and_at_zero(format):
   x_ZD, _, out = outcome(format)
   chex.assert_tree_all_finite(out)
@@ -142,7 +163,7 @@ STRAIGHT = [
 ]
 
 
-@pytest.mark.parametrize("format", STRAIGHT, ids=str)
+@pytest.mark.parametrize("format", marked(STRAIGHT), ids=str)
 def test_the_straight_through_gradient_is_the_upstream_one(format):
   _, upstream_ZD, out = outcome(format)
   np.testing.assert_array_equal(out["grads"][0], upstream_ZD)
@@ -156,7 +177,7 @@ GRIDS = [
 ]
 
 
-@pytest.mark.parametrize("format", GRIDS, ids=str)
+@pytest.mark.parametrize("format", marked(GRIDS), ids=str)
 def test_errors_within_the_grid_are_half_a_step_and_the_gradient_ends_where_it_ends(format):
   x_ZD, upstream_ZD, out = outcome(format)
   module = apply.FORMATS[type(format)]
@@ -173,7 +194,7 @@ def test_errors_within_the_grid_are_half_a_step_and_the_gradient_ends_where_it_e
   assert (dx_ZD == 0).any() == bool(clips)
 
 
-@pytest.mark.parametrize("format", NEAREST, ids=str)
+@pytest.mark.parametrize("format", marked(NEAREST), ids=str)
 def test_values_become_the_nearest_level_so_that_rounding_again_under_the_same_scale_does_nothing(
   format,
 ):
@@ -187,7 +208,7 @@ def test_values_become_the_nearest_level_so_that_rounding_again_under_the_same_s
   np.testing.assert_allclose(np.abs(levels_LZD - out["y"]).min(axis=0), 0, atol=1e-6 * size)
 
 
-@pytest.mark.parametrize("format", STRAIGHT_ALONG_X, ids=str)
+@pytest.mark.parametrize("format", marked(STRAIGHT_ALONG_X), ids=str)
 def test_rounding_keeps_the_order_and_is_odd_where_levels_are(format):
   x_ZD, _, out = outcome(format)
   x_split, axes = split(jnp.asarray(x_ZD), format.shared, format.size)
@@ -225,7 +246,7 @@ def test_the_hadamard_matrix_is_symmetric_orthogonal_and_what_the_fast_transform
   np.testing.assert_allclose(got_NN @ got_NN.T, np.eye(n), atol=1e-6)
 
 
-@pytest.mark.parametrize("format", [c for c in CASES if c.shared == "row"], ids=str)
+@pytest.mark.parametrize("format", marked(c for c in CASES if c.shared == "row"), ids=str)
 def test_a_fixed_scale_rounds_to_what_is_on_the_grid_already(format):
   """Rounding twice under the same scale changes nothing; learned scales are such scales."""
   x_ZD, _, out = outcome(format)

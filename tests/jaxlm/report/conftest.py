@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 TEXTS = {
   "name": "valleys",
@@ -37,6 +36,8 @@ RESULT = {
 
 @pytest.fixture(scope="session")
 def studies(tmp_path_factory):
+  from matplotlib.figure import Figure
+
   folder = tmp_path_factory.mktemp("studies")
   for name, results in (("valleys", [RESULT]), ("hills", [])):
     study = folder / name

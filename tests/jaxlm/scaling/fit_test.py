@@ -81,6 +81,7 @@ def noisy():
   return fit_law(runs_on(BESIROGLU, noise=0.003))
 
 
+@pytest.mark.slow
 def test_intervals_cover_and_groups_widen_them(noisy):
   by_run, by_group = bootstrap(noisy, 30), bootstrap(noisy, 30, by="group")
   low, high = by_run.interval(lambda law: law.exponent)

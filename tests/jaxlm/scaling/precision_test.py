@@ -49,6 +49,7 @@ def test_one_run_says_what_its_format_is_worth():
     assert PANFEROV.efficiency_of(30_482_560, loss - 3.2071) == pytest.approx(eff, abs=0.02)
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_a_noisy_table_was_drawn_from():
   """Also where the formats at one size and duration share most of their noise."""
   rng, runs = np.random.default_rng(0), []

@@ -19,6 +19,7 @@ SIZES = {
   "single rows, the last empty": (1, 1, 1, 0),
 }
 T, K, N = 300, 128, 128
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 BANDS = {None: (0, 1e-6), "e4m3fn": (3.2e-2, 4.2e-2), "int8": (6e-3, 1.5e-2)}
 
 
@@ -75,7 +76,7 @@ def test_reference_and_xla(sizes, dtype):
     assert relative(ours, theirs) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [None, "e4m3fn", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [slow(None), "e4m3fn", slow("int8")])
 def test_pallas_tpu(dtype):
   """One program for all sizes."""
   for sizes in SIZES.values():

@@ -142,7 +142,9 @@ def test_bfloat16(implementation):
   assert all(relative(g, want) < 2.5e-3 for g, want in zip(got, gradients)), SEED
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+@pytest.mark.parametrize(
+  "implementation", [pytest.param("xla", marks=pytest.mark.slow), "pallas_tpu"]
+)
 def test_gradients_of_bfloat16_before_their_last_rounding(implementation):
   # The target's entry p - 1 is rounded too; with many entries p is small and that nearly exact.
   e_ND, c_VD, labels_N, bias_V = problem(150, 24, 8001, jnp.bfloat16)

@@ -9,6 +9,7 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -61,19 +62,19 @@ PIPELINE = Pipeline(embed=embed, layers=layers, loss=loss)
 
 
 def inputs(L):
-  keys = jax.random.split(jax.random.key(0), 7)
+  draw = np.random.default_rng(0)
   stack = {
-    "up": jax.random.normal(keys[0], (L, D, 2 * D)) / 3,
-    "down": jax.random.normal(keys[1], (L, 2 * D, D)) / 3,
+    "up": draw.normal(size=(L, D, 2 * D)) / 3,
+    "down": draw.normal(size=(L, 2 * D, D)) / 3,
   }
-  shared = {"table": jax.random.normal(keys[2], (V, D))}
+  shared = {"table": draw.normal(size=(V, D))}
   batch = {
-    "ids": jax.random.randint(keys[3], (M, B), 0, V),
-    "targets": jax.random.randint(keys[4], (M, B), 0, V),
-    "weights": jax.random.bernoulli(keys[5], 0.5, (M, B)).astype(jnp.float32),
-    "scale": jax.random.uniform(keys[6], (M, B)),
+    "ids": draw.integers(0, V, (M, B)),
+    "targets": draw.integers(0, V, (M, B)),
+    "weights": np.round(draw.uniform(size=(M, B))),
+    "scale": draw.uniform(size=(M, B)),
   }
-  return (stack,), shared, batch
+  return jax.tree.map(jnp.asarray, ((stack,), shared, batch))
 
 
 def reference(stacks, shared, batch):
