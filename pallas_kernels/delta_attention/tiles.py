@@ -31,7 +31,6 @@ from pallas_kernels.delta_attention.tile_products import (
   split_rows,
 )
 
-
 FORWARD_STAGES = (1, 3)
 BACKWARD_STAGES = (0, 2)
 """Halvings after which other heads may go on, besides the last: at each, all sums are spilled."""
