@@ -47,6 +47,10 @@ from pallas_kernels.delta_attention.tile_layout import (
 )
 from pallas_kernels.delta_attention.tile_products import Steps, in_turn, run, slowed
 
+FORWARD_HEADS = 16
+BACKWARD_HEADS = 32
+"""Heads of a step, at most: few leave products to be waited for at its begin and end. In float32
+half as many go backward, for want of memory."""
 FORWARD_DELAY = 2.5
 BACKWARD_DELAY = 1
 """Rounds from a head's start to the next head's: few hide products better and spill more."""
@@ -90,7 +94,7 @@ def forward(
   tokens: Tokens, gate: GateParameters, state_BNKV: jax.Array, options: Options, *, save: bool
 ) -> tuple[jax.Array, jax.Array, Saved | None]:
   """Returns the output [B, T, N, V], the final state and, to be saved, what the backward reads."""
-  plan = make_plan(tokens)
+  plan = make_plan(tokens, FORWARD_HEADS)
   options = dataclasses.replace(options, coarse=tokens.q.dtype == jnp.bfloat16)
   parts, constants = arrange(tokens, gate, plan)
   B, J, N, V, K, C, A = plan.B, plan.J, plan.N, plan.V, plan.K, plan.C, plan.A
@@ -212,7 +216,8 @@ def backward(
   options: Options,
 ) -> tuple[Tokens, GateParameters, jax.Array]:
   """Returns the gradients of tokens, gate and initial state, in their dtypes."""
-  plan = make_plan(tokens)
+  most = BACKWARD_HEADS if tokens.q.dtype == jnp.bfloat16 else BACKWARD_HEADS // 2
+  plan = make_plan(tokens, most)
   options = dataclasses.replace(options, coarse=tokens.q.dtype == jnp.bfloat16)
   parts, constants = arrange(tokens, gate, plan)
   B, J, N, V, K, A = plan.B, plan.J, plan.N, plan.V, plan.K, plan.A

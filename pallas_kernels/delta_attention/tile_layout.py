@@ -30,8 +30,6 @@ from pallas_kernels.delta_attention.tile_products import Tables, make_tables
 
 CHUNK = 64
 LANES = 128
-HEADS = 16
-"""Heads of a step, at most; half as many where a head is wider than 128, for want of memory."""
 
 
 class Parts(NamedTuple):
@@ -73,12 +71,12 @@ class Plan:
     return self.T // self.C
 
 
-def make_plan(tokens: Tokens) -> Plan:
-  """Returns the plan of a call."""
+def make_plan(tokens: Tokens, most: int) -> Plan:
+  """Returns the plan of a call with at most so many heads of 128 in a step, or 8 wider ones."""
   B, T, N, V = tokens.v.shape
   C = max(16, min(CHUNK, 1 << (T - 1).bit_length()))
   K, V = round_up(tokens.q.shape[-1], LANES), round_up(V, LANES)
-  most = HEADS if K == V == LANES else HEADS // 2
+  most = most if K == V == LANES else min(most, 8)
   A = next(heads for heads in range(most, 0, -1) if N % heads == 0)
   return Plan(B, round_up(T, C), N, K, V, C, A, T)
 

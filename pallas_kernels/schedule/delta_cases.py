@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.delta_attention import kimi_delta_attention
-from pallas_kernels.delta_attention.tile_layout import HEADS
+from pallas_kernels.delta_attention.pallas_tpu import BACKWARD_HEADS, FORWARD_HEADS
 from pallas_kernels.schedule.case import Case, array
 
 
@@ -34,10 +34,11 @@ def delta_attention_cases() -> Iterator[Case]:
   args = (x, x, x, x, array(1, T, N), array(N, dtype=f32), array(N, K, dtype=f32))
   gradients = jax.grad(loss, tuple(range(7)))
   pair, state = 2.0 * N * T * C * K, 2.0 * N * T * K * K  # of one product with pairs, with states
+  forward, backward = f"forward_{FORWARD_HEADS}_heads", f"backward_{BACKWARD_HEADS}_heads"
   for name, fn, kernel, flops in (
-    ("forward", attend, "forward", 4 * pair + 3 * state),
-    ("forward that saves", gradients, "forward", 4 * pair + 3 * state),
-    ("backward", gradients, "backward", 9 * pair + 7 * state),
+    ("forward", attend, forward, 4 * pair + 3 * state),
+    ("forward that saves", gradients, forward, 4 * pair + 3 * state),
+    ("backward", gradients, backward, 9 * pair + 7 * state),
   ):
     yield Case(
       name=f"delta_attention, {name}",
@@ -45,5 +46,5 @@ def delta_attention_cases() -> Iterator[Case]:
       fn=fn,
       args=args,
       flops=flops,
-      kernel=f"delta_attention_{kernel}_{HEADS}_heads",
+      kernel=f"delta_attention_{kernel}",
     )
