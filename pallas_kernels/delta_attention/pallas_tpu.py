@@ -47,9 +47,9 @@ from pallas_kernels.delta_attention.tile_layout import (
 )
 from pallas_kernels.delta_attention.tile_products import Steps, in_turn, run, slowed
 
-FORWARD_DELAY = 3
+FORWARD_DELAY = 2.5
 BACKWARD_DELAY = 1
-"""Stages by which a head is behind the one before it: few hide products better and spill more."""
+"""Rounds from a head's start to the next head's: few hide products better and spill more."""
 VMEM_BYTES = 48 * 2**20
 """What every chip has for blocks, states and values that do not fit into registers."""
 
@@ -196,7 +196,7 @@ def forward_kernel(
       yield
 
   preparing = in_turn([prepare(head) for head in range(plan.A)], FORWARD_DELAY)
-  run(in_turn([slowed(finish(), 2), preparing]))
+  run(in_turn([slowed(finish(), 1), preparing]))
 
   @pl.when(j == plan.J)
   def end() -> None:

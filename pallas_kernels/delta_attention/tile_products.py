@@ -75,7 +75,7 @@ def rows_behind(level: int, groups: int) -> list[int]:
 Steps = Generator[None, None, Any]
 
 
-def in_turn(steps: list[Steps], delay: int = 0) -> Steps:
+def in_turn(steps: list[Steps], delay: float = 0) -> Steps:
   """Runs generators in turn, up to the next `yield` of each; returns what they return.
 
   A compiler hides the latency of one product behind its neighbours in the program. Each generator

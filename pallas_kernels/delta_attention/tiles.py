@@ -31,6 +31,10 @@ from pallas_kernels.delta_attention.tile_products import (
   split_rows,
 )
 
+FORWARD_STAGES = (1, 3)
+BACKWARD_STAGES = (0, 2)
+"""Halvings after which other heads may go on, besides the last: at each, all sums are spilled."""
+
 
 class Prepared(NamedTuple):
   """Holds what a chunk of one head needs besides the state."""
@@ -75,7 +79,7 @@ def _sum_rows(x: Any) -> jax.Array:
 def _multiply_pairs(
   gated: Gated, kinds: list[list[jax.Array]], decays: Decays | None, tables: Tables
 ) -> Steps:
-  """Returns the products of decayed rows and keys, for each kind of rows; yields at halvings."""
+  """Returns the products of decayed rows and keys, for each kind of rows; yields in between."""
   k, level_of = split_rows(gated.k), split_rows(tables.level_CC)
   diagonal = split_rows(jnp.sum(gated.q * gated.k, axis=1, keepdims=True))
   pairs = [[jnp.where(x == tables.levels, y, 0.0) for x, y in zip(level_of, diagonal)]]
@@ -89,7 +93,9 @@ def _multiply_pairs(
       for at, i in enumerate(behind):
         product_8C = products[kind * len(behind) + at]
         part[i] = jnp.where(level_of[i] == level, product_8C, part[i])
-    yield
+    if level in FORWARD_STAGES:
+      yield
+  yield
   return pairs
 
 
@@ -216,7 +222,7 @@ def _pull_pairs(
   decays: Decays | None,
   tables: Tables,
 ) -> Steps:
-  """Adds the gradients of pairs to those of rows and keys; yields at halvings.
+  """Adds the gradients of pairs to those of rows and keys; yields in between.
 
   Returns the gradients of the logarithms of the halvings' decays.
   """
@@ -253,5 +259,7 @@ def _pull_pairs(
         dk[i] = dk[i] + dkey_8K
         sums[i] = k[i] * dkey_8K if sums[i] is None else sums[i] + k[i] * dkey_8K
     halves.append(sums)
-    yield
+    if level in BACKWARD_STAGES:
+      yield
+  yield
   return halves
