@@ -112,6 +112,12 @@ def cached(config, params, ids_BT, positions_BT, cache):
   return Transformer(config).apply(params, ids_BT, positions=positions_BT, cache=cache)
 
 
+def assert_equal_logits(config, got, want):
+  """A key or value between two steps of a rounded cache may fall to either, in another program."""
+  np.testing.assert_allclose(got, want, atol=0.03 if config.quant else 1e-4)
+  assert np.mean(np.abs(got - want) > 1e-4) < 0.1
+
+
 def empty(config):
   return jax.device_get(Transformer(config).init_cache(B, T))
 
@@ -135,7 +141,7 @@ def test_prefill_and_single_steps_equal_the_full_pass(name):
     going = at_B >= 0
     logits_BTV[going, at_B[going]] = np.asarray(step_B1V)[going, 0]
     lengths_B = np.minimum(lengths_B + 1, T)
-  np.testing.assert_allclose(logits_BTV, want_BTV, atol=1e-4)
+  assert_equal_logits(config, logits_BTV, want_BTV)
 
 
 @pytest.mark.slow
@@ -147,7 +153,7 @@ def test_prefill_in_pieces_equals_prefill_at_once(name):
     arrays = (IDS_BT[:, piece], ALL_BT[:, piece])
     logits_BTV, cache = cached(config, init(config), *arrays, cache)
     pieces.append(logits_BTV)
-  np.testing.assert_allclose(np.concatenate(pieces, axis=1), full(config), atol=1e-4)
+  assert_equal_logits(config, np.concatenate(pieces, axis=1), full(config))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -161,11 +167,10 @@ def test_padding_before_and_between_tokens_changes_nothing(name):
   positions_BT[0] = np.arange(T)
   ids_BT = np.where(positions_BT >= 0, np.take_along_axis(IDS_BT, positions_BT, axis=1), 3)
   logits_BTV, _ = cached(config, init(config), ids_BT, positions_BT, empty(config))
-  want_BTV = full(config)
+  moved_BTV = np.array(full(config))
   for row in range(B):
-    at = positions_BT[row] >= 0
-    got_TV = np.asarray(logits_BTV)[row, at]
-    np.testing.assert_allclose(got_TV, want_BTV[row, : lengths_B[row]], atol=1e-4)
+    moved_BTV[row, : lengths_B[row]] = np.asarray(logits_BTV)[row, positions_BT[row] >= 0]
+  assert_equal_logits(config, moved_BTV, full(config))
 
 
 def packed_rows():
@@ -184,7 +189,7 @@ def test_packed_rows_equal_the_separate_sequences(name):
   config = MODELS[name]
   starts_T, rows = packed_rows()
   want_BTV = full(config)[:, np.arange(T) - starts_T]
-  np.testing.assert_allclose(forward(config, init(config), *rows), want_BTV, atol=1e-4)
+  assert_equal_logits(config, np.asarray(forward(config, init(config), *rows)), want_BTV)
 
 
 @pytest.mark.slow
