@@ -44,6 +44,7 @@ def lookup(
   """Returns rows of the table, [B, T, D] in `dtype`; gradients add up in the table's own type.
 
   An id outside [0, V) has a row of NaN, which the loss shows.
+
   On a mesh the table stays where it is. Each device looks up its part of D, of the rows that it
   holds, for the tokens of all devices that share D; the rows are summed over the parts of V, and
   each device gets D of its own tokens together by an all-to-all in `dtype`. Its transpose sends the
@@ -91,8 +92,8 @@ def _lookup_shard(
     ids_EBT = ids_EBT - jax.lax.axis_index(vocab_axes) * held
   is_held_EBT = (ids_EBT >= 0) & (ids_EBT < held)
   rows_EBTD = w_VD[jnp.where(is_held_EBT, ids_EBT, 0)]
-  rows_EBTD = jnp.where(is_held_EBT[..., None], rows_EBTD, 0)
-  rows_EBTD = jnp.where(is_known_EBT[..., None], rows_EBTD, jnp.nan).astype(dtype)
+  absent_EBT = jnp.where(is_known_EBT, 0.0, jnp.nan)  # 0: another device holds the row
+  rows_EBTD = jnp.where(is_held_EBT[..., None], rows_EBTD, absent_EBT[..., None]).astype(dtype)
   if vocab_axes and rows_EBTD.shape[2] == 1:  # a decoding step, whose one position stays whole
     rows_EBTD = jax.lax.psum(rows_EBTD, vocab_axes)
   elif vocab_axes:

@@ -91,7 +91,7 @@ def make_train_step(config: TrainConfig, task: Task) -> Callable[..., tuple[Trai
 def _without_collector() -> Iterator[None]:
   """Pauses the search for cycles among Python's objects, which hardly any that tracing makes have.
 
-  A full search takes 0.1 s, a tenth of tracing a small model, and goes over all that is imported.
+  A full search takes 0.1 s, a sixth of tracing a small model, and goes over all that is imported.
   """
   was_enabled = gc.isenabled()
   gc.disable()

@@ -76,7 +76,8 @@ def make_plan(tokens: Tokens, most: int) -> Plan:
   B, T, N, V = tokens.v.shape
   C = max(16, min(CHUNK, 1 << (T - 1).bit_length()))
   K, V = round_up(tokens.q.shape[-1], LANES), round_up(V, LANES)
-  most = most if K == V == LANES else min(most, 8)
+  if max(K, V) > LANES:
+    most = min(most, 8)
   A = next(heads for heads in range(most, 0, -1) if N % heads == 0)
   return Plan(B, round_up(T, C), N, K, V, C, A, T)
 

@@ -33,7 +33,7 @@ from pallas_kernels.delta_attention.tile_products import (
 
 FORWARD_STAGES = (1, 3)
 BACKWARD_STAGES = (0, 2)
-"""Halvings after which other heads may go on, besides the last: at each, all sums are spilled."""
+"""Halvings, from 0, after which others may go on, besides the last: at each, sums are spilled."""
 
 
 class Prepared(NamedTuple):

@@ -195,8 +195,8 @@ def nsa_selected_attention(
   The forward and the backward pass visit selected blocks only, and sums have a fixed order. Any
   lists do, also those of another indexer. A query whose list names no block that it sees gets
   output 0, logsumexp -inf and passes on no gradient. Logits, softmax and sums are float32 (float64
-  for float64 inputs). NaN in a key or value reaches the queries
-  that see it, NaN in a query or in its output's gradient the gradients of the keys that it sees.
+  for float64 inputs). NaN in a key or value reaches the queries that see it, NaN in a query or in
+  its output's gradient the gradients of the keys that it sees.
 
   Args:
     q_BTNH: queries, float [B, T, N, H].

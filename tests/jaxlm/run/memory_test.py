@@ -23,10 +23,7 @@ TRAIN = ["train", "micro", "--run", "run"]
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "flags, printed",
-  [
-    ([], "asked, jax has started: False"),
-    (["--no-keep_freed_memory", "--batch", "7"], "batch=7"),
-  ],
+  [([], "asked, jax has started: False"), (["--no-keep_freed_memory", "--batch", "7"], "batch=7")],
 )
 def test_memory_is_kept_from_before_jax_starts(tmp_path, flags, printed):
   process = start_python(tmp_path, "-c", PROGRAM, *TRAIN, *flags, JAX_NUM_CPU_DEVICES="2")
